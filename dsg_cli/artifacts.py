@@ -1,0 +1,225 @@
+"""Everything that a stage writes down, as frozen dataclasses of plain JSON values.
+
+An artifact is a header (where it came from), a body (what was found) and, beside the JSON file, tensors and rows.
+A file's JSON object is header and body side by side; workspace.py reads and writes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+Gate = Literal["mean"]
+"""Gate forms, see gate.py."""
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model, and proof that it is that one."""
+
+    source: str
+    architecture: str
+    n_layers: int
+    width: int
+    last_layer: int
+    """The fingerprint covers layers 0..last_layer."""
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SaeIdentity:
+    """Which sparse autoencoder, and where in the model it reads."""
+
+    source: str
+    architecture: str
+    hook: str
+    width: int
+    n_features: int
+    prepend_bos: bool
+    sha256: str
+    """Digest of the weights file."""
+
+
+@dataclass(frozen=True)
+class InputArtifact:
+    """An artifact that this one was computed from."""
+
+    id: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """Provenance: what ran, on what, from what."""
+
+    kind: str
+    schema: int
+    id: str
+    created: str
+    """UTC time, ISO 8601."""
+    dsg_version: str
+    git: Json
+    """Commit and dirty flag of the working folder's repository; empty where there is none."""
+    packages: dict[str, str]
+    device: str
+    dtype: str
+    seed: int
+    settings: Json
+    """Resolved settings of the stage."""
+    model: ModelIdentity
+    sae: SaeIdentity | None
+    inputs: list[InputArtifact]
+    files: dict[str, str] = field(default_factory=dict)
+    """Side files and their sha256."""
+    seconds: float = 0.0
+    n_tokens: int = 0
+    peak_memory_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One selected feature."""
+
+    index: int
+    forget_score: float
+    retain_score: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Body of `features-NNN`; its tensors hold the statistics of every feature of the SAE, shape [F]."""
+
+    features: list[Feature]
+    """In rank order."""
+    score: str
+    ratio_cut: float
+    """Smallest ratio that passed."""
+    forget_cut: float
+    """Smallest forget score that passed."""
+    percentiles_over: str
+    """`all` features, or the `live` ones where nearly all are dead."""
+    n_live: int
+    n_passed: int
+    """Features that passed both filters, before the best were taken."""
+    forget_tokens: int
+    retain_tokens: int
+    median_residual_norm: float
+    """Of retain tokens at the hook; the unit `r` of a strength."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Body of `threshold-NNN`; one row a calibration piece beside it."""
+
+    threshold: float
+    gate: Gate
+    alpha: float
+    n_calibration: int
+    """Pieces that set the threshold."""
+    n_fresh: int
+    """Pieces, of other documents, on which the false-positive rate was measured."""
+    false_positive_rate: float
+    low: float
+    high: float
+    """95 % Clopper-Pearson interval."""
+    features: list[int]
+    special_ids: list[int]
+    """Tokens that are never counted: BOS, EOS and pad."""
+
+
+@dataclass(frozen=True)
+class Guardrail:
+    """Body of `guardrail-NNN`; its tensors are the K rows and columns of the SAE: all that later steps read."""
+
+    indices: list[int]
+    gate: Gate
+    threshold: float
+    strength: float
+    """The c of METHOD: every selected feature is set to -c."""
+    strength_setting: str
+    median_residual_norm: float
+    hook: str
+    activation: str
+    special_ids: list[int]
+    forget: list[str]
+    """Names of the forget corpora: attack finds its bench by them."""
+    retain: list[str]
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Body of `eval-NNN`; one row a question beside it."""
+
+    split: str
+    results: dict[str, Json]
+    """bench -> side (base, unlearned) -> metric, metric_stderr, n."""
+    gate: dict[str, Json]
+    """bench -> rate of gated questions, their number."""
+    expected: list[Json]
+    """Each --expect, its value and whether it was met."""
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """Body of `attack-NNN`."""
+
+    attack: str
+    threat_model: str
+    bench: str
+    curve: list[Json]
+    """[{x, guarded: {forget_acc, ...}, unguarded: {forget_acc, ...}}]"""
+    summary: Json
+
+
+Body = FeatureSet | Threshold | Guardrail | EvalReport | AttackReport
+BodyT = TypeVar("BodyT", FeatureSet, Threshold, Guardrail, EvalReport, AttackReport)
+
+KINDS: dict[str, type[Any]] = {
+    "features": FeatureSet,
+    "threshold": Threshold,
+    "guardrail": Guardrail,
+    "eval": EvalReport,
+    "attack": AttackReport,
+}
+SCHEMAS: dict[str, int] = dict.fromkeys(KINDS, 1)
+MADE_BY = {
+    "features": "dsg select",
+    "threshold": "dsg calibrate",
+    "guardrail": "dsg apply",
+    "eval": "dsg eval",
+    "attack": "dsg attack",
+}
+NEXT_COMMAND = {
+    "features": "dsg calibrate",
+    "threshold": "dsg apply",
+    "guardrail": "dsg eval",
+    "eval": "dsg attack",
+    "attack": "dsg ls",
+}
+
+
+def to_json(header: Header, body: Body) -> Json:
+    """Header and body as one JSON object."""
+    return {**dataclasses.asdict(header), **dataclasses.asdict(body)}
+
+
+def header_from_json(data: Json) -> Header:
+    """The header's part of an artifact's JSON object."""
+    values = {f.name: data[f.name] for f in dataclasses.fields(Header)}
+    values["model"] = ModelIdentity(**values["model"])
+    values["sae"] = SaeIdentity(**values["sae"]) if values["sae"] else None
+    values["inputs"] = [InputArtifact(**item) for item in values["inputs"]]
+    return Header(**values)
+
+
+def body_from_json(data: Json) -> Body:
+    """The body's part of an artifact's JSON object."""
+    cls = KINDS[data["kind"]]
+    values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+    if cls is FeatureSet:
+        values["features"] = [Feature(**item) for item in values["features"]]
+    body: Body = cls(**values)
+    return body

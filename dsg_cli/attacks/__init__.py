@@ -1,0 +1,1 @@
+"""Attacks on a guarded model: each one file, each a function from model and questions to a curve."""

@@ -1,0 +1,80 @@
+"""Dilution: harmless text in front of a question lowers the share of hot tokens until the gate stays shut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dsg_cli.artifacts import Json
+from dsg_cli.attacks.asking import ask
+from dsg_cli.benches.tasks import Question
+from dsg_cli.errors import DsgError
+from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.progress import Report, silent
+
+THREAT_MODEL = "Someone who may send prompts to the guarded model, and knows no more."
+
+
+def dilute(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    guardrail: GuardrailModule,
+    questions: Sequence[Question],
+    benign: Sequence[list[int]],
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    max_length: int,
+    report: Report = silent,
+) -> list[Json]:
+    """Ask the forget questions after more and more benign tokens; length 0 is plain evaluation.
+
+    Args:
+        model: The model, unguarded.
+        tokenizer: Its tokenizer.
+        guardrail: What guards it.
+        questions: On the forgotten knowledge.
+        benign: Token ids, without BOS, of texts on something else; question i is put behind text i.
+        lengths: How many tokens are put in front, a point of the curve each.
+        batch_size: Sequences in a batch.
+        max_length: Tokens the model can read.
+        report: Progress.
+
+    Raises:
+        DsgError: The benign texts are too short for the longest dilution, or it does not fit the model.
+    """
+    longest = max(lengths)
+    usable = [text for text in benign if len(text) >= longest]
+    if not usable:
+        raise DsgError(
+            f"No benign text has {longest} tokens; the longest has {max(map(len, benign), default=0)}.",
+            "Lower attack.dilution_lengths.",
+        )
+    if longest >= max_length - 8:
+        raise DsgError(f"A dilution of {longest} tokens leaves no room for a question in {max_length} tokens.")
+    bos = tokenizer.bos_token_id
+    curve = []
+    for done, length in enumerate(lengths):
+
+        def change(context: tuple[int, ...], number: int, length: int = length) -> tuple[int, ...]:
+            n_head = int(context[:1] == (bos,))
+            prefix = usable[number % len(usable)][:length]
+            return (*context[:n_head], *prefix, *context[n_head:])
+
+        point: Json = {"x": length}
+        for side, guard in (("guarded", guardrail), ("unguarded", None)):
+            found = ask(
+                model,
+                tokenizer,
+                questions,
+                guardrail=guard,
+                batch_size=batch_size,
+                max_length=max_length,
+                change=change,
+            )
+            point[side] = {f"forget_{key}" if key == "acc" else key: value for key, value in found.items()}
+        curve.append(point)
+        report("dilution", done + 1, len(lengths))
+    return curve

@@ -1,0 +1,107 @@
+"""Relearning: fine-tune the guarded model on a few forgotten facts and ask for the others.
+
+What comes back was hidden, not gone. The guard stays on while the attacker trains and when the model is asked;
+beside it, the same attack on the unguarded model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dsg_cli.artifacts import Json
+from dsg_cli.attacks.asking import ask
+from dsg_cli.benches.tasks import Question
+from dsg_cli.guardrail import GuardrailModule, guarded
+from dsg_cli.progress import Report, silent
+from dsg_cli.scoring import encode_pair
+from dsg_cli.tokens import pad_rows, special_ids
+
+THREAT_MODEL = "A customer of a fine-tuning API that keeps the guard on; all weights are trained."
+
+
+def relearn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    guardrail: GuardrailModule,
+    *,
+    attacker_knows: Sequence[Question],
+    forget: Sequence[Question],
+    utility: Sequence[Question],
+    steps: Sequence[int],
+    learning_rate: float,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    report: Report = silent,
+) -> list[Json]:
+    """Train a copy of the model on the attacker's questions with their answers; measure as it goes.
+
+    Args:
+        model: The model, unguarded; it is not changed.
+        tokenizer: Its tokenizer.
+        guardrail: What guards it.
+        attacker_knows: Forget questions that the attacker trains on.
+        forget: Other forget questions, which are asked.
+        utility: Questions that must stay answered; may be empty.
+        steps: Optimiser steps at which to measure, ascending; 0 is before the attack.
+        learning_rate: Of AdamW on all weights.
+        batch_size: Sequences in a batch when asking.
+        max_length: Tokens the model can read.
+        seed: For dropout, where the model has any.
+        report: Progress.
+
+    Returns:
+        `[{x: step, guarded: {forget_acc, gate_rate, utility_acc, loss}, unguarded: {...}}]`
+    """
+    curve: list[Json] = [{"x": step} for step in steps]
+    for side, guard in (("unguarded", None), ("guarded", guardrail)):
+        torch.manual_seed(seed)
+        attacked = copy.deepcopy(model).float().requires_grad_(True)
+        optimizer = torch.optim.AdamW(attacked.parameters(), lr=learning_rate)
+        batch = _training_batch(tokenizer, attacker_knows, max_length, str(next(attacked.parameters()).device))
+        loss, n_done = float("nan"), 0
+        for point in curve:
+            while n_done < point["x"]:
+                with guarded(attacked, guard) if guard is not None else contextlib.nullcontext():
+                    loss = _step(attacked, optimizer, *batch)
+                n_done += 1
+                report(f"relearning, {side}", n_done, max(steps))
+            measured = ask(
+                attacked, tokenizer, forget, guardrail=guard, batch_size=batch_size, max_length=max_length
+            )
+            point[side] = {"forget_acc": measured.pop("acc"), **measured}
+            if utility:
+                kept = ask(attacked, tokenizer, utility, guardrail=guard, batch_size=batch_size, max_length=max_length)
+                point[side]["utility_acc"] = kept["acc"]
+            if n_done:
+                point[side]["loss"] = loss
+    return curve
+
+
+def _training_batch(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], max_length: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Questions with their right answers in one right-padded batch: ids [B, L], mask [B, L]."""
+    pairs = [encode_pair(tokenizer, q.context, q.choices[q.answer]) for q in questions]
+    rows = [list(pair.context + pair.continuation)[-max_length:] for pair in pairs]
+    batch = pad_rows(rows, tokenizer.pad_token_id or 0, special_ids(tokenizer), device)
+    return batch.ids_BL, batch.mask_BL
+
+
+def _step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids_BL: torch.Tensor, mask_BL: torch.Tensor
+) -> float:
+    logits_BLV = model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False).logits[:, :-1]
+    target_BL = ids_BL[:, 1:].masked_fill(~mask_BL[:, 1:], -100)
+    loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), target_BL.flatten())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()

@@ -1,0 +1,106 @@
+"""The Typer application and `main()`, the one place where errors become text and exit codes.
+
+Exit codes: 0 done; 1 an error the user can mend; 2 usage; 3 an expectation not met; 130 SIGINT, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from dsg_cli import __version__
+from dsg_cli.cli import apply, attack, calibrate, demo, evaluate, lab, ls, run, select, show
+from dsg_cli.errors import DsgError
+
+app = typer.Typer(
+    name="dsg",
+    help="Unlearning in language models with dynamic SAE guardrails.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("select")(select.command)
+app.command("calibrate")(calibrate.command)
+app.command("apply")(apply.command)
+app.command("eval")(evaluate.command)
+app.command("attack")(attack.command)
+app.command("demo")(demo.command)
+app.command("run")(run.command)
+app.command("ls")(ls.command)
+app.command("show")(show.command)
+app.add_typer(lab.app, name="lab")
+
+
+class Signalled(BaseException):
+    """A signal asked the process to stop; not an Exception, so that nothing on the way swallows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"dsg {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Unlearning in language models with dynamic SAE guardrails.
+
+    Find the SAE features that carry the knowledge (select), set when the gate fires (calibrate), build the guardrail
+    (apply), measure what it does (eval) and how it breaks (attack). Start with: dsg demo
+    """
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    _quiet_libraries()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app(args=arguments, prog_name="dsg")
+    except DsgError as error:
+        if os.environ.get("DSG_DEBUG") == "1":
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except Signalled as signalled:
+        sys.stderr.write("stopped; nothing half-written was left\n")
+        sys.exit(128 + signalled.number)
+    except BrokenPipeError:
+        # The reader of stdout went away; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Signalled(number)
+
+
+def _quiet_libraries() -> None:
+    """Other people's progress bars and warnings are off; ours report the same work."""
+    if os.environ.get("DSG_DEBUG") == "1":
+        return
+    for name, value in (
+        ("TQDM_DISABLE", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("PYTHONWARNINGS", "ignore"),
+    ):
+        os.environ.setdefault(name, value)
+    import warnings
+
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,57 @@
+"""`dsg attack`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.output import progress, show_stored
+from dsg_cli.errors import DsgError
+from dsg_cli.workspace import Workspace
+
+
+def command(
+    kind: Annotated[list[str] | None, typer.Option("--kind", help="relearn or dilution; repeatable.")] = None,
+    bench: Annotated[
+        str | None, typer.Option("--bench", help="Forget questions; by default the bench named like the corpus.")
+    ] = None,
+    source: opt.FromOption = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Questions, at most.")] = None,
+    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
+    recipe: opt.RecipeOption = None,
+    sets: opt.SetOption = None,
+    device: opt.DeviceOption = None,
+    dtype: opt.DtypeOption = None,
+    seed: opt.SeedOption = None,
+    reuse: opt.ReuseOption = False,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """Try to get the knowledge back.
+
+    Example: dsg attack --kind dilution
+    """
+    resolved = opt.settings(
+        recipe,
+        sets,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        attack__kinds=kind,
+        attack__bench=bench,
+        eval__limit=limit,
+    )
+    if not resolved.attack.kinds:
+        raise DsgError("No attack is named.", "Give one with --kind: `dsg ls attacks` lists them.")
+    with progress(quiet) as report:
+        from dsg_cli.stages import attack
+
+        for name in resolved.attack.kinds:
+            attack.check_kind(name)
+        stored = [
+            attack.run(resolved, Workspace(workspace), name, source=source, reuse=reuse, report=report)
+            for name in resolved.attack.kinds
+        ]
+    show_stored(stored, as_json=as_json, quiet=quiet)

@@ -1,0 +1,66 @@
+"""`dsg calibrate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.output import progress, show_stored
+from dsg_cli.errors import DsgError
+from dsg_cli.workspace import Workspace
+
+
+def command(
+    source: opt.FromOption = None,
+    retain: Annotated[
+        list[str] | None, typer.Option("--retain", help="Other retain corpora than those of select; repeatable.")
+    ] = None,
+    gate: Annotated[str | None, typer.Option("--gate", help="Gate statistic: mean.")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="Promised rate of false positives.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Shortest and longest piece of retain text, such as 8:128.")
+    ] = None,
+    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
+    recipe: opt.RecipeOption = None,
+    sets: opt.SetOption = None,
+    device: opt.DeviceOption = None,
+    dtype: opt.DtypeOption = None,
+    seed: opt.SeedOption = None,
+    reuse: opt.ReuseOption = False,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """Set the threshold of the gate on retain text that selection has not seen.
+
+    Example: dsg calibrate --alpha 0.05
+    """
+    resolved = opt.settings(
+        recipe,
+        sets,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        calibrate__retain=retain,
+        calibrate__gate=gate,
+        calibrate__alpha=alpha,
+        calibrate__lengths=None if lengths is None else parse_lengths(lengths),
+    )
+    with progress(quiet) as report:
+        from dsg_cli.stages import calibrate
+
+        stored = calibrate.run(resolved, Workspace(workspace), source=source, reuse=reuse, report=report)
+    show_stored(stored, as_json=as_json, quiet=quiet)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """`8:128` as [8, 128].
+
+    Raises:
+        DsgError: Not two whole numbers.
+    """
+    try:
+        return [int(part) for part in text.split(":")]
+    except ValueError as error:
+        raise DsgError(f"--lengths {text} is not of the form 8:128.") from error

@@ -1,0 +1,19 @@
+"""`dsg demo`."""
+
+from __future__ import annotations
+
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.run import run_chain
+
+
+def command(
+    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """Make the embedded lab model forget one of its domains, and attack the result. Needs no download.
+
+    The same as: dsg run lab
+    """
+    resolved = opt.settings("lab", None, device=None, dtype=None, seed=None)
+    run_chain(resolved, workspace, reuse=False, as_json=as_json, quiet=quiet)

@@ -1,0 +1,72 @@
+"""`dsg eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dsg_cli.artifacts import EvalReport
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.output import progress, show_stored
+from dsg_cli.workspace import Stored, Workspace
+
+EXPECTATION_NOT_MET = 3
+
+
+def command(
+    bench: Annotated[
+        list[str] | None, typer.Option("--bench", help="A lab bench or an lm-eval task; repeatable.")
+    ] = None,
+    source: opt.FromOption = None,
+    split: Annotated[str | None, typer.Option("--split", help="dev or test questions of a lab bench.")] = None,
+    include_path: Annotated[
+        str | None, typer.Option("--include-path", help="Folder with lm-eval tasks of your own.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences in a batch.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Questions of each bench, at most.")] = None,
+    expect: Annotated[
+        list[str] | None, typer.Option("--expect", help="Condition such as 'lab-hexes<=0.30'; exit 3 if not met.")
+    ] = None,
+    samples: Annotated[bool | None, typer.Option("--samples", help="Keep the questions' texts.")] = None,
+    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
+    recipe: opt.RecipeOption = None,
+    sets: opt.SetOption = None,
+    device: opt.DeviceOption = None,
+    dtype: opt.DtypeOption = None,
+    seed: opt.SeedOption = None,
+    reuse: opt.ReuseOption = False,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """Ask the base model and the guarded model the same questions.
+
+    Example: dsg eval --bench lab-hexes --bench lab-near --expect 'lab-hexes<=0.30'
+    """
+    resolved = opt.settings(
+        recipe,
+        sets,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        eval__benches=bench,
+        eval__split=split,
+        eval__include_path=include_path,
+        eval__batch_size=batch_size,
+        eval__limit=limit,
+        eval__expect=expect,
+        eval__samples=samples,
+    )
+    with progress(quiet) as report:
+        from dsg_cli.stages import evaluate
+
+        stored = evaluate.run(resolved, Workspace(workspace), source=source, reuse=reuse, report=report)
+    show_stored(stored, as_json=as_json, quiet=quiet)
+    exit_unless_met([stored])
+
+
+def exit_unless_met(chain: list[Stored]) -> None:
+    """Exit 3 if an expectation of any evaluation was not met."""
+    for stored in chain:
+        if isinstance(stored.body, EvalReport) and not all(one["met"] for one in stored.body.expected):
+            raise typer.Exit(EXPECTATION_NOT_MET)

@@ -1,0 +1,48 @@
+"""`dsg ls`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.output import print_json, print_names
+from dsg_cli.errors import DsgError, nearest
+from dsg_cli.lab import data as lab
+from dsg_cli.recipe import recipe_names
+from dsg_cli.workspace import Workspace
+
+NAMES = {
+    "corpora": lambda: list(lab.CORPORA),
+    "benches": lab.bench_names,
+    "saes": lambda: list(lab.SAE_DIRS),
+    "gates": lambda: ["mean"],
+    "attacks": lambda: ["relearn", "dilution"],
+    "recipes": recipe_names,
+}
+
+
+def command(
+    what: Annotated[str | None, typer.Argument(help=f"{', '.join(NAMES)}; by default the artifacts.")] = None,
+    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
+    as_json: opt.JsonOption = False,
+) -> None:
+    """List the artifacts of a workspace, or the names that options take."""
+    if what is not None:
+        if what not in NAMES:
+            raise DsgError(f"dsg ls knows no {what}.", nearest(what, NAMES))
+        print_names(NAMES[what](), as_json=as_json)
+        return
+    found = Workspace(workspace)
+    stored = [found.read(artifact_id) for artifact_id in found.ids()]
+    if as_json:
+        print_json([one.json for one in stored])
+    elif sys.stdout.isatty() and stored:
+        from dsg_cli.report.tables import list_table
+
+        Console().print(list_table(stored))
+    else:
+        print_names([one.id for one in stored], as_json=False)

@@ -1,0 +1,39 @@
+"""Options that several commands share, and the settings they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dsg_cli.recipe import Recipe, load_recipe
+
+WorkspaceOption = Annotated[
+    Path, typer.Option("--workspace", "-w", envvar="DSG_WORKSPACE", help="Folder of artifacts.", show_default=True)
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="YAML file, or the name of a shipped recipe.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, for any setting; repeatable.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="Torch device, such as cpu or cuda.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
+FromOption = Annotated[str | None, typer.Option("--from", help="Artifact to start from; the newest by default.")]
+ReuseOption = Annotated[
+    bool, typer.Option("--reuse", help="Take an existing artifact if settings, inputs and versions all match.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
+
+DEFAULT_WORKSPACE = Path("dsg-workspace")
+
+
+def settings(
+    recipe: str | None, sets: list[str] | None, *, device: str | None, dtype: str | None, seed: int | None, **flags: Any
+) -> Recipe:
+    """The recipe with `--set` and flags on top; a flag's `__` stands for the dot of its key.
+
+    An empty list means that a repeatable flag was not given.
+    """
+    dotted = {key.replace("__", "."): (None if value == [] else value) for key, value in flags.items()}
+    common = {"model.device": device, "model.dtype": dtype, "seed": seed}
+    return load_recipe(recipe, sets=sets or [], flags={**common, **dotted})

@@ -1,0 +1,83 @@
+"""Results to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from dsg_cli.artifacts import NEXT_COMMAND
+from dsg_cli.progress import Report, silent
+from dsg_cli.workspace import Stored
+
+
+def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool) -> None:
+    """What a stage made: a table on a terminal, its id off one, its own JSON with `--json`."""
+    several = [stored] if isinstance(stored, Stored) else list(stored)
+    if as_json:
+        documents = [one.json for one in several]
+        print_json(documents[0] if len(documents) == 1 else documents)
+    elif sys.stdout.isatty():
+        from dsg_cli.report.tables import artifact_table
+
+        for one in several:
+            Console().print(artifact_table(one))
+    else:
+        for one in several:
+            print_line(one.id)
+    if not quiet:
+        hint(f"Next: {NEXT_COMMAND[several[-1].header.kind]}")
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    print_line(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def print_line(text: str) -> None:
+    """One line on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def print_names(names: Sequence[str], *, as_json: bool) -> None:
+    """Names, one a line."""
+    if as_json:
+        print_json(list(names))
+    else:
+        for name in names:
+            print_line(name)
+
+
+def hint(text: str) -> None:
+    """A word to the person at the terminal, on stderr."""
+    if sys.stderr.isatty():
+        Console(stderr=True).print(text, style="dim", highlight=False)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Report]:
+    """A progress bar on stderr, only on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bars:
+        task = bars.add_task("loading", total=None)
+        current = ""
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal current
+            if what.split(",")[0] != current:
+                current = what.split(",")[0]
+                bars.reset(task)
+            bars.update(task, description=what, completed=done, total=total or None)
+
+        yield report

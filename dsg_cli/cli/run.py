@@ -1,0 +1,59 @@
+"""`dsg run`, and what it shares with `dsg demo`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.evaluate import exit_unless_met
+from dsg_cli.cli.output import hint, print_json, print_line, progress
+from dsg_cli.recipe import Recipe
+from dsg_cli.workspace import Workspace
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
+    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
+    sets: opt.SetOption = None,
+    device: opt.DeviceOption = None,
+    dtype: opt.DtypeOption = None,
+    seed: opt.SeedOption = None,
+    reuse: opt.ReuseOption = False,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """Run the whole chain from a recipe.
+
+    Example: dsg run lab --set select.n_features=20
+    """
+    resolved = opt.settings(recipe, sets, device=device, dtype=dtype, seed=seed)
+    run_chain(resolved, workspace, reuse=reuse, as_json=as_json, quiet=quiet)
+
+
+def run_chain(recipe: Recipe, workspace: Path, *, reuse: bool, as_json: bool, quiet: bool) -> None:
+    """Run, then show one table (on a terminal or off it) or one JSON document."""
+    with progress(quiet) as report:
+        from dsg_cli.stages import run_recipe
+
+        chain = run_recipe.run(
+            recipe,
+            Workspace(workspace),
+            reuse=reuse,
+            report=report,
+            done=lambda stored: None if quiet else hint(f"wrote {stored.id}"),
+        )
+    from dsg_cli.report.demo import chain_summary, chain_table
+
+    if as_json:
+        print_json(chain_summary(chain))
+    else:
+        Console(width=None if sys.stdout.isatty() else 80).print(chain_table(chain))
+        print_line(f"Artifacts in {workspace}: {', '.join(stored.id for stored in chain)}")
+    if not quiet:
+        hint(f"Next: dsg show {chain[0].id}, or dsg ls")
+    exit_unless_met(chain)

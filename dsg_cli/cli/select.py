@@ -1,0 +1,58 @@
+"""`dsg select`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.output import progress, show_stored
+from dsg_cli.workspace import Workspace
+
+
+def command(
+    forget: Annotated[list[str] | None, typer.Option("--forget", help="Corpus to forget; repeatable.")] = None,
+    retain: Annotated[list[str] | None, typer.Option("--retain", help="Corpus to retain; repeatable.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="`lab`, or a Hugging Face model folder.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="`lab`, or a folder in sae-lens's format.")] = None,
+    n_features: Annotated[int | None, typer.Option("-n", "--n-features", help="Features to select.")] = None,
+    ratio_percentile: Annotated[
+        float | None, typer.Option("--ratio-percentile", help="Importance ratio a feature must reach.")
+    ] = None,
+    score: Annotated[str | None, typer.Option("--score", help="mean-square or squared-mean.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Documents of each corpus, at most.")] = None,
+    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
+    recipe: opt.RecipeOption = None,
+    sets: opt.SetOption = None,
+    device: opt.DeviceOption = None,
+    dtype: opt.DtypeOption = None,
+    seed: opt.SeedOption = None,
+    reuse: opt.ReuseOption = False,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """Find the SAE features that carry the knowledge to be forgotten.
+
+    Example: dsg select --forget lab-hexes --retain lab-retain -n 10
+    """
+    resolved = opt.settings(
+        recipe,
+        sets,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        corpora__forget=forget,
+        corpora__retain=retain,
+        corpora__limit=limit,
+        model__source=model,
+        sae__source=sae,
+        select__n_features=n_features,
+        select__ratio_percentile=ratio_percentile,
+        select__score=score,
+    )
+    with progress(quiet) as report:
+        from dsg_cli.stages import select
+
+        stored = select.run(resolved, Workspace(workspace), reuse=reuse, report=report)
+    show_stored(stored, as_json=as_json, quiet=quiet)

@@ -1,0 +1,184 @@
+"""Base and unlearned model side by side, through lm-eval."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+
+from dsg_cli.artifacts import Json
+from dsg_cli.benches.tasks import task_manager, task_specs
+from dsg_cli.guardrail import GuardrailModule, guarded
+from dsg_cli.model import LoadedModel
+from dsg_cli.progress import Report, silent
+from dsg_cli.scoring import Request, score
+from dsg_cli.tokens import TokenBatch, special_ids
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate made of one input."""
+
+    n_tokens: int
+    statistic: float
+    gated: bool
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """An evaluation of two models on the same questions."""
+
+    results: dict[str, Json]
+    """bench -> side -> metrics"""
+    gate: dict[str, Json]
+    rows: list[Json]
+    """One a question."""
+    n_tokens: int
+
+
+class ScoringLM(HFLM):
+    """lm-eval's Hugging Face model, with log-likelihoods computed by scoring.py: true lengths reach the gate."""
+
+    def __init__(
+        self, loaded: LoadedModel, *, batch_size: int, guardrail: GuardrailModule | None, what: str, report: Report
+    ) -> None:
+        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+        self.guardrail = guardrail
+        self.what = what
+        self.report = report
+        self.decisions: dict[tuple[str, str], Decision] = {}
+        self.n_tokens = 0
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_options: Any
+    ) -> list[tuple[float, bool]]:
+        asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        noted: list[tuple[list[float], list[bool]]] = []
+
+        def note(batch: TokenBatch) -> None:
+            self.n_tokens += int(batch.mask_BL.sum())
+            if self.guardrail is not None:
+                statistic_B, gated_B = self.guardrail.last_statistic_B, self.guardrail.last_gated_B
+                assert statistic_B is not None and gated_B is not None
+                noted.append((statistic_B.tolist(), gated_B.tolist()))
+
+        scores = score(
+            self.model,
+            asked,
+            pad=self.tokenizer.pad_token_id or 0,
+            special=special_ids(self.tokenizer),
+            batch_size=int(self.batch_size),
+            max_length=self.max_length,
+            device=str(self.device),
+            after_batch=note,
+            what=self.what,
+            report=self.report,
+        )
+        if noted:
+            for (texts, _, _), request, found in zip(requests, asked, scores, strict=True):
+                statistics, gates = noted[found.batch]
+                n_tokens = len(request.inputs(self.max_length))
+                self.decisions[texts] = Decision(n_tokens, statistics[found.row], gates[found.row])
+        return [(found.loglikelihood, found.is_greedy) for found in scores]
+
+
+def evaluate(
+    loaded: LoadedModel,
+    guardrail: GuardrailModule,
+    benches: Sequence[str],
+    *,
+    split: str,
+    include_path: str | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    samples: bool = False,
+    report: Report = silent,
+) -> SideBySide:
+    """Ask every bench of the base model and of the same model under its guardrail.
+
+    Args:
+        loaded: The whole model.
+        guardrail: What unlearned it.
+        benches: Names of the lab's benches or of lm-eval's tasks.
+        split: `dev` or `test`; for the lab's benches.
+        include_path: Folder with tasks of the user's own.
+        batch_size: Sequences in a batch; no result depends on it.
+        limit: Questions a bench, at most.
+        samples: Keep the questions' texts in the rows.
+        report: Progress.
+    """
+    manager = task_manager(include_path)
+    found: dict[str, Any] = {}
+    n_tokens = 0
+    decisions: dict[tuple[str, str], Decision] = {}
+    for side in ("base", "unlearned"):
+        guard = guardrail if side == "unlearned" else None
+        lm = ScoringLM(loaded, batch_size=batch_size, guardrail=guard, what=f"{side} model", report=report)
+        with guarded(loaded.model, guard) if guard is not None else contextlib.nullcontext():
+            found[side] = simple_evaluate(
+                model=lm, tasks=task_specs(benches, split), task_manager=manager, limit=limit, log_samples=True
+            )
+        n_tokens += lm.n_tokens
+        decisions |= lm.decisions
+    rows = _rows(found["base"], found["unlearned"], decisions, samples)
+    names = [name for name in found["base"]["results"]]
+    results = {name: {side: _metrics(found[side], name) for side in found} for name in names}
+    return SideBySide(results=results, gate=_gate_rates(rows, found["base"], names), rows=rows, n_tokens=n_tokens)
+
+
+def _metrics(found: Any, name: str) -> Json:
+    metrics: Json = {}
+    for key, value in found["results"][name].items():
+        metric, _, filter_name = key.partition(",")
+        if filter_name and isinstance(value, int | float):
+            metrics[metric if filter_name == "none" else f"{metric}_{filter_name}"] = float(value)
+    metrics["n"] = sum(found["n-samples"][task]["effective"] for task in _tasks_of(found, name))
+    return metrics
+
+
+def _tasks_of(found: Any, name: str) -> list[str]:
+    """The tasks of a group, however deep, or the task itself."""
+    children = found.get("group_subtasks", {}).get(name) or []
+    return [task for child in children for task in _tasks_of(found, child)] or [name]
+
+
+def _gate_rates(rows: list[Json], found: Any, names: list[str]) -> dict[str, Json]:
+    rates = {}
+    for name in names:
+        tasks = set(_tasks_of(found, name))
+        gated = [row["gated"] for row in rows if row["bench"] in tasks]
+        if gated:
+            rates[name] = {"rate": sum(gated) / len(gated), "n": len(gated)}
+    return rates
+
+
+def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, str], Decision], samples: bool) -> list[Json]:
+    rows = []
+    for bench, asked in unlearned["samples"].items():
+        by_id = {sample["doc_id"]: sample for sample in base["samples"][bench]}
+        for sample in asked:
+            decided = [decisions[key] for key in map(tuple, sample["arguments"]) if key in decisions]
+            row: Json = {
+                "bench": bench,
+                "id": str(sample["doc"].get("id", sample["doc_id"])),
+                "group": str(sample["doc"].get("subject", bench)),
+                "length": max((d.n_tokens for d in decided), default=0),
+                "statistic": max((d.statistic for d in decided), default=0.0),
+                "gated": any(d.gated for d in decided),
+                "answer": sample["target"] if isinstance(sample["target"], int) else None,
+                "base": _loglikelihoods(by_id[sample["doc_id"]]),
+                "unlearned": _loglikelihoods(sample),
+            }
+            if samples:
+                row["context"] = sample["arguments"][0][0]
+                row["choices"] = [argument[1] for argument in sample["arguments"]]
+            rows.append(row)
+    return rows
+
+
+def _loglikelihoods(sample: Any) -> list[float]:
+    return [float(response[0][0]) for response in sample["resps"] if isinstance(response[0], tuple | list)]

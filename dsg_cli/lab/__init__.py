@@ -1,0 +1,1 @@
+"""The embedded lab: a tiny language model that knows a made-up world, and an SAE on it."""

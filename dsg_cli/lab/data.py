@@ -1,0 +1,30 @@
+"""What the embedded lab ships: folders of its model, its SAEs, its corpora and its questions.
+
+The shipped folder has the layout that `dsg lab export` writes; everything in it is in plain formats.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SHIPPED = Path(__file__).parent / "shipped"
+MODEL_DIR = SHIPPED / "model"
+SAE_DIRS = {"lab": SHIPPED / "sae", "lab-1": SHIPPED / "sae-1", "lab-2": SHIPPED / "sae-2"}
+CORPORA = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far", "lab-retain")
+BENCHES = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")
+PHRASINGS = ("seen", "held", "novel", "terse")
+
+
+def corpus_path(name: str) -> Path:
+    """The JSON lines file (`{"text"}`) of a lab corpus."""
+    return SHIPPED / "corpora" / f"{name}.jsonl"
+
+
+def questions_path(bench: str) -> Path:
+    """The JSON lines file (`{"context", "choices", "answer", "split"}`) of a lab bench."""
+    return SHIPPED / "questions" / f"{bench}.jsonl"
+
+
+def bench_names() -> list[str]:
+    """Every bench of the lab: a bare name asks in the `seen` phrasing, a suffix names another."""
+    return [f"{bench}{suffix}" for bench in BENCHES for suffix in ("", *(f"-{p}" for p in PHRASINGS if p != "seen"))]

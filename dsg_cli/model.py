@@ -1,0 +1,183 @@
+"""Load a causal language model and its tokenizer, whole or cut after one layer; find the hook site."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dsg_cli.errors import DsgError
+from dsg_cli.lab import data as lab
+
+N_SAMPLED_VALUES = 64
+
+
+@dataclass(frozen=True)
+class HookSite:
+    """A place in the residual stream, named as SAEs name it."""
+
+    layer: int
+    """Index of the decoder layer."""
+    point: Literal["resid_pre", "resid_post"]
+    """Its input or its output."""
+
+    @property
+    def name(self) -> str:
+        """The TransformerLens spelling, as found in SAE configurations."""
+        return f"blocks.{self.layer}.hook_{self.point}"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for forward passes, and where it came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    """What the user named: `lab`, or a folder."""
+    n_layers: int
+    """Decoder layers of the whole model, however many were loaded."""
+
+
+def parse_hook_site(name: str | None, *, where: str) -> HookSite:
+    """Read `blocks.N.hook_resid_pre|post`.
+
+    Raises:
+        DsgError: The SAE names no hook, or one that is not on the residual stream.
+    """
+    if not name:
+        raise DsgError(
+            f"{where} does not say which hook it was trained on (metadata.hook_name).",
+            "Add it to cfg.json, for example blocks.3.hook_resid_post; a wrong guess would silently do nothing.",
+        )
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post)", name)
+    if match is None:
+        raise DsgError(
+            f"{where} was trained on {name}, which is not a place in the residual stream.",
+            "Supported: blocks.N.hook_resid_pre and blocks.N.hook_resid_post.",
+        )
+    point: Literal["resid_pre", "resid_post"] = "resid_pre" if match[2] == "resid_pre" else "resid_post"
+    return HookSite(layer=int(match[1]), point=point)
+
+
+def model_folder(source: str) -> Path:
+    """The folder of `lab` or of a local model.
+
+    Raises:
+        DsgError: No such folder, or no model in it.
+    """
+    folder = lab.MODEL_DIR if source == "lab" else Path(source)
+    if not folder.is_dir():
+        raise DsgError(f"No model folder at {source}.", "Give --model a Hugging Face model folder, or `lab`.")
+    if not (folder / "config.json").is_file():
+        raise DsgError(f"{source} is not a Hugging Face model folder: it has no config.json.")
+    return folder
+
+
+def read_config(source: str) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        DsgError: The configuration is unreadable, or its architecture unknown.
+    """
+    folder = model_folder(source)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise DsgError(f"{folder / 'config.json'} cannot be read: {error}") from error
+
+
+def text_config(config: Any) -> Any:
+    """The part of a (possibly multimodal) configuration that describes the decoder."""
+    return config.get_text_config(decoder=True)
+
+
+def load_model(
+    source: str, *, device: str = "cpu", dtype: str = "float32", last_layer: int | None = None
+) -> LoadedModel:
+    """Load a model folder for inference.
+
+    Args:
+        source: `lab` or a folder.
+        device: Torch device.
+        dtype: Torch dtype name.
+        last_layer: If given, only decoder layers 0..last_layer are built and read from disk: their outputs are
+            bit-identical to the whole model's, the weights above are never touched.
+
+    Raises:
+        DsgError: Missing or unreadable folder, or weights that lack a tensor.
+    """
+    folder = model_folder(source)
+    config = read_config(source)
+    decoder = text_config(config)
+    n_layers = int(decoder.num_hidden_layers)
+    if last_layer is not None and last_layer + 1 < n_layers:
+        decoder.num_hidden_layers = last_layer + 1
+        if getattr(decoder, "layer_types", None):
+            decoder.layer_types = decoder.layer_types[: last_layer + 1]
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=_attention(decoder),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DsgError(f"The model in {source} cannot be loaded: {error}".splitlines()[0]) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise DsgError(f"The weights in {source} lack {len(missing)} tensors, among them {missing[0]}.")
+    model.requires_grad_(False)
+    return LoadedModel(model=model.eval().to(device), tokenizer=tokenizer, source=source, n_layers=n_layers)
+
+
+def _attention(decoder: Any) -> str | None:
+    # Gemma 2 caps its attention scores, which sdpa cannot do.
+    return "eager" if getattr(decoder, "attn_logit_softcapping", None) else None
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers, whatever the family calls it.
+
+    Raises:
+        DsgError: No module list of the right length was found.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    n_layers = int(text_config(model.config).num_hidden_layers)  # type: ignore[union-attr]
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise DsgError(f"The decoder layers of {type(model).__name__} cannot be found.")
+
+
+def fingerprint(model: nn.Module, last_layer: int) -> str:
+    """A cheap identity of the weights up to and including `last_layer`.
+
+    Hashes the name, the shape and 64 evenly spaced values, rounded to bfloat16, of every parameter of the
+    embeddings and of layers 0..last_layer: a cut model, the whole model and either dtype agree.
+    """
+    layers = decoder_layers(model)
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name.startswith(f"{prefix}."):
+            if int(name[len(prefix) + 1 :].split(".")[0]) > last_layer:
+                continue
+        elif "embed" not in name and "wte" not in name and "wpe" not in name:
+            continue
+        flat = parameter.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(N_SAMPLED_VALUES, flat.numel()), dtype=torch.float64).long()
+        values = flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
+        digest.update(f"{name} {tuple(parameter.shape)} {values.tolist()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,264 @@
+"""A recipe: every setting of a run, one frozen dataclass a YAML section. No torch here.
+
+Precedence: command-line flag, then `--set section.key=value`, then the recipe file, then the defaults below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dsg_cli.errors import DsgError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+"""Where an installed package keeps its recipes; in a checkout they lie beside the package."""
+if not RECIPES.is_dir():
+    RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which language model."""
+
+    source: str = "lab"
+    """`lab`, or a Hugging Face model folder."""
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class SaeSection:
+    """Which sparse autoencoder."""
+
+    source: str = "lab"
+    """`lab`, `lab-1`, `lab-2`, or a folder in sae-lens's format."""
+
+
+@dataclass(frozen=True)
+class CorporaSection:
+    """What is to be forgotten and what retained: names of lab corpora, or .jsonl or .txt files."""
+
+    forget: list[str] = field(default_factory=list)
+    retain: list[str] = field(default_factory=list)
+    limit: int | None = None
+    """At most so many documents of each corpus."""
+
+
+@dataclass(frozen=True)
+class SelectSection:
+    """Which features."""
+
+    n_features: int = 20
+    ratio_percentile: float = 95.0
+    score: Literal["mean-square", "squared-mean"] = "mean-square"
+    """`mean-square` is the paper's Fisher diagonal, `squared-mean` what its code computes."""
+    seq_len: int = 1024
+    """Longer documents are read in rows of so many tokens."""
+
+
+@dataclass(frozen=True)
+class CalibrateSection:
+    """When the gate fires."""
+
+    gate: Literal["mean"] = "mean"
+    alpha: float = 0.05
+    """Promised rate of false positives on retain text."""
+    lengths: list[int] = field(default_factory=lambda: [8, 128])
+    """Retain text is cut to pieces of random lengths from the first to the second, in counted tokens."""
+    retain: list[str] = field(default_factory=list)
+    """Other retain corpora than the ones of select."""
+
+
+@dataclass(frozen=True)
+class GuardrailSection:
+    """What happens when it fires."""
+
+    strength: str = "2r"
+    """c: a number, or a multiple of the median residual norm such as `2r`."""
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """What is measured."""
+
+    benches: list[str] = field(default_factory=list)
+    split: Literal["dev", "test"] = "test"
+    include_path: str | None = None
+    """Folder with lm-eval tasks of your own."""
+    batch_size: int = 32
+    limit: int | None = None
+    expect: list[str] = field(default_factory=list)
+    """Conditions on the unlearned model, such as `lab-hexes<=0.30`."""
+    samples: bool = False
+    """Keep question texts in the rows."""
+
+
+@dataclass(frozen=True)
+class AttackSection:
+    """How it is attacked."""
+
+    kinds: list[str] = field(default_factory=list)
+    bench: str | None = None
+    """Questions on the forgotten knowledge; by default the bench named like the forget corpus."""
+    utility_bench: str | None = None
+    """Questions that must stay answered, shown beside the attack."""
+    dilution_lengths: list[int] = field(default_factory=lambda: [0, 4, 16, 48, 96])
+    """Benign tokens put in front of each question."""
+    relearn_questions: int = 16
+    """Forget questions that the attacker fine-tunes on; the others are asked."""
+    relearn_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20, 40])
+    relearn_learning_rate: float = 3e-4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run."""
+
+    model: ModelSection = ModelSection()
+    sae: SaeSection = SaeSection()
+    corpora: CorporaSection = CorporaSection()
+    select: SelectSection = SelectSection()
+    calibrate: CalibrateSection = CalibrateSection()
+    guardrail: GuardrailSection = GuardrailSection()
+    eval: EvalSection = EvalSection()
+    attack: AttackSection = AttackSection()
+    seed: int = 0
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by path, or one of the package's by name.
+
+    Raises:
+        DsgError: There is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if shipped.is_file() and path.parent in (Path(), Path("recipes")):
+        return shipped
+    raise DsgError(f"There is no recipe {name}.", f"{nearest(path.stem, recipe_names())} Or give the path of a YAML file.")
+
+
+def load_recipe(
+    name: str | None = None, *, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A recipe from a file, with `--set` and flags on top.
+
+    Args:
+        name: Path or name; None for the defaults alone.
+        sets: `section.key=value` strings, the value in YAML.
+        flags: Dotted keys and values; None means that the flag was not given.
+
+    Raises:
+        DsgError: All unknown keys and ill-typed values in one message.
+    """
+    data: dict[str, Any] = {}
+    where = "the settings"
+    if name is not None:
+        path = find_recipe(name)
+        where = str(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DsgError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict):
+            raise DsgError(f"{path} must hold sections (key: value), not a {type(data).__name__}.")
+    for item in sets:
+        key, separator, text = item.partition("=")
+        if not separator:
+            raise DsgError(f"--set {item}: expected section.key=value.")
+        try:
+            _put(data, key, yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise DsgError(f"--set {item}: the value is not valid YAML.") from error
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(data, key, value)
+    problems: list[str] = []
+    recipe = _build(Recipe, data, "", problems)
+    if problems:
+        raise DsgError(f"In {where}:\n  " + "\n  ".join(problems))
+    return typing.cast(Recipe, recipe)
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise DsgError(f"{key}: {section} is not a section.")
+        data = inner
+    data[last] = value
+
+
+def _build(cls: type[Any], data: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            problems.append(f"unknown key {name}. {nearest(str(key), hints)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, Mapping):
+                values[key] = _build(typing.cast(type, hints[key]), value, f"{name}.", problems)
+            else:
+                problems.append(f"{name} must be a section (key: value), not {value!r}.")
+        else:
+            found = _convert(hints[key], value)
+            if found is _WRONG:
+                problems.append(f"{name} must be {_describe(hints[key])}, not {value!r}.")
+            else:
+                values[key] = found
+    return cls(**values)
+
+
+_WRONG = object()
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """The value as its field's type, or `_WRONG`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return next((v for v in (_convert(a, value) for a in arguments) if v is not _WRONG), _WRONG)
+    if origin is Literal:
+        return value if value in arguments else _WRONG
+    if origin is list:
+        items = [_convert(arguments[0], item) for item in (value if isinstance(value, list | tuple) else [value])]
+        return _WRONG if _WRONG in items else items
+    if hint is types.NoneType:
+        return None if value is None else _WRONG
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-5, without a dot, as text.
+        try:
+            return float(value)
+        except ValueError:
+            return _WRONG
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is hint else _WRONG
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is list:
+        return f"a list of {_describe(arguments[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}[hint]

@@ -1,0 +1,94 @@
+"""The table and the sentences that end `dsg demo` and `dsg run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from dsg_cli.artifacts import AttackReport, EvalReport, Guardrail, Json, Threshold
+from dsg_cli.report.tables import percent
+from dsg_cli.workspace import Stored
+
+
+def chain_summary(chain: Sequence[Stored]) -> Json:
+    """The chain's artifacts and its main numbers as one JSON object."""
+    by_kind: dict[str, list[Stored]] = {}
+    for stored in chain:
+        by_kind.setdefault(stored.header.kind, []).append(stored)
+    summary: Json = {"artifacts": [stored.id for stored in chain]}
+    for stored in chain:
+        body = stored.body
+        if isinstance(body, Threshold):
+            summary |= {
+                "threshold": body.threshold,
+                "gate": body.gate,
+                "false_positive_rate": body.false_positive_rate,
+            }
+        elif isinstance(body, Guardrail):
+            summary |= {"features": body.indices, "forget": body.forget}
+        elif isinstance(body, EvalReport):
+            summary |= {
+                "split": body.split,
+                "results": body.results,
+                "gate_rate": {bench: found["rate"] for bench, found in body.gate.items()},
+                "expected": body.expected,
+            }
+        elif isinstance(body, AttackReport):
+            summary.setdefault("attacks", {})[body.attack] = {"curve": body.curve, "summary": body.summary}
+    summary["seconds"] = round(sum(stored.header.seconds for stored in chain), 1)
+    summary["peak_memory_mb"] = max(stored.header.peak_memory_mb for stored in chain)
+    return summary
+
+
+def chain_table(chain: Sequence[Stored]) -> Group:
+    """One table for the whole chain, and what it means and does not mean."""
+    summary = chain_summary(chain)
+    table = Table("", "base", "guarded", "gated", box=None, pad_edge=False)
+    for bench, sides in summary.get("results", {}).items():
+        mark = "  (to forget)" if bench.split("-novel")[0] in summary["forget"] else ""
+        rate = summary["gate_rate"].get(bench)
+        table.add_row(
+            f"{bench}{mark}",
+            percent(sides, "base"),
+            percent(sides, "unlearned"),
+            "-" if rate is None else f"{rate:.2f}",
+        )
+    attacks = summary.get("attacks", {})
+    for name, label in (("relearn", "relearned, {x} steps"), ("dilution", "diluted, {x} benign tokens")):
+        if name in attacks:
+            last = attacks[name]["curve"][-1]
+            table.add_row(
+                label.format(x=last["x"]),
+                f"{last['unguarded']['forget_acc']:.2f}",
+                f"{last['guarded']['forget_acc']:.2f}",
+                f"{last['guarded']['gate_rate']:.2f}",
+            )
+    cut = f"Gate: {summary['gate']} > {summary['threshold']:.3f}" if "threshold" in summary else ""
+    found = f"{cut}; false positives on fresh retain text {summary['false_positive_rate']:.3f}." if cut else ""
+    return Group(table, Text(""), Text(found), Text(meaning(summary)))
+
+
+def meaning(summary: Json) -> str:
+    """What the numbers say, in words, and what they do not."""
+    attacks = summary.get("attacks", {})
+    sentences = []
+    if "results" in summary:
+        sentences.append(
+            "Accuracy on four-choice questions; chance is 0.25. A guarded model near chance on what it should forget, "
+            "and near its base elsewhere, keeps the knowledge from being asked for plainly."
+        )
+    if "dilution" in attacks:
+        found = attacks["dilution"]["summary"]
+        if found["forget_acc_worst"] > found["forget_acc_before"] + 0.1:
+            sentences.append(
+                f"It does not stop everyone: {found['worst_x']} harmless tokens in front of a question bring accuracy "
+                f"back to {found['forget_acc_worst']:.2f}, because the paper's gate averages over the whole sequence."
+            )
+    sentences.append(
+        "The knowledge is still in the weights: whoever holds them can take the guardrail off. It protects an API, "
+        "not a published model."
+    )
+    return " ".join(sentences)

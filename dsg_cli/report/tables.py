@@ -1,0 +1,144 @@
+"""Artifacts as terminal tables of at most 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from dsg_cli.artifacts import AttackReport, EvalReport, FeatureSet, Guardrail, Json, Threshold
+from dsg_cli.workspace import Stored
+
+
+def artifact_table(stored: Stored) -> Group:
+    """One artifact: what it found, and where it came from."""
+    body = stored.body
+    if isinstance(body, FeatureSet):
+        table: Any = _features(body)
+    elif isinstance(body, Threshold):
+        table = _pairs(_threshold(body))
+    elif isinstance(body, Guardrail):
+        table = _pairs(_guardrail(body))
+    elif isinstance(body, EvalReport):
+        table = _evaluation(body)
+    else:
+        table = _attack(body)
+    return Group(Text(stored.id, style="bold"), table, Text(provenance_line(stored), style="dim"))
+
+
+def provenance_line(stored: Stored) -> str:
+    """Model, SAE, inputs, time and cost in one sentence."""
+    header = stored.header
+    made_from = ", ".join(item.id for item in header.inputs) or "corpora"
+    sae = f", SAE {header.sae.source} at {header.sae.hook}" if header.sae else ""
+    return (
+        f"model {header.model.source}{sae}; from {made_from}; {header.created}; "
+        f"{header.seconds:.1f} s, {header.n_tokens:,} tokens"
+    )
+
+
+def list_table(artifacts: Sequence[Stored]) -> Table:
+    """What a workspace holds."""
+    table = Table("artifact", "what it found", "made from", box=None, pad_edge=False)
+    for stored in artifacts:
+        made_from = ", ".join(item.id for item in stored.header.inputs) or "corpora"
+        table.add_row(stored.id, headline(stored), made_from)
+    return table
+
+
+def headline(stored: Stored) -> str:
+    """The one number or two that an artifact is about."""
+    body = stored.body
+    if isinstance(body, FeatureSet):
+        return f"{len(body.features)} features of {stored.header.sae.n_features if stored.header.sae else '?'}"
+    if isinstance(body, Threshold):
+        return f"{body.gate} > {body.threshold:.3f}, alpha {body.alpha:g}"
+    if isinstance(body, Guardrail):
+        return f"{len(body.indices)} features to -{body.strength:.3g}"
+    if isinstance(body, EvalReport):
+        shown = [f"{bench} {percent(sides, 'unlearned')}" for bench, sides in body.results.items()]
+        return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
+    return f"{body.attack} on {body.bench}: {body.summary['forget_acc_worst']:.2f} at {body.summary['worst_x']}"
+
+
+def percent(sides: Json, side: str) -> str:
+    """Accuracy of one side, or a dash."""
+    value = sides[side].get("acc")
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _features(body: FeatureSet) -> Table:
+    table = Table("rank", "feature", "forget", "retain", "ratio", box=None, pad_edge=False)
+    for rank, feature in enumerate(body.features, start=1):
+        table.add_row(
+            str(rank),
+            str(feature.index),
+            f"{feature.forget_score:.4g}",
+            f"{feature.retain_score:.4g}",
+            f"{feature.ratio:.4g}",
+        )
+    return table
+
+
+def _threshold(body: Threshold) -> list[tuple[str, str]]:
+    return [
+        ("gate", body.gate),
+        ("threshold", f"{body.threshold:.4f}"),
+        ("set at", f"alpha {body.alpha:g} on {body.n_calibration} pieces of retain text"),
+        (
+            "false positives",
+            f"{body.false_positive_rate:.3f} on {body.n_fresh} fresh pieces (95 %: {body.low:.3f} to {body.high:.3f})",
+        ),
+    ]
+
+
+def _guardrail(body: Guardrail) -> list[tuple[str, str]]:
+    return [
+        ("features", " ".join(map(str, body.indices))),
+        ("gate", f"{body.gate} > {body.threshold:.4f}"),
+        ("clamp", f"to -{body.strength:.4g} ({body.strength_setting}; median residual norm {body.median_residual_norm:.4g})"),
+        ("at", body.hook),
+    ]
+
+
+def _evaluation(body: EvalReport) -> Table:
+    table = Table("bench", "questions", "base", "guarded", "gated", box=None, pad_edge=False)
+    for bench, sides in body.results.items():
+        gate = body.gate.get(bench)
+        table.add_row(
+            bench,
+            str(sides["base"]["n"]),
+            percent(sides, "base"),
+            percent(sides, "unlearned"),
+            f"{gate['rate']:.2f}" if gate else "-",
+        )
+    for one in body.expected:
+        table.add_row(one["expect"], "", "", f"{one['value']:.2f}", "met" if one["met"] else "NOT MET")
+    return table
+
+
+def _attack(body: AttackReport) -> Table:
+    x = {"relearn": "steps", "dilution": "benign tokens"}.get(body.attack, "x")
+    has_utility = any("utility_acc" in point["guarded"] for point in body.curve)
+    columns = [x, "guarded", "gated", "unguarded", *(["utility"] if has_utility else [])]
+    table = Table(*columns, box=None, pad_edge=False)
+    for point in body.curve:
+        guard = point["guarded"]
+        cells = [
+            str(point["x"]),
+            f"{guard['forget_acc']:.2f}",
+            f"{guard['gate_rate']:.2f}",
+            f"{point['unguarded']['forget_acc']:.2f}",
+        ]
+        table.add_row(*cells, *([f"{guard['utility_acc']:.2f}"] if has_utility else []))
+    return table

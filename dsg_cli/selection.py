@@ -1,0 +1,80 @@
+"""Statistics to the features that carry the knowledge (METHOD, steps 3 and 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsg_cli.artifacts import Feature
+from dsg_cli.errors import DsgError
+
+FORGET_PERCENTILE = 5.0
+EPSILON = 1e-21
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen features and how the choice was cut."""
+
+    features: list[Feature]
+    ratio_cut: float
+    forget_cut: float
+    percentiles_over: str
+    n_live: int
+    n_passed: int
+
+
+def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, ratio_percentile: float) -> Selection:
+    """Choose features that matter to the forget corpus and, in proportion, not to the retain corpus.
+
+    `ratio_j = forget_j / (retain_j + 1e-21)`; keep features with `forget_j` at or above its 5th percentile and
+    `ratio_j` at or above its `ratio_percentile`-th; of those the `n_features` with the largest `forget_j`.
+    Percentiles are taken over all F features; where the SAE is so dead that the cuts would be 0 and let dead
+    features pass, over the live ones (active on at least one token of either corpus).
+
+    Args:
+        forget_F: Score of each feature on the forget corpus.
+        retain_F: The same on the retain corpus.
+        n_features: How many to take.
+        ratio_percentile: p_ratio of the paper.
+
+    Raises:
+        DsgError: No feature passes, or fewer than asked for.
+    """
+    forget_F, retain_F = forget_F.double(), retain_F.double()
+    if n_features > len(forget_F):
+        raise DsgError(f"{n_features} features were asked for, but the SAE has {len(forget_F)}.")
+    ratio_F = forget_F / (retain_F + EPSILON)
+    live_F = (forget_F > 0) | (retain_F > 0)
+    if not (forget_F > 0).any():
+        raise DsgError(
+            "No feature of the SAE is active on the forget corpus.", "Check that the SAE belongs to the model."
+        )
+    over, percentiles_over = torch.ones_like(live_F), "all"
+    if torch.quantile(ratio_F, ratio_percentile / 100) == 0:
+        over, percentiles_over = live_F, "live"
+    ratio_cut = torch.quantile(ratio_F[over], ratio_percentile / 100)
+    forget_cut = torch.quantile(forget_F[over], FORGET_PERCENTILE / 100)
+    passed_F = (forget_F >= forget_cut) & (ratio_F >= ratio_cut) & (forget_F > 0)
+    n_passed = int(passed_F.sum())
+    if n_passed < n_features:
+        none = "No feature passes" if n_passed == 0 else f"Only {n_passed} features pass"
+        raise DsgError(
+            f"{none} the filter at ratio percentile {ratio_percentile:g}, but {n_features} were asked for.",
+            "Lower --ratio-percentile, take fewer with -n, or give more forget text.",
+        )
+    ranked = torch.argsort(torch.where(passed_F, forget_F, -torch.inf), descending=True, stable=True)[:n_features]
+    features = [
+        Feature(index=j, forget_score=float(forget_F[j]), retain_score=float(retain_F[j]), ratio=float(ratio_F[j]))
+        for j in ranked.tolist()
+    ]
+    return Selection(
+        features=features,
+        ratio_cut=float(ratio_cut),
+        forget_cut=float(forget_cut),
+        percentiles_over=percentiles_over,
+        n_live=int(live_F.sum()),
+        n_passed=n_passed,
+    )

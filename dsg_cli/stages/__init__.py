@@ -1,0 +1,1 @@
+"""The stages: each one file with one `run()` that reads artifacts, calls the core and writes one artifact."""

@@ -1,0 +1,57 @@
+"""`dsg run` and `dsg demo`: the whole chain from one recipe, through the same stage functions as the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dsg_cli.errors import DsgError
+from dsg_cli.progress import Report, silent
+from dsg_cli.recipe import Recipe
+from dsg_cli.workspace import Stored, Workspace
+
+
+def run(
+    recipe: Recipe,
+    workspace: Workspace,
+    *,
+    reuse: bool = False,
+    report: Report = silent,
+    done: Callable[[Stored], Any] = lambda _: None,
+) -> list[Stored]:
+    """Select, calibrate, apply, evaluate and attack; each stage reads the artifact that the one before it wrote.
+
+    Args:
+        recipe: All settings; it must name corpora and benches.
+        workspace: Where artifacts go.
+        reuse: Take existing artifacts whose settings, inputs and versions match.
+        report: Progress.
+        done: Called with each artifact once it is written.
+
+    Raises:
+        DsgError: Anything the user can mend; a recipe that lacks a section, before anything runs.
+    """
+    if not recipe.eval.benches:
+        raise DsgError("The recipe names no bench.", "Add eval.benches.")
+
+    from dsg_cli.benches.tasks import check_benches
+    from dsg_cli.stages import apply, attack, calibrate, evaluate, select
+
+    for kind in recipe.attack.kinds:
+        attack.check_kind(kind)
+    check_benches(recipe.eval.benches, recipe.eval.include_path)
+    chain: list[Stored] = []
+
+    def keep(stored: Stored) -> str:
+        chain.append(stored)
+        done(stored)
+        return str(stored.path)
+
+    options: dict[str, Any] = {"reuse": reuse, "report": report}
+    features = keep(select.run(recipe, workspace, **options))
+    threshold = keep(calibrate.run(recipe, workspace, source=features, **options))
+    guardrail = keep(apply.run(recipe, workspace, source=threshold, **options))
+    keep(evaluate.run(recipe, workspace, source=guardrail, **options))
+    for kind in recipe.attack.kinds:
+        keep(attack.run(recipe, workspace, kind, source=guardrail, **options))
+    return chain

@@ -1,0 +1,134 @@
+"""`dsg select`: which features carry the knowledge that is to be forgotten?
+
+Reads the `select` part of the forget and retain corpora through the model's layers up to the SAE's hook and the
+whole SAE, once; ranks the features (METHOD, steps 1 to 4); writes features-NNN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from dsg_cli.artifacts import FeatureSet, Json
+from dsg_cli.corpora import Corpus, check_disjoint, check_names, load_corpora
+from dsg_cli.errors import DsgError
+from dsg_cli.model import LoadedModel, load_model, read_config, text_config
+from dsg_cli.progress import Report, silent
+from dsg_cli.recipe import Recipe
+from dsg_cli.sae import SaeSource, check_fits, load_encoder, read_sae
+from dsg_cli.selection import select_features
+from dsg_cli.stages.chain import absolute, check_device, identify
+from dsg_cli.stages.provenance import Clock, new_header
+from dsg_cli.statistics import FeatureStatistics, feature_statistics
+from dsg_cli.tokens import batches, chunks, encode
+from dsg_cli.workspace import Stored, Workspace
+
+BATCH_TOKENS = 8192
+
+
+def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Report = silent) -> Stored:
+    """Select features and write them.
+
+    Raises:
+        DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
+    """
+    clock = Clock()
+    names = recipe.corpora
+    check_names([*names.forget, *names.retain])
+    check_disjoint(names.forget, names.retain)
+    workspace.check_writable()
+    sae = read_sae(absolute(recipe.sae.source))
+    model_config = text_config(read_config(recipe.model.source))
+    check_fits(sae, model_config, recipe.model.source)
+    if not 1 <= recipe.select.n_features <= sae.identity.n_features:
+        raise DsgError(
+            f"{recipe.select.n_features} features were asked for; the SAE has {sae.identity.n_features}.",
+            "Choose another number with -n.",
+        )
+    if not 0 <= recipe.select.ratio_percentile < 100:
+        raise DsgError(f"The ratio percentile is {recipe.select.ratio_percentile:g}; it must be from 0 up to below 100.")
+    check_device(recipe.model.device)
+    limits = {"limit": names.limit, "seed": recipe.seed}
+    forget = load_corpora(names.forget, role="forget", **limits)
+    retain = load_corpora(names.retain, role="retain", **limits)
+
+    loaded = load_model(
+        recipe.model.source, device=recipe.model.device, dtype=recipe.model.dtype, last_layer=sae.site.layer
+    )
+    header = new_header(
+        "features",
+        recipe,
+        settings=_settings(recipe, forget, retain),
+        model=identify(loaded, sae.site.layer),
+        sae=dataclasses.replace(sae.identity, source=absolute(recipe.sae.source)),
+        inputs=[],
+    )
+    if reuse and (stored := workspace.matching(header)) is not None:
+        return stored
+
+    seq_len = min(recipe.select.seq_len, int(model_config.max_position_embeddings))
+    encoder = load_encoder(sae, device=recipe.model.device)
+    statistics = {
+        role: _statistics(loaded, sae, encoder, corpora, seq_len=seq_len, what=f"{role} corpus", report=report)
+        for role, corpora in (("forget", forget), ("retain", retain))
+    }
+    score = recipe.select.score
+    selection = select_features(
+        statistics["forget"].score(score),
+        statistics["retain"].score(score),
+        n_features=recipe.select.n_features,
+        ratio_percentile=recipe.select.ratio_percentile,
+    )
+    body = FeatureSet(
+        features=selection.features,
+        score=score,
+        ratio_cut=selection.ratio_cut,
+        forget_cut=selection.forget_cut,
+        percentiles_over=selection.percentiles_over,
+        n_live=selection.n_live,
+        n_passed=selection.n_passed,
+        forget_tokens=statistics["forget"].n_tokens,
+        retain_tokens=statistics["retain"].n_tokens,
+        median_residual_norm=statistics["retain"].median_residual_norm,
+    )
+    tensors = {name: tensor for role in statistics for name, tensor in statistics[role].tensors(role).items()}
+    n_tokens = body.forget_tokens + body.retain_tokens
+    return workspace.write(clock.close(header, n_tokens=n_tokens), body, tensors=tensors)
+
+
+def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]) -> Json:
+    return {
+        **dataclasses.asdict(recipe.select),
+        "forget": [{"name": corpus.name, "sha256": corpus.sha256} for corpus in forget],
+        "retain": [{"name": corpus.name, "sha256": corpus.sha256} for corpus in retain],
+        "limit": recipe.corpora.limit,
+    }
+
+
+def _statistics(
+    loaded: LoadedModel,
+    sae: SaeSource,
+    encoder: Callable[[Tensor], Tensor],
+    corpora: Sequence[Corpus],
+    *,
+    seq_len: int,
+    what: str,
+    report: Report,
+) -> FeatureStatistics:
+    texts = [text for corpus in corpora for text in corpus.part("select")]
+    bos = loaded.tokenizer.bos_token_id
+    documents = encode(loaded.tokenizer, texts, prepend_bos=sae.identity.prepend_bos)
+    rows = [row for ids in documents for row in chunks(ids, seq_len, bos=bos)]
+    if not rows:
+        raise DsgError(f"The {what} has no token in its select part.", "Give more text.")
+    return feature_statistics(
+        loaded.model,
+        sae.site,
+        encoder,
+        batches(rows, loaded.tokenizer, batch_tokens=BATCH_TOKENS, device=str(loaded.model.device)),
+        total_tokens=sum(map(len, rows)),
+        what=what,
+        report=report,
+    )

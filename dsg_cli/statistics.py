@@ -1,0 +1,103 @@
+"""Streaming per-feature statistics over the counted tokens of a corpus (METHOD: both scores from one pass)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsg_cli.model import HookSite
+from dsg_cli.progress import Report, silent
+from dsg_cli.residuals import read_residual
+from dsg_cli.tokens import TokenBatch
+
+CHUNK_TOKENS = 1024
+"""Tokens encoded at a time: what bounds the memory of a pass is this times F, never the corpus."""
+NORM_SAMPLE = 65_536
+"""Residual norms kept for their median."""
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Means over counted tokens, float64, shape [F]."""
+
+    n_tokens: int
+    mean_square_F: Tensor
+    """mean f^2: for a linear readout the diagonal of the Fisher information; the paper's score."""
+    mean_F: Tensor
+    """mean f; its square is the score of the authors' code."""
+    rate_F: Tensor
+    """Share of tokens on which the feature is active."""
+    median_residual_norm: float
+    """Over the first 65,536 counted tokens."""
+
+    def score(self, name: str) -> Tensor:
+        """`mean-square` or `squared-mean`, shape [F]."""
+        return self.mean_square_F if name == "mean-square" else self.mean_F.square()
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The statistics by name, as an artifact stores them."""
+        return {
+            f"{prefix}_mean_square": self.mean_square_F,
+            f"{prefix}_mean": self.mean_F,
+            f"{prefix}_rate": self.rate_F,
+        }
+
+
+@torch.inference_mode()
+def feature_statistics(
+    model: nn.Module,
+    site: HookSite,
+    encode: Callable[[Tensor], Tensor],
+    batches: Iterable[TokenBatch],
+    *,
+    total_tokens: int = 0,
+    what: str = "statistics",
+    report: Report = silent,
+) -> FeatureStatistics:
+    """One pass over a corpus.
+
+    Args:
+        model: Whole, or cut after the site's layer.
+        site: Where the SAE reads.
+        encode: Residuals [T, D] -> activations [T, F].
+        batches: The corpus.
+        total_tokens: For progress only.
+        what: Name of the pass, for progress only.
+        report: Progress.
+
+    Raises:
+        ValueError: No counted token, or an activation that is not finite.
+    """
+    n_tokens = 0
+    sums: list[Tensor] = []
+    norms: list[Tensor] = []
+    for batch in batches:
+        resid_BLD = read_residual(model, site, batch.ids_BL, batch.mask_BL)
+        resid_TD = resid_BLD[batch.counted_BL].float()
+        if sum(map(len, norms)) < NORM_SAMPLE:
+            norms.append(resid_TD.norm(dim=-1))
+        for chunk_TD in resid_TD.split(CHUNK_TOKENS):
+            acts_TF = encode(chunk_TD)
+            parts = (
+                acts_TF.square().sum(0, dtype=torch.float64),
+                acts_TF.sum(0, dtype=torch.float64),
+                (acts_TF != 0).sum(0).double(),
+            )
+            sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else list(parts)
+        n_tokens += len(resid_TD)
+        report(what, n_tokens, total_tokens)
+    if not n_tokens:
+        raise ValueError("no counted token in the corpus")
+    mean_square_F, mean_F, rate_F = (total.cpu() / n_tokens for total in sums)
+    if not torch.isfinite(mean_square_F).all():
+        raise ValueError("an activation of the SAE is not finite")
+    return FeatureStatistics(
+        n_tokens=n_tokens,
+        mean_square_F=mean_square_F,
+        mean_F=mean_F,
+        rate_F=rate_F,
+        median_residual_norm=float(torch.cat(norms)[:NORM_SAMPLE].median()),
+    )

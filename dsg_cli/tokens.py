@@ -1,0 +1,98 @@
+"""Texts to token batches: the one policy for BOS, padding and EOS.
+
+Shape suffixes used throughout the package: B batch, L position, T tokens of several sequences in a row,
+D model width, F features of the SAE, K chosen features, V vocabulary.
+
+A token is *counted* if it is neither padding nor BOS, EOS or pad: only counted tokens enter a statistic, can be
+hot, or are edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Right-padded token ids."""
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    """True for tokens, False for padding."""
+    special: tuple[int, ...]
+    index: tuple[int, ...]
+    """Position of each row in the list that was batched."""
+
+    @property
+    def counted_BL(self) -> Tensor:
+        """True where a token is counted."""
+        return counted_tokens(self.ids_BL, self.mask_BL, self.special)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of BOS, EOS and pad, those that the tokenizer has."""
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return tuple(sorted({int(i) for i in ids if i is not None}))
+
+
+def counted_tokens(ids_BL: Tensor, mask_BL: Tensor | None, special: Sequence[int] | Tensor) -> Tensor:
+    """True for tokens that are neither padding nor special, shape [B, L].
+
+    Without a mask, padding is recognised by its id, which is special.
+    """
+    special_S = torch.as_tensor(special, device=ids_BL.device)
+    counted_BL = ~torch.isin(ids_BL, special_S)
+    return counted_BL if mask_BL is None else counted_BL & mask_BL.bool()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, prepend_bos: bool = True) -> list[list[int]]:
+    """Token ids of each text, BOS first if the tokenizer has one and the SAE was trained with it; no EOS."""
+    bos = tokenizer.bos_token_id
+    rows = [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    return [[bos, *row] for row in rows] if prepend_bos and bos is not None else rows
+
+
+def chunks(ids: list[int], seq_len: int, *, bos: int | None) -> Iterator[list[int]]:
+    """A long sequence as consecutive rows of at most `seq_len` tokens, each with the BOS of the first."""
+    head = ids[:1] if bos is not None and ids[:1] == [bos] else []
+    body, step = ids[len(head) :], seq_len - len(head)
+    for start in range(0, len(body), step):
+        yield head + body[start : start + step]
+
+
+def batches(
+    rows: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int, device: str = "cpu"
+) -> Iterator[TokenBatch]:
+    """Right-padded batches of similar lengths, each of at most `batch_tokens` tokens including padding."""
+    special = special_ids(tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    listed = list(rows)
+    order = sorted(range(len(listed)), key=lambda i: -len(listed[i]))
+    group: list[int] = []
+    for i in order:
+        if group and len(listed[group[0]]) * (len(group) + 1) > batch_tokens:
+            yield pad_rows([listed[j] for j in group], pad, special, device, index=group)
+            group = []
+        group.append(i)
+    if group:
+        yield pad_rows([listed[j] for j in group], pad, special, device, index=group)
+
+
+def pad_rows(
+    rows: Sequence[list[int]],
+    pad: int,
+    special: tuple[int, ...],
+    device: str = "cpu",
+    *,
+    index: Sequence[int] | None = None,
+) -> TokenBatch:
+    """One right-padded batch."""
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows], device=device)
+    return TokenBatch(ids, mask, special, tuple(index if index is not None else range(len(rows))))
