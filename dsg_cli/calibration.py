@@ -46,7 +46,8 @@ def conformal_threshold(statistics: Sequence[float], alpha: float) -> float:
     rank = math.ceil(round((n + 1) * (1 - alpha), 9))
     if rank > n:
         raise DsgError(
-            f"{n} pieces of retain text cannot set a threshold at alpha {alpha:g}; at least {math.ceil(1 / alpha) - 1} are needed.",
+            f"{n} pieces of retain text cannot set a threshold at alpha {alpha:g}; "
+            f"at least {math.ceil(1 / alpha) - 1} are needed.",
             "Give more retain text, or a larger --alpha.",
         )
     return sorted(statistics)[rank - 1]

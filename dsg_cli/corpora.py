@@ -101,12 +101,12 @@ def check_names(names: Sequence[str]) -> None:
             raise DsgError(f"The corpus {name} is a folder.", "Give a .jsonl or .txt file.")
         raise DsgError(
             f"There is no corpus or file named {name}.",
-            f"{nearest(name, lab.CORPORA)} Or give a .jsonl file of {{\"text\": ...}} lines, or a .txt file.",
+            f'{nearest(name, lab.CORPORA)} Or give a .jsonl file of {{"text": ...}} lines, or a .txt file.',
         )
 
 
 def load_corpus(name: str) -> Corpus:
-    """Read one corpus of the lab, a JSON lines file with a `text` field, or a text file (blank lines between documents).
+    """Read a corpus of the lab, a JSON lines file with a `text` field, or a text file (blank lines part documents).
 
     Raises:
         DsgError: Unknown, unreadable, not text, empty or tiny.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
 from dsg_cli.artifacts import Json
@@ -52,6 +52,10 @@ class ScoringLM(HFLM):
         self.report = report
         self.decisions: dict[tuple[str, str], Decision] = {}
         self.n_tokens = 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Without lm-eval's progress bar: ours reports the same work."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_options: Any
@@ -111,7 +115,7 @@ def evaluate(
         samples: Keep the questions' texts in the rows.
         report: Progress.
     """
-    manager = task_manager(include_path)
+    manager = task_manager(benches, include_path)
     found: dict[str, Any] = {}
     n_tokens = 0
     decisions: dict[tuple[str, str], Decision] = {}
@@ -119,15 +123,30 @@ def evaluate(
         guard = guardrail if side == "unlearned" else None
         lm = ScoringLM(loaded, batch_size=batch_size, guardrail=guard, what=f"{side} model", report=report)
         with guarded(loaded.model, guard) if guard is not None else contextlib.nullcontext():
-            found[side] = simple_evaluate(
+            found[side] = _simple_evaluate(
                 model=lm, tasks=task_specs(benches, split), task_manager=manager, limit=limit, log_samples=True
             )
         n_tokens += lm.n_tokens
         decisions |= lm.decisions
     rows = _rows(found["base"], found["unlearned"], decisions, samples)
-    names = [name for name in found["base"]["results"]]
+    names = list(found["base"]["results"])
     results = {name: {side: _metrics(found[side], name) for side in found} for name in names}
     return SideBySide(results=results, gate=_gate_rates(rows, found["base"], names), rows=rows, n_tokens=n_tokens)
+
+
+def _simple_evaluate(**options: Any) -> Any:
+    """lm-eval's entry point, without its look at the machine and at the working folder's repository.
+
+    Both cost a second and print to the terminal; our header has what is needed of them.
+    """
+    nothing = {name: getattr(evaluator, name) for name in ("add_env_info", "get_git_commit_hash")}
+    try:
+        for name in nothing:
+            setattr(evaluator, name, lambda *_arguments: None)
+        return evaluator.simple_evaluate(**options)
+    finally:
+        for name, original in nothing.items():
+            setattr(evaluator, name, original)
 
 
 def _metrics(found: Any, name: str) -> Json:

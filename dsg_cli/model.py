@@ -153,8 +153,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         DsgError: No module list of the right length was found.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    n_layers = int(text_config(model.config).num_hidden_layers)  # type: ignore[union-attr]
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder: nn.Module = get_decoder() if get_decoder is not None else model
+    n_layers = int(text_config(model.config).num_hidden_layers)
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module

@@ -149,12 +149,12 @@ def find_recipe(name: str) -> Path:
     shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
     if shipped.is_file() and path.parent in (Path(), Path("recipes")):
         return shipped
-    raise DsgError(f"There is no recipe {name}.", f"{nearest(path.stem, recipe_names())} Or give the path of a YAML file.")
+    raise DsgError(
+        f"There is no recipe {name}.", f"{nearest(path.stem, recipe_names())} Or give the path of a YAML file."
+    )
 
 
-def load_recipe(
-    name: str | None = None, *, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None
-) -> Recipe:
+def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from a file, with `--set` and flags on top.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsg_cli.model import HookSite, decoder_layers
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """Raised inside the forward pass once the residual is known: nothing above it needs to run."""
 
 
@@ -32,13 +32,10 @@ def read_residual(model: nn.Module, site: HookSite, ids_BL: Tensor, mask_BL: Ten
 
     def keep(resid_BLD: Tensor) -> Tensor:
         found.append(resid_BLD)
-        raise _Reached
+        raise _ReachedError
 
-    with replace_residual(model, site, keep):
-        try:
-            model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
-        except _Reached:
-            pass
+    with replace_residual(model, site, keep), suppress(_ReachedError):
+        model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
     return found[0]
 
 

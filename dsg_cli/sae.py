@@ -133,7 +133,8 @@ def check_fits(sae: SaeSource, model_config: Any, model_source: str) -> None:
         )
     if sae.site.layer >= n_layers:
         raise DsgError(
-            f"The SAE {sae.identity.source} sits at layer {sae.site.layer}, but the model {model_source} has {n_layers}."
+            f"The SAE {sae.identity.source} sits at layer {sae.site.layer} (counted from 0), "
+            f"but the model {model_source} has {n_layers} layers."
         )
 
 
@@ -159,7 +160,9 @@ def slice_sae(sae: SaeSource, indices: Sequence[int]) -> SaeSlice:
     """
     beyond = [index for index in indices if not 0 <= index < sae.identity.n_features]
     if beyond:
-        raise DsgError(f"The SAE {sae.identity.source} has {sae.identity.n_features} features; there is no {beyond[0]}.")
+        raise DsgError(
+            f"The SAE {sae.identity.source} has {sae.identity.n_features} features; there is no {beyond[0]}."
+        )
     index_K = torch.tensor(list(indices), dtype=torch.long)
     with safe_open(sae.folder / WEIGHTS_FILE, framework="pt") as file:
         W_enc = file.get_tensor("W_enc")[:, index_K].double()

@@ -79,7 +79,7 @@ def feature_statistics(
         resid_TD = resid_BLD[batch.counted_BL].float()
         if sum(map(len, norms)) < NORM_SAMPLE:
             norms.append(resid_TD.norm(dim=-1))
-        for chunk_TD in resid_TD.split(CHUNK_TOKENS):
+        for chunk_TD in torch.split(resid_TD, CHUNK_TOKENS):
             acts_TF = encode(chunk_TD)
             parts = (
                 acts_TF.square().sum(0, dtype=torch.float64),

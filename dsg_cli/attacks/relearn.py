@@ -72,9 +72,7 @@ def relearn(
                     loss = _step(attacked, optimizer, *batch)
                 n_done += 1
                 report(f"relearning, {side}", n_done, max(steps))
-            measured = ask(
-                attacked, tokenizer, forget, guardrail=guard, batch_size=batch_size, max_length=max_length
-            )
+            measured = ask(attacked, tokenizer, forget, guardrail=guard, batch_size=batch_size, max_length=max_length)
             point[side] = {"forget_acc": measured.pop("acc"), **measured}
             if utility:
                 kept = ask(attacked, tokenizer, utility, guardrail=guard, batch_size=batch_size, max_length=max_length)
@@ -101,7 +99,7 @@ def _step(
     target_BL = ids_BL[:, 1:].masked_fill(~mask_BL[:, 1:], -100)
     loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), target_BL.flatten())
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return loss.item()

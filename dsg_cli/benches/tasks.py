@@ -5,10 +5,12 @@ lm-eval's quirks live here and in evaluation.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsg_cli.errors import DsgError, nearest
@@ -48,12 +50,23 @@ def lab_task(bench: str, split: str) -> dict[str, Any]:
     }
 
 
-def task_manager(include_path: str | None) -> Any:
-    """lm-eval's index of tasks, with a folder of the user's own."""
+def task_manager(names: Sequence[str], include_path: str | None) -> Any:
+    """lm-eval's index of the tasks that the names need.
+
+    Indexing all of lm-eval's thousands of tasks takes seconds, so it is done only for a name that is neither the lab's
+    nor in the user's folder.
+    """
+    own = _index(include_path, False)
+    others = [name for name in names if name not in lab.bench_names() and name not in own.all_tasks]
+    return _index(include_path, True) if others else own
+
+
+@functools.cache
+def _index(include_path: str | None, include_defaults: bool) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def check_benches(names: Sequence[str], include_path: str | None) -> None:
@@ -70,16 +83,15 @@ def check_benches(names: Sequence[str], include_path: str | None) -> None:
     others = [name for name in names if name not in lab.bench_names()]
     if not others:
         return
-    if include_path is not None:
-        from pathlib import Path
-
-        if not Path(include_path).is_dir():
-            raise DsgError(f"There is no folder {include_path} (--include-path).")
-    known = task_manager(include_path).all_tasks
+    if include_path is not None and not Path(include_path).is_dir():
+        raise DsgError(f"There is no folder {include_path} (--include-path).")
+    known = task_manager(others, include_path).all_tasks
     for name in others:
         if name not in known:
             close = nearest(name, [*lab.bench_names(), *known])
-            hint = close if close.startswith("Did") else "`dsg ls benches` lists the lab's; lm-eval's tasks work by name."
+            hint = (
+                close if close.startswith("Did") else "`dsg ls benches` lists the lab's; lm-eval's tasks work by name."
+            )
             raise DsgError(f"There is no bench named {name}.", hint)
 
 
@@ -88,14 +100,15 @@ def task_specs(names: Sequence[str], split: str) -> list[Any]:
     return [lab_task(name, split) if name in lab.bench_names() else name for name in names]
 
 
-def load_questions(bench: str, *, split: str, include_path: str | None = None, limit: int | None = None) -> list[Question]:
+def load_questions(
+    bench: str, *, split: str, include_path: str | None = None, limit: int | None = None
+) -> list[Question]:
     """The questions of one multiple-choice bench, exactly as lm-eval would ask them.
 
     Raises:
         DsgError: The bench is a group of tasks, or does not score choices by log-likelihood.
     """
-    manager = task_manager(include_path)
-    loaded = manager.load(task_specs([bench], split))["tasks"]
+    loaded = task_manager([bench], include_path).load(task_specs([bench], split))["tasks"]
     questions: list[Question] = []
     for name, task in loaded.items():
         if task.get_config("output_type") != "multiple_choice":

@@ -8,7 +8,6 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import progress, show_stored
-from dsg_cli.workspace import Workspace
 
 
 def command(
@@ -31,6 +30,7 @@ def command(
     resolved = opt.settings(recipe, sets, device=None, dtype=None, seed=None, guardrail__strength=strength)
     with progress(quiet) as report:
         from dsg_cli.stages import apply
+        from dsg_cli.workspace import Workspace
 
         stored = apply.run(resolved, Workspace(workspace), source=source, reuse=reuse, report=report)
     show_stored(stored, as_json=as_json, quiet=quiet)

@@ -9,7 +9,6 @@ import typer
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import progress, show_stored
 from dsg_cli.errors import DsgError
-from dsg_cli.workspace import Workspace
 
 
 def command(
@@ -47,6 +46,7 @@ def command(
         raise DsgError("No attack is named.", "Give one with --kind: `dsg ls attacks` lists them.")
     with progress(quiet) as report:
         from dsg_cli.stages import attack
+        from dsg_cli.workspace import Workspace
 
         for name in resolved.attack.kinds:
             attack.check_kind(name)

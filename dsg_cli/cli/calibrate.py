@@ -9,7 +9,6 @@ import typer
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import progress, show_stored
 from dsg_cli.errors import DsgError
-from dsg_cli.workspace import Workspace
 
 
 def command(
@@ -49,6 +48,7 @@ def command(
     )
     with progress(quiet) as report:
         from dsg_cli.stages import calibrate
+        from dsg_cli.workspace import Workspace
 
         stored = calibrate.run(resolved, Workspace(workspace), source=source, reuse=reuse, report=report)
     show_stored(stored, as_json=as_json, quiet=quiet)

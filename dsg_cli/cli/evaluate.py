@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsg_cli.artifacts import EvalReport
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import progress, show_stored
-from dsg_cli.workspace import Stored, Workspace
+
+if TYPE_CHECKING:
+    from dsg_cli.workspace import Stored
 
 EXPECTATION_NOT_MET = 3
 
@@ -59,6 +60,7 @@ def command(
     )
     with progress(quiet) as report:
         from dsg_cli.stages import evaluate
+        from dsg_cli.workspace import Workspace
 
         stored = evaluate.run(resolved, Workspace(workspace), source=source, reuse=reuse, report=report)
     show_stored(stored, as_json=as_json, quiet=quiet)
@@ -67,6 +69,8 @@ def command(
 
 def exit_unless_met(chain: list[Stored]) -> None:
     """Exit 3 if an expectation of any evaluation was not met."""
+    from dsg_cli.artifacts import EvalReport
+
     for stored in chain:
         if isinstance(stored.body, EvalReport) and not all(one["met"] for one in stored.body.expected):
             raise typer.Exit(EXPECTATION_NOT_MET)

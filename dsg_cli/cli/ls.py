@@ -6,14 +6,18 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json, print_names
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
-from dsg_cli.recipe import recipe_names
-from dsg_cli.workspace import Workspace
+
+
+def _recipes() -> list[str]:
+    from dsg_cli.recipe import recipe_names
+
+    return recipe_names()
+
 
 NAMES = {
     "corpora": lambda: list(lab.CORPORA),
@@ -21,7 +25,7 @@ NAMES = {
     "saes": lambda: list(lab.SAE_DIRS),
     "gates": lambda: ["mean"],
     "attacks": lambda: ["relearn", "dilution"],
-    "recipes": recipe_names,
+    "recipes": _recipes,
 }
 
 
@@ -36,11 +40,15 @@ def command(
             raise DsgError(f"dsg ls knows no {what}.", nearest(what, NAMES))
         print_names(NAMES[what](), as_json=as_json)
         return
+    from dsg_cli.workspace import Workspace
+
     found = Workspace(workspace)
     stored = [found.read(artifact_id) for artifact_id in found.ids()]
     if as_json:
         print_json([one.json for one in stored])
     elif sys.stdout.isatty() and stored:
+        from rich.console import Console
+
         from dsg_cli.report.tables import list_table
 
         Console().print(list_table(stored))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsg_cli.recipe import Recipe, load_recipe
+if TYPE_CHECKING:
+    from dsg_cli.recipe import Recipe
 
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", envvar="DSG_WORKSPACE", help="Folder of artifacts.", show_default=True)
@@ -34,6 +35,8 @@ def settings(
 
     An empty list means that a repeatable flag was not given.
     """
+    from dsg_cli.recipe import load_recipe
+
     dotted = {key.replace("__", "."): (None if value == [] else value) for key, value in flags.items()}
     common = {"model.device": device, "model.dtype": dtype, "seed": seed}
     return load_recipe(recipe, sets=sets or [], flags={**common, **dotted})

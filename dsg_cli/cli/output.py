@@ -6,22 +6,25 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from dsg_cli.artifacts import NEXT_COMMAND
 from dsg_cli.progress import Report, silent
-from dsg_cli.workspace import Stored
+
+if TYPE_CHECKING:
+    from dsg_cli.workspace import Stored
 
 
 def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool) -> None:
     """What a stage made: a table on a terminal, its id off one, its own JSON with `--json`."""
-    several = [stored] if isinstance(stored, Stored) else list(stored)
+    from dsg_cli.artifacts import NEXT_COMMAND
+
+    several = list(stored) if isinstance(stored, Sequence) else [stored]
     if as_json:
         documents = [one.json for one in several]
         print_json(documents[0] if len(documents) == 1 else documents)
     elif sys.stdout.isatty():
+        from rich.console import Console
+
         from dsg_cli.report.tables import artifact_table
 
         for one in several:
@@ -55,6 +58,8 @@ def print_names(names: Sequence[str], *, as_json: bool) -> None:
 def hint(text: str) -> None:
     """A word to the person at the terminal, on stderr."""
     if sys.stderr.isatty():
+        from rich.console import Console
+
         Console(stderr=True).print(text, style="dim", highlight=False)
 
 
@@ -64,6 +69,7 @@ def progress(quiet: bool) -> Iterator[Report]:
     if quiet or not sys.stderr.isatty():
         yield silent
         return
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))

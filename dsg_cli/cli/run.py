@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.evaluate import exit_unless_met
 from dsg_cli.cli.output import hint, print_json, print_line, progress
-from dsg_cli.recipe import Recipe
-from dsg_cli.workspace import Workspace
+
+if TYPE_CHECKING:
+    from dsg_cli.recipe import Recipe
 
 
 def command(
@@ -39,6 +39,7 @@ def run_chain(recipe: Recipe, workspace: Path, *, reuse: bool, as_json: bool, qu
     """Run, then show one table (on a terminal or off it) or one JSON document."""
     with progress(quiet) as report:
         from dsg_cli.stages import run_recipe
+        from dsg_cli.workspace import Workspace
 
         chain = run_recipe.run(
             recipe,
@@ -47,6 +48,8 @@ def run_chain(recipe: Recipe, workspace: Path, *, reuse: bool, as_json: bool, qu
             report=report,
             done=lambda stored: None if quiet else hint(f"wrote {stored.id}"),
         )
+    from rich.console import Console
+
     from dsg_cli.report.demo import chain_summary, chain_table
 
     if as_json:

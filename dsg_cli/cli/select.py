@@ -8,7 +8,6 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import progress, show_stored
-from dsg_cli.workspace import Workspace
 
 
 def command(
@@ -53,6 +52,7 @@ def command(
     )
     with progress(quiet) as report:
         from dsg_cli.stages import select
+        from dsg_cli.workspace import Workspace
 
         stored = select.run(resolved, Workspace(workspace), reuse=reuse, report=report)
     show_stored(stored, as_json=as_json, quiet=quiet)

@@ -6,12 +6,9 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json
-from dsg_cli.report.tables import artifact_table
-from dsg_cli.workspace import Workspace
 
 
 def command(
@@ -20,6 +17,11 @@ def command(
     as_json: opt.JsonOption = False,
 ) -> None:
     """Show one artifact: what it found and where it came from."""
+    from rich.console import Console
+
+    from dsg_cli.report.tables import artifact_table
+    from dsg_cli.workspace import Workspace
+
     stored = Workspace(workspace).read(artifact)
     if as_json:
         print_json(stored.json)

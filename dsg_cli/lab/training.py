@@ -11,7 +11,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,8 @@ from dsg_cli.lab import world as lab_world
 from dsg_cli.lab.data import BENCHES, CORPORA, PHRASINGS
 from dsg_cli.lab.world import FAR, NEAR, World
 from dsg_cli.model import HookSite
+from dsg_cli.progress import Report, silent
 from dsg_cli.residuals import read_residual, replace_residual
-
-Report = Callable[[str, int, int], None]
-"""Called with (what, done, total) as the work goes on."""
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 DOMAINS_OF = {
@@ -70,7 +68,9 @@ class LabSettings:
     """Documents of a shipped corpus, for each of its domains."""
 
 
-def train_lab(folder: Path, *, seed: int = 0, settings: LabSettings | None = None, report: Report | None = None) -> dict[str, Any]:
+def train_lab(
+    folder: Path, *, seed: int = 0, settings: LabSettings | None = None, report: Report = silent
+) -> dict[str, Any]:
     """Build the whole lab in `folder` (which must not exist) and return what was measured on the way.
 
     Returns:
@@ -78,7 +78,6 @@ def train_lab(folder: Path, *, seed: int = 0, settings: LabSettings | None = Non
         L0, share of dead features, and the cross-entropy with the SAE's reconstruction in place of the residual.
     """
     settings = settings or LabSettings()
-    report = report or (lambda *_: None)
     start = time.monotonic()
     world = lab_world.build_world()
     tokenizer = build_tokenizer(world)
@@ -100,9 +99,7 @@ def train_lab(folder: Path, *, seed: int = 0, settings: LabSettings | None = Non
         sae_start = time.monotonic()
         name = f"sae-{i}" if i else "sae"
         sae = train_sae(model, tokenizer, world, settings, seed=1000 * seed + i, report=report, folder=folder / name)
-        measured["saes"].append(
-            {"name": name, **sae, "seconds": round(time.monotonic() - sae_start, 1)}
-        )
+        measured["saes"].append({"name": name, **sae, "seconds": round(time.monotonic() - sae_start, 1)})
     measured["seconds"] = round(time.monotonic() - start, 1)
     (folder / "training.json").write_text(json.dumps(measured, indent=1) + "\n")
     return measured
@@ -117,7 +114,9 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -161,7 +160,7 @@ def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 def training_rows(
     world: World, tokenizer: PreTrainedTokenizerFast, seed: int, *, n_rows: int, seq_len: int
 ) -> Iterator[Tensor]:
-    """Endless batches ids [n_rows, seq_len]: documents `<bos> ... <eos>` one after another, each row starting a new one."""
+    """Endless batches ids [n_rows, seq_len]: `<bos> document <eos>` one after another, each row starting a new one."""
     rng = random.Random(seed)
     eos = tokenizer.eos_token_id
     while True:
@@ -214,7 +213,7 @@ def train_language_model(
         logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

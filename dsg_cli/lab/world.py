@@ -25,6 +25,10 @@ WORLD_SEED = 20250408
 PHRASINGS = ("seen", "held", "novel", "terse")
 SPLITS = ("dev", "test")
 
+ONSETS = "b br d dr f g gl h j k kr l m n p qu r s sk t tr v w y z".split()  # noqa: SIM905
+VOWELS = "a e i o u ae ia ou".split()  # noqa: SIM905
+CODAS = "l n r s th x m nd rk sh".split()  # noqa: SIM905
+
 MAGIC_RELATIONS = {
     "binder": ("is bound by", "mason weaver miller tanner ferryman"),
     "vessel": ("is sealed in", "jar box basket chest bowl"),
@@ -38,8 +42,8 @@ FAR_RELATIONS = {
     "home": ("belongs to", "coast valley forest island mountain"),
 }
 
-# Statements of a fact. {n} the domain's noun, {p} its plural, {a} one of its adjectives, {E} the entity, {r} the relation,
-# {v} its verb phrase, {V} the value.
+# Statements of a fact. {n} the domain's noun, {p} its plural, {a} one of its adjectives, {E} the entity,
+# {r} the relation, {v} its verb phrase, {V} the value.
 STATEMENTS = (
     "The {a} {n} {E} {v} the {V}.",
     "The {r} of the {a} {n} {E} is the {V}.",
@@ -291,15 +295,10 @@ def _even_values(rng: random.Random, pool: Sequence[str]) -> list[str]:
 
 
 def _entity_names(rng: random.Random, n: int) -> list[str]:
-    onsets = "b br d dr f g gl h j k kr l m n p qu r s sk t tr v w y z".split()
-    vowels = "a e i o u ae ia ou".split()
-    codas = "l n r s th x m nd rk sh".split()
     taken = {word.lower() for word in words_outside_entities()}
     names: list[str] = []
     while len(names) < n:
-        name = "".join(
-            (rng.choice(onsets), rng.choice(vowels), rng.choice(onsets), rng.choice(vowels), rng.choice(codas))
-        )
+        name = "".join(map(rng.choice, (ONSETS, VOWELS, ONSETS, VOWELS, CODAS)))
         if name not in taken:
             taken.add(name)
             names.append(name.capitalize())
@@ -370,7 +369,9 @@ def training_document(world: World, rng: random.Random, max_words: int) -> str:
     target, n_words = rng.randint(20, max_words), 0
     while n_words < target:
         domain = rng.choice(DOMAINS).name
-        part = prose(world, domain, rng, rng.randint(1, 10)) if rng.random() < 0.5 else _any_question(world, domain, rng)
+        part = (
+            prose(world, domain, rng, rng.randint(1, 10)) if rng.random() < 0.5 else _any_question(world, domain, rng)
+        )
         parts.append(part)
         n_words += len(part.split())
     return " ".join(parts)

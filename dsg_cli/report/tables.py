@@ -106,7 +106,10 @@ def _guardrail(body: Guardrail) -> list[tuple[str, str]]:
     return [
         ("features", " ".join(map(str, body.indices))),
         ("gate", f"{body.gate} > {body.threshold:.4f}"),
-        ("clamp", f"to -{body.strength:.4g} ({body.strength_setting}; median residual norm {body.median_residual_norm:.4g})"),
+        (
+            "clamp",
+            f"to -{body.strength:.4g} ({body.strength_setting}; median residual norm {body.median_residual_norm:.4g})",
+        ),
         ("at", body.hook),
     ]
 

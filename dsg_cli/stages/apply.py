@@ -31,7 +31,7 @@ def run(
     clock = Clock()
     threshold = workspace.find("threshold", source)
     workspace.check_writable()
-    features = parent(workspace, threshold, "features")
+    features = parent(threshold, "features")
     median = features.body_as(FeatureSet).median_residual_norm
     strength = parse_strength(recipe.guardrail.strength, median)
     assert threshold.header.sae is not None

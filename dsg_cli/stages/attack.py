@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 from dsg_cli.artifacts import AttackReport, Guardrail, Json
 from dsg_cli.attacks import dilution, relearn
@@ -64,8 +65,10 @@ def run(
         return found
 
     module = load_guardrail_module(workspace, stored).to(loaded.model.device)
-    attack = _relearn if kind == "relearn" else _dilute
-    curve = attack(loaded, module, recipe, bench, body, report)
+    if kind == "relearn":
+        curve = _relearn(loaded, module, recipe, bench, report)
+    else:
+        curve = _dilute(loaded, module, recipe, bench, body.retain, report)
     report_body = AttackReport(
         attack=kind,
         threat_model=THREAT_MODELS[kind],
@@ -132,10 +135,10 @@ def _max_length(loaded: LoadedModel) -> int:
 
 
 def _dilute(
-    loaded: LoadedModel, module: GuardrailModule, recipe: Recipe, bench: str, body: Guardrail, report: Report
+    loaded: LoadedModel, module: GuardrailModule, recipe: Recipe, bench: str, retain: Sequence[str], report: Report
 ) -> list[Json]:
     """With text of the retain corpora that neither selection nor calibration has seen."""
-    texts = [text for corpus in load_corpora(body.retain, role="retain") for text in corpus.part("fresh")]
+    texts = [text for corpus in load_corpora(retain, role="retain") for text in corpus.part("fresh")]
     return dilution.dilute(
         loaded.model,
         loaded.tokenizer,
@@ -149,9 +152,7 @@ def _dilute(
     )
 
 
-def _relearn(
-    loaded: LoadedModel, module: GuardrailModule, recipe: Recipe, bench: str, body: Guardrail, report: Report
-) -> list[Json]:
+def _relearn(loaded: LoadedModel, module: GuardrailModule, recipe: Recipe, bench: str, report: Report) -> list[Json]:
     """The attacker's questions come from the other split of a lab bench, else from the bench itself."""
     settings = recipe.attack
     asked = _questions(recipe, bench, recipe.eval.split)

@@ -81,7 +81,7 @@ def run(
         raise DsgError(
             f"The gate could never fire: at alpha {settings.alpha:g} its threshold is {threshold:g}, the largest "
             "value that the statistic can take.",
-            "The features fire on retain text too: raise --ratio-percentile or lower -n in dsg select, or raise --alpha.",
+            "The features fire on retain text too: raise --ratio-percentile or lower -n in select, or raise --alpha.",
         )
     n_false = sum(statistic > threshold for statistic in fresh)
     low, high = clopper_pearson(n_false, len(fresh))

@@ -89,7 +89,7 @@ def chain_sae(wanted: SaeIdentity, made: str) -> SaeSource:
     return sae
 
 
-def parent(workspace: Workspace, stored: Stored, kind: str) -> Stored:
+def parent(stored: Stored, kind: str) -> Stored:
     """The artifact of a kind that this one was made from, next to it in its workspace.
 
     Raises:
@@ -108,6 +108,4 @@ def load_guardrail_module(workspace: Workspace, stored: Stored) -> GuardrailModu
     tensors = workspace.tensors(stored)
     sae = SaeSlice(tensors["W_enc"], tensors["b_enc"], tensors["active_above"], tensors["W_dec"])
     site = parse_hook_site(body.hook, where=str(stored.path))
-    return GuardrailModule(
-        sae, site, threshold=body.threshold, strength=body.strength, special=tuple(body.special_ids)
-    )
+    return GuardrailModule(sae, site, threshold=body.threshold, strength=body.strength, special=tuple(body.special_ids))

@@ -42,7 +42,7 @@ def new_header(
     *,
     settings: Json,
     model: ModelIdentity,
-    sae: SaeIdentity,
+    sae: SaeIdentity | None,
     inputs: Sequence[Stored],
 ) -> Header:
     """A header without id, files and costs, which come last."""

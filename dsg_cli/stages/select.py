@@ -48,11 +48,12 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
             "Choose another number with -n.",
         )
     if not 0 <= recipe.select.ratio_percentile < 100:
-        raise DsgError(f"The ratio percentile is {recipe.select.ratio_percentile:g}; it must be from 0 up to below 100.")
+        raise DsgError(
+            f"The ratio percentile is {recipe.select.ratio_percentile:g}; it must be from 0 up to below 100."
+        )
     check_device(recipe.model.device)
-    limits = {"limit": names.limit, "seed": recipe.seed}
-    forget = load_corpora(names.forget, role="forget", **limits)
-    retain = load_corpora(names.retain, role="retain", **limits)
+    forget = load_corpora(names.forget, role="forget", limit=names.limit, seed=recipe.seed)
+    retain = load_corpora(names.retain, role="retain", limit=names.limit, seed=recipe.seed)
 
     loaded = load_model(
         recipe.model.source, device=recipe.model.device, dtype=recipe.model.dtype, last_layer=sae.site.layer
