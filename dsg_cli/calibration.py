@@ -55,9 +55,9 @@ def conformal_threshold(statistics: Sequence[float], alpha: float) -> float:
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Exact confidence interval of a rate of k in n; (0, 1) if n is 0."""
-    from scipy.stats import beta
+    from scipy.stats import binomtest
 
-    tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, k, n - k + 1)) if k > 0 else 0.0
-    high = float(beta.ppf(1 - tail, k + 1, n - k)) if k < n else 1.0
-    return low, high
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(k, n).proportion_ci(confidence, method="exact")
+    return float(interval.low), float(interval.high)

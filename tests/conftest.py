@@ -1,0 +1,101 @@
+"""In-memory fakes: a two-layer random model, a random SAE and a word-level tokenizer, also as folders."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WIDTH, N_FEATURES, N_WORDS, LAYER = 16, 48, 60, 1
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3} | {f"w{i}": i + 4 for i in range(N_WORDS)}
+    fast = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def make_sae(folder: Path, architecture: str = "jumprelu", *, hook: str | None = None, seed: int = 0, **settings):
+    """A random SAE, saved by sae-lens in its own format; returns the loaded SAE."""
+    from sae_lens import SAE
+    from sae_lens.registry import get_sae_class
+    from sae_lens.saes.sae import SAEMetadata
+
+    torch.manual_seed(seed)
+    sae_class, config_class = get_sae_class(architecture)
+    metadata = SAEMetadata(hook_name=hook or f"blocks.{LAYER}.hook_resid_post", prepend_bos=True)
+    values = {"d_in": WIDTH, "d_sae": N_FEATURES, "dtype": "float32", "device": "cpu"} | settings
+    sae = sae_class(config_class(**values, metadata=metadata))
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(torch.rand_like(parameter) * 0.5 if name == "threshold" else torch.randn_like(parameter))
+    sae.save_model(folder)
+    return SAE.load_from_disk(folder)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, model, tokenizer) -> dict[str, Path]:
+    """A model folder, an SAE folder and two corpora, as a user would have them."""
+    root = tmp_path_factory.mktemp("user")
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    make_sae(root / "sae")
+    rng = random.Random(0)
+    for name, words in (("forget", range(30)), ("retain", range(30, N_WORDS))):
+        texts = [" ".join(f"w{rng.choice(words)}" for _ in range(rng.randint(5, 60))) for _ in range(80)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (root / f"{name}.txt").write_text("\n\n".join(texts))
+    return {name: root / name for name in ("model", "sae", "forget.jsonl", "retain.jsonl", "forget.txt", "retain.txt")}
+
+
+@pytest.fixture
+def dsg(tmp_path, capsys, monkeypatch):
+    """Run `dsg ...` through main() in a folder of its own; returns (exit code, stdout, stderr)."""
+    from dsg_cli.cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DSG_WORKSPACE", raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        out = capsys.readouterr()
+        return int(stop.value.code or 0), out.out, out.err
+
+    return run
+
+
+def python(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **options)

@@ -1,0 +1,75 @@
+"""Cut models, fingerprints and the hook site."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import LAYER
+
+from dsg_cli.errors import DsgError
+from dsg_cli.model import HookSite, decoder_layers, fingerprint, load_model, parse_hook_site, read_config
+from dsg_cli.residuals import read_residual
+
+
+def test_a_cut_model_gives_the_same_residuals_bit_for_bit(folders, model):
+    cut = load_model(str(folders["model"]), last_layer=LAYER)
+    assert len(decoder_layers(cut.model)) == LAYER + 1 and cut.n_layers == 3
+    ids = torch.tensor([[2, 5, 6, 7], [2, 9, 0, 0]])
+    mask = ids != 0
+    site = HookSite(LAYER, "resid_post")
+    whole = read_residual(model, site, ids, mask)
+    assert torch.equal(read_residual(cut.model, site, ids, mask), whole)
+
+
+def test_fingerprint_of_cut_whole_and_half_precision_agree(folders, model):
+    source = str(folders["model"])
+    whole = fingerprint(model, LAYER)
+    assert fingerprint(load_model(source, last_layer=LAYER).model, LAYER) == whole
+    assert fingerprint(load_model(source, dtype="bfloat16").model, LAYER) == whole
+    assert fingerprint(model, LAYER + 1) != whole
+
+
+@pytest.mark.parametrize(("name", "is_same"), [("model.layers.1.mlp.up_proj.weight", False), ("lm_head.weight", True)])
+def test_fingerprint_covers_the_layers_up_to_the_hook(folders, tmp_path, name, is_same):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders["model"], tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights[name] = weights[name] * 2
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    changed = fingerprint(load_model(str(tmp_path / "model")).model, LAYER)
+    assert (changed == fingerprint(load_model(str(folders["model"])).model, LAYER)) is is_same
+
+
+def test_hook_names():
+    assert parse_hook_site("blocks.3.hook_resid_pre", where="x") == HookSite(3, "resid_pre")
+    assert HookSite(3, "resid_pre").name == "blocks.3.hook_resid_pre"
+    for name in (None, "", "blocks.3.hook_mlp_out", "blocks.x.hook_resid_post"):
+        with pytest.raises(DsgError):
+            parse_hook_site(name, where="x")
+
+
+def test_wrong_folders_are_refused(tmp_path, folders):
+    with pytest.raises(DsgError, match="No model folder"):
+        read_config(str(tmp_path / "none"))
+    with pytest.raises(DsgError, match="has no config.json"):
+        read_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-thing"}))
+    with pytest.raises(DsgError, match="cannot be read"):
+        read_config(str(tmp_path))
+    shutil.copytree(folders["model"], tmp_path / "short")
+    (tmp_path / "short/model.safetensors").write_bytes(b"")
+    with pytest.raises(DsgError, match="cannot be loaded"):
+        load_model(str(tmp_path / "short"))
+
+
+def test_weights_that_lack_a_tensor_are_refused(tmp_path, folders):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders["model"], tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DsgError, match=r"lack 1 tensors, among them model\.layers\.0"):
+        load_model(str(tmp_path / "model"))

@@ -1,0 +1,96 @@
+"""Recipes: precedence, and all mistakes in one message."""
+
+import pytest
+
+from dsg_cli.errors import DsgError
+from dsg_cli.recipe import Recipe, find_recipe, load_recipe, recipe_names
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_precedence_is_flag_then_set_then_recipe_then_default(tmp_path):
+    path = write(tmp_path, "select: {n_features: 3, ratio_percentile: 80}\nseed: 4\n")
+    assert load_recipe().select.n_features == 20
+    assert load_recipe(path).select.n_features == 3
+    assert load_recipe(path, sets=["select.n_features=5"]).select.n_features == 5
+    chosen = load_recipe(path, sets=["select.n_features=5"], flags={"select.n_features": 7, "seed": None})
+    assert (chosen.select.n_features, chosen.select.ratio_percentile, chosen.seed) == (7, 80.0, 4)
+
+
+def test_all_mistakes_come_in_one_message_with_the_nearest_key(tmp_path):
+    path = write(
+        tmp_path,
+        "select: {n_feature: 3, ratio_percentile: high}\ncalibrate: {alpha: true}\nmodle: {}\nguardrail: 5\n"
+        "eval: {split: train, batch_size: 1.5}\n",
+    )
+    with pytest.raises(DsgError) as error:
+        load_recipe(path)
+    for words in (
+        "unknown key select.n_feature. Did you mean n_features?",
+        "select.ratio_percentile must be a number, not 'high'",
+        "calibrate.alpha must be a number, not True",
+        "unknown key modle. Did you mean model?",
+        "guardrail must be a section",
+        "eval.split must be one of dev, test, not 'train'",
+        "eval.batch_size must be a whole number, not 1.5",
+    ):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("n=3", "unknown key n"),
+        ("select.n_features", "expected section.key=value"),
+        ("select.n_features.x=1", "n_features"),
+        ("select.n_features=[", "not valid YAML"),
+    ],
+)
+def test_bad_sets(item, words):
+    with pytest.raises(DsgError, match=words):
+        load_recipe(sets=[item] if item != "select.n_features.x=1" else ["select.n_features=1", item])
+
+
+def test_values_take_the_type_of_their_field(tmp_path):
+    recipe = load_recipe(
+        sets=[
+            "attack.relearn_learning_rate=1e-5",
+            "guardrail.strength=500",
+            "eval.benches=lab-hexes",
+            "calibrate.lengths=[8, 64]",
+            "eval.limit=null",
+        ]
+    )
+    assert recipe.attack.relearn_learning_rate == 1e-5
+    assert recipe.guardrail.strength == "500"
+    assert recipe.eval.benches == ["lab-hexes"]
+    assert recipe.calibrate.lengths == [8, 64]
+    assert recipe.eval.limit is None
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    with pytest.raises(DsgError, match="not valid YAML"):
+        load_recipe(write(tmp_path, "a: [1"))
+    with pytest.raises(DsgError, match="must hold sections"):
+        load_recipe(write(tmp_path, "- 1\n"))
+    with pytest.raises(DsgError, match="no recipe labb"):
+        load_recipe("labb")
+    assert load_recipe(write(tmp_path, "")) == Recipe()
+
+
+def test_recipes_are_found_by_name_and_by_path():
+    assert "lab" in recipe_names()
+    assert find_recipe("lab") == find_recipe("recipes/lab.yaml").resolve() or find_recipe("lab").name == "lab.yaml"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_says_how_to_run_it(name):
+    recipe = load_recipe(name)
+    assert recipe.corpora.forget and recipe.corpora.retain and recipe.eval.benches
+    head = find_recipe(name).read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"dsg run {name}" in head and "Hardware" in head and "Time" in head

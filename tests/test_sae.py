@@ -1,0 +1,81 @@
+"""The slice of an SAE against sae-lens's own encoder; what cannot be sliced is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import N_FEATURES, WIDTH, make_sae
+
+from dsg_cli.errors import DsgError
+from dsg_cli.sae import check_fits, load_encoder, read_sae, slice_sae
+
+INDICES = [5, 0, 47, 13]
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+def test_slice_equals_the_whole_encoder(tmp_path, architecture, apply_b_dec_to_input):
+    whole = make_sae(tmp_path, architecture, apply_b_dec_to_input=apply_b_dec_to_input)
+    if architecture == "jumprelu":
+        # A negative threshold still has a ReLU behind it.
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(tmp_path / "sae_weights.safetensors")
+        weights["threshold"][5] = -1.0
+        save_file(weights, tmp_path / "sae_weights.safetensors")
+        whole = type(whole).load_from_disk(tmp_path)
+    source = read_sae(str(tmp_path))
+    residual = torch.randn(200, WIDTH) * 3
+    expected = whole.encode(residual)[:, INDICES].detach()
+    part = slice_sae(source, INDICES)
+    torch.testing.assert_close(part(residual), expected, rtol=1e-5, atol=1e-4)
+    assert (expected > 0).any() and (expected == 0).any()
+    torch.testing.assert_close(part.W_dec, whole.W_dec[INDICES].detach())
+    torch.testing.assert_close(load_encoder(source, device="cpu")(residual), whole.encode(residual).detach())
+
+
+def test_identity_comes_from_the_folder(tmp_path):
+    make_sae(tmp_path, hook="blocks.2.hook_resid_pre")
+    source = read_sae(str(tmp_path))
+    assert (source.site.layer, source.site.point) == (2, "resid_pre")
+    assert (source.identity.width, source.identity.n_features) == (WIDTH, N_FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architecture": "topk"}, "cannot slice exactly"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations"),
+        ({"metadata": {}}, "does not say which hook"),
+        ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "not a place in the residual stream"),
+        ({"d_in": 8}, "W_enc has shape"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(tmp_path, change, words):
+    make_sae(tmp_path)
+    config = tmp_path / "cfg.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(DsgError, match=words):
+        read_sae(str(tmp_path))
+
+
+def test_a_missing_or_broken_folder_is_refused(tmp_path):
+    with pytest.raises(DsgError, match="No SAE folder"):
+        read_sae(str(tmp_path / "none"))
+    with pytest.raises(DsgError, match="no cfg.json"):
+        read_sae(str(tmp_path))
+    make_sae(tmp_path)
+    (tmp_path / "sae_weights.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(DsgError, match="cannot be read"):
+        read_sae(str(tmp_path))
+
+
+def test_the_sae_must_fit_the_model(tmp_path, model):
+    make_sae(tmp_path / "deep", hook="blocks.7.hook_resid_post")
+    with pytest.raises(DsgError, match="has 3 layers"):
+        check_fits(read_sae(str(tmp_path / "deep")), model.config, "m")
+    make_sae(tmp_path / "wide", d_in=8)
+    with pytest.raises(DsgError, match=f"width 8.*has width {WIDTH}"):
+        check_fits(read_sae(str(tmp_path / "wide")), model.config, "m")
+    with pytest.raises(DsgError, match="there is no 48"):
+        slice_sae(read_sae(str(tmp_path / "wide")), [48])

@@ -1,0 +1,182 @@
+"""Numbering, atomic writes and verified reads."""
+
+import json
+import os
+import threading
+
+import pytest
+import torch
+
+from dsg_cli.artifacts import Guardrail, Header, InputArtifact, ModelIdentity
+from dsg_cli.errors import DsgError
+from dsg_cli.workspace import Workspace, digest_of
+
+BODY = Guardrail(
+    indices=[1, 2],
+    gate="mean",
+    threshold=0.1 + 0.2,
+    strength=1e-3,
+    strength_setting="2r",
+    median_residual_norm=3.0,
+    hook="blocks.1.hook_resid_post",
+    activation="jumprelu",
+    special_ids=[0, 1],
+    forget=["a"],
+    retain=["b"],
+)
+HEADER = Header(
+    kind="guardrail",
+    schema=1,
+    id="",
+    created="2026-01-01T00:00:00+00:00",
+    dsg_version="0",
+    git={},
+    packages={"torch": "2"},
+    device="cpu",
+    dtype="float32",
+    seed=0,
+    settings={"strength": "2r"},
+    model=ModelIdentity("lab", "X", 4, 8, 1, "f"),
+    sae=None,
+    inputs=[InputArtifact("threshold-001", "0" * 64)],
+)
+TENSORS = {"W": torch.arange(6.0).reshape(2, 3)}
+ROWS = [{"id": "x", "value": 0.1}, {"id": "y", "value": None}]
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "ws")
+
+
+def test_write_then_read_is_equality(workspace):
+    written = workspace.write(HEADER, BODY, tensors=TENSORS, rows=ROWS)
+    read = workspace.read("guardrail-001")
+    assert read == written and read.body == BODY and read.rows() == ROWS
+    assert torch.equal(workspace.tensors(read)["W"], TENSORS["W"])
+    assert workspace.read(str(written.path)).id == "guardrail-001"
+    names = {path.name for path in workspace.folder.iterdir()}
+    assert names == {f"guardrail-001.{end}" for end in ("json", "safetensors", "jsonl")}
+
+
+def test_numbers_follow_and_the_newest_is_found(workspace):
+    for _ in range(3):
+        workspace.write(HEADER, BODY)
+    assert workspace.ids() == ["guardrail-001", "guardrail-002", "guardrail-003"]
+    assert workspace.find("guardrail").id == "guardrail-003"
+    assert workspace.find("guardrail", "guardrail-002").id == "guardrail-002"
+    with pytest.raises(DsgError, match="is not of the kind features"):
+        workspace.find("features", "guardrail-001")
+    with pytest.raises(DsgError, match="dsg calibrate"):
+        workspace.find("threshold")
+    with pytest.raises(DsgError, match="There is no artifact guardrail-009"):
+        workspace.read("guardrail-009")
+    with pytest.raises(DsgError, match="There is no artifact"):
+        workspace.read("../guardrail-001")
+
+
+def test_numbers_beyond_999_and_of_other_kinds(workspace):
+    workspace.folder.mkdir()
+    (workspace.folder / "guardrail-999.json").write_text("{}")
+    (workspace.folder / "eval-5000.json").write_text("{}")
+    (workspace.folder / "notes.json").write_text("{}")
+    assert workspace.write(HEADER, BODY).id == "guardrail-1000"
+    assert workspace.ids("guardrail") == ["guardrail-999", "guardrail-1000"]
+
+
+def test_two_writers_at_once_get_two_numbers(workspace):
+    ids, errors = [], []
+
+    def write():
+        try:
+            for _ in range(5):
+                ids.append(workspace.write(HEADER, BODY, tensors=TENSORS).id)
+        except Exception as error:  # noqa: BLE001 - reported below
+            errors.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and sorted(ids) == [f"guardrail-{i:03d}" for i in range(1, 41)]
+    for artifact_id in ids:
+        workspace.read(artifact_id)
+
+
+def test_a_failed_write_leaves_nothing(workspace, monkeypatch):
+    workspace.write(HEADER, BODY)
+    before = sorted(workspace.folder.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DsgError, match="No space left"):
+        workspace.write(HEADER, BODY, tensors=TENSORS)
+    assert sorted(workspace.folder.iterdir()) == before
+
+
+def test_a_write_that_fails_between_side_file_and_json_leaves_nothing(workspace, monkeypatch):
+    calls = []
+    real = os.fsync
+
+    def second_fails(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", second_fails)
+    with pytest.raises(DsgError, match="No space left"):
+        workspace.write(HEADER, BODY, tensors=TENSORS)
+    assert list(workspace.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p: p.write_text(p.read_text().replace('"2r"', '"9r"')), "was altered"),
+        (lambda p: p.write_text(p.read_text()[:-40]), "is not an artifact"),
+        (lambda p: p.write_text("[]"), "is not an artifact"),
+        (lambda p: p.with_suffix(".safetensors").write_bytes(b"x"), "safetensors was altered"),
+        (lambda p: p.with_suffix(".safetensors").unlink(), "is incomplete"),
+    ],
+)
+def test_damage_is_named(workspace, damage, words):
+    stored = workspace.write(HEADER, BODY, tensors=TENSORS)
+    damage(stored.path)
+    with pytest.raises(DsgError, match=words):
+        workspace.find("guardrail")
+
+
+def test_a_newer_schema_is_refused_with_both_numbers(workspace):
+    stored = workspace.write(HEADER, BODY)
+    data = json.loads(stored.path.read_text()) | {"schema": 7}
+    data["sha256"] = digest_of(data)
+    stored.path.write_text(json.dumps(data))
+    with pytest.raises(DsgError, match="schema 7; this version reads up to 1"):
+        workspace.read(stored.id)
+
+
+def test_an_unwritable_workspace_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DsgError, match="cannot be written to"):
+        Workspace(tmp_path / "file").check_writable()
+    with pytest.raises(DsgError, match="cannot be written to"):
+        Workspace(tmp_path / "file" / "below").check_writable()
+
+
+def test_reuse_needs_everything_to_match(workspace):
+    from dataclasses import replace
+
+    stored = workspace.write(HEADER, BODY)
+    later = replace(HEADER, created="2027-01-01T00:00:00+00:00", seconds=9.0)
+    assert workspace.matching(later).id == stored.id
+    for change in ({"settings": {}}, {"seed": 1}, {"packages": {"torch": "3"}}, {"inputs": []}, {"dtype": "bfloat16"}):
+        assert workspace.matching(replace(HEADER, **change)) is None
+
+
+def test_floats_survive_exactly(workspace):
+    workspace.write(HEADER, BODY)
+    assert workspace.read("guardrail-001").body.threshold == 0.1 + 0.2
