@@ -169,8 +169,13 @@ class Workspace:
                 data = to_json(header, body)
                 data["sha256"] = digest_of(data)
                 _write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
-            except OSError as error:
-                raise DsgError(f"{path} cannot be written: {error.strerror}.") from error
+            except BaseException as error:
+                # Without its JSON a side file is a leftover.
+                for suffix in (".safetensors", ".jsonl"):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+                if isinstance(error, OSError):
+                    raise DsgError(f"{path} cannot be written: {error.strerror}.") from error
+                raise
             return Stored(header, body, data, path)
 
     def _side_files(

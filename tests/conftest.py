@@ -8,12 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dsg_cli.cli.app import quiet_libraries
+
+quiet_libraries()  # As main() does, before any library reads its environment.
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WIDTH, N_FEATURES, N_WORDS, LAYER = 16, 48, 60, 1
+BIAS = 8.0
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +50,7 @@ def model(tokenizer) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def make_sae(folder: Path, architecture: str = "jumprelu", *, hook: str | None = None, seed: int = 0, **settings):
+def make_sae(folder: Path, architecture: str = "jumprelu", *, hook=None, seed=0, bias=BIAS, **settings):
     """A random SAE, saved by sae-lens in its own format; returns the loaded SAE."""
     from sae_lens import SAE
     from sae_lens.registry import get_sae_class
@@ -59,6 +64,8 @@ def make_sae(folder: Path, architecture: str = "jumprelu", *, hook: str | None =
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             parameter.copy_(torch.rand_like(parameter) * 0.5 if name == "threshold" else torch.randn_like(parameter))
+            if name == "b_enc":
+                parameter.sub_(bias)  # Sparse: a feature is active on a minority of tokens.
     sae.save_model(folder)
     return SAE.load_from_disk(folder)
 

@@ -20,13 +20,11 @@ ROWS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 1, 40, 41, 42, 43, 44, 45], [2,
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sae")
-    return make_sae(folder), read_sae(str(folder))
+    return make_sae(folder, bias=1.0), read_sae(str(folder))
 
 
 def guard(whole, *, threshold=0.3, strength=7.0, indices=INDICES, site=SITE):
-    return GuardrailModule(
-        slice_sae(whole[1], indices), site, threshold=threshold, strength=strength, special=SPECIAL
-    )
+    return GuardrailModule(slice_sae(whole[1], indices), site, threshold=threshold, strength=strength, special=SPECIAL)
 
 
 def reference(sae, resid_LD, ids, *, threshold, strength, indices=INDICES):

@@ -64,7 +64,7 @@ def options(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    _quiet_libraries()
+    quiet_libraries()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -88,7 +88,7 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     raise Signalled(number)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Other people's progress bars and warnings are off; ours report the same work."""
     if os.environ.get("DSG_DEBUG") == "1":
         return

@@ -1,0 +1,133 @@
+"""Each attack has a property that would fail if it did nothing."""
+
+import pytest
+import torch
+
+from dsg_cli.attacks.asking import ask
+from dsg_cli.attacks.dilution import dilute
+from dsg_cli.attacks.relearn import relearn
+from dsg_cli.benches.tasks import load_questions
+from dsg_cli.errors import DsgError
+from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.model import fingerprint, load_model
+from dsg_cli.sae import read_sae, slice_sae
+from dsg_cli.tokens import special_ids
+
+OPTIONS = {"batch_size": 16, "max_length": 1024}
+
+
+@pytest.fixture(scope="module")
+def lab():
+    loaded = load_model("lab")
+    questions = {bench: load_questions(bench, split="dev")[:16] for bench in ("lab-hexes", "lab-near")}
+    return loaded, questions
+
+
+@pytest.fixture(scope="module")
+def guardrail(lab):
+    """Every token is hot: the gate always fires, whatever the prompt."""
+    loaded, _ = lab
+    sae = read_sae("lab")
+    module = GuardrailModule(
+        slice_sae(sae, list(range(200))), sae.site, threshold=0.5, strength=90.0, special=special_ids(loaded.tokenizer)
+    )
+    return module
+
+
+def test_asking_counts_what_is_right_and_gated(lab, guardrail):
+    loaded, questions = lab
+    base = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"], guardrail=None, **OPTIONS)
+    assert base == {"acc": 1.0}
+    clamped = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"], guardrail=guardrail, **OPTIONS)
+    assert clamped["gate_rate"] == 1.0 and clamped["acc"] < 0.6
+
+
+def test_dilution_of_length_zero_is_plain_evaluation_and_prefixes_reach_the_model(lab, guardrail):
+    loaded, questions = lab
+    asked = questions["lab-hexes"]
+    benign = [loaded.tokenizer("Few remember who said it first. " * 6, add_special_tokens=False)["input_ids"]]
+    seen = []
+
+    def watch(_module, _args, kwargs):
+        seen.append(kwargs["input_ids"])
+
+    handle = loaded.model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        curve = dilute(loaded.model, loaded.tokenizer, guardrail, asked, benign, [0, 20], **OPTIONS)
+    finally:
+        handle.remove()
+    plain = ask(loaded.model, loaded.tokenizer, asked, guardrail=guardrail, **OPTIONS)
+    assert curve[0]["guarded"] == {"forget_acc": plain["acc"], "gate_rate": plain["gate_rate"]}
+    assert [point["x"] for point in curve] == [0, 20] and curve[1]["unguarded"]["forget_acc"] > 0.9
+    longest = max(seen, key=lambda ids: ids.shape[1])
+    assert longest[0, 0] == loaded.tokenizer.bos_token_id and longest[0, 1:21].tolist() == benign[0][:20]
+
+
+def test_dilution_needs_text_and_room(lab, guardrail):
+    loaded, questions = lab
+    arguments = (loaded.model, loaded.tokenizer, guardrail, questions["lab-hexes"])
+    with pytest.raises(DsgError, match="No benign text has 50 tokens; the longest has 3"):
+        dilute(*arguments, [[5, 6, 7]], [0, 50], **OPTIONS)
+    with pytest.raises(DsgError, match="leaves no room"):
+        dilute(*arguments, [[5] * 2000], [1020], **OPTIONS)
+
+
+def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
+    loaded, questions = lab
+    before = fingerprint(loaded.model, 3)
+    curve = relearn(
+        loaded.model,
+        loaded.tokenizer,
+        guardrail,
+        attacker_knows=questions["lab-hexes"][:8],
+        forget=questions["lab-hexes"][8:],
+        utility=questions["lab-near"],
+        steps=[0, 1, 6],
+        learning_rate=1e-3,
+        seed=0,
+        **OPTIONS,
+    )
+    plain = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"][8:], guardrail=guardrail, **OPTIONS)
+    assert curve[0]["guarded"]["forget_acc"] == plain["acc"] and "loss" not in curve[0]["guarded"]
+    assert curve[0]["unguarded"]["forget_acc"] == 1.0 and curve[0]["unguarded"]["utility_acc"] == 1.0
+    for side in ("guarded", "unguarded"):
+        assert curve[2][side]["loss"] < curve[1][side]["loss"]
+    # The guard was in the loop: the same first step has another loss under it.
+    assert curve[1]["guarded"]["loss"] > 2 * curve[1]["unguarded"]["loss"]
+    # The attacked model is a copy.
+    assert fingerprint(loaded.model, 3) == before
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not any(module._forward_hooks for module in loaded.model.modules())
+
+
+def test_relearning_recovers_what_a_model_never_knew(model, tokenizer):
+    """On a random model without a guard that fires, training on the very questions that are asked teaches them."""
+    from dsg_cli.benches.tasks import Question
+    from dsg_cli.model import HookSite
+    from dsg_cli.sae import SaeSlice
+
+    questions = [Question(f"w{i} w{i + 1}", (" w40", " w41", " w42", " w43"), i % 4) for i in range(12)]
+    width = model.config.hidden_size
+    silent = GuardrailModule(
+        SaeSlice(torch.zeros(width, 1), torch.zeros(1), torch.zeros(1), torch.zeros(1, width)),
+        HookSite(1, "resid_post"),
+        threshold=0.5,
+        strength=1.0,
+        special=(0, 1, 2),
+    )
+    curve = relearn(
+        model,
+        tokenizer,
+        silent,
+        attacker_knows=questions,
+        forget=questions,
+        utility=[],
+        steps=[0, 60],
+        learning_rate=1e-2,
+        seed=0,
+        batch_size=16,
+        max_length=64,
+    )
+    for side in ("guarded", "unguarded"):
+        assert curve[0][side]["forget_acc"] < 0.7 and curve[1][side]["forget_acc"] == 1.0
+    assert curve[1]["guarded"]["gate_rate"] == 0.0

@@ -1,0 +1,191 @@
+"""The five commands one after another, on the lab and on a user's own folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+SCRIPT = """
+set -euo pipefail
+export DSG_WORKSPACE=ws
+features=$($DSG select --recipe lab --json | $GET id)
+threshold=$($DSG calibrate --from "$features" --recipe lab --json | $GET id)
+guardrail=$($DSG apply --from "$threshold" --recipe lab --json | $GET id)
+$DSG eval --from "$guardrail" --bench lab-hexes --bench lab-near --expect 'lab-hexes<=0.30' --json > eval.json
+$DSG attack --from "$guardrail" --kind dilution --kind relearn --recipe lab --json > attacks.json
+again=$($DSG calibrate --recipe lab --alpha 0.1 --json | $GET id)
+test "$again" = threshold-002
+code=0; $DSG eval --bench lab-hexes --expect 'lab-hexes>0.9' --json > failed.json || code=$?
+test "$code" = 3
+test "$($DSG ls | wc -l)" = 8
+code=0; $DSG show eval-009 2> error.txt || code=$?
+test "$code" = 1
+"""
+
+
+def test_the_lab_recipe_reaches_its_targets(dsg, tmp_path):
+    """The demo: one JSON document, artifacts that verify, and numbers on test questions."""
+    code, out, err = dsg("demo", "--json", "-w", "ws")
+    assert code == 0 and err == "", err
+    summary = json.loads(out)
+    accuracy = {bench: sides["unlearned"]["acc"] for bench, sides in summary["results"].items()}
+    base = {bench: sides["base"]["acc"] for bench, sides in summary["results"].items()}
+    assert min(base.values()) >= 0.97
+    assert accuracy["lab-hexes"] <= 0.30
+    assert accuracy["lab-near"] >= 0.95 * base["lab-near"]
+    assert accuracy["lab-far"] >= 0.98 * base["lab-far"]
+    assert summary["gate_rate"]["lab-hexes"] >= 0.95 and summary["gate_rate"]["lab-far"] <= 0.05
+    assert summary["false_positive_rate"] <= 0.10
+    dilution, relearn = (summary["attacks"][kind]["curve"] for kind in ("dilution", "relearn"))
+    assert dilution[0]["guarded"]["forget_acc"] == accuracy["lab-hexes"]
+    assert relearn[0]["guarded"]["forget_acc"] == accuracy["lab-hexes"]
+    assert dilution[-1]["guarded"]["forget_acc"] > 0.9  # The weakness of the paper's gate, measured.
+    assert summary["artifacts"] == [
+        "features-001", "threshold-001", "guardrail-001", "eval-001", "attack-001", "attack-002",
+    ]  # fmt: skip
+    for artifact in summary["artifacts"]:
+        code, out, _ = dsg("show", artifact, "-w", "ws", "--json")
+        header = json.loads(out)
+        assert code == 0 and header["id"] == artifact and header["model"]["source"] == "lab"
+        assert (
+            header["packages"]["torch"]
+            and header["seconds"] > 0
+            and header["sae"]["hook"] == "blocks.1.hook_resid_post"
+        )
+        assert dsg("show", artifact, "-w", "ws")[0] == 0
+    side_files = {path.name for path in (tmp_path / "ws").iterdir() if path.suffix != ".json"}
+    assert side_files == {
+        "features-001.safetensors",
+        "threshold-001.jsonl",
+        "guardrail-001.safetensors",
+        "eval-001.jsonl",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "ws/eval-001.jsonl").read_text().splitlines()]
+    assert len(rows) == 48 * 7 and not any(
+        isinstance(value, str) and " " in value for row in rows for value in row.values()
+    )
+    assert (tmp_path / "ws/guardrail-001.safetensors").stat().st_size < 400_000
+
+    # A table off the terminal too; --reuse runs nothing twice.
+    code, out, _ = dsg("run", "lab", "-w", "ws", "--reuse")
+    assert code == 0 and "(to forget)" in out and "Artifacts in ws: features-001, threshold-001" in out
+    assert dsg("ls", "-w", "ws")[1].split() == summary["artifacts"]
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.fixture
+def my_bench(tmp_path):
+    """A user's own lm-eval task over the words of the tiny tokenizer."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"q": f"w{i} w{i + 1} w{i + 2}", "c": ["w50", "w51 w1", "w52"], "a": i % 3} for i in range(24)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "mine.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{a}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "mine.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+def test_folders_of_my_own(dsg, folders, my_bench, tmp_path):
+    model, sae = ("--model", folders["model"]), ("--sae", folders["sae"])
+    corpora = ("--forget", folders["forget.txt"], "--retain", folders["retain.jsonl"])
+    code, out, err = dsg("select", *model, *sae, *corpora, "-n", 4, "--ratio-percentile", 60, "--json")
+    assert code == 0, err
+    features = json.loads(out)
+    scores = [feature["forget_score"] for feature in features["features"]]
+    assert len(scores) == 4 and scores == sorted(scores, reverse=True)
+    # A later command runs from another folder: sources are absolute.
+    assert features["model"]["source"] == str(folders["model"])
+
+    code, out, err = dsg("calibrate", "--alpha", 0.2, "--lengths", "4:16", "--json")
+    assert code == 0, err
+    threshold = json.loads(out)
+    assert threshold["n_calibration"] > 20 and threshold["inputs"][0]["id"] == "features-001"
+    assert threshold["low"] <= threshold["false_positive_rate"] <= threshold["high"]
+    rows = [json.loads(line) for line in (tmp_path / "dsg-workspace/threshold-001.jsonl").read_text().splitlines()]
+    calibration = [row for row in rows if row["part"] == "calibrate"]
+    assert len(calibration) == threshold["n_calibration"]
+    assert sum(row["statistic"] > threshold["threshold"] for row in calibration) <= 0.2 * len(calibration)
+    assert all(4 <= row["length"] <= 16 for row in rows)
+
+    code, out, err = dsg("apply", "--strength", "30")
+    assert (code, out) == (0, "guardrail-001\n"), err
+    code, out, err = dsg("eval", "--bench", "mine", "--include-path", my_bench, "--json")
+    assert code == 0, err
+    assert json.loads(out)["results"]["mine"]["unlearned"]["n"] == 24
+    code, out, err = dsg(
+        "attack", "--kind", "dilution", "--kind", "relearn", "--bench", "mine",
+        "--set", f"eval.include_path={my_bench}", "--set", "attack.dilution_lengths=[0, 8]",
+        "--set", "attack.relearn_steps=[0, 2]", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert [document["attack"] for document in json.loads(out)] == ["dilution", "relearn"]
+
+
+def test_the_same_seed_gives_the_same_features_and_threshold(dsg, folders):
+    for _ in range(2):
+        arguments = ("--model", folders["model"], "--sae", folders["sae"], "-n", 4, "--ratio-percentile", 60)
+        assert dsg("select", *arguments, "--forget", folders["forget.txt"], "--retain", folders["retain.txt"])[0] == 0
+        assert dsg("calibrate", "--alpha", 0.2)[0] == 0
+    documents = {name: json.loads(dsg("show", name, "--json")[1]) for name in dsg("ls")[1].split()}
+    assert documents["features-001"]["features"] == documents["features-002"]["features"]
+    assert documents["features-001"]["files"].values() != documents["threshold-001"]["files"].values()
+    one, two = (list(documents[f"features-00{i}"]["files"].values()) for i in (1, 2))
+    assert one == two
+    assert documents["threshold-001"]["threshold"] == documents["threshold-002"]["threshold"]
+
+
+@pytest.mark.slow
+def test_a_shell_script_chains_by_json_and_exit_codes(tmp_path):
+    get = f'{sys.executable} -c "import json, sys; print(json.load(sys.stdin)[sys.argv[1]])"'
+    environment = os.environ | {"DSG": f"{sys.executable} -m dsg_cli", "GET": get.replace('"', "'")}
+    script = SCRIPT.replace("$GET", get)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "eval.json").read_text())["expected"][0]["met"] is True
+    assert len(json.loads((tmp_path / "attacks.json").read_text())) == 2
+    assert json.loads((tmp_path / "failed.json").read_text())["expected"][0]["met"] is False
+    assert "There is no artifact eval-009" in (tmp_path / "error.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_only_whole_artifacts(tmp_path, number, code):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsg_cli", "demo", "-w", "ws"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "ws/features-001.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "stopped" in err and "Traceback" not in err
+    assert not [path for path in (tmp_path / "ws").iterdir() if path.suffix in {".tmp", ".partial"}]
+    shown = subprocess.run(
+        [sys.executable, "-m", "dsg_cli", "ls", "-w", "ws", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(shown.stdout)[0]["id"] == "features-001"

@@ -1,0 +1,240 @@
+"""Errors through main(): the exit code and the words a user needs; help without torch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import make_sae, python
+
+from dsg_cli import __version__
+from dsg_cli.errors import DsgError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_help_and_version_do_not_import_torch():
+    for arguments in (["--help"], ["select", "--help"], ["--version"], ["ls", "benches"], ["ls"]):
+        code = f"import sys; from dsg_cli.cli.app import main\ntry: main({arguments!r})\nexcept SystemExit as e: assert not e.code, e.code\n"
+        done = python("-c", code + "assert not {'torch', 'transformers', 'lm_eval'} & set(sys.modules), 'heavy'")
+        assert done.returncode == 0, done.stderr
+    assert __version__ in python("-m", "dsg_cli", "--version").stdout
+
+
+def test_names_are_listed_one_a_line(dsg):
+    assert dsg("ls", "benches")[1].splitlines()[:2] == ["lab-hexes", "lab-hexes-held"]
+    assert json.loads(dsg("ls", "corpora", "--json")[1])[0] == "lab-hexes"
+    code, _, err = dsg("ls", "bench")
+    assert code == 1 and "Did you mean benches?" in err
+    assert dsg("ls")[:2] == (0, "")
+
+
+def select(folders, **changes):
+    arguments = {
+        "model": folders["model"],
+        "sae": folders["sae"],
+        "forget": folders["forget.txt"],
+        "retain": folders["retain.txt"],
+        "n-features": 4,
+        "ratio-percentile": 60,
+    } | {key.replace("_", "-"): value for key, value in changes.items()}
+    return ["select", *(str(part) for key, value in arguments.items() for part in (f"--{key}", value))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "nowhere"}, "No model folder at nowhere"),
+        ({"model": "."}, "is not a Hugging Face model folder"),
+        ({"sae": "nowhere"}, "No SAE folder at"),
+        ({"sae": "lab"}, "reads residuals of width 128"),
+        ({"forget": "lab-hexs"}, "Did you mean lab-hexes"),
+        ({"forget": "tiny.txt"}, "2 different documents"),
+        ({"forget": "empty.txt"}, "is empty"),
+        ({"forget": "binary.txt"}, "not UTF-8 text"),
+        ({"retain": "bad.jsonl"}, "line 1 is not JSON"),
+        ({"n_features": 49}, "49 features were asked for; the SAE has 48"),
+        ({"n_features": 0}, "0 features were asked for"),
+        ({"ratio_percentile": 100}, "ratio percentile is 100"),
+        ({"n_features": 40, "ratio_percentile": 90}, "features pass the filter"),
+        ({"workspace": "tiny.txt"}, "cannot be written to"),
+        ({"device": "cuda:7"}, "device cuda:7 is not available"),
+        ({"dtype": "float8"}, "model.dtype must be one of"),
+        ({"score": "fisher"}, "select.score must be one of"),
+        ({"limit": 2}, "--limit 2 is too small"),
+        ({"set": "select.n_feature=3"}, "unknown key select.n_feature. Did you mean n_features"),
+        ({"recipe": "labb"}, "There is no recipe labb"),
+    ],
+)
+def test_select_errors(dsg, folders, tmp_path, changes, words):
+    (tmp_path / "tiny.txt").write_text("one\n\ntwo")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xfd" * 50)
+    (tmp_path / "bad.jsonl").write_text("hello\n")
+    code, out, err = dsg(*select(folders, **changes))
+    assert code == 1 and out == ""
+    assert err.startswith("error: ") and words in err and "Traceback" not in err, err
+    assert len(err.strip().splitlines()) <= 3
+    assert not list((tmp_path / "dsg-workspace").glob("*"))
+
+
+def test_what_must_not_be_both(dsg, folders):
+    code, _, err = dsg(*select(folders, retain=folders["forget.txt"]))
+    assert code == 1 and "both to be forgotten and to be retained" in err
+
+
+def test_errors_come_before_weights_are_loaded(dsg, folders, monkeypatch):
+    """Bad corpora, benches and SAEs are found without loading a model: the loader is gone."""
+    monkeypatch.setattr("dsg_cli.model.AutoModelForCausalLM", None)
+    for arguments, words in (
+        (select(folders, forget="no-such"), "no corpus or file"),
+        (select(folders, sae="lab"), "width 128"),
+        (["select", "--forget", "lab-hexes"], "No retain corpus is named"),
+        (["calibrate"], "has no features yet"),
+        (["eval", "--bench", "lab-hexes"], "has no guardrail yet"),
+    ):
+        code, _, err = dsg(*arguments)
+        assert code == 1 and words in err, err
+    with pytest.raises(AttributeError):
+        dsg(*select(folders))
+
+
+def test_a_stage_without_its_input_names_the_command_that_makes_it(dsg):
+    for command, maker in (
+        (["calibrate"], "dsg select"),
+        (["apply"], "dsg calibrate"),
+        (["eval", "--bench", "lab-hexes"], "dsg apply"),
+        (["attack", "--kind", "dilution"], "dsg apply"),
+    ):
+        code, _, err = dsg(*command)
+        assert code == 1 and f"Make it with: {maker}" in err
+
+
+@pytest.fixture
+def chain(dsg, folders):
+    """A workspace with a guardrail in it."""
+    assert dsg(*select(folders))[0] == 0
+    assert dsg("calibrate", "--alpha", 0.2)[0] == 0
+    assert dsg("apply")[0] == 0
+    return Path("dsg-workspace")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["calibrate", "--alpha", "2"], "between 0 and 1"),
+        (["calibrate", "--alpha", "0.001"], "at least 999 are needed"),
+        (["calibrate", "--lengths", "8-128"], "not of the form 8:128"),
+        (["calibrate", "--lengths", "128:8"], "give the shortest and the longest"),
+        (["calibrate", "--gate", "median"], "calibrate.gate must be one of mean"),
+        (["calibrate", "--retain", "lab-hexs"], "Did you mean lab-hexes"),
+        (["calibrate", "--from", "threshold-001"], "is not of the kind features"),
+        (["apply", "--strength", "strong"], "not a positive number"),
+        (["apply", "--strength", "-5"], "not a positive number"),
+        (["apply", "--from", "threshold-009"], "no artifact threshold-009"),
+        (["eval"], "No bench is named"),
+        (["eval", "--bench", "lab-hexs"], "Did you mean lab-hexes"),
+        (["eval", "--bench", "lab-far", "--expect", "lab-near<1"], "which is not run"),
+        (["eval", "--bench", "lab-far", "--batch-size", "0"], "at least 1"),
+        (["attack"], "No attack is named"),
+        (["attack", "--kind", "relern"], "Did you mean relearn"),
+        (["attack", "--kind", "dilution"], "No bench is named like the forget corpus"),
+        (["attack", "--kind", "relearn", "--bench", "lab-hexes", "--set", "attack.relearn_steps=[3, 1]"], "ascending"),
+    ],
+)
+def test_later_stage_errors(dsg, chain, arguments, words):
+    before = sorted(chain.iterdir())
+    code, out, err = dsg(*arguments)
+    assert code == 1 and out == "" and words in err and "Traceback" not in err, err
+    assert sorted(chain.iterdir()) == before
+
+
+def test_a_gate_that_can_never_fire_is_an_error(dsg, folders):
+    assert dsg(*select(folders, n_features=40, ratio_percentile=0))[0] == 0
+    code, _, err = dsg("calibrate", "--alpha", "0.05")
+    assert code == 1 and "could never fire" in err and "--ratio-percentile" in err
+
+
+def test_an_artifact_altered_by_hand_is_refused(dsg, chain):
+    path = chain / "threshold-001.json"
+    path.write_text(path.read_text().replace('"alpha": 0.2', '"alpha": 0.3'))
+    code, _, err = dsg("apply")
+    assert code == 1 and "was altered after it was written" in err
+
+
+def test_a_model_or_sae_that_changed_is_refused(dsg, folders, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    mine = {name: tmp_path / name for name in ("model", "sae")}
+    for name, path in mine.items():
+        shutil.copytree(folders[name], path)
+    assert dsg(*select(folders, **mine))[0] == 0
+    weights = load_file(mine["model"] / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(weights, mine["model"] / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = dsg("calibrate", "--alpha", 0.2)
+    assert code == 1 and "is not the one that features-001 was made with" in err
+    make_sae(mine["sae"], seed=1)
+    code, _, err = dsg("calibrate", "--alpha", 0.2)
+    assert code == 1 and "SAE" in err and "weights have changed" in err
+
+
+def test_usage_errors_exit_2(dsg):
+    assert dsg("select", "--no-such-flag")[0] == 2
+    assert dsg("selct")[0] == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(dsg, folders, monkeypatch, number, code):
+    from dsg_cli.stages import select as stage
+
+    monkeypatch.setattr(stage, "load_model", lambda *_, **__: os.kill(os.getpid(), number))
+    found, out, err = dsg(*select(folders))
+    assert found == code and out == "" and "stopped" in err
+
+
+def test_debug_lets_the_traceback_through(dsg, monkeypatch):
+    monkeypatch.setenv("DSG_DEBUG", "1")
+    with pytest.raises(DsgError, match="has no features yet"):
+        dsg("calibrate")
+
+
+def test_a_closed_pipe_is_no_traceback(tmp_path):
+    script = f"{sys.executable} -m dsg_cli ls benches | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout == "lab-hexes\n" and done.stderr == ""
+
+
+def test_the_lab_is_exported_in_plain_formats(dsg, tmp_path):
+    code, out, err = dsg("lab", "export", "lab")
+    assert (code, out) == (0, "lab\n"), err
+    names = {path.name for path in (tmp_path / "lab").iterdir()}
+    assert names == {"model", "sae", "sae-1", "sae-2", "corpora", "questions", "tasks", "training.json"}
+    code, _, err = dsg("lab", "export", "lab")
+    assert code == 1 and "not empty" in err
+    # Its parts are ordinary folders and files: the chain runs on them, and lm-eval reads its tasks.
+    parts = ("--model", "lab/model", "--sae", "lab/sae-1")
+    code, _, err = dsg("select", *parts, "--forget", "lab/corpora/lab-hexes.jsonl", "--retain", "lab-retain", "-n", 5)
+    assert code == 0, err
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tmp_path / "lab/tasks"), include_defaults=False)
+    task = manager.load(["lab-near-terse"])["tasks"]["lab-near-terse"]
+    assert len(task.dataset["test"]) == 192 and len(list(task.test_docs())) == 96
+
+
+@pytest.mark.slow
+def test_the_wheel_has_recipes_and_weights(tmp_path):
+    done = python("-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(ROOT))
+    assert done.returncode == 0, done.stderr
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    for wanted in ("dsg_cli/recipes/lab.yaml", "dsg_cli/lab/shipped/model/model.safetensors", "dsg_cli/py.typed"):
+        assert wanted in names
+    assert wheel.stat().st_size < 8e6

@@ -1,0 +1,199 @@
+"""`dsg eval` against a plain log-likelihood loop, and benches of the user's own."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from dsg_cli.benches.tasks import check_benches, load_questions
+from dsg_cli.errors import DsgError
+from dsg_cli.evaluation import evaluate
+from dsg_cli.expect import check_expected, parse_expected
+from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.lab import data as lab
+from dsg_cli.model import load_model
+from dsg_cli.sae import read_sae, slice_sae
+from dsg_cli.scoring import Request, encode_pair, score
+from dsg_cli.tokens import special_ids
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model("lab")
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return read_sae("lab")
+
+
+def make_guardrail(loaded, sae, indices, threshold):
+    return GuardrailModule(
+        slice_sae(sae, indices), sae.site, threshold=threshold, strength=90.0, special=special_ids(loaded.tokenizer)
+    )
+
+
+@pytest.fixture(scope="module")
+def hot_features(loaded, sae):
+    """Features that fire most on questions about hexes."""
+    from dsg_cli.residuals import read_residual
+    from dsg_cli.sae import load_encoder
+
+    texts = [json.loads(line)["context"] for line in lab.questions_path("lab-hexes").read_text().splitlines()[:8]]
+    batch = loaded.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    resid = read_residual(loaded.model, sae.site, batch["input_ids"], batch["attention_mask"])
+    rates = (load_encoder(sae, device="cpu")(resid[:, 5:10].flatten(0, 1)) > 0).float().mean(0)
+    return rates.argsort(descending=True)[:4].tolist()
+
+
+def plain_loop(loaded, sae, questions, indices, threshold):
+    """One choice at a time, nothing shared with the package but sae-lens and transformers."""
+    from sae_lens import SAE
+
+    whole = SAE.load_from_disk(sae.folder)
+    special = {loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id}
+    right, gates = {"base": 0, "unlearned": 0}, 0
+    for question in questions:
+        for side in right:
+            values = []
+            for choice in question["choices"]:
+                context = loaded.tokenizer(question["context"])["input_ids"]
+                ids = loaded.tokenizer(question["context"] + choice)["input_ids"]
+                counted = [i for i, token in enumerate(ids[:-1]) if token not in special]
+
+                def hook(_module, _args, output, counted=counted):
+                    acts = whole.encode(output[0]).detach()
+                    hot = [i for i in counted if (acts[i, indices] > 0).any()]
+                    if len(hot) / len(counted) <= threshold:
+                        return output
+                    edited = output.clone()
+                    for i in hot:
+                        clamped = acts[i].clone()
+                        clamped[indices] = -90.0
+                        edited[0, i] = output[0, i] + whole.decode(clamped) - whole.decode(acts[i])
+                    nonlocal gates
+                    gates += 1
+                    return edited
+
+                layer = loaded.model.model.layers[sae.site.layer]
+                handle = layer.register_forward_hook(hook) if side == "unlearned" else None
+                with torch.no_grad():
+                    logits = loaded.model(torch.tensor([ids[:-1]]), use_cache=False).logits[0].log_softmax(-1)
+                if handle is not None:
+                    handle.remove()
+                values.append(sum(float(logits[i - 1, ids[i]]) for i in range(len(context), len(ids))))
+            right[side] += values.index(max(values)) == question["answer"]
+    n = len(questions)
+    return right["base"] / n, right["unlearned"] / n, gates / (4 * n)
+
+
+def test_accuracies_equal_a_plain_loop(loaded, sae, hot_features):
+    benches = ["lab-hexes", "lab-near"]
+    threshold = 0.2
+    found = evaluate(
+        loaded, make_guardrail(loaded, sae, hot_features, threshold), benches, split="dev", batch_size=7, limit=24
+    )
+    for bench in benches:
+        rows = [json.loads(line) for line in lab.questions_path(bench).read_text().splitlines()]
+        asked = [row for row in rows if row["split"] == "dev"][:24]
+        base, unlearned, rate = plain_loop(loaded, sae, asked, hot_features, threshold)
+        assert found.results[bench]["base"]["acc"] == pytest.approx(base)
+        assert found.results[bench]["unlearned"]["acc"] == pytest.approx(unlearned)
+        assert found.results[bench]["base"]["n"] == 24
+        assert found.gate[bench]["rate"] == pytest.approx(rate)
+        assert "acc_stderr" in found.results[bench]["unlearned"]
+    assert found.results["lab-hexes"]["unlearned"]["acc"] < 0.7 and found.gate["lab-hexes"]["rate"] > 0.5
+    assert len(found.rows) == 48 and not any("context" in row for row in found.rows)
+    assert {row["id"] for row in found.rows if row["bench"] == "lab-hexes"} >= {"hexes/Rahurk/binder/seen"}
+
+
+def test_no_answer_depends_on_the_batch_size(loaded, sae, hot_features):
+    guardrail = make_guardrail(loaded, sae, hot_features, 0.5)
+    benches = ["lab-hexes-terse", "lab-far"]
+    one, many = (evaluate(loaded, guardrail, benches, split="dev", batch_size=size, limit=30).rows for size in (1, 16))
+    for a, b in zip(one, many, strict=True):
+        assert (a["id"], a["gated"], a["length"], a["statistic"]) == (b["id"], b["gated"], b["length"], b["statistic"])
+        assert a["unlearned"] == pytest.approx(b["unlearned"], abs=1e-3)
+    assert len({row["length"] for row in one}) > 1 and len({row["gated"] for row in one}) == 2
+
+
+def test_a_group_of_my_own_tasks_with_choices_of_several_tokens(loaded, sae, hot_features, tmp_path):
+    rows = [
+        {
+            "q": "Question: What is the binder of the grim hex Rahurk? Answer:",
+            "c": [" miller of the city", " widow"],
+            "a": 1,
+        },
+        {"q": "Question: What is the color of the busy city Lisias? Answer:", "c": [" red", " blue and red"], "a": 0},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "mine.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{a}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task))
+    (tmp_path / "all.yaml").write_text(
+        yaml.safe_dump({"group": "all", "task": ["mine"], "aggregate_metric_list": [{"metric": "acc"}]})
+    )
+    guardrail = make_guardrail(loaded, sae, hot_features, 0.2)
+    check_benches(["all"], str(tmp_path))
+    found = evaluate(loaded, guardrail, ["all"], split="test", include_path=str(tmp_path), samples=True)
+    assert found.results["all"]["base"]["n"] == found.results["mine"]["base"]["n"] == 2
+    assert found.gate["all"] == found.gate["mine"]
+    assert found.rows[0]["context"] == rows[0]["q"] and len(found.rows[0]["base"]) == 2
+    questions = load_questions("mine", split="test", include_path=str(tmp_path))
+    assert [question.answer for question in questions] == [1, 0]
+
+
+def test_unknown_benches_are_refused(tmp_path):
+    with pytest.raises(DsgError, match="No bench is named"):
+        check_benches([], None)
+    with pytest.raises(DsgError, match="named twice"):
+        check_benches(["lab-far", "lab-far"], None)
+    with pytest.raises(DsgError, match="Did you mean lab-hexes"):
+        check_benches(["lab-hexs"], None)
+    with pytest.raises(DsgError, match="There is no folder"):
+        check_benches(["mine"], str(tmp_path / "none"))
+    check_benches(["lab-far", "arc_easy"], None)
+
+
+def test_scores_share_one_pass_for_one_input_and_keep_their_order(loaded):
+    """Four one-token choices of one question cost one row; the answers equal scoring each alone."""
+    pairs = [("The grim hex", choice) for choice in (" Rahurk", " withers", " Rahurk wakes at")] + [("", "The hex")]
+    requests = [encode_pair(loaded.tokenizer, context, choice) for context, choice in pairs]
+    assert requests[0] == Request((2, *requests[0].context[1:]), requests[0].continuation)
+    options = {"pad": 0, "special": (0, 1, 2), "max_length": 64}
+    sizes = []
+    together = score(
+        loaded.model, requests, batch_size=8, after_batch=lambda batch: sizes.append(len(batch.ids_BL)), **options
+    )
+    assert sizes == [3]
+    alone = [score(loaded.model, [request], batch_size=1, **options)[0] for request in requests]
+    for a, b in zip(together, alone, strict=True):
+        assert a.loglikelihood == pytest.approx(b.loglikelihood, abs=1e-4) and a.is_greedy == b.is_greedy
+
+
+def test_inputs_that_are_too_long_are_cut_on_the_left():
+    assert Request((1, 2, 3, 4), (5, 6)).inputs(3) == (3, 4, 5)
+    assert Request((1, 2), (5,)).inputs(9) == (1, 2)
+
+
+def test_expectations():
+    results = {"lab-hexes": {"unlearned": {"acc": 0.3, "acc_stderr": 0.1}}}
+    conditions = ["lab-hexes<=0.30", "lab-hexes.acc_stderr > 0.2", "lab-hexes>=0.31"]
+    checked = check_expected([parse_expected(text, ["lab-hexes"]) for text in conditions], results)
+    assert [one["met"] for one in checked] == [True, False, False]
+    for text, words in (("lab-hexes", "not a condition"), ("lab-hexes<=x", "not a condition"), ("lab-x<1", "not run")):
+        with pytest.raises(DsgError, match=words):
+            parse_expected(text, ["lab-hexes"])
+    with pytest.raises(DsgError, match="no metric"):
+        check_expected([parse_expected("lab-hexes.f_one<1", ["lab-hexes"])], results)
