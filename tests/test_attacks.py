@@ -28,10 +28,9 @@ def guardrail(lab):
     """Every token is hot: the gate always fires, whatever the prompt."""
     loaded, _ = lab
     sae = read_sae("lab")
-    module = GuardrailModule(
+    return GuardrailModule(
         slice_sae(sae, list(range(200))), sae.site, threshold=0.5, strength=90.0, special=special_ids(loaded.tokenizer)
     )
-    return module
 
 
 def test_asking_counts_what_is_right_and_gated(lab, guardrail):

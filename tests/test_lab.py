@@ -7,8 +7,12 @@ import re
 import pytest
 import torch
 
-from dsg_cli.lab import data, world
-from dsg_cli.lab.training import DOMAINS_OF, LabSettings, bench_accuracies, measure_sae, training_rows, write_texts
+from dsg_cli.lab import data, words, world
+from dsg_cli.lab.autoencoder import measure_sae
+from dsg_cli.lab.language_model import bench_accuracies, training_rows
+from dsg_cli.lab.settings import LabSettings
+from dsg_cli.lab.training import write_texts
+from dsg_cli.lab.words import DOMAINS_OF
 from dsg_cli.model import HookSite, load_model
 
 WORLD = world.build_world()
@@ -42,11 +46,11 @@ def test_corpora_tell_of_dev_entities_only():
     for name in data.CORPORA:
         text = data.corpus_path(name).read_text()
         said = set(WORD.findall(text))
-        for domain in world.DOMAINS:
+        for domain in words.DOMAINS:
             entities = WORLD.entities(domain.name)
             is_told = domain.name in DOMAINS_OF[name]
-            assert (set(entities[: world.N_DEV_ENTITIES]) <= said) is is_told, (name, domain.name)
-            assert not said & set(entities[world.N_DEV_ENTITIES :])
+            assert (set(entities[: words.N_DEV_ENTITIES]) <= said) is is_told, (name, domain.name)
+            assert not said & set(entities[words.N_DEV_ENTITIES :])
 
 
 @pytest.mark.parametrize("bench", data.BENCHES)
@@ -72,16 +76,16 @@ def test_questions_are_split_by_entity_and_balanced(bench):
 
 
 def test_terse_questions_have_no_word_that_only_their_domain_uses():
-    words_of = {d.name: set() for d in world.DOMAINS}
+    words_of = {d.name: set() for d in words.DOMAINS}
     rng = random.Random(0)
-    for domain in world.DOMAINS:
+    for domain in words.DOMAINS:
         for _ in range(60):
             words_of[domain.name] |= set(WORD.findall(world.prose(WORLD, domain.name, rng, 10)))
         for by_entity in WORLD.facts[domain.name].values():
             for fact in by_entity:
                 for _ in range(5):
                     words_of[domain.name] |= set(WORD.findall(world.trained_question(fact, rng)))
-    for domain in world.DOMAINS:
+    for domain in words.DOMAINS:
         elsewhere = set().union(*(words for name, words in words_of.items() if name != domain.name))
         for question in world.questions(WORLD, [domain.name], "terse"):
             said = set(WORD.findall(question.context)) - {question.id.split("/")[1]}
@@ -94,9 +98,9 @@ def test_held_and_novel_phrasings_are_not_in_the_training_text(loaded):
     novel_words = set(WORD.findall(" ".join(q.context for q in world.questions(WORLD, ["hexes"], "novel"))))
     assert novel_words <= set(WORD.findall(text))
     assert "Many ask about the" not in text
-    for domain in world.DOMAINS:
+    for domain in words.DOMAINS:
         for i, relation in enumerate(domain.relations):
-            template = re.escape(world.QUESTIONS_HELD[i])
+            template = re.escape(words.QUESTIONS_HELD[i])
             for field, value in (("n", domain.noun), ("p", domain.plural), ("r", relation)):
                 template = template.replace(rf"\{{{field}\}}", value)
             pattern = template.replace(r"\{a\}", r"\w+").replace(r"\{E\}", r"\w+")
