@@ -1,0 +1,59 @@
+"""Every command that the README shows parses, and every file that it names exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+COMMANDS = sorted(
+    {match for block in BLOCKS for match in re.findall(r"(?:^|\(|&& \S*/)(dsg [^)\n]*)", block, flags=re.M)}
+)
+
+
+def test_there_are_commands_to_test():
+    assert len(COMMANDS) >= 12 and any(command.startswith("dsg select") for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(dsg, command):
+    words = shlex.split(command.split(" > ")[0])[1:]
+    code, _, err = dsg(*words, "--help")
+    assert code == 0, err
+
+
+def test_set_up_commands_are_there_word_for_word():
+    assert "\npython3 -m venv .venv && .venv/bin/pip install -c constraints.txt . && .venv/bin/dsg demo\n" in README
+    install = '.venv/bin/pip install -c constraints.txt -e ".[test]"'
+    assert f"\npython3 -m venv .venv && {install} && .venv/bin/pytest\n" in README
+
+
+def test_the_file_tree_is_true():
+    tree = README.split("## Files")[1].split("```")[1]
+    for name in re.findall(r"^  ([a-z_]+(?:\.py|/))", tree, flags=re.M):
+        assert (ROOT / "dsg_cli" / name).exists(), name
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_changelog_names_the_version():
+    from dsg_cli import __version__
+
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_constraints_pin_every_dependency():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(
+        line.lower().replace("_", "-").split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    assert pins["torch"] == "2.13.0"
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        assert re.split(r"[<>=\[]", requirement)[0].lower() in pins, requirement
