@@ -130,7 +130,9 @@ def load_corpus(name: str) -> Corpus:
             f"The corpus {name} has {len(set(texts))} different documents; at least {MIN_DOCUMENTS} are needed.",
             "In a .txt file, documents are separated by blank lines.",
         )
-    return Corpus(name=name, texts=texts, sha256=hashlib.sha256(content.encode()).hexdigest())
+    # Files by their absolute path: later stages may run from another folder.
+    known_as = name if name in lab.CORPORA else str(path.resolve())
+    return Corpus(name=known_as, texts=texts, sha256=hashlib.sha256(content.encode()).hexdigest())
 
 
 def _json_lines(path: Path, content: str) -> list[str]:

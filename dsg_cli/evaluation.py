@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from dsg_cli.artifacts import Json
 from dsg_cli.benches.tasks import task_manager, task_specs
+from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule, guarded
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
@@ -56,6 +57,17 @@ class ScoringLM(HFLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Without lm-eval's progress bar: ours reports the same work."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002 - lm-eval's signature
+        """Refused: the mean gate decides on whole sequences, and a generated one is not whole yet.
+
+        Raises:
+            DsgError: Always.
+        """
+        raise DsgError(
+            f"{requests[0].task_name} generates text, which the gate `mean` cannot guard: it needs whole sequences.",
+            "Choose a bench that scores choices by log-likelihood.",
+        )
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_options: Any

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsg_cli.errors import DsgError
 from dsg_cli.gate import hot_tokens, mean_statistic
 from dsg_cli.model import HookSite
 from dsg_cli.residuals import replace_residual
@@ -56,13 +57,22 @@ class GuardrailModule(nn.Module):
 def guarded(model: nn.Module, guardrail: GuardrailModule) -> Iterator[nn.Module]:
     """While the block runs, the model answers under the guardrail.
 
-    The decision is made on whole sequences (the paper's gate), so calls must hold whole sequences: use_cache=False.
+    The decision is made on whole sequences (the paper's gate), so every call must hold token ids of whole sequences.
     Hooks are gone after the block, also after an exception.
+
+    Raises:
+        DsgError: Inside the block, on a call that continues a cached sequence or holds embeddings instead of ids.
     """
     counted: list[Tensor] = []
 
     def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids_BL = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        ids_BL = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        if ids_BL is None or (cache is not None and cache.get_seq_length() > 0):
+            raise DsgError(
+                "The gate `mean` needs the token ids of whole sequences; "
+                "this call continues a cached one, or has no ids."
+            )
         counted[:] = [counted_tokens(ids_BL, kwargs.get("attention_mask"), guardrail.special)]
 
     guardrail.to(next(model.parameters()).device)

@@ -96,8 +96,13 @@ def read_config(source: str) -> Any:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a (possibly multimodal) configuration that describes the decoder."""
+    """The part of a (possibly multimodal) configuration that describes the decoder; a decoder's own is itself."""
     return config.get_text_config(decoder=True)
+
+
+def context_length(config: Any) -> int:
+    """Tokens that the model can read at once; 2048 where its configuration sets no limit."""
+    return int(getattr(text_config(config), "max_position_embeddings", None) or 2048)
 
 
 def load_model(

@@ -35,7 +35,7 @@ def read_residual(model: nn.Module, site: HookSite, ids_BL: Tensor, mask_BL: Ten
         raise _ReachedError
 
     with replace_residual(model, site, keep), suppress(_ReachedError):
-        model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
+        model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False)
     return found[0]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dsg_cli.errors import DsgError
 from dsg_cli.model import HookSite
 from dsg_cli.progress import Report, silent
 from dsg_cli.residuals import read_residual
@@ -54,7 +55,7 @@ def feature_statistics(
     batches: Iterable[TokenBatch],
     *,
     total_tokens: int = 0,
-    what: str = "statistics",
+    what: str = "corpus",
     report: Report = silent,
 ) -> FeatureStatistics:
     """One pass over a corpus.
@@ -69,7 +70,7 @@ def feature_statistics(
         report: Progress.
 
     Raises:
-        ValueError: No counted token, or an activation that is not finite.
+        DsgError: No counted token, or an activation that is not finite.
     """
     n_tokens = 0
     sums: list[Tensor] = []
@@ -90,10 +91,13 @@ def feature_statistics(
         n_tokens += len(resid_TD)
         report(what, n_tokens, total_tokens)
     if not n_tokens:
-        raise ValueError("no counted token in the corpus")
+        raise DsgError(f"The {what} has no token that counts: all are padding, BOS or EOS.")
     mean_square_F, mean_F, rate_F = (total.cpu() / n_tokens for total in sums)
     if not torch.isfinite(mean_square_F).all():
-        raise ValueError("an activation of the SAE is not finite")
+        raise DsgError(
+            f"On the {what} an activation of the SAE is not finite.",
+            "Check the weights of model and SAE, or try --dtype float32.",
+        )
     return FeatureStatistics(
         n_tokens=n_tokens,
         mean_square_F=mean_square_F,

@@ -257,6 +257,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_digest(folder: str | None) -> str | None:
+    """sha256 over the names and contents of the files of a folder, such as one of lm-eval tasks."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        digest.update(f"{path.relative_to(folder)} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import LAYER, WIDTH, make_sae
 
+from dsg_cli.errors import DsgError
 from dsg_cli.gate import mean_statistic
 from dsg_cli.guardrail import GuardrailModule, guarded
 from dsg_cli.model import HookSite
@@ -156,3 +157,15 @@ def test_layers_that_return_tuples_are_handled():
         with replace_residual(falcon_like, HookSite(0, "resid_post"), lambda h: h + 1):
             assert not torch.equal(falcon_like(ids, use_cache=False).logits, plain)
     assert seen.shape == (1, 3, 16)
+
+
+def test_a_call_that_holds_no_whole_sequence_is_refused(model, whole):
+    ids = torch.tensor([ROWS[0]])
+    cache = model(ids, use_cache=True).past_key_values
+    with guarded(model, guard(whole)):
+        with pytest.raises(DsgError, match="whole sequences"):
+            model(ids[:, -1:], past_key_values=cache)
+        with pytest.raises(DsgError, match="whole sequences"):
+            model(inputs_embeds=torch.zeros(1, 2, WIDTH))
+        with pytest.raises(DsgError, match="whole sequences"):
+            model.generate(ids, max_new_tokens=3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import LAYER, N_FEATURES, make_sae
 
+from dsg_cli.errors import DsgError
 from dsg_cli.model import HookSite
 from dsg_cli.statistics import feature_statistics
 from dsg_cli.tokens import batches, chunks, encode
@@ -63,9 +64,9 @@ def test_no_tensor_of_all_tokens_times_features_is_ever_made(model, tokenizer):
 
 
 def test_an_empty_corpus_and_infinite_activations_are_refused(model, tokenizer):
-    with pytest.raises(ValueError, match="no counted token"):
+    with pytest.raises(DsgError, match="no token that counts"):
         feature_statistics(model, SITE, torch.relu, batches([[2, 1]], tokenizer, batch_tokens=64))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(DsgError, match="not finite"):
         feature_statistics(model, SITE, lambda x: x * torch.inf, batches([[2, 5]], tokenizer, batch_tokens=64))
 
 

@@ -16,13 +16,13 @@ from dsg_cli.corpora import check_names, load_corpora
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.lab import data as lab
-from dsg_cli.model import LoadedModel
+from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import load_chain_model, load_guardrail_module
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.tokens import encode
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.workspace import Stored, Workspace, folder_digest
 
 THREAT_MODELS = {"relearn": relearn.THREAT_MODEL, "dilution": dilution.THREAT_MODEL}
 
@@ -56,7 +56,7 @@ def run(
     header = new_header(
         "attack",
         recipe,
-        settings={"kind": kind, **dataclasses.asdict(settings), "bench": bench, "split": recipe.eval.split},
+        settings={"kind": kind, **dataclasses.asdict(settings), "bench": bench, **_asked(recipe)},
         model=stored.header.model,
         sae=stored.header.sae,
         inputs=[stored],
@@ -114,6 +114,12 @@ def summarise(curve: list[Json]) -> Json:
     }
 
 
+def _asked(recipe: Recipe) -> Json:
+    """What decides which questions are asked."""
+    asked = recipe.eval
+    return {"split": asked.split, "limit": asked.limit, "tasks_sha256": folder_digest(asked.include_path)}
+
+
 def _check_settings(recipe: Recipe) -> None:
     settings = recipe.attack
     for name, values in (("dilution_lengths", settings.dilution_lengths), ("relearn_steps", settings.relearn_steps)):
@@ -130,10 +136,6 @@ def _questions(recipe: Recipe, bench: str, split: str) -> list[Question]:
     return found
 
 
-def _max_length(loaded: LoadedModel) -> int:
-    return int(loaded.model.config.get_text_config(decoder=True).max_position_embeddings)
-
-
 def _dilute(
     loaded: LoadedModel, module: GuardrailModule, recipe: Recipe, bench: str, retain: Sequence[str], report: Report
 ) -> list[Json]:
@@ -147,7 +149,7 @@ def _dilute(
         encode(loaded.tokenizer, texts, prepend_bos=False),
         recipe.attack.dilution_lengths,
         batch_size=recipe.eval.batch_size,
-        max_length=_max_length(loaded),
+        max_length=context_length(loaded.model.config),
         report=report,
     )
 
@@ -174,7 +176,7 @@ def _relearn(loaded: LoadedModel, module: GuardrailModule, recipe: Recipe, bench
         steps=settings.relearn_steps,
         learning_rate=settings.relearn_learning_rate,
         batch_size=recipe.eval.batch_size,
-        max_length=_max_length(loaded),
+        max_length=context_length(loaded.model.config),
         seed=recipe.seed,
         report=report,
     )

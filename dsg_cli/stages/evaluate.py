@@ -16,7 +16,7 @@ from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import load_chain_model, load_guardrail_module
 from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.workspace import Stored, Workspace, folder_digest
 
 
 def run(
@@ -39,7 +39,7 @@ def run(
     header = new_header(
         "eval",
         recipe,
-        settings=dataclasses.asdict(settings),
+        settings=dataclasses.asdict(settings) | {"tasks_sha256": folder_digest(settings.include_path)},
         model=guardrail.header.model,
         sae=guardrail.header.sae,
         inputs=[guardrail],

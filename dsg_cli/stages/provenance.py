@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import resource
 import subprocess
@@ -65,13 +66,14 @@ def new_header(
 
 
 def git_state() -> Json:
-    """Commit and dirty flag of the checkout that this package runs from; empty for an installed package."""
+    """Commit and changes of the checkout that this package runs from; empty for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return {}
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return {"commit": commit.strip(), "dirty": bool(_git(root, "status", "--porcelain").strip())}
+        changes = _git(root, "status", "--porcelain") + _git(root, "diff", "HEAD")
+        state: Json = {"commit": _git(root, "rev-parse", "HEAD").strip(), "dirty": bool(changes)}
+        return state | ({"changes_sha256": hashlib.sha256(changes.encode()).hexdigest()} if changes else {})
     except (OSError, subprocess.CalledProcessError):
         return {}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dsg_cli.artifacts import FeatureSet, Json
 from dsg_cli.corpora import Corpus, check_disjoint, check_names, load_corpora
 from dsg_cli.errors import DsgError
-from dsg_cli.model import LoadedModel, load_model, read_config, text_config
+from dsg_cli.model import LoadedModel, context_length, load_model, read_config, text_config
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.sae import SaeSource, check_fits, load_encoder, read_sae
@@ -69,7 +69,7 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
     if reuse and (stored := workspace.matching(header)) is not None:
         return stored
 
-    seq_len = min(recipe.select.seq_len, int(model_config.max_position_embeddings))
+    seq_len = min(recipe.select.seq_len, context_length(model_config))
     encoder = load_encoder(sae, device=recipe.model.device)
     statistics = {
         role: _statistics(loaded, sae, encoder, corpora, seq_len=seq_len, what=f"{role} corpus", report=report)
