@@ -38,6 +38,7 @@ class SaeIdentity:
     width: int
     n_features: int
     prepend_bos: bool
+    config_sha256: str
     sha256: str
     """Digest of the weights file."""
 
@@ -61,7 +62,7 @@ class Header:
     """UTC time, ISO 8601."""
     dsg_version: str
     git: Json
-    """Commit and dirty flag of the working folder's repository; empty where there is none."""
+    """Commit and changes of the checkout that the package runs from; empty for an installed package."""
     packages: dict[str, str]
     device: str
     dtype: str
@@ -121,13 +122,23 @@ class Threshold:
     """Pieces that set the threshold."""
     n_fresh: int
     """Pieces, of other documents, on which the false-positive rate was measured."""
-    false_positive_rate: float
+    n_documents: int
+    """Documents that the calibration pieces were cut from; pieces of one document are not independent."""
+    false_positive_rate: float | None
+    """Null if there was no fresh piece to measure it on."""
     low: float
     high: float
-    """95 % Clopper-Pearson interval."""
+    """95 % Clopper-Pearson interval, as if pieces were independent."""
     features: list[int]
     special_ids: list[int]
     """Tokens that are never counted: BOS, EOS and pad."""
+    bos: int | None
+    """Token that every sequence began with."""
+    median_residual_norm: float
+    forget: list[str]
+    """Names of the forget corpora."""
+    retain: list[str]
+    """Names of the retain corpora of select."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,8 @@ class Guardrail:
     hook: str
     activation: str
     special_ids: list[int]
+    bos: int | None
+    """Token that every sequence began with in selection and calibration."""
     forget: list[str]
     """Names of the forget corpora: attack finds its bench by them."""
     retain: list[str]
@@ -157,7 +170,7 @@ class EvalReport:
     results: dict[str, Json]
     """bench -> side (base, unlearned) -> metric, metric_stderr, n."""
     gate: dict[str, Json]
-    """bench -> rate of gated questions, their number."""
+    """bench -> rate of questions with a gated choice, number of questions."""
     expected: list[Json]
     """Each --expect, its value and whether it was met."""
 

@@ -31,10 +31,11 @@ def cut_pieces(row: list[int], rng: random.Random, *, shortest: int, longest: in
 
 
 def conformal_threshold(statistics: Sequence[float], alpha: float) -> float:
-    """The smallest threshold with at most `alpha` false positives, whatever the distribution.
+    """The smallest threshold that a further statistic, drawn like these, exceeds with probability at most `alpha`.
 
-    The ceil((n + 1)(1 - alpha))-th smallest of n statistics: a further piece drawn alike exceeds it with
-    probability at most alpha (split conformal prediction). The plain percentile promises this only for large n.
+    The ceil((n + 1)(1 - alpha))-th smallest of n (split conformal prediction), whatever their distribution; the plain
+    percentile promises this only for large n. It assumes that statistics are exchangeable: where many pieces come
+    from few documents, it holds for further pieces of such documents and less surely for new ones.
 
     Raises:
         DsgError: alpha out of range, or fewer than 1/alpha - 1 statistics.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ Part = Literal["select", "calibrate", "fresh"]
 PARTS: tuple[tuple[Part, float], ...] = (("select", 0.5), ("calibrate", 0.8), ("fresh", 1.0))
 """Parts and their cumulative shares."""
 MIN_DOCUMENTS = 8
+SHARED_AT_MOST = 0.1
 COMPOSED = {"lab-retain": ("lab-near", "lab-far")}
 """Corpora that contain others, for the check that nothing is both forgotten and retained."""
 
@@ -82,6 +84,25 @@ def check_disjoint(forget: Sequence[str], retain: Sequence[str]) -> None:
         raise DsgError(f"{both[0]} is named both to be forgotten and to be retained.", "Drop it from one of the two.")
 
 
+def check_no_shared_texts(forget: Sequence[Corpus], retain: Sequence[Corpus]) -> None:
+    """Refuse a forget corpus of which a tenth is retained too, whatever the files are called.
+
+    A few documents may coincide: boilerplate stands in any two corpora.
+
+    Raises:
+        DsgError: There is one.
+    """
+    kept = {text: corpus.name for corpus in retain for text in corpus.texts}
+    for corpus in forget:
+        shared = [text for text in corpus.texts if text in kept]
+        if len(shared) > SHARED_AT_MOST * len(corpus.texts):
+            raise DsgError(
+                f"{len(shared)} documents of {corpus.name} are both to be forgotten and to be retained: "
+                f"{kept[shared[0]]} has them too.",
+                "Drop them from one of the two.",
+            )
+
+
 def _expanded(names: Sequence[str]) -> set[str]:
     parts = {part for name in names for part in COMPOSED.get(name, ())}
     files = {str(Path(name).resolve()) for name in names if name not in lab.CORPORA}
@@ -95,9 +116,9 @@ def check_names(names: Sequence[str]) -> None:
         DsgError: A name is neither a corpus of the lab nor an existing file.
     """
     for name in names:
-        if name in lab.CORPORA or Path(name).is_file():
+        if name in lab.CORPORA or (os.path.isfile(name) and name):  # noqa: PTH113 - Path raises on very long names
             continue
-        if Path(name).is_dir():
+        if os.path.isdir(name):  # noqa: PTH112 - the same
             raise DsgError(f"The corpus {name} is a folder.", "Give a .jsonl or .txt file.")
         raise DsgError(
             f"There is no corpus or file named {name}.",
@@ -137,7 +158,7 @@ def load_corpus(name: str) -> Corpus:
 
 def _json_lines(path: Path, content: str) -> list[str]:
     texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -147,5 +168,7 @@ def _json_lines(path: Path, content: str) -> list[str]:
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise DsgError(f'{path}, line {number} has no "text" string; found: {found}.')
+        if any("\ud800" <= character <= "\udfff" for character in row["text"]):
+            raise DsgError(f"{path}, line {number} holds half of a surrogate pair, which is no text.")
         texts.append(row["text"])
     return texts

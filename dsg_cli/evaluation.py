@@ -11,13 +11,11 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
 from dsg_cli.artifacts import Json
-from dsg_cli.benches.tasks import task_manager, task_specs
-from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule, guarded
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
 from dsg_cli.scoring import Request, score
-from dsg_cli.tokens import TokenBatch, special_ids
+from dsg_cli.tokens import TokenBatch, special_ids, with_bos
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,17 @@ class ScoringLM(HFLM):
     """lm-eval's Hugging Face model, with log-likelihoods computed by scoring.py: true lengths reach the gate."""
 
     def __init__(
-        self, loaded: LoadedModel, *, batch_size: int, guardrail: GuardrailModule | None, what: str, report: Report
+        self,
+        loaded: LoadedModel,
+        *,
+        bos: int | None,
+        batch_size: int,
+        guardrail: GuardrailModule | None,
+        what: str,
+        report: Report,
     ) -> None:
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+        self.bos = bos
         self.guardrail = guardrail
         self.what = what
         self.report = report
@@ -58,21 +64,12 @@ class ScoringLM(HFLM):
         """Without lm-eval's progress bar: ours reports the same work."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002 - lm-eval's signature
-        """Refused: the mean gate decides on whole sequences, and a generated one is not whole yet.
-
-        Raises:
-            DsgError: Always.
-        """
-        raise DsgError(
-            f"{requests[0].task_name} generates text, which the gate `mean` cannot guard: it needs whole sequences.",
-            "Choose a bench that scores choices by log-likelihood.",
-        )
-
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_options: Any
     ) -> list[tuple[float, bool]]:
-        asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        asked = [
+            Request(tuple(with_bos(context, self.bos)), tuple(continuation)) for _, context, continuation in requests
+        ]
         noted: list[tuple[list[float], list[bool]]] = []
 
         def note(batch: TokenBatch) -> None:
@@ -105,10 +102,9 @@ class ScoringLM(HFLM):
 def evaluate(
     loaded: LoadedModel,
     guardrail: GuardrailModule,
-    benches: Sequence[str],
+    tasks: Sequence[Any],
     *,
-    split: str,
-    include_path: str | None = None,
+    bos: int | None,
     batch_size: int = 32,
     limit: int | None = None,
     samples: bool = False,
@@ -119,25 +115,21 @@ def evaluate(
     Args:
         loaded: The whole model.
         guardrail: What unlearned it.
-        benches: Names of the lab's benches or of lm-eval's tasks.
-        split: `dev` or `test`; for the lab's benches.
-        include_path: Folder with tasks of the user's own.
+        tasks: lm-eval's tasks and groups, as `benches.tasks.load_tasks` gives them.
+        bos: Token that every sequence begins with.
         batch_size: Sequences in a batch; no result depends on it.
         limit: Questions a bench, at most.
         samples: Keep the questions' texts in the rows.
         report: Progress.
     """
-    manager = task_manager(benches, include_path)
     found: dict[str, Any] = {}
     n_tokens = 0
     decisions: dict[tuple[str, str], Decision] = {}
     for side in ("base", "unlearned"):
         guard = guardrail if side == "unlearned" else None
-        lm = ScoringLM(loaded, batch_size=batch_size, guardrail=guard, what=f"{side} model", report=report)
+        lm = ScoringLM(loaded, bos=bos, batch_size=batch_size, guardrail=guard, what=f"{side} model", report=report)
         with guarded(loaded.model, guard) if guard is not None else contextlib.nullcontext():
-            found[side] = _simple_evaluate(
-                model=lm, tasks=task_specs(benches, split), task_manager=manager, limit=limit, log_samples=True
-            )
+            found[side] = _simple_evaluate(model=lm, tasks=list(tasks), limit=limit, log_samples=True)
         n_tokens += lm.n_tokens
         decisions |= lm.decisions
     rows = _rows(found["base"], found["unlearned"], decisions, samples)

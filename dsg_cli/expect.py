@@ -30,7 +30,7 @@ def parse_expected(text: str, benches: Sequence[str]) -> Expected:
     Raises:
         DsgError: Not a condition, or on a bench that is not run.
     """
-    match = re.fullmatch(r"\s*([^\s<>=]+?)(?:\.([a-z_]+))?\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*", text)
+    match = re.fullmatch(r"\s*([^\s<>=]+?)(?:\.([a-z][a-z0-9_]*))?\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*", text)
     try:
         bound = float(match[4]) if match else None
     except ValueError:

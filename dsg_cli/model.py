@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,13 +45,13 @@ class LoadedModel:
     """Decoder layers of the whole model, however many were loaded."""
 
 
-def parse_hook_site(name: str | None, *, where: str) -> HookSite:
+def parse_hook_site(name: object, *, where: str) -> HookSite:
     """Read `blocks.N.hook_resid_pre|post`.
 
     Raises:
         DsgError: The SAE names no hook, or one that is not on the residual stream.
     """
-    if not name:
+    if not isinstance(name, str) or not name:
         raise DsgError(
             f"{where} does not say which hook it was trained on (metadata.hook_name).",
             "Add it to cfg.json, for example blocks.3.hook_resid_post; a wrong guess would silently do nothing.",
@@ -91,8 +89,8 @@ def read_config(source: str) -> Any:
     folder = model_folder(source)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise DsgError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    except Exception as error:  # A file of the user's: libraries raise anything on a bad one.
+        raise DsgError(f"{folder / 'config.json'} cannot be read: {_one_line(error)}") from error
 
 
 def text_config(config: Any) -> Any:
@@ -139,13 +137,17 @@ def load_model(
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise DsgError(f"The model in {source} cannot be loaded: {error}".splitlines()[0]) from error
+    except Exception as error:  # The same.
+        raise DsgError(f"The model in {source} cannot be loaded: {_one_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise DsgError(f"The weights in {source} lack {len(missing)} tensors, among them {missing[0]}.")
     model.requires_grad_(False)
     return LoadedModel(model=model.eval().to(device), tokenizer=tokenizer, source=source, n_layers=n_layers)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _attention(decoder: Any) -> str | None:

@@ -6,6 +6,7 @@ Precedence: command-line flag, then `--set section.key=value`, then the recipe f
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ class ModelSection:
     source: str = "lab"
     """`lab`, or a Hugging Face model folder."""
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,45 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
         if value is not None:
             _put(data, key, value)
     problems: list[str] = []
-    recipe = _build(Recipe, data, "", problems)
+    recipe: Recipe = _build(Recipe, data, "", problems)
+    problems += _out_of_range(recipe)
     if problems:
         raise DsgError(f"In {where}:\n  " + "\n  ".join(problems))
-    return typing.cast(Recipe, recipe)
+    return recipe
+
+
+def _out_of_range(recipe: Recipe) -> list[str]:
+    """What has the right type and still makes no sense, so that it is said before anything runs."""
+    select, calibrate, asked, attack = recipe.select, recipe.calibrate, recipe.eval, recipe.attack
+    lengths = calibrate.lengths
+    points = {"dilution_lengths": attack.dilution_lengths, "relearn_steps": attack.relearn_steps}
+    ascending = "give ascending whole numbers that begin with 0, the state before the attack."
+    checks = (
+        (select.n_features >= 1, f"select.n_features is {select.n_features}; take at least 1."),
+        (
+            0 <= select.ratio_percentile < 100,
+            f"select.ratio_percentile is {select.ratio_percentile:g}; it must be at least 0 and below 100.",
+        ),
+        (select.seq_len >= 2, f"select.seq_len is {select.seq_len}; it must be at least 2."),
+        (0 < calibrate.alpha < 1, f"calibrate.alpha is {calibrate.alpha:g}; it must lie between 0 and 1."),
+        (
+            len(lengths) == 2 and 1 <= lengths[0] <= lengths[-1],
+            f"calibrate.lengths is {lengths}; give the shortest and the longest, such as 8:128.",
+        ),
+        (asked.batch_size >= 1, f"eval.batch_size is {asked.batch_size}; it must be at least 1."),
+        (asked.limit is None or asked.limit >= 1, f"eval.limit is {asked.limit}; it must be at least 1."),
+        (attack.relearn_questions >= 1, "attack.relearn_questions must be at least 1."),
+        (
+            0 < attack.relearn_learning_rate < math.inf,
+            f"attack.relearn_learning_rate is {attack.relearn_learning_rate}; it must be a positive number.",
+        ),
+        *((_rises_from_zero(values), f"attack.{name} is {values}; {ascending}") for name, values in points.items()),
+    )
+    return [words for is_fine, words in checks if not is_fine]
+
+
+def _rises_from_zero(values: list[int]) -> bool:
+    return bool(values) and values[0] == 0 and sorted(set(values)) == values
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:

@@ -24,8 +24,17 @@ from dsg_cli.model import HookSite, parse_hook_site
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 CONFIG_FILE = "cfg.json"
-SLICEABLE = ("standard", "jumprelu")
-UNSUPPORTED_SETTINGS = {"normalize_activations": ("none", None), "reshape_activations": ("none", None)}
+SUPPORTED_SETTINGS = {
+    "normalize_activations": ("none", None),
+    "reshape_activations": ("none", None),
+    # Older configurations name their activation; a `standard` SAE may then be a top-k one.
+    "activation_fn": ("relu", None),
+    "activation_fn_str": ("relu", None),
+}
+WEIGHTS = {
+    "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+}
 
 
 @dataclass(frozen=True)
@@ -79,21 +88,15 @@ def read_sae(source: str) -> SaeSource:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise DsgError(f"{source} is not an SAE in sae-lens's format: it has no {name}.")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            shape = file.get_slice("W_enc").get_shape()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DsgError(f"{folder / CONFIG_FILE} is not valid JSON: {error}.") from error
-    except SafetensorError as error:
-        raise DsgError(f"{folder / WEIGHTS_FILE} cannot be read: {error}.") from error
-    metadata = config.get("metadata") or {}
-    hook = metadata.get("hook_name") or config.get("hook_name")
-    site = parse_hook_site(hook, where=str(folder / CONFIG_FILE))
-    width, n_features = int(config.get("d_in", 0)), int(config.get("d_sae", 0))
-    if shape != [width, n_features]:
-        raise DsgError(f"{folder}: W_enc has shape {shape}, but {CONFIG_FILE} says {[width, n_features]}.")
+    config, metadata = _read_config(folder / CONFIG_FILE)
+    site = parse_hook_site(metadata.get("hook_name") or config.get("hook_name"), where=str(folder / CONFIG_FILE))
     _check_sliceable(config, source)
+    width, n_features = config.get("d_in"), config.get("d_sae")
+    if not isinstance(width, int) or not isinstance(n_features, int):
+        raise DsgError(
+            f"{folder / CONFIG_FILE}: d_in and d_sae must be whole numbers, not {width!r} and {n_features!r}."
+        )
+    _check_weights(folder / WEIGHTS_FILE, config["architecture"], width, n_features)
     identity = SaeIdentity(
         source=source,
         architecture=config["architecture"],
@@ -101,19 +104,55 @@ def read_sae(source: str) -> SaeSource:
         width=width,
         n_features=n_features,
         prepend_bos=bool(metadata.get("prepend_bos", config.get("prepend_bos", True))),
-        sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
+        config_sha256=_digest(folder / CONFIG_FILE),
+        sha256=_digest(folder / WEIGHTS_FILE),
     )
     return SaeSource(folder=folder, config=config, identity=identity, site=site)
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration and its metadata."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DsgError(f"{path} is not valid JSON: {error}.") from error
+    metadata = (config.get("metadata") or {}) if isinstance(config, dict) else None
+    if not isinstance(metadata, dict):
+        raise DsgError(f"{path} is not the configuration of an SAE: it, and its metadata, must be JSON objects.")
+    return config, metadata
+
+
+def _check_weights(path: Path, architecture: str, width: int, n_features: int) -> None:
+    """The tensors that a slice needs are there, in their shapes; nothing is loaded."""
+    shapes = {"W_enc": [width, n_features], "W_dec": [n_features, width], "b_dec": [width]}
+    try:
+        with safe_open(path, framework="pt") as file:
+            there = set(file.keys())
+            missing = [name for name in WEIGHTS[architecture] if name not in there]
+            if missing:
+                raise DsgError(f"{path} has no tensor {missing[0]}, which an SAE of architecture {architecture} needs.")
+            for name in WEIGHTS[architecture]:
+                expected = shapes.get(name, [n_features])
+                shape = list(file.get_slice(name).get_shape())
+                if shape != expected:
+                    raise DsgError(f"{path}: {name} has shape {shape}; by {CONFIG_FILE} it should be {expected}.")
+    except SafetensorError as error:
+        raise DsgError(f"{path} cannot be read: {error}.") from error
+
+
 def _check_sliceable(config: dict[str, Any], source: str) -> None:
     architecture = config.get("architecture")
-    if architecture not in SLICEABLE:
+    if not isinstance(architecture, str) or architecture not in WEIGHTS:
         raise DsgError(
             f"The SAE {source} has the architecture {architecture!r}, which this version cannot slice exactly.",
-            f"Supported: {', '.join(SLICEABLE)} (BatchTopK and Matryoshka SAEs are saved as jumprelu).",
+            f"Supported: {', '.join(WEIGHTS)} (BatchTopK and Matryoshka SAEs are saved as jumprelu).",
         )
-    for key, supported in UNSUPPORTED_SETTINGS.items():
+    for key, supported in SUPPORTED_SETTINGS.items():
         if config.get(key) not in supported:
             raise DsgError(f"The SAE {source} has {key}={config[key]!r}, which this version cannot slice exactly.")
 
@@ -156,7 +195,7 @@ def slice_sae(sae: SaeSource, indices: Sequence[int]) -> SaeSlice:
     """Columns and rows of the chosen features.
 
     Raises:
-        DsgError: An index that the SAE does not have.
+        DsgError: An index that the SAE does not have, or a weight that is not finite.
     """
     beyond = [index for index in indices if not 0 <= index < sae.identity.n_features]
     if beyond:
@@ -172,5 +211,8 @@ def slice_sae(sae: SaeSource, indices: Sequence[int]) -> SaeSlice:
             b_enc = b_enc - file.get_tensor("b_dec").double() @ W_enc
         is_jumprelu = sae.config["architecture"] == "jumprelu"
         threshold = file.get_tensor("threshold")[index_K] if is_jumprelu else torch.zeros(len(index_K))
+    for name, tensor in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("threshold", threshold)):
+        if not torch.isfinite(tensor).all():
+            raise DsgError(f"The SAE {sae.identity.source} holds a value in {name} that is not finite.")
     # A ReLU follows the threshold: below zero nothing is active.
     return SaeSlice(W_enc, b_enc, threshold.clamp(min=0.0), W_dec)

@@ -7,6 +7,7 @@ question) share one forward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dsg_cli.errors import DsgError
 from dsg_cli.progress import Report, silent
-from dsg_cli.tokens import TokenBatch, pad_rows
+from dsg_cli.tokens import TokenBatch, pad_rows, with_bos
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,24 @@ class Score:
     """its row there: where an observer finds what it noted."""
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> Request:
-    """A request from text, as lm-eval encodes it: both together, cut where the context alone ends.
+def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *, bos: int | None) -> Request:
+    """A request from text, as lm-eval encodes it: both together, cut where the context alone ends; `bos` in front.
 
-    Special tokens are the tokenizer's own (BOS where it adds one); spaces at the end of the context move to the
-    continuation. An empty context is a lone BOS (or EOS).
+    Spaces at the end of the context move to the continuation. An empty context is a lone BOS (or EOS).
+
+    Raises:
+        DsgError: The context is empty and the tokenizer has neither BOS nor EOS.
     """
     n_spaces = len(context) - len(context.rstrip())
     if n_spaces:
         context, continuation = context[:-n_spaces], context[-n_spaces:] + continuation
     if not context:
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if prefix is None:
+            raise DsgError("A question has no context, and the tokenizer has neither BOS nor EOS to start from.")
         return Request((prefix,), tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"]))
-    whole, head = tokenizer(context + continuation)["input_ids"], tokenizer(context)["input_ids"]
+    whole = with_bos(tokenizer(context + continuation)["input_ids"], bos)
+    head = with_bos(tokenizer(context)["input_ids"], bos)
     return Request(tuple(head), tuple(whole[len(head) :]))
 
 
@@ -89,6 +96,9 @@ def score(
 
     Returns:
         One score a request, in their order.
+
+    Raises:
+        DsgError: A log-likelihood is not finite: a broken model must not pass for one that has unlearned.
     """
     by_input: dict[tuple[int, ...], list[int]] = {}
     for i, request in enumerate(requests):
@@ -104,6 +114,11 @@ def score(
         for row_index, row in enumerate(rows):
             for i in by_input[row]:
                 loglikelihood, is_greedy = _one(logits_BLV[row_index, : len(row)], requests[i].continuation)
+                if not math.isfinite(loglikelihood):
+                    raise DsgError(
+                        f"A log-likelihood is {loglikelihood}: the model is broken, not unlearned.",
+                        "Check the weights, lower --strength, or try --dtype float32.",
+                    )
                 scores[i] = Score(loglikelihood, is_greedy, batch_index, row_index)
         report(what, min(start + batch_size, len(inputs)), len(inputs))
     return [scores[i] for i in range(len(requests))]

@@ -17,7 +17,7 @@ from dsg_cli.tokens import TokenBatch
 CHUNK_TOKENS = 1024
 """Tokens encoded at a time: what bounds the memory of a pass is this times F, never the corpus."""
 NORM_SAMPLE = 65_536
-"""Residual norms kept for their median."""
+"""Residual norms kept for their median, about; evenly spread over the corpus."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FeatureStatistics:
     rate_F: Tensor
     """Share of tokens on which the feature is active."""
     median_residual_norm: float
-    """Over the first 65,536 counted tokens."""
+    """Over counted tokens, evenly sampled."""
 
     def score(self, name: str) -> Tensor:
         """`mean-square` or `squared-mean`, shape [F]."""
@@ -54,7 +54,7 @@ def feature_statistics(
     encode: Callable[[Tensor], Tensor],
     batches: Iterable[TokenBatch],
     *,
-    total_tokens: int = 0,
+    total_tokens: int,
     what: str = "corpus",
     report: Report = silent,
 ) -> FeatureStatistics:
@@ -65,21 +65,20 @@ def feature_statistics(
         site: Where the SAE reads.
         encode: Residuals [T, D] -> activations [T, F].
         batches: The corpus.
-        total_tokens: For progress only.
+        total_tokens: Of the corpus, about: for progress, and to spread the sample of norms.
         what: Name of the pass, for progress only.
         report: Progress.
 
     Raises:
         DsgError: No counted token, or an activation that is not finite.
     """
-    n_tokens = 0
+    n_tokens, stride = 0, max(1, total_tokens // NORM_SAMPLE)
     sums: list[Tensor] = []
     norms: list[Tensor] = []
     for batch in batches:
         resid_BLD = read_residual(model, site, batch.ids_BL, batch.mask_BL)
         resid_TD = resid_BLD[batch.counted_BL].float()
-        if sum(map(len, norms)) < NORM_SAMPLE:
-            norms.append(resid_TD.norm(dim=-1))
+        norms.append(resid_TD[::stride].norm(dim=-1).cpu())
         for chunk_TD in torch.split(resid_TD, CHUNK_TOKENS):
             acts_TF = encode(chunk_TD)
             parts = (
@@ -103,5 +102,5 @@ def feature_statistics(
         mean_square_F=mean_square_F,
         mean_F=mean_F,
         rate_F=rate_F,
-        median_residual_norm=float(torch.cat(norms)[:NORM_SAMPLE].median()),
+        median_residual_norm=float(torch.cat(norms).median()),
     )

@@ -3,6 +3,9 @@
 Shape suffixes used throughout the package: B batch, L position, T tokens of several sequences in a row,
 D model width, F features of the SAE, K chosen features, V vocabulary.
 
+BOS comes first wherever the tokenizer has one and either puts it there by itself or the SAE was trained with it: in
+selection, calibration, evaluation and attacks alike (`bos_to_prepend`).
+
 A token is *counted* if it is neither padding nor BOS, EOS or pad: only counted tokens enter a statistic, can be
 hot, or are edited.
 """
@@ -15,6 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+BATCH_TOKENS = 8192
+"""Tokens, padding included, in a batch of a pass over a corpus."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +56,40 @@ def counted_tokens(ids_BL: Tensor, mask_BL: Tensor | None, special: Sequence[int
     return counted_BL if mask_BL is None else counted_BL & mask_BL.bool()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, prepend_bos: bool = True) -> list[list[int]]:
-    """Token ids of each text, BOS first if the tokenizer has one and the SAE was trained with it; no EOS."""
+def bos_to_prepend(tokenizer: PreTrainedTokenizerBase, sae_prepends: bool) -> int | None:
+    """The BOS id that every sequence begins with, or None."""
     bos = tokenizer.bos_token_id
-    rows = [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-    return [[bos, *row] for row in rows] if prepend_bos and bos is not None else rows
+    if bos is None:
+        return None
+    adds_itself = list(tokenizer("a")["input_ids"][:1]) == [bos]
+    return int(bos) if sae_prepends or adds_itself else None
+
+
+def with_bos(ids: Sequence[int], bos: int | None) -> list[int]:
+    """The ids with that BOS in front, once."""
+    return list(ids) if bos is None or list(ids[:1]) == [bos] else [bos, *ids]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, bos: int | None) -> list[list[int]]:
+    """Token ids of each text, that BOS first; no EOS."""
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return [with_bos(row, bos) for row in rows]
 
 
 def chunks(ids: list[int], seq_len: int, *, bos: int | None) -> Iterator[list[int]]:
     """A long sequence as consecutive rows of at most `seq_len` tokens, each with the BOS of the first."""
-    head = ids[:1] if bos is not None and ids[:1] == [bos] else []
+    head = [bos] if bos is not None and ids[:1] == [bos] else []
     body, step = ids[len(head) :], seq_len - len(head)
     for start in range(0, len(body), step):
         yield head + body[start : start + step]
 
 
 def batches(
-    rows: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int, device: str = "cpu"
+    rows: Iterable[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    device: str = "cpu",
 ) -> Iterator[TokenBatch]:
     """Right-padded batches of similar lengths, each of at most `batch_tokens` tokens including padding."""
     special = special_ids(tokenizer)

@@ -62,11 +62,6 @@ class Stored:
         assert isinstance(self.body, kind)
         return self.body
 
-    def rows(self) -> list[Json]:
-        """The rows beside it."""
-        path = self.path.with_suffix(".jsonl")
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
 
 class Workspace:
     """A folder of artifacts."""
@@ -125,19 +120,21 @@ class Workspace:
             raise DsgError(f"There is no artifact {wanted} in {self.folder}.", nearest(wanted, self.ids()))
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            kind, schema = data["kind"], data["schema"]
-            known = SCHEMAS[kind]
-        except (ValueError, KeyError, TypeError) as error:
+            schema, known = int(data["schema"]), SCHEMAS[data["kind"]]
+            digest = digest_of(data)
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise DsgError(f"{path} is not an artifact of dsg, or is damaged.") from error
         if schema > known:
             raise DsgError(f"{path} has schema {schema}; this version reads up to {known}.", "Update dsg-cli.")
-        if data.get("sha256") != digest_of(data):
+        if data.get("sha256") != digest:
             raise DsgError(f"{path} was altered after it was written: its digest does not match.", "Make it again.")
-        for name, digest in data["files"].items():
+        if data["id"] != path.stem:
+            raise DsgError(f"{path} was renamed: it is {data['id']}.", "Give it its name back.")
+        for name, side_digest in data["files"].items():
             side = path.with_name(name)
             if not side.is_file():
                 raise DsgError(f"{path} is incomplete: {name} is missing.", "Make it again.")
-            if file_digest(side) != digest:
+            if file_digest(side) != side_digest:
                 raise DsgError(f"{side} was altered after it was written: its digest does not match.", "Make it again.")
         return Stored(header_from_json(data), body_from_json(data), data, path)
 
@@ -171,7 +168,7 @@ class Workspace:
                 _write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
             except BaseException as error:
                 # Without its JSON a side file is a leftover.
-                for suffix in (".safetensors", ".jsonl"):
+                for suffix in (".safetensors", ".jsonl") if not path.exists() else ():
                     path.with_suffix(suffix).unlink(missing_ok=True)
                 if isinstance(error, OSError):
                     raise DsgError(f"{path} cannot be written: {error.strerror}.") from error
@@ -223,7 +220,10 @@ class Workspace:
     def matching(self, header: Header) -> Stored | None:
         """The newest artifact with the same settings, inputs, model, SAE and versions, for `--reuse`."""
         for artifact_id in reversed(self.ids(header.kind)):
-            stored = self.read(artifact_id)
+            try:
+                stored = self.read(artifact_id)
+            except DsgError:  # A damaged artifact is no reason not to make a new one.
+                continue
             if _reuse_key(stored.header) == _reuse_key(header):
                 return stored
         return None
@@ -255,16 +255,6 @@ def file_digest(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folder_digest(folder: str | None) -> str | None:
-    """sha256 over the names and contents of the files of a folder, such as one of lm-eval tasks."""
-    if folder is None:
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        digest.update(f"{path.relative_to(folder)} {file_digest(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

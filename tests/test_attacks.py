@@ -6,20 +6,20 @@ import torch
 from dsg_cli.attacks.asking import ask
 from dsg_cli.attacks.dilution import dilute
 from dsg_cli.attacks.relearn import relearn
-from dsg_cli.benches.tasks import load_questions
+from dsg_cli.benches.tasks import load_tasks, questions_of
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.model import fingerprint, load_model
 from dsg_cli.sae import read_sae, slice_sae
 from dsg_cli.tokens import special_ids
 
-OPTIONS = {"batch_size": 16, "max_length": 1024}
+OPTIONS = {"bos": 2, "batch_size": 16, "max_length": 1024}
 
 
 @pytest.fixture(scope="module")
 def lab():
     loaded = load_model("lab")
-    questions = {bench: load_questions(bench, split="dev")[:16] for bench in ("lab-hexes", "lab-near")}
+    questions = {bench: questions_of(*load_tasks([bench], split="dev"))[:16] for bench in ("lab-hexes", "lab-near")}
     return loaded, questions
 
 
@@ -67,8 +67,8 @@ def test_dilution_needs_text_and_room(lab, guardrail):
     arguments = (loaded.model, loaded.tokenizer, guardrail, questions["lab-hexes"])
     with pytest.raises(DsgError, match="No benign text has 50 tokens; the longest has 3"):
         dilute(*arguments, [[5, 6, 7]], [0, 50], **OPTIONS)
-    with pytest.raises(DsgError, match="leaves no room"):
-        dilute(*arguments, [[5] * 2000], [1020], **OPTIONS)
+    with pytest.raises(DsgError, match="do not fit in the 1024"):
+        dilute(*arguments, [[5] * 2000], [0, 1020], **OPTIONS)
 
 
 def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
@@ -83,7 +83,6 @@ def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
         utility=questions["lab-near"],
         steps=[0, 1, 6],
         learning_rate=1e-3,
-        seed=0,
         **OPTIONS,
     )
     plain = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"][8:], guardrail=guardrail, **OPTIONS)
@@ -123,7 +122,7 @@ def test_relearning_recovers_what_a_model_never_knew(model, tokenizer):
         utility=[],
         steps=[0, 60],
         learning_rate=1e-2,
-        seed=0,
+        bos=2,
         batch_size=16,
         max_length=64,
     )

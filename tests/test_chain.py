@@ -121,9 +121,17 @@ def test_folders_of_my_own(dsg, folders, my_bench, tmp_path):
     assert len(calibration) == threshold["n_calibration"]
     assert sum(row["statistic"] > threshold["threshold"] for row in calibration) <= 0.2 * len(calibration)
     assert all(4 <= row["length"] <= 16 for row in rows)
+    assert [row["gated"] for row in rows] == [row["statistic"] > threshold["threshold"] for row in rows]
 
-    code, out, err = dsg("apply", "--strength", "30")
+    # Settings that change what is computed are part of what --reuse compares.
+    again = ("calibrate", "--alpha", 0.2, "--lengths", "4:16", "--reuse")
+    assert dsg(*again)[1] == "threshold-001\n"
+    assert dsg(*again, "--set", "corpora.limit=70")[1] == "threshold-002\n"
+    code, out, err = dsg("apply", "--from", "threshold-001", "--strength", "30")
     assert (code, out) == (0, "guardrail-001\n"), err
+    # A threshold holds all that apply needs, wherever its features lie.
+    assert dsg("calibrate", "--from", "dsg-workspace/features-001.json", "--alpha", 0.2, "-w", "other")[0] == 0
+    assert dsg("apply", "-w", "other")[1] == "guardrail-001\n"
     code, out, err = dsg("eval", "--bench", "mine", "--include-path", my_bench, "--json")
     assert code == 0, err
     assert json.loads(out)["results"]["mine"]["unlearned"]["n"] == 24
@@ -143,7 +151,6 @@ def test_the_same_seed_gives_the_same_features_and_threshold(dsg, folders):
         assert dsg("calibrate", "--alpha", 0.2)[0] == 0
     documents = {name: json.loads(dsg("show", name, "--json")[1]) for name in dsg("ls")[1].split()}
     assert documents["features-001"]["features"] == documents["features-002"]["features"]
-    assert documents["features-001"]["files"].values() != documents["threshold-001"]["files"].values()
     one, two = (list(documents[f"features-00{i}"]["files"].values()) for i in (1, 2))
     assert one == two
     assert documents["threshold-001"]["threshold"] == documents["threshold-002"]["threshold"]

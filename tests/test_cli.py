@@ -68,8 +68,8 @@ def select(folders, **changes):
         ({"forget": "binary.txt"}, "not UTF-8 text"),
         ({"retain": "bad.jsonl"}, "line 1 is not JSON"),
         ({"n_features": 49}, "49 features were asked for; the SAE has 48"),
-        ({"n_features": 0}, "0 features were asked for"),
-        ({"ratio_percentile": 100}, "ratio percentile is 100"),
+        ({"n_features": 0}, "select.n_features is 0"),
+        ({"ratio_percentile": 100}, "select.ratio_percentile is 100"),
         ({"n_features": 40, "ratio_percentile": 90}, "features pass the filter"),
         ({"workspace": "tiny.txt"}, "cannot be written to"),
         ({"device": "cuda:7"}, "device cuda:7 is not available"),
@@ -109,8 +109,8 @@ def test_errors_come_before_weights_are_loaded(dsg, folders, monkeypatch):
     ):
         code, _, err = dsg(*arguments)
         assert code == 1 and words in err, err
-    with pytest.raises(AttributeError):
-        dsg(*select(folders))
+    code, _, err = dsg(*select(folders))
+    assert code == 1 and "cannot be loaded" in err
 
 
 def test_a_stage_without_its_input_names_the_command_that_makes_it(dsg):
@@ -136,7 +136,7 @@ def chain(dsg, folders):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["calibrate", "--alpha", "2"], "between 0 and 1"),
+        (["calibrate", "--alpha", "2"], "calibrate.alpha is 2"),
         (["calibrate", "--alpha", "0.001"], "at least 999 are needed"),
         (["calibrate", "--lengths", "8-128"], "not of the form 8:128"),
         (["calibrate", "--lengths", "128:8"], "give the shortest and the longest"),
@@ -145,6 +145,8 @@ def chain(dsg, folders):
         (["calibrate", "--from", "threshold-001"], "is not of the kind features"),
         (["apply", "--strength", "strong"], "not a positive number"),
         (["apply", "--strength", "-5"], "not a positive number"),
+        (["apply", "--strength", "1e39"], "not a positive number"),
+        (["apply", "--strength", "1e308r"], "not a positive number"),
         (["apply", "--from", "threshold-009"], "no artifact threshold-009"),
         (["eval"], "No bench is named"),
         (["eval", "--bench", "lab-hexs"], "Did you mean lab-hexes"),
@@ -154,6 +156,11 @@ def chain(dsg, folders):
         (["attack", "--kind", "relern"], "Did you mean relearn"),
         (["attack", "--kind", "dilution"], "No bench is named like the forget corpus"),
         (["attack", "--kind", "relearn", "--bench", "lab-hexes", "--set", "attack.relearn_steps=[3, 1]"], "ascending"),
+        (
+            ["attack", "--kind", "relearn", "--bench", "lab-far", "--set", "attack.relearn_questions=999"],
+            "144 questions",
+        ),
+        (["attack", "--kind", "relearn", "--bench", "lab-far", "--limit", "0"], "eval.limit is 0"),
     ],
 )
 def test_later_stage_errors(dsg, chain, arguments, words):
@@ -190,9 +197,14 @@ def test_a_model_or_sae_that_changed_is_refused(dsg, folders, tmp_path):
     save_file(weights, mine["model"] / "model.safetensors", metadata={"format": "pt"})
     code, _, err = dsg("calibrate", "--alpha", 0.2)
     assert code == 1 and "is not the one that features-001 was made with" in err
+    config = mine["sae"] / "cfg.json"
+    original = config.read_text()
+    config.write_text(original.replace("blocks.1.", "blocks.0."))
+    code, _, err = dsg("calibrate", "--alpha", 0.2)
+    assert code == 1 and "SAE" in err and "its configuration changed" in err
     make_sae(mine["sae"], seed=1)
     code, _, err = dsg("calibrate", "--alpha", 0.2)
-    assert code == 1 and "SAE" in err and "weights have changed" in err
+    assert code == 1 and "SAE" in err and "its weights changed" in err
 
 
 def test_usage_errors_exit_2(dsg):
@@ -228,6 +240,9 @@ def test_the_lab_is_exported_in_plain_formats(dsg, tmp_path):
     assert names == {"model", "sae", "sae-1", "sae-2", "corpora", "questions", "tasks", "training.json"}
     code, _, err = dsg("lab", "export", "lab")
     assert code == 1 and "not empty" in err
+    (tmp_path / "empty").mkdir()
+    assert dsg("lab", "export", "empty")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"lab", "empty"}
     # Its parts are ordinary folders and files: the chain runs on them, and lm-eval reads its tasks.
     parts = ("--model", "lab/model", "--sae", "lab/sae-1")
     code, _, err = dsg("select", *parts, "--forget", "lab/corpora/lab-hexes.jsonl", "--retain", "lab-retain", "-n", 5)
@@ -248,3 +263,12 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
     for wanted in ("dsg_cli/recipes/lab.yaml", "dsg_cli/lab/shipped/model/model.safetensors", "dsg_cli/py.typed"):
         assert wanted in names
     assert wheel.stat().st_size < 8e6
+    # Unpacked far from the checkout, it finds its recipe and its lab.
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    done = python(
+        "-m", "dsg_cli", "ls", "recipes", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    )
+    assert done.stdout.split() == ["lab"], done.stderr
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / "installed")}}
+    done = python("-m", "dsg_cli", "select", "--recipe", "lab", "--json", **options)
+    assert done.returncode == 0 and json.loads(done.stdout)["git"] == {}, done.stderr

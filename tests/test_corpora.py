@@ -6,7 +6,7 @@ import operator
 
 import pytest
 
-from dsg_cli.corpora import Corpus, check_disjoint, load_corpora, load_corpus, part_of
+from dsg_cli.corpora import Corpus, check_disjoint, check_no_shared_texts, load_corpora, load_corpus
 from dsg_cli.errors import DsgError
 
 TEXTS = [f"document number {i}" for i in range(400)]
@@ -19,7 +19,6 @@ def test_parts_are_disjoint_and_follow_from_the_text_alone():
     assert 160 < len(parts["select"]) < 240 and 80 < len(parts["calibrate"]) < 160 and 45 < len(parts["fresh"]) < 120
     reordered = Corpus("y", TEXTS[::-1] + TEXTS, "")
     assert set(reordered.part("calibrate")) == set(parts["calibrate"])
-    assert part_of("document number 0") == part_of("document number 0")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
@@ -42,6 +41,7 @@ def test_local_files(tmp_path, kind):
         ("a.jsonl", b"hello\n", "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', 'line 2 has no "text" string; found: body'),
         ("a.jsonl", b'["x"]\n', "found: list"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "half of a surrogate pair"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, name, content, words):
@@ -50,7 +50,24 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, content, words):
         load_corpus(str(tmp_path / name))
 
 
+def test_line_separators_inside_a_text_part_nothing(tmp_path):
+    texts = [f"one\u2028two\x85three {i}" for i in range(9)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
+    assert load_corpus(str(path)).texts == texts
+
+
+def test_the_same_text_under_two_names_is_found(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("\n\n".join(load_corpus("lab-hexes").texts[:100]))
+    with pytest.raises(DsgError, match="1.. documents of lab-hexes are both"):
+        check_no_shared_texts([load_corpus("lab-hexes")], [load_corpus(str(path))])
+    check_no_shared_texts([load_corpus("lab-hexes")], [load_corpus("lab-retain")])
+
+
 def test_unknown_names(tmp_path):
+    with pytest.raises(DsgError, match="no corpus or file"):
+        load_corpus("x" * 5000)
     with pytest.raises(DsgError, match="Did you mean lab-hexes") as error:
         load_corpus("lab-hexs")
     assert error.value.message == "There is no corpus or file named lab-hexs."

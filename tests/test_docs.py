@@ -1,5 +1,6 @@
 """Every command that the README shows parses, and every file that it names exists."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -19,10 +20,14 @@ def test_there_are_commands_to_test():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_parses(dsg, command):
+def test_every_command_and_its_settings_are_understood(dsg, command):
+    """Flags are known (--help comes after them); settings and choices are those of the recipe."""
+    from dsg_cli.recipe import load_recipe
+
     words = shlex.split(command.split(" > ")[0])[1:]
     code, _, err = dsg(*words, "--help")
     assert code == 0, err
+    load_recipe(sets=[value for flag, value in itertools.pairwise(words) if flag == "--set"])
 
 
 def test_set_up_commands_are_there_word_for_word():

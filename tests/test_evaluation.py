@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from dsg_cli.benches.tasks import check_benches, load_questions
+from dsg_cli.benches.tasks import load_tasks, questions_of
 from dsg_cli.errors import DsgError
 from dsg_cli.evaluation import evaluate
 from dsg_cli.expect import check_expected, parse_expected
@@ -91,9 +91,8 @@ def plain_loop(loaded, sae, questions, indices, threshold):
 def test_accuracies_equal_a_plain_loop(loaded, sae, hot_features):
     benches = ["lab-hexes", "lab-near"]
     threshold = 0.2
-    found = evaluate(
-        loaded, make_guardrail(loaded, sae, hot_features, threshold), benches, split="dev", batch_size=7, limit=24
-    )
+    tasks = load_tasks(benches, split="dev")
+    found = evaluate(loaded, make_guardrail(loaded, sae, hot_features, threshold), tasks, bos=2, batch_size=7, limit=24)
     for bench in benches:
         rows = [json.loads(line) for line in lab.questions_path(bench).read_text().splitlines()]
         asked = [row for row in rows if row["split"] == "dev"][:24]
@@ -111,7 +110,10 @@ def test_accuracies_equal_a_plain_loop(loaded, sae, hot_features):
 def test_no_answer_depends_on_the_batch_size(loaded, sae, hot_features):
     guardrail = make_guardrail(loaded, sae, hot_features, 0.5)
     benches = ["lab-hexes-terse", "lab-far"]
-    one, many = (evaluate(loaded, guardrail, benches, split="dev", batch_size=size, limit=30).rows for size in (1, 16))
+    one, many = (
+        evaluate(loaded, guardrail, load_tasks(benches, split="dev"), bos=2, batch_size=size, limit=30).rows
+        for size in (1, 16)
+    )
     for a, b in zip(one, many, strict=True):
         assert (a["id"], a["gated"], a["length"], a["statistic"]) == (b["id"], b["gated"], b["length"], b["statistic"])
         assert a["unlearned"] == pytest.approx(b["unlearned"], abs=1e-3)
@@ -145,31 +147,126 @@ def test_a_group_of_my_own_tasks_with_choices_of_several_tokens(loaded, sae, hot
         yaml.safe_dump({"group": "all", "task": ["mine"], "aggregate_metric_list": [{"metric": "acc"}]})
     )
     guardrail = make_guardrail(loaded, sae, hot_features, 0.2)
-    check_benches(["all"], str(tmp_path))
-    found = evaluate(loaded, guardrail, ["all"], split="test", include_path=str(tmp_path), samples=True)
+    tasks = load_tasks(["all"], split="test", include_path=str(tmp_path))
+    found = evaluate(loaded, guardrail, tasks, bos=2, samples=True)
     assert found.results["all"]["base"]["n"] == found.results["mine"]["base"]["n"] == 2
     assert found.gate["all"] == found.gate["mine"]
     assert found.rows[0]["context"] == rows[0]["q"] and len(found.rows[0]["base"]) == 2
-    questions = load_questions("mine", split="test", include_path=str(tmp_path))
+    questions = questions_of(tasks[0])
     assert [question.answer for question in questions] == [1, 0]
 
 
+def mine(folder, **changes):
+    """A task of the user's own in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.jsonl").write_text(json.dumps({"q": "The hex", "c": [" a", " b"], "a": 0, "s": "zz"}) + "\n")
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "mine.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{a}}",
+        "metric_list": [{"metric": "acc"}],
+    } | changes
+    (folder / "mine.yaml").write_text(yaml.safe_dump(task))
+    return {"split": "test", "include_path": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, "cannot be loaded"),
+        ({"doc_to_choice": "{{missing}}"}, "cannot be loaded"),
+        ({"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}, "cannot guard"),
+        ({"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]}, "cannot guard"),
+        ({"task": "lab-hexes"}, "is a bench of the lab"),
+    ],
+)
+def test_tasks_that_cannot_be_used_are_refused_before_a_model_is_there(tmp_path, changes, words):
+    options = mine(tmp_path / "tasks", **changes)
+    with pytest.raises(DsgError, match=words):
+        load_tasks([changes.get("task", "mine")], **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"doc_to_target": "{{s}}"}, "none of its 2 choices"),
+        ({"metric_list": [{"metric": "acc_mutual_info"}]}, "context of its own"),
+    ],
+)
+def test_questions_that_attacks_cannot_ask_are_refused(tmp_path, changes, words):
+    (task,) = load_tasks(["mine"], **mine(tmp_path / "tasks", **changes))
+    with pytest.raises(DsgError, match=words):
+        questions_of(task)
+
+
 def test_unknown_benches_are_refused(tmp_path):
-    with pytest.raises(DsgError, match="No bench is named"):
-        check_benches([], None)
-    with pytest.raises(DsgError, match="named twice"):
-        check_benches(["lab-far", "lab-far"], None)
-    with pytest.raises(DsgError, match="Did you mean lab-hexes"):
-        check_benches(["lab-hexs"], None)
+    for benches, words in (
+        ([], "No bench is named"),
+        (["lab-far", "lab-far"], "named twice"),
+        (["lab-hexs"], "Did you mean lab-hexes"),
+    ):
+        with pytest.raises(DsgError, match=words):
+            load_tasks(benches, split="test")
     with pytest.raises(DsgError, match="There is no folder"):
-        check_benches(["mine"], str(tmp_path / "none"))
-    check_benches(["lab-far", "arc_easy"], None)
+        load_tasks(["lab-far"], split="test", include_path=str(tmp_path / "none"))
+
+
+def test_evaluation_reads_what_calibration_reads(model, tokenizer, folders):
+    """One BOS policy: this tokenizer adds none itself; if the SAE was trained with one, every input begins with it."""
+    from dsg_cli.evaluation import ScoringLM
+    from dsg_cli.tokens import bos_to_prepend, encode
+
+    assert bos_to_prepend(tokenizer, False) is None
+    bos = bos_to_prepend(tokenizer, True)
+    assert bos == 2 and encode(tokenizer, ["w1 w2"], bos=bos) == [[2, 5, 6]]
+    assert encode_pair(tokenizer, "w1 w2", " w3", bos=bos).inputs(64) == (2, 5, 6)
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    loaded = load_model(str(folders["model"]))
+    loaded = type(loaded)(model, tokenizer, loaded.source, loaded.n_layers)
+    try:
+        lm = ScoringLM(loaded, bos=bos, batch_size=1, guardrail=None, what="", report=lambda *_: None)
+        lm._loglikelihood_tokens([(("w1 w2", " w3"), [5, 6], [7])])
+    finally:
+        handle.remove()
+    assert [ids.tolist() for ids in seen] == [[[2, 5, 6]]]
+
+
+def test_a_broken_model_does_not_pass_for_an_unlearned_one(model, tokenizer):
+    import copy
+
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[:] = torch.nan
+    with pytest.raises(DsgError, match="broken, not unlearned"):
+        score(broken, [Request((2, 5), (6,))], pad=0, special=(0, 1, 2), batch_size=1, max_length=64)
+
+
+def test_tokenizers_without_bos_or_pad(model, tokenizer):
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = bare.pad_token = None
+    assert special_ids(bare) == (1,)
+    from dsg_cli.tokens import batches, bos_to_prepend
+
+    assert bos_to_prepend(bare, True) is None
+    assert encode_pair(bare, "", "w3", bos=None) == Request((1,), (7,))
+    (batch,) = batches([[5, 6, 7], [8]], bare)
+    assert batch.counted_BL.tolist() == [[True, True, True], [True, False, False]] and batch.index == (0, 1)
+    bare.eos_token = None
+    with pytest.raises(DsgError, match="neither BOS nor EOS"):
+        encode_pair(bare, "", "w3", bos=None)
 
 
 def test_scores_share_one_pass_for_one_input_and_keep_their_order(loaded):
     """Four one-token choices of one question cost one row; the answers equal scoring each alone."""
     pairs = [("The grim hex", choice) for choice in (" Rahurk", " withers", " Rahurk wakes at")] + [("", "The hex")]
-    requests = [encode_pair(loaded.tokenizer, context, choice) for context, choice in pairs]
+    requests = [encode_pair(loaded.tokenizer, context, choice, bos=2) for context, choice in pairs]
     assert requests[0] == Request((2, *requests[0].context[1:]), requests[0].continuation)
     options = {"pad": 0, "special": (0, 1, 2), "max_length": 64}
     sizes = []

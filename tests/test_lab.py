@@ -162,6 +162,7 @@ def test_training_again_from_the_seed_gives_the_same_accuracies(tmp_path):
     measured = train_and_export(tmp_path / "lab", seed=0, report=lambda *_: None)
     shipped = json.loads((data.SHIPPED / "training.json").read_text())
     assert min(measured["accuracy"].values()) >= 0.97
+    assert measured["accuracy"] == pytest.approx(shipped["accuracy"], abs=0.03)
     for sae, shipped_sae in zip(measured["saes"], shipped["saes"], strict=True):
         assert sae["variance_explained"] == pytest.approx(shipped_sae["variance_explained"], abs=0.02)
         assert sae["variance_explained"] >= 0.90 and sae["dead"] < 0.5

@@ -82,9 +82,35 @@ def test_files_that_are_no_recipes(tmp_path):
     assert load_recipe(write(tmp_path, "")) == Recipe()
 
 
-def test_recipes_are_found_by_name_and_by_path():
+def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     assert "lab" in recipe_names()
-    assert find_recipe("lab") == find_recipe("recipes/lab.yaml").resolve() or find_recipe("lab").name == "lab.yaml"
+    assert find_recipe("lab").read_text() == find_recipe("lab.yaml").read_text()
+    mine = write(tmp_path, "seed: 3\n")
+    assert load_recipe(mine).seed == 3
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("recipes/lab.yaml") == find_recipe("lab")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "select.n_features=0",
+        "select.ratio_percentile=100",
+        "select.seq_len=1",
+        "calibrate.alpha=1",
+        "calibrate.lengths=[9]",
+        "calibrate.lengths=[9, 8]",
+        "eval.batch_size=0",
+        "eval.limit=0",
+        "attack.relearn_questions=0",
+        "attack.relearn_learning_rate=.nan",
+        "attack.dilution_lengths=[4, 8]",
+        "attack.relearn_steps=[0, 2, 2]",
+    ],
+)
+def test_values_out_of_range_are_refused_before_anything_runs(item):
+    with pytest.raises(DsgError, match=item.split("=")[0].replace(".", r"\.")):
+        load_recipe(sets=[item])
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -49,6 +49,11 @@ def test_identity_comes_from_the_folder(tmp_path):
         ({"metadata": {}}, "does not say which hook"),
         ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "not a place in the residual stream"),
         ({"d_in": 8}, "W_enc has shape"),
+        ({"d_in": None}, "must be whole numbers"),
+        ({"metadata": ["x"]}, "must be JSON objects"),
+        ({"metadata": {"hook_name": 7}}, "does not say which hook"),
+        ({"architecture": "standard", "activation_fn_str": "topk"}, "activation_fn_str='topk'"),
+        ({"architecture": ["x"]}, "cannot slice exactly"),
     ],
 )
 def test_what_cannot_be_used_is_refused(tmp_path, change, words):
@@ -59,10 +64,33 @@ def test_what_cannot_be_used_is_refused(tmp_path, change, words):
         read_sae(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_missing_misshapen_and_infinite_weights_are_refused(tmp_path, name):
+    from safetensors.torch import load_file, save_file
+
+    make_sae(tmp_path)
+    path = tmp_path / "sae_weights.safetensors"
+    weights = load_file(path)
+    good = weights.pop(name)
+    save_file(weights, path)
+    with pytest.raises(DsgError, match=f"has no tensor {name}"):
+        read_sae(str(tmp_path))
+    save_file(weights | {name: good[..., :-1].contiguous()}, path)
+    with pytest.raises(DsgError, match=f"{name} has shape"):
+        read_sae(str(tmp_path))
+    save_file(weights | {name: torch.full_like(good, torch.nan)}, path)
+    with pytest.raises(DsgError, match="not finite"):
+        slice_sae(read_sae(str(tmp_path)), INDICES)
+
+
 def test_a_missing_or_broken_folder_is_refused(tmp_path):
     with pytest.raises(DsgError, match="No SAE folder"):
         read_sae(str(tmp_path / "none"))
     with pytest.raises(DsgError, match="no cfg.json"):
+        read_sae(str(tmp_path))
+    make_sae(tmp_path)
+    (tmp_path / "cfg.json").write_text("[]")
+    with pytest.raises(DsgError, match="must be JSON objects"):
         read_sae(str(tmp_path))
     make_sae(tmp_path)
     (tmp_path / "sae_weights.safetensors").write_bytes(b"\x00" * 100)

@@ -20,9 +20,9 @@ def sae(tmp_path_factory):
 
 @pytest.mark.parametrize("batch_tokens", [40, 4096])
 def test_statistics_equal_a_naive_loop(model, tokenizer, sae, batch_tokens):
-    rows = encode(tokenizer, TEXTS)
+    rows = encode(tokenizer, TEXTS, bos=2)
     found = feature_statistics(
-        model, SITE, lambda x: sae.encode(x), batches(rows, tokenizer, batch_tokens=batch_tokens)
+        model, SITE, lambda x: sae.encode(x), batches(rows, tokenizer, batch_tokens=batch_tokens), total_tokens=50
     )
 
     n, square, total, active = 0, torch.zeros(N_FEATURES), torch.zeros(N_FEATURES), torch.zeros(N_FEATURES)
@@ -58,16 +58,18 @@ def test_no_tensor_of_all_tokens_times_features_is_ever_made(model, tokenizer):
         largest = max(largest, len(resid_TD))
         return torch.relu(resid_TD)
 
-    rows = encode(tokenizer, ["w1 w2 w3 w4 " * 25] * 40)
-    found = feature_statistics(model, SITE, encoder, batches(rows, tokenizer, batch_tokens=100_000))
+    rows = encode(tokenizer, ["w1 w2 w3 w4 " * 25] * 40, bos=2)
+    found = feature_statistics(model, SITE, encoder, batches(rows, tokenizer, batch_tokens=100_000), total_tokens=4000)
     assert found.n_tokens == 4000 and largest <= 1024
 
 
 def test_an_empty_corpus_and_infinite_activations_are_refused(model, tokenizer):
     with pytest.raises(DsgError, match="no token that counts"):
-        feature_statistics(model, SITE, torch.relu, batches([[2, 1]], tokenizer, batch_tokens=64))
+        feature_statistics(model, SITE, torch.relu, batches([[2, 1]], tokenizer, batch_tokens=64), total_tokens=1)
     with pytest.raises(DsgError, match="not finite"):
-        feature_statistics(model, SITE, lambda x: x * torch.inf, batches([[2, 5]], tokenizer, batch_tokens=64))
+        feature_statistics(
+            model, SITE, lambda x: x * torch.inf, batches([[2, 5]], tokenizer, batch_tokens=64), total_tokens=1
+        )
 
 
 def test_long_documents_are_read_in_rows_that_each_begin_with_bos():

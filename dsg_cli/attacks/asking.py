@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -25,22 +24,23 @@ def ask(
     questions: Sequence[Question],
     *,
     guardrail: GuardrailModule | None,
+    bos: int | None,
     batch_size: int,
     max_length: int,
     change: Change | None = None,
 ) -> Json:
-    """`{"acc": ..., "gate_rate": ...}`; the gate rate only under a guardrail, over inputs."""
+    """`{"acc": ..., "gate_rate": ...}`; the gate rate, only under a guardrail, of questions with a gated choice."""
     requests: list[Request] = []
     for number, question in enumerate(questions):
         for choice in question.choices:
-            request = encode_pair(tokenizer, question.context, choice)
+            request = encode_pair(tokenizer, question.context, choice, bos=bos)
             context = change(request.context, number) if change is not None else request.context
             requests.append(Request(context, request.continuation))
-    gated: list[torch.Tensor] = []
+    gated: list[list[bool]] = []
 
     def note(_batch: TokenBatch) -> None:
         if guardrail is not None and guardrail.last_gated_B is not None:
-            gated.append(guardrail.last_gated_B)
+            gated.append(guardrail.last_gated_B.tolist())
 
     with guarded(model, guardrail) if guardrail is not None else contextlib.nullcontext():
         scores = score(
@@ -53,12 +53,12 @@ def ask(
             device=str(next(model.parameters()).device),
             after_batch=note,
         )
-    right, start = 0, 0
+    right, n_gated, start = 0, 0, 0
     for question in questions:
-        values = [found.loglikelihood for found in scores[start : start + len(question.choices)]]
+        found = scores[start : start + len(question.choices)]
+        values = [one.loglikelihood for one in found]
         right += values.index(max(values)) == question.answer
+        n_gated += any(gated[one.batch][one.row] for one in found) if gated else 0
         start += len(question.choices)
     measured: Json = {"acc": right / len(questions)}
-    if gated:
-        measured["gate_rate"] = float(torch.cat(gated).float().mean())
-    return measured
+    return measured | ({"gate_rate": n_gated / len(questions)} if guardrail is not None else {})

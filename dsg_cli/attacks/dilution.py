@@ -13,6 +13,7 @@ from dsg_cli.benches.tasks import Question
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.progress import Report, silent
+from dsg_cli.scoring import encode_pair
 
 THREAT_MODEL = "Someone who may send prompts to the guarded model, and knows no more."
 
@@ -25,6 +26,7 @@ def dilute(
     benign: Sequence[list[int]],
     lengths: Sequence[int],
     *,
+    bos: int | None,
     batch_size: int,
     max_length: int,
     report: Report = silent,
@@ -38,6 +40,7 @@ def dilute(
         questions: On the forgotten knowledge.
         benign: Token ids, without BOS, of texts on something else; question i is put behind text i.
         lengths: How many tokens are put in front, a point of the curve each.
+        bos: Token that every sequence begins with.
         batch_size: Sequences in a batch.
         max_length: Tokens the model can read.
         report: Progress.
@@ -52,14 +55,18 @@ def dilute(
             f"No benign text has {longest} tokens; the longest has {max(map(len, benign), default=0)}.",
             "Lower attack.dilution_lengths.",
         )
-    if longest >= max_length - 8:
-        raise DsgError(f"A dilution of {longest} tokens leaves no room for a question in {max_length} tokens.")
-    bos = tokenizer.bos_token_id
+    pairs = [encode_pair(tokenizer, q.context, choice, bos=bos) for q in questions for choice in q.choices]
+    n_asked = max(len(pair.context) + len(pair.continuation) - 1 for pair in pairs)
+    if longest + n_asked > max_length:
+        raise DsgError(
+            f"{longest} benign tokens and a question of {n_asked} do not fit in the {max_length} that the model reads.",
+            "Lower attack.dilution_lengths.",
+        )
     curve = []
     for done, length in enumerate(lengths):
 
         def change(context: tuple[int, ...], number: int, length: int = length) -> tuple[int, ...]:
-            n_head = int(context[:1] == (bos,))
+            n_head = int(bos is not None and context[:1] == (bos,))
             prefix = usable[number % len(usable)][:length]
             return (*context[:n_head], *prefix, *context[n_head:])
 
@@ -70,6 +77,7 @@ def dilute(
                 tokenizer,
                 questions,
                 guardrail=guard,
+                bos=bos,
                 batch_size=batch_size,
                 max_length=max_length,
                 change=change,

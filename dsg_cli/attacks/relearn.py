@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from dsg_cli.attacks.asking import ask
 from dsg_cli.benches.tasks import Question
 from dsg_cli.guardrail import GuardrailModule, guarded
 from dsg_cli.progress import Report, silent
-from dsg_cli.scoring import encode_pair
+from dsg_cli.scoring import Request, encode_pair
 from dsg_cli.tokens import pad_rows, special_ids
 
 THREAT_MODEL = "A customer of a fine-tuning API that keeps the guard on; all weights are trained."
@@ -35,9 +36,9 @@ def relearn(
     utility: Sequence[Question],
     steps: Sequence[int],
     learning_rate: float,
+    bos: int | None,
     batch_size: int,
     max_length: int,
-    seed: int,
     report: Report = silent,
 ) -> list[Json]:
     """Train a copy of the model on the attacker's questions with their answers; measure as it goes.
@@ -51,9 +52,9 @@ def relearn(
         utility: Questions that must stay answered; may be empty.
         steps: Optimiser steps at which to measure, ascending; 0 is before the attack.
         learning_rate: Of AdamW on all weights.
+        bos: Token that every sequence begins with.
         batch_size: Sequences in a batch when asking.
         max_length: Tokens the model can read.
-        seed: For dropout, where the model has any.
         report: Progress.
 
     Returns:
@@ -61,10 +62,11 @@ def relearn(
     """
     curve: list[Json] = [{"x": step} for step in steps]
     for side, guard in (("unguarded", None), ("guarded", guardrail)):
-        torch.manual_seed(seed)
         attacked = copy.deepcopy(model).float().requires_grad_(True)
         optimizer = torch.optim.AdamW(attacked.parameters(), lr=learning_rate)
-        batch = _training_batch(tokenizer, attacker_knows, max_length, str(next(attacked.parameters()).device))
+        options: dict[str, Any] = {"guardrail": guard, "bos": bos, "batch_size": batch_size, "max_length": max_length}
+        pairs = [encode_pair(tokenizer, q.context, q.choices[q.answer], bos=bos) for q in attacker_knows]
+        batch = _training_batch(tokenizer, pairs, max_length, str(next(attacked.parameters()).device))
         loss, n_done = float("nan"), 0
         for point in curve:
             while n_done < point["x"]:
@@ -72,10 +74,10 @@ def relearn(
                     loss = _step(attacked, optimizer, *batch)
                 n_done += 1
                 report(f"relearning, {side}", n_done, max(steps))
-            measured = ask(attacked, tokenizer, forget, guardrail=guard, batch_size=batch_size, max_length=max_length)
+            measured = ask(attacked, tokenizer, forget, **options)
             point[side] = {"forget_acc": measured.pop("acc"), **measured}
             if utility:
-                kept = ask(attacked, tokenizer, utility, guardrail=guard, batch_size=batch_size, max_length=max_length)
+                kept = ask(attacked, tokenizer, utility, **options)
                 point[side]["utility_acc"] = kept["acc"]
             if n_done:
                 point[side]["loss"] = loss
@@ -83,10 +85,9 @@ def relearn(
 
 
 def _training_batch(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], max_length: int, device: str
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Request], max_length: int, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Questions with their right answers in one right-padded batch: ids [B, L], mask [B, L]."""
-    pairs = [encode_pair(tokenizer, q.context, q.choices[q.answer]) for q in questions]
     rows = [list(pair.context + pair.continuation)[-max_length:] for pair in pairs]
     batch = pad_rows(rows, tokenizer.pad_token_id or 0, special_ids(tokenizer), device)
     return batch.ids_BL, batch.mask_BL

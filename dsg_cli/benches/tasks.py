@@ -16,6 +16,9 @@ from typing import Any
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
 
+SCORED = ("multiple_choice", "loglikelihood")
+"""Output types whose requests hold whole sequences."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -27,7 +30,69 @@ class Question:
     answer: int
 
 
-def lab_task(bench: str, split: str) -> dict[str, Any]:
+def load_tasks(benches: Sequence[str], *, split: str, include_path: str | None = None) -> list[Any]:
+    """Each bench as an lm-eval task or group, its data read and its first question formed; no model is needed.
+
+    Args:
+        benches: Names of the lab's benches or of lm-eval's tasks and groups.
+        split: `dev` or `test`; for the lab's benches.
+        include_path: Folder with tasks of the user's own.
+
+    Raises:
+        DsgError: None named, unknown, named twice, not loadable, or generating text.
+    """
+    if not benches:
+        raise DsgError("No bench is named.", "Give one with --bench, for example --bench lab-hexes.")
+    twice = sorted({name for name in benches if list(benches).count(name) > 1})
+    if twice:
+        raise DsgError(f"The bench {twice[0]} is named twice.")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise DsgError(f"There is no folder {include_path} (--include-path).")
+    own = _index(include_path, False).all_tasks
+    taken = sorted(set(own) & set(lab.bench_names()))
+    if taken:
+        raise DsgError(f"{include_path} has a task named {taken[0]}, which is a bench of the lab.", "Rename it.")
+    manager = _index(include_path, any(name not in own and name not in lab.bench_names() for name in benches))
+    for name in benches:
+        if name not in lab.bench_names() and name not in manager.all_tasks:
+            close = nearest(name, [*lab.bench_names(), *manager.all_tasks])
+            known = "`dsg ls benches` lists the lab's; lm-eval tasks work by name."
+            raise DsgError(f"There is no bench named {name}.", close if close.startswith("Did") else known)
+    return [built for name in benches for built in _build(manager, name, split)]
+
+
+@functools.cache
+def _index(include_path: str | None, include_defaults: bool) -> Any:
+    """lm-eval's index of tasks; that of its own thousands takes seconds, so it is read only where needed."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+
+def _build(manager: Any, name: str, split: str) -> list[Any]:
+    try:
+        loaded = manager.load([_lab_task(name, split) if name in lab.bench_names() else name])
+        for task in loaded["tasks"].values():
+            doc = next(iter(task.eval_docs))
+            task.doc_to_text(doc), task.doc_to_target(doc)
+            if task.get_config("output_type") == "multiple_choice":
+                task.doc_to_choice(doc)
+    except Exception as error:  # A task is a file of the user's: whatever it raises is told.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DsgError(f"The bench {name} cannot be loaded: {reason[:300]}") from error
+    for task in loaded["tasks"].values():
+        if task.get_config("output_type") not in SCORED:
+            raise DsgError(
+                f"The bench {name} generates text or scores documents ({task.get_config('output_type')}), "
+                "which the gate `mean` cannot guard.",
+                "Choose a bench that scores choices by log-likelihood.",
+            )
+    # A group, or the task itself; a tag stands for several tasks.
+    return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+def _lab_task(bench: str, split: str) -> dict[str, Any]:
     """The configuration of an lm-eval task over a bench of the lab."""
 
     def load(**_metadata: Any) -> Any:
@@ -50,82 +115,36 @@ def lab_task(bench: str, split: str) -> dict[str, Any]:
     }
 
 
-def task_manager(names: Sequence[str], include_path: str | None) -> Any:
-    """lm-eval's index of the tasks that the names need.
-
-    Indexing all of lm-eval's thousands of tasks takes seconds, so it is done only for a name that is neither the lab's
-    nor in the user's folder.
-    """
-    own = _index(include_path, False)
-    others = [name for name in names if name not in lab.bench_names() and name not in own.all_tasks]
-    return _index(include_path, True) if others else own
-
-
-@functools.cache
-def _index(include_path: str | None, include_defaults: bool) -> Any:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include_path, include_defaults=include_defaults)
-
-
-def check_benches(names: Sequence[str], include_path: str | None) -> None:
-    """Refuse unknown benches before any weights are loaded.
+def questions_of(task: Any, *, limit: int | None = None) -> list[Question]:
+    """The questions of a multiple-choice task or group, exactly as lm-eval would ask them.
 
     Raises:
-        DsgError: None named, unknown, named twice, or a folder of tasks that is not there.
+        DsgError: A task without choices, or one that asks each choice in a context of its own.
     """
-    if not names:
-        raise DsgError("No bench is named.", "Give one with --bench, for example --bench lab-hexes.")
-    twice = sorted({name for name in names if list(names).count(name) > 1})
-    if twice:
-        raise DsgError(f"The bench {twice[0]} is named twice.")
-    others = [name for name in names if name not in lab.bench_names()]
-    if not others:
-        return
-    if include_path is not None and not Path(include_path).is_dir():
-        raise DsgError(f"There is no folder {include_path} (--include-path).")
-    known = task_manager(others, include_path).all_tasks
-    for name in others:
-        if name not in known:
-            close = nearest(name, [*lab.bench_names(), *known])
-            hint = (
-                close if close.startswith("Did") else "`dsg ls benches` lists the lab's; lm-eval's tasks work by name."
-            )
-            raise DsgError(f"There is no bench named {name}.", hint)
-
-
-def task_specs(names: Sequence[str], split: str) -> list[Any]:
-    """What lm-eval is given for each bench: a configuration for the lab's, the name for others."""
-    return [lab_task(name, split) if name in lab.bench_names() else name for name in names]
-
-
-def load_questions(
-    bench: str, *, split: str, include_path: str | None = None, limit: int | None = None
-) -> list[Question]:
-    """The questions of one multiple-choice bench, exactly as lm-eval would ask them.
-
-    Raises:
-        DsgError: The bench is a group of tasks, or does not score choices by log-likelihood.
-    """
-    loaded = task_manager([bench], include_path).load(task_specs([bench], split))["tasks"]
+    if hasattr(task, "get_all_tasks"):
+        return [question for one in task.get_all_tasks() for question in questions_of(one, limit=limit)]
+    name = task.config.task
+    if task.get_config("output_type") != "multiple_choice":
+        raise DsgError(f"{name} is not a multiple-choice bench.", "Attacks ask questions with choices.")
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    by_doc: dict[int, list[Any]] = {}
+    for instance in task.instances:
+        by_doc.setdefault(instance.doc_id, []).append(instance)
     questions: list[Question] = []
-    for name, task in loaded.items():
-        if task.get_config("output_type") != "multiple_choice":
-            raise DsgError(f"{name} is not a multiple-choice bench.", "Attacks ask questions with choices.")
-        task.build_all_requests(limit=limit, rank=0, world_size=1)
-        by_doc: dict[int, list[Any]] = {}
-        for instance in task.instances:
-            by_doc.setdefault(instance.doc_id, []).append(instance)
-        for instances in by_doc.values():
-            instances.sort(key=lambda instance: instance.idx)
-            choices = tuple(instance.args[1] for instance in instances)
-            questions.append(Question(instances[0].args[0], choices, _gold(task, instances[0].doc, choices)))
+    for instances in by_doc.values():
+        instances.sort(key=lambda instance: instance.idx)
+        if len({instance.args[0] for instance in instances}) > 1:
+            raise DsgError(f"{name} asks each choice in a context of its own, which attacks cannot.")
+        choices = tuple(instance.args[1] for instance in instances)
+        questions.append(Question(instances[0].args[0], choices, _gold(task, instances[0].doc, choices, name)))
     return questions
 
 
-def _gold(task: Any, doc: Any, choices: tuple[str, ...]) -> int:
+def _gold(task: Any, doc: Any, choices: tuple[str, ...], name: str) -> int:
     target = task.doc_to_target(doc)
     if isinstance(target, str):
-        return [choice.strip() for choice in choices].index(target.strip())
-    return int(target)
+        stripped = [choice.strip() for choice in choices]
+        target = stripped.index(target.strip()) if target.strip() in stripped else None
+    if not isinstance(target, int) or not 0 <= target < len(choices):
+        raise DsgError(f"A question of {name} has the answer {target!r}, which is none of its {len(choices)} choices.")
+    return target

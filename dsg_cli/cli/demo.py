@@ -15,5 +15,7 @@ def command(
 
     The same as: dsg run lab
     """
-    resolved = opt.settings("lab", None, device=None, dtype=None, seed=None)
+    from dsg_cli.recipe import RECIPES
+
+    resolved = opt.settings(str(RECIPES / "lab.yaml"), None, device=None, dtype=None, seed=None)
     run_chain(resolved, workspace, reuse=False, as_json=as_json, quiet=quiet)

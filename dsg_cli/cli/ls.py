@@ -43,14 +43,13 @@ def command(
     from dsg_cli.workspace import Workspace
 
     found = Workspace(workspace)
-    stored = [found.read(artifact_id) for artifact_id in found.ids()]
     if as_json:
-        print_json([one.json for one in stored])
-    elif sys.stdout.isatty() and stored:
+        print_json([found.read(artifact_id).json for artifact_id in found.ids()])
+    elif sys.stdout.isatty() and found.ids():
         from rich.console import Console
 
         from dsg_cli.report.tables import list_table
 
-        Console().print(list_table(stored))
+        Console().print(list_table(found))
     else:
-        print_names([one.id for one in stored], as_json=False)
+        print_names(found.ids(), as_json=False)

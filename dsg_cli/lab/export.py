@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,18 +78,19 @@ def write_tasks(folder: Path, final: Path) -> None:
 
 
 def _all_or_nothing(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside `folder` and rename it once it is whole."""
+    """Fill a scratch folder beside `folder` and rename what it holds once that is whole."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DsgError(f"{folder} exists and is not empty.", "Name a new folder.")
-    partial = folder.resolve().with_name(f"{folder.resolve().name}.partial")
+    folder = folder.resolve()
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        fill(partial)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            fill(scratch / "lab")
+            if folder.exists():
+                folder.rmdir()
+            (scratch / "lab").rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise DsgError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

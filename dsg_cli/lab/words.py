@@ -8,8 +8,6 @@ N_ENTITIES = 24
 N_DEV_ENTITIES = 12
 N_CHOICES = 4
 WORLD_SEED = 20250408
-PHRASINGS = ("seen", "held", "novel", "terse")
-SPLITS = ("dev", "test")
 
 ONSETS = "b br d dr f g gl h j k kr l m n p qu r s sk t tr v w y z".split()  # noqa: SIM905
 VOWELS = "a e i o u ae ia ou".split()  # noqa: SIM905

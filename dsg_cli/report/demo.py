@@ -67,7 +67,8 @@ def chain_table(chain: Sequence[Stored]) -> Group:
                 f"{last['guarded']['gate_rate']:.2f}",
             )
     cut = f"Gate: {summary['gate']} > {summary['threshold']:.3f}" if "threshold" in summary else ""
-    found = f"{cut}; false positives on fresh retain text {summary['false_positive_rate']:.3f}." if cut else ""
+    rate = summary.get("false_positive_rate")
+    found = f"{cut}; false positives on fresh retain text {rate:.3f}." if cut and rate is not None else cut
     return Group(table, Text(""), Text(found), Text(meaning(summary)))
 
 

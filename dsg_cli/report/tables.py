@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dsg_cli.artifacts import AttackReport, EvalReport, FeatureSet, Guardrail, Json, Threshold
-from dsg_cli.workspace import Stored
+from dsg_cli.errors import DsgError
+from dsg_cli.workspace import Stored, Workspace
 
 
 def artifact_table(stored: Stored) -> Group:
@@ -40,10 +41,15 @@ def provenance_line(stored: Stored) -> str:
     )
 
 
-def list_table(artifacts: Sequence[Stored]) -> Table:
-    """What a workspace holds."""
+def list_table(workspace: Workspace) -> Table:
+    """What a workspace holds; what cannot be read is said, not hidden."""
     table = Table("artifact", "what it found", "made from", box=None, pad_edge=False)
-    for stored in artifacts:
+    for artifact_id in workspace.ids():
+        try:
+            stored = workspace.read(artifact_id)
+        except DsgError as error:
+            table.add_row(artifact_id, Text(error.message, style="red"), "")
+            continue
         made_from = ", ".join(item.id for item in stored.header.inputs) or "corpora"
         table.add_row(stored.id, headline(stored), made_from)
     return table
@@ -87,18 +93,22 @@ def _features(body: FeatureSet) -> Table:
             f"{feature.retain_score:.4g}",
             f"{feature.ratio:.4g}",
         )
+    over = "of the live features only: nearly all are dead" if body.percentiles_over == "live" else "of all features"
+    table.caption = f"{body.n_live} live; {body.n_passed} passed the percentiles {over}"
     return table
 
 
 def _threshold(body: Threshold) -> list[tuple[str, str]]:
+    if body.false_positive_rate is None:
+        rate = "not measured: no fresh piece of retain text"
+    else:
+        interval = f"95 %: {body.low:.3f} to {body.high:.3f}"
+        rate = f"{body.false_positive_rate:.3f} on {body.n_fresh} fresh pieces ({interval})"
     return [
         ("gate", body.gate),
         ("threshold", f"{body.threshold:.4f}"),
-        ("set at", f"alpha {body.alpha:g} on {body.n_calibration} pieces of retain text"),
-        (
-            "false positives",
-            f"{body.false_positive_rate:.3f} on {body.n_fresh} fresh pieces (95 %: {body.low:.3f} to {body.high:.3f})",
-        ),
+        ("set at", f"alpha {body.alpha:g} on {body.n_calibration} pieces of {body.n_documents} documents"),
+        ("false positives", rate),
     ]
 
 

@@ -10,14 +10,17 @@ import dataclasses
 import math
 import re
 
-from dsg_cli.artifacts import FeatureSet, Guardrail, Threshold
+from dsg_cli.artifacts import Guardrail, Threshold
 from dsg_cli.errors import DsgError
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.sae import slice_sae
-from dsg_cli.stages.chain import chain_sae, parent
+from dsg_cli.stages.chain import chain_sae
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.workspace import Stored, Workspace
+
+LARGEST_STRENGTH = 1e6
+"""Beyond this a clamped residual loses its meaning, and float32 soon its range."""
 
 
 def run(
@@ -31,9 +34,8 @@ def run(
     clock = Clock()
     threshold = workspace.find("threshold", source)
     workspace.check_writable()
-    features = parent(threshold, "features")
-    median = features.body_as(FeatureSet).median_residual_norm
-    strength = parse_strength(recipe.guardrail.strength, median)
+    set_at = threshold.body_as(Threshold)
+    strength = parse_strength(recipe.guardrail.strength, set_at.median_residual_norm)
     assert threshold.header.sae is not None
     sae = chain_sae(threshold.header.sae, threshold.id)
     header = new_header(
@@ -42,23 +44,23 @@ def run(
         settings=dataclasses.asdict(recipe.guardrail),
         model=threshold.header.model,
         sae=threshold.header.sae,
-        inputs=[features, threshold],
+        inputs=[threshold],
     )
     if reuse and (stored := workspace.matching(header)) is not None:
         return stored
-    set_at = threshold.body_as(Threshold)
     body = Guardrail(
         indices=set_at.features,
         gate=set_at.gate,
         threshold=set_at.threshold,
         strength=strength,
         strength_setting=recipe.guardrail.strength,
-        median_residual_norm=median,
+        median_residual_norm=set_at.median_residual_norm,
         hook=sae.site.name,
         activation=sae.identity.architecture,
         special_ids=set_at.special_ids,
-        forget=[corpus["name"] for corpus in features.header.settings["forget"]],
-        retain=[corpus["name"] for corpus in features.header.settings["retain"]],
+        bos=set_at.bos,
+        forget=set_at.forget,
+        retain=set_at.retain,
     )
     tensors = slice_sae(sae, set_at.features).state_dict()
     report("guardrail", 1, 1)
@@ -73,12 +75,12 @@ def parse_strength(text: str, median_residual_norm: float) -> float:
     """
     match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(r?)\s*", text)
     try:
-        value = float(match[1]) if match else math.nan
+        value = float(match[1]) * (median_residual_norm if match[2] else 1.0) if match else math.nan
     except ValueError:
         value = math.nan
-    if match is None or not math.isfinite(value) or value <= 0:
+    if not 0 < value < LARGEST_STRENGTH:
         raise DsgError(
-            f"The strength {text!r} is not a positive number.",
+            f"The strength {text!r} is not a positive number of sensible size.",
             "Give --strength 500, or a multiple of the median residual norm such as --strength 2r.",
         )
-    return value * median_residual_norm if match[2] else value
+    return value

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from typing import Any
 
 from dsg_cli.artifacts import AttackReport, Guardrail, Json
 from dsg_cli.attacks import dilution, relearn
-from dsg_cli.benches.tasks import Question, check_benches, load_questions
-from dsg_cli.corpora import check_names, load_corpora
+from dsg_cli.benches.tasks import Question, load_tasks, questions_of
+from dsg_cli.corpora import load_corpora
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.lab import data as lab
-from dsg_cli.model import LoadedModel, context_length
+from dsg_cli.model import context_length
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import load_chain_model, load_guardrail_module
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.tokens import encode
-from dsg_cli.workspace import Stored, Workspace, folder_digest
+from dsg_cli.workspace import Stored, Workspace
 
 THREAT_MODELS = {"relearn": relearn.THREAT_MODEL, "dilution": dilution.THREAT_MODEL}
 
@@ -49,26 +48,62 @@ def run(
     body = stored.body_as(Guardrail)
     bench = settings.bench or default_bench(body)
     benches = [bench, *([settings.utility_bench] if settings.utility_bench else [])]
-    check_benches(benches, recipe.eval.include_path)
-    check_names(body.retain)
-    _check_settings(recipe)
+    questions = {name: _questions(recipe, name, recipe.eval.split) for name in benches}
+    retain = load_corpora(body.retain, role="retain") if kind == "dilution" else []
+    digests = {corpus.name: corpus.sha256 for corpus in retain}
+    is_known = all(name in lab.bench_names() for name in benches)
     loaded = load_chain_model(stored.header, recipe, cut=False)
     header = new_header(
         "attack",
         recipe,
-        settings={"kind": kind, **dataclasses.asdict(settings), "bench": bench, **_asked(recipe)},
+        settings={
+            "kind": kind,
+            **dataclasses.asdict(settings),
+            "bench": bench,
+            "split": recipe.eval.split,
+            "limit": recipe.eval.limit,
+            "retain": digests,
+        },
         model=stored.header.model,
         sae=stored.header.sae,
         inputs=[stored],
     )
-    if reuse and (found := workspace.matching(header)) is not None:
+    # Nothing vouches for the data of other benches, so they are asked again.
+    if reuse and is_known and (found := workspace.matching(header)) is not None:
         return found
 
-    module = load_guardrail_module(workspace, stored).to(loaded.model.device)
+    module = load_guardrail_module(workspace, stored, loaded)
+    options: dict[str, Any] = {
+        "bos": body.bos,
+        "batch_size": recipe.eval.batch_size,
+        "max_length": context_length(loaded.model.config),
+        "report": report,
+    }
     if kind == "relearn":
-        curve = _relearn(loaded, module, recipe, bench, report)
+        known, asked = _attacker_knows(recipe, bench, questions[bench])
+        curve = relearn.relearn(
+            loaded.model,
+            loaded.tokenizer,
+            module,
+            attacker_knows=known,
+            forget=asked,
+            utility=questions.get(settings.utility_bench or "", []),
+            steps=settings.relearn_steps,
+            learning_rate=settings.relearn_learning_rate,
+            **options,
+        )
     else:
-        curve = _dilute(loaded, module, recipe, bench, body.retain, report)
+        # Text that neither selection nor calibration has seen.
+        texts = [text for corpus in retain for text in corpus.part("fresh")]
+        curve = dilution.dilute(
+            loaded.model,
+            loaded.tokenizer,
+            module,
+            questions[bench],
+            encode(loaded.tokenizer, texts, bos=None),
+            settings.dilution_lengths,
+            **options,
+        )
     report_body = AttackReport(
         attack=kind,
         threat_model=THREAT_MODELS[kind],
@@ -114,69 +149,24 @@ def summarise(curve: list[Json]) -> Json:
     }
 
 
-def _asked(recipe: Recipe) -> Json:
-    """What decides which questions are asked."""
-    asked = recipe.eval
-    return {"split": asked.split, "limit": asked.limit, "tasks_sha256": folder_digest(asked.include_path)}
-
-
-def _check_settings(recipe: Recipe) -> None:
-    settings = recipe.attack
-    for name, values in (("dilution_lengths", settings.dilution_lengths), ("relearn_steps", settings.relearn_steps)):
-        if not values or min(values) < 0 or sorted(set(values)) != values:
-            raise DsgError(f"attack.{name} is {values}; give ascending whole numbers from 0 on.")
-    if settings.relearn_questions < 1 or settings.relearn_learning_rate <= 0:
-        raise DsgError("attack.relearn_questions and attack.relearn_learning_rate must be positive.")
-
-
 def _questions(recipe: Recipe, bench: str, split: str) -> list[Question]:
-    found = load_questions(bench, split=split, include_path=recipe.eval.include_path, limit=recipe.eval.limit)
+    tasks = load_tasks([bench], split=split, include_path=recipe.eval.include_path)
+    found = [question for task in tasks for question in questions_of(task, limit=recipe.eval.limit)]
     if not found:
         raise DsgError(f"The bench {bench} has no questions.")
     return found
 
 
-def _dilute(
-    loaded: LoadedModel, module: GuardrailModule, recipe: Recipe, bench: str, retain: Sequence[str], report: Report
-) -> list[Json]:
-    """With text of the retain corpora that neither selection nor calibration has seen."""
-    texts = [text for corpus in load_corpora(retain, role="retain") for text in corpus.part("fresh")]
-    return dilution.dilute(
-        loaded.model,
-        loaded.tokenizer,
-        module,
-        _questions(recipe, bench, recipe.eval.split),
-        encode(loaded.tokenizer, texts, prepend_bos=False),
-        recipe.attack.dilution_lengths,
-        batch_size=recipe.eval.batch_size,
-        max_length=context_length(loaded.model.config),
-        report=report,
-    )
-
-
-def _relearn(loaded: LoadedModel, module: GuardrailModule, recipe: Recipe, bench: str, report: Report) -> list[Json]:
-    """The attacker's questions come from the other split of a lab bench, else from the bench itself."""
-    settings = recipe.attack
-    asked = _questions(recipe, bench, recipe.eval.split)
+def _attacker_knows(recipe: Recipe, bench: str, asked: list[Question]) -> tuple[list[Question], list[Question]]:
+    """What the attacker trains on and what is then asked: of a lab bench the two splits, else disjoint samples."""
+    n_known = recipe.attack.relearn_questions
     is_lab = bench in lab.bench_names()
-    pool = _questions(recipe, bench, "dev" if recipe.eval.split == "test" else "test") if is_lab else list(asked)
-    if len(pool) <= settings.relearn_questions:
+    pool = _questions(recipe, bench, "dev" if recipe.eval.split == "test" else "test") if is_lab else asked
+    if len(pool) < n_known + (not is_lab):
         raise DsgError(
-            f"{bench} has {len(pool)} questions; an attacker who trains on {settings.relearn_questions} leaves none.",
+            f"{bench} has {len(pool)} questions for an attacker who trains on {n_known} and is asked others.",
             "Lower attack.relearn_questions.",
         )
-    known = random.Random(recipe.seed).sample(pool, settings.relearn_questions)
-    return relearn.relearn(
-        loaded.model,
-        loaded.tokenizer,
-        module,
-        attacker_knows=known,
-        forget=[question for question in asked if question not in known],
-        utility=_questions(recipe, settings.utility_bench, recipe.eval.split) if settings.utility_bench else [],
-        steps=settings.relearn_steps,
-        learning_rate=settings.relearn_learning_rate,
-        batch_size=recipe.eval.batch_size,
-        max_length=context_length(loaded.model.config),
-        seed=recipe.seed,
-        report=report,
-    )
+    known = random.Random(recipe.seed).sample(range(len(pool)), n_known)
+    others = asked if is_lab else [question for i, question in enumerate(asked) if i not in known]
+    return [pool[i] for i in known], others

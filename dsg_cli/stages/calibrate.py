@@ -18,17 +18,15 @@ from dsg_cli.calibration import clopper_pearson, conformal_threshold, cut_pieces
 from dsg_cli.corpora import Corpus, Part, check_disjoint, check_names, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.gate import hot_tokens, mean_statistic
-from dsg_cli.model import LoadedModel
+from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.residuals import read_residual
 from dsg_cli.sae import SaeSource, slice_sae
 from dsg_cli.stages.chain import chain_sae, load_chain_model
 from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.tokens import batches, encode, special_ids
+from dsg_cli.tokens import batches, bos_to_prepend, encode, special_ids
 from dsg_cli.workspace import Stored, Workspace
-
-BATCH_TOKENS = 8192
 
 
 def run(
@@ -43,9 +41,6 @@ def run(
     settings = recipe.calibrate
     features = workspace.find("features", source)
     workspace.check_writable()
-    shortest, longest = _lengths(settings.lengths)
-    if not 0 < settings.alpha < 1:
-        raise DsgError(f"alpha is {settings.alpha:g}; it must lie between 0 and 1.")
     selected = features.header.settings
     names = settings.retain or [corpus["name"] for corpus in selected["retain"]]
     check_names(names)
@@ -60,6 +55,7 @@ def run(
         settings={
             **dataclasses.asdict(settings),
             "retain": [{"name": corpus.name, "sha256": corpus.sha256} for corpus in retain],
+            "limit": recipe.corpora.limit,
         },
         model=features.header.model,
         sae=features.header.sae,
@@ -68,11 +64,24 @@ def run(
     if reuse and (stored := workspace.matching(header)) is not None:
         return stored
 
+    bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
+    shortest, longest = settings.lengths
+    room = context_length(loaded.model.config) - (bos is not None)
+    if shortest > room:
+        raise DsgError(f"Pieces of {shortest} tokens do not fit: the model reads {room}.", "Lower --lengths.")
     indices = [feature.index for feature in features.body_as(FeatureSet).features]
     rows: list[Json] = []
     for part in ("calibrate", "fresh"):
         rows += _statistics(
-            loaded, sae, indices, retain, part, shortest=shortest, longest=longest, seed=recipe.seed, report=report
+            loaded,
+            sae,
+            indices,
+            retain,
+            part,
+            bos=bos,
+            lengths=(shortest, min(longest, room)),
+            seed=recipe.seed,
+            report=report,
         )
     calibration = [row["statistic"] for row in rows if row["part"] == "calibrate"]
     fresh = [row["statistic"] for row in rows if row["part"] == "fresh"]
@@ -91,22 +100,20 @@ def run(
         alpha=settings.alpha,
         n_calibration=len(calibration),
         n_fresh=len(fresh),
-        false_positive_rate=n_false / len(fresh) if fresh else 0.0,
+        n_documents=len({row["id"].rsplit("/", 1)[0] for row in rows if row["part"] == "calibrate"}),
+        false_positive_rate=n_false / len(fresh) if fresh else None,
         low=low,
         high=high,
         features=indices,
         special_ids=list(special_ids(loaded.tokenizer)),
+        bos=bos,
+        median_residual_norm=features.body_as(FeatureSet).median_residual_norm,
+        forget=[corpus["name"] for corpus in selected["forget"]],
+        retain=[corpus["name"] for corpus in selected["retain"]],
     )
+    rows = [{**row, "gated": row["statistic"] > threshold} for row in rows]
     n_tokens = sum(row["length"] for row in rows)
     return workspace.write(clock.close(header, n_tokens=n_tokens), body, rows=rows)
-
-
-def _lengths(lengths: Sequence[int]) -> tuple[int, int]:
-    if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
-        raise DsgError(
-            f"Calibration lengths are {list(lengths)}; give the shortest and the longest, such as --lengths 8:128."
-        )
-    return lengths[0], lengths[1]
 
 
 @torch.inference_mode()
@@ -117,26 +124,24 @@ def _statistics(
     retain: Sequence[Corpus],
     part: Part,
     *,
-    shortest: int,
-    longest: int,
+    bos: int | None,
+    lengths: tuple[int, int],
     seed: int,
     report: Report,
 ) -> list[Json]:
     """The gate statistic of every piece of one part: `{id, group, part, length, statistic}`, no text."""
     features = slice_sae(sae, indices).to(loaded.model.device)
     rng = random.Random(f"{seed}/{part}")
-    bos = loaded.tokenizer.bos_token_id
     pieces: list[list[int]] = []
     names: list[tuple[str, str]] = []
     for corpus in retain:
-        documents = encode(loaded.tokenizer, corpus.part(part), prepend_bos=sae.identity.prepend_bos)
+        documents = encode(loaded.tokenizer, corpus.part(part), bos=bos)
         for i, ids in enumerate(documents):
-            n_head = int(ids[:1] == [bos])
-            cut = cut_pieces(ids, rng, shortest=shortest, longest=longest, n_head=n_head)
+            cut = cut_pieces(ids, rng, shortest=lengths[0], longest=lengths[1], n_head=int(bos is not None))
             pieces += cut
             names += [(f"{corpus.name}/{part}/{i}/{j}", corpus.name) for j in range(len(cut))]
     rows: list[Json] = []
-    for batch in batches(pieces, loaded.tokenizer, batch_tokens=BATCH_TOKENS, device=str(loaded.model.device)):
+    for batch in batches(pieces, loaded.tokenizer, device=str(loaded.model.device)):
         acts_BLK = features(read_residual(loaded.model, sae.site, batch.ids_BL, batch.mask_BL))
         counted_BL = batch.counted_BL
         statistic_B = mean_statistic(hot_tokens(acts_BLK, counted_BL), counted_BL)

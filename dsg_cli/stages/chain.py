@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.model import LoadedModel, fingerprint, load_model, parse_hook_site
 from dsg_cli.recipe import Recipe
 from dsg_cli.sae import SaeSlice, SaeSource, read_sae
+from dsg_cli.tokens import special_ids
 from dsg_cli.workspace import Stored, Workspace
 
 
@@ -81,31 +83,39 @@ def chain_sae(wanted: SaeIdentity, made: str) -> SaeSource:
         DsgError: It cannot be read, or its weights are others.
     """
     sae = read_sae(wanted.source)
-    if sae.identity.sha256 != wanted.sha256:
+    if sae.identity != wanted:
+        changed = "weights" if sae.identity.sha256 != wanted.sha256 else "configuration"
         raise DsgError(
-            f"The SAE in {wanted.source} is not the one that {made} was made with: its weights have changed.",
+            f"The SAE in {wanted.source} is not the one that {made} was made with: its {changed} changed.",
             "Start again with dsg select.",
         )
     return sae
 
 
-def parent(stored: Stored, kind: str) -> Stored:
-    """The artifact of a kind that this one was made from, next to it in its workspace.
+def check_tokens(loaded: LoadedModel, special: Sequence[int], made: str) -> None:
+    """Refuse a tokenizer with other special tokens than the artifact was made with.
 
     Raises:
-        DsgError: It is gone, or another than the one recorded.
+        DsgError: It has.
     """
-    recorded = next(item for item in stored.header.inputs if item.id.startswith(f"{kind}-"))
-    found = Workspace(stored.path.parent).find(kind, recorded.id)
-    if found.json["sha256"] != recorded.sha256:
-        raise DsgError(f"{stored.id} was made from another {recorded.id} than the one in {stored.path.parent}.")
-    return found
+    if list(special) != list(special_ids(loaded.tokenizer)):
+        raise DsgError(
+            f"The tokenizer of {loaded.source} has other special tokens than when {made} was made.",
+            "Start again with dsg select.",
+        )
 
 
-def load_guardrail_module(workspace: Workspace, stored: Stored) -> GuardrailModule:
-    """The guardrail of an artifact as a module, from its own tensors."""
+def load_guardrail_module(workspace: Workspace, stored: Stored, loaded: LoadedModel) -> GuardrailModule:
+    """The guardrail of an artifact as a module on the model's device, from its own tensors.
+
+    Raises:
+        DsgError: Its tensors are not all finite, or the tokenizer is not the one it was made with.
+    """
     body = stored.body_as(Guardrail)
+    check_tokens(loaded, body.special_ids, stored.id)
     tensors = workspace.tensors(stored)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise DsgError(f"{stored.id} holds values that are not finite.", "Make it again with dsg apply.")
     sae = SaeSlice(tensors["W_enc"], tensors["b_enc"], tensors["active_above"], tensors["W_dec"])
     site = parse_hook_site(body.hook, where=str(stored.path))
     return GuardrailModule(sae, site, threshold=body.threshold, strength=body.strength, special=tuple(body.special_ids))

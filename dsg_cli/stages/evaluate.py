@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsg_cli.artifacts import EvalReport
-from dsg_cli.benches.tasks import check_benches
-from dsg_cli.errors import DsgError
+from dsg_cli.artifacts import EvalReport, Guardrail
+from dsg_cli.benches.tasks import load_tasks
 from dsg_cli.expect import check_expected, parse_expected
+from dsg_cli.lab import data as lab
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import load_chain_model, load_guardrail_module
 from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.workspace import Stored, Workspace, folder_digest
+from dsg_cli.workspace import Stored, Workspace
 
 
 def run(
@@ -32,29 +32,28 @@ def run(
     guardrail = workspace.find("guardrail", source)
     workspace.check_writable()
     expected = [parse_expected(text, settings.benches) for text in settings.expect]
-    if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
-        raise DsgError("The batch size and the limit must be at least 1.")
-    check_benches(settings.benches, settings.include_path)
+    tasks = load_tasks(settings.benches, split=settings.split, include_path=settings.include_path)
+    is_known = all(bench in lab.bench_names() for bench in settings.benches)
     loaded = load_chain_model(guardrail.header, recipe, cut=False)
     header = new_header(
         "eval",
         recipe,
-        settings=dataclasses.asdict(settings) | {"tasks_sha256": folder_digest(settings.include_path)},
+        settings=dataclasses.asdict(settings),
         model=guardrail.header.model,
         sae=guardrail.header.sae,
         inputs=[guardrail],
     )
-    if reuse and (stored := workspace.matching(header)) is not None:
+    # Nothing vouches for the data of other benches, so they are asked again.
+    if reuse and is_known and (stored := workspace.matching(header)) is not None:
         return stored
 
     from dsg_cli.evaluation import evaluate
 
     found = evaluate(
         loaded,
-        load_guardrail_module(workspace, guardrail),
-        settings.benches,
-        split=settings.split,
-        include_path=settings.include_path,
+        load_guardrail_module(workspace, guardrail, loaded),
+        tasks,
+        bos=guardrail.body_as(Guardrail).bos,
         batch_size=settings.batch_size,
         limit=settings.limit,
         samples=settings.samples,

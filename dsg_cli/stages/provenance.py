@@ -74,7 +74,7 @@ def git_state() -> Json:
         changes = _git(root, "status", "--porcelain") + _git(root, "diff", "HEAD")
         state: Json = {"commit": _git(root, "rev-parse", "HEAD").strip(), "dirty": bool(changes)}
         return state | ({"changes_sha256": hashlib.sha256(changes.encode()).hexdigest()} if changes else {})
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return {}
 
 

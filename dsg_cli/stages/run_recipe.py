@@ -34,12 +34,18 @@ def run(
     if not recipe.eval.benches:
         raise DsgError("The recipe names no bench.", "Add eval.benches.")
 
-    from dsg_cli.benches.tasks import check_benches
+    from dsg_cli.benches.tasks import load_tasks
+    from dsg_cli.expect import parse_expected
     from dsg_cli.stages import apply, attack, calibrate, evaluate, select
 
     for kind in recipe.attack.kinds:
         attack.check_kind(kind)
-    check_benches(recipe.eval.benches, recipe.eval.include_path)
+    apply.parse_strength(recipe.guardrail.strength, 1.0)
+    for text in recipe.eval.expect:
+        parse_expected(text, recipe.eval.benches)
+    asked_too = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
+    benches = [*recipe.eval.benches, *sorted(asked_too - set(recipe.eval.benches))]
+    load_tasks(benches, split=recipe.eval.split, include_path=recipe.eval.include_path)
     chain: list[Stored] = []
 
     def keep(stored: Stored) -> str:

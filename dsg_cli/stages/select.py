@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from dsg_cli.artifacts import FeatureSet, Json
-from dsg_cli.corpora import Corpus, check_disjoint, check_names, load_corpora
+from dsg_cli.corpora import Corpus, check_disjoint, check_names, check_no_shared_texts, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.model import LoadedModel, context_length, load_model, read_config, text_config
 from dsg_cli.progress import Report, silent
@@ -22,10 +22,8 @@ from dsg_cli.selection import select_features
 from dsg_cli.stages.chain import absolute, check_device, identify
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.statistics import FeatureStatistics, feature_statistics
-from dsg_cli.tokens import batches, chunks, encode
+from dsg_cli.tokens import batches, bos_to_prepend, chunks, encode
 from dsg_cli.workspace import Stored, Workspace
-
-BATCH_TOKENS = 8192
 
 
 def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Report = silent) -> Stored:
@@ -42,18 +40,15 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
     sae = read_sae(absolute(recipe.sae.source))
     model_config = text_config(read_config(recipe.model.source))
     check_fits(sae, model_config, recipe.model.source)
-    if not 1 <= recipe.select.n_features <= sae.identity.n_features:
+    if recipe.select.n_features > sae.identity.n_features:
         raise DsgError(
             f"{recipe.select.n_features} features were asked for; the SAE has {sae.identity.n_features}.",
             "Choose another number with -n.",
         )
-    if not 0 <= recipe.select.ratio_percentile < 100:
-        raise DsgError(
-            f"The ratio percentile is {recipe.select.ratio_percentile:g}; it must be from 0 up to below 100."
-        )
     check_device(recipe.model.device)
     forget = load_corpora(names.forget, role="forget", limit=names.limit, seed=recipe.seed)
     retain = load_corpora(names.retain, role="retain", limit=names.limit, seed=recipe.seed)
+    check_no_shared_texts(forget, retain)
 
     loaded = load_model(
         recipe.model.source, device=recipe.model.device, dtype=recipe.model.dtype, last_layer=sae.site.layer
@@ -63,7 +58,7 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
         recipe,
         settings=_settings(recipe, forget, retain),
         model=identify(loaded, sae.site.layer),
-        sae=dataclasses.replace(sae.identity, source=absolute(recipe.sae.source)),
+        sae=sae.identity,
         inputs=[],
     )
     if reuse and (stored := workspace.matching(header)) is not None:
@@ -119,8 +114,8 @@ def _statistics(
     report: Report,
 ) -> FeatureStatistics:
     texts = [text for corpus in corpora for text in corpus.part("select")]
-    bos = loaded.tokenizer.bos_token_id
-    documents = encode(loaded.tokenizer, texts, prepend_bos=sae.identity.prepend_bos)
+    bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
+    documents = encode(loaded.tokenizer, texts, bos=bos)
     rows = [row for ids in documents for row in chunks(ids, seq_len, bos=bos)]
     if not rows:
         raise DsgError(f"The {what} has no token in its select part.", "Give more text.")
@@ -128,7 +123,7 @@ def _statistics(
         loaded.model,
         sae.site,
         encoder,
-        batches(rows, loaded.tokenizer, batch_tokens=BATCH_TOKENS, device=str(loaded.model.device)),
+        batches(rows, loaded.tokenizer, device=str(loaded.model.device)),
         total_tokens=sum(map(len, rows)),
         what=what,
         report=report,
