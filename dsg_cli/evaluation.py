@@ -11,6 +11,7 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
 from dsg_cli.artifacts import Json
+from dsg_cli.benches.tasks import task_index
 from dsg_cli.guardrail import GuardrailModule, guarded
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
@@ -129,7 +130,9 @@ def evaluate(
         guard = guardrail if side == "unlearned" else None
         lm = ScoringLM(loaded, bos=bos, batch_size=batch_size, guardrail=guard, what=f"{side} model", report=report)
         with guarded(loaded.model, guard) if guard is not None else contextlib.nullcontext():
-            found[side] = _simple_evaluate(model=lm, tasks=list(tasks), limit=limit, log_samples=True)
+            found[side] = _simple_evaluate(
+                model=lm, tasks=list(tasks), task_manager=task_index(None, False), limit=limit, log_samples=True
+            )
         n_tokens += lm.n_tokens
         decisions |= lm.decisions
     rows = _rows(found["base"], found["unlearned"], decisions, samples)

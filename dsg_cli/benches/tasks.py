@@ -48,11 +48,11 @@ def load_tasks(benches: Sequence[str], *, split: str, include_path: str | None =
         raise DsgError(f"The bench {twice[0]} is named twice.")
     if include_path is not None and not Path(include_path).is_dir():
         raise DsgError(f"There is no folder {include_path} (--include-path).")
-    own = _index(include_path, False).all_tasks
+    own = task_index(include_path, False).all_tasks
     taken = sorted(set(own) & set(lab.bench_names()))
     if taken:
         raise DsgError(f"{include_path} has a task named {taken[0]}, which is a bench of the lab.", "Rename it.")
-    manager = _index(include_path, any(name not in own and name not in lab.bench_names() for name in benches))
+    manager = task_index(include_path, any(name not in own and name not in lab.bench_names() for name in benches))
     for name in benches:
         if name not in lab.bench_names() and name not in manager.all_tasks:
             close = nearest(name, [*lab.bench_names(), *manager.all_tasks])
@@ -62,7 +62,7 @@ def load_tasks(benches: Sequence[str], *, split: str, include_path: str | None =
 
 
 @functools.cache
-def _index(include_path: str | None, include_defaults: bool) -> Any:
+def task_index(include_path: str | None, include_defaults: bool) -> Any:
     """lm-eval's index of tasks; that of its own thousands takes seconds, so it is read only where needed."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
