@@ -14,6 +14,7 @@ quiet_libraries()  # As main() does, before any library reads its environment.
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -83,6 +84,26 @@ def folders(tmp_path_factory, model, tokenizer) -> dict[str, Path]:
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         (root / f"{name}.txt").write_text("\n\n".join(texts))
     return {name: root / name for name in ("model", "sae", "forget.jsonl", "retain.jsonl", "forget.txt", "retain.txt")}
+
+
+def write_task(folder: Path, rows: list[dict], **changes: object) -> dict[str, str]:
+    """An lm-eval task `mine` of the user's own (columns q, c, a) in a folder; returns options for load_tasks."""
+    folder.mkdir(exist_ok=True)
+    data = folder / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{a}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "mine.yaml").write_text(yaml.safe_dump(task | changes))
+    return {"split": "test", "include_path": str(folder)}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-import yaml
+from conftest import write_task
 
 SCRIPT = """
 set -euo pipefail
@@ -81,23 +81,8 @@ def test_the_lab_recipe_reaches_its_targets(dsg, tmp_path):
 @pytest.fixture
 def my_bench(tmp_path):
     """A user's own lm-eval task over the words of the tiny tokenizer."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
     rows = [{"q": f"w{i} w{i + 1} w{i + 2}", "c": ["w50", "w51 w1", "w52"], "a": i % 3} for i in range(24)]
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "mine",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "mine.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{c}}",
-        "doc_to_target": "{{a}}",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (folder / "mine.yaml").write_text(yaml.safe_dump(task))
-    return folder
+    return write_task(tmp_path / "tasks", rows)["include_path"]
 
 
 def test_folders_of_my_own(dsg, folders, my_bench, tmp_path):

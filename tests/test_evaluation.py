@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from conftest import write_task
 
 from dsg_cli.benches.tasks import load_tasks, questions_of
 from dsg_cli.errors import DsgError
@@ -129,25 +130,12 @@ def test_a_group_of_my_own_tasks_with_choices_of_several_tokens(loaded, sae, hot
         },
         {"q": "Question: What is the color of the busy city Lisias? Answer:", "c": [" red", " blue and red"], "a": 0},
     ]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "mine",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "mine.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{c}}",
-        "doc_to_target": "{{a}}",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task))
+    options = write_task(tmp_path, rows, target_delimiter="")
     (tmp_path / "all.yaml").write_text(
         yaml.safe_dump({"group": "all", "task": ["mine"], "aggregate_metric_list": [{"metric": "acc"}]})
     )
     guardrail = make_guardrail(loaded, sae, hot_features, 0.2)
-    tasks = load_tasks(["all"], split="test", include_path=str(tmp_path))
+    tasks = load_tasks(["all"], **options)
     found = evaluate(loaded, guardrail, tasks, bos=2, samples=True)
     assert found.results["all"]["base"]["n"] == found.results["mine"]["base"]["n"] == 2
     assert found.gate["all"] == found.gate["mine"]
@@ -156,23 +144,7 @@ def test_a_group_of_my_own_tasks_with_choices_of_several_tokens(loaded, sae, hot
     assert [question.answer for question in questions] == [1, 0]
 
 
-def mine(folder, **changes):
-    """A task of the user's own in a folder of its own."""
-    folder.mkdir(exist_ok=True)
-    (folder / "mine.jsonl").write_text(json.dumps({"q": "The hex", "c": [" a", " b"], "a": 0, "s": "zz"}) + "\n")
-    task = {
-        "task": "mine",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "mine.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{c}}",
-        "doc_to_target": "{{a}}",
-        "metric_list": [{"metric": "acc"}],
-    } | changes
-    (folder / "mine.yaml").write_text(yaml.safe_dump(task))
-    return {"split": "test", "include_path": str(folder)}
+ROWS = [{"q": "The hex", "c": [" a", " b"], "a": 0, "s": "zz"}]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +158,7 @@ def mine(folder, **changes):
     ],
 )
 def test_tasks_that_cannot_be_used_are_refused_before_a_model_is_there(tmp_path, changes, words):
-    options = mine(tmp_path / "tasks", **changes)
+    options = write_task(tmp_path / "tasks", ROWS, **changes)
     with pytest.raises(DsgError, match=words):
         load_tasks([changes.get("task", "mine")], **options)
 
@@ -199,7 +171,7 @@ def test_tasks_that_cannot_be_used_are_refused_before_a_model_is_there(tmp_path,
     ],
 )
 def test_questions_that_attacks_cannot_ask_are_refused(tmp_path, changes, words):
-    (task,) = load_tasks(["mine"], **mine(tmp_path / "tasks", **changes))
+    (task,) = load_tasks(["mine"], **write_task(tmp_path / "tasks", ROWS, **changes))
     with pytest.raises(DsgError, match=words):
         questions_of(task)
 
