@@ -10,8 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-Gate = Literal["mean"]
-"""Gate forms, see gate.py."""
+Gate = Literal["mean", "causal-mean", "window"]
+"""Gate forms, see runtime/gates.py."""
 Json = dict[str, Any]
 
 
@@ -41,6 +41,8 @@ class SaeIdentity:
     config_sha256: str
     sha256: str
     """Digest of the weights file."""
+    hook_out: str = ""
+    """Where a transcoder's output belongs; empty for an SAE, which writes where it reads."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,11 @@ class Threshold:
     high: float
     """95 % Clopper-Pearson interval, as if pieces were independent."""
     features: list[int]
+    """Clamped when the gate fires."""
+    detectors: list[int]
+    """Watched by a `window` gate; empty where the gate watches the clamped features."""
+    window: int
+    """Counted tokens in a window; `window` only."""
     special_ids: list[int]
     """Tokens that are never counted: BOS, EOS and pad."""
     bos: int | None
@@ -143,17 +150,27 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Guardrail:
-    """Body of `guardrail-NNN`; its tensors are the K rows and columns of the SAE: all that later steps read."""
+    """Body of `guardrail-NNN`; its tensors (runtime/slices.py) are all of the SAE that later steps read."""
 
     indices: list[int]
+    """Features that are clamped, the first columns of the tensors."""
+    detectors: list[int]
+    """Features that a `window` gate watches; empty for the other gates."""
     gate: Gate
+    window: int
     threshold: float
     strength: float
     """The c of METHOD: every selected feature is set to -c."""
     strength_setting: str
     median_residual_norm: float
     hook: str
+    """Where the features are computed."""
+    hook_out: str
+    """Where they are clamped."""
     activation: str
+    """Architecture of the SAE."""
+    slice: Json
+    """How activations follow from the tensors: a SliceSpec."""
     special_ids: list[int]
     bos: int | None
     """Token that every sequence began with in selection and calibration."""
@@ -197,7 +214,7 @@ KINDS: dict[str, type[Any]] = {
     "eval": EvalReport,
     "attack": AttackReport,
 }
-SCHEMAS: dict[str, int] = dict.fromkeys(KINDS, 1)
+SCHEMAS: dict[str, int] = {"features": 1, "threshold": 2, "guardrail": 2, "eval": 1, "attack": 1}
 MADE_BY = {
     "features": "dsg select",
     "threshold": "dsg calibrate",
@@ -212,6 +229,16 @@ NEXT_COMMAND = {
     "eval": "dsg attack",
     "attack": "dsg ls",
 }
+
+
+def migrate(data: Json) -> Json:
+    """An artifact's JSON object in the newest schema of its kind."""
+    if data["schema"] == 1 and data["kind"] == "threshold":
+        return {**data, "detectors": [], "window": 0}
+    if data["schema"] == 1 and data["kind"] == "guardrail":
+        # Only SAEs without run-time normalisation could be sliced, and the one gate was `mean`.
+        return {**data, "detectors": [], "window": 0, "hook_out": data["hook"], "slice": {"activation": "threshold"}}
+    return data
 
 
 def to_json(header: Header, body: Body) -> Json:

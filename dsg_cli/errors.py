@@ -1,26 +1,13 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and help with misspelt names."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+from dsg_cli.runtime.errors import DsgError
 
-class DsgError(Exception):
-    """Something the user can mend.
-
-    Args:
-        message: What is wrong and where (file, key, value).
-        hint: What to do next; printed on a line of its own.
-    """
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message}\n{self.hint}" if self.hint else self.message
+__all__ = ["DsgError", "nearest"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 
 from dsg_cli.artifacts import Json
 from dsg_cli.benches.tasks import task_index
-from dsg_cli.guardrail import GuardrailModule, guarded
+from dsg_cli.guardrail import GuardrailModule, guarded, last_decisions
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
 from dsg_cli.scoring import Request, score
@@ -49,13 +48,13 @@ class ScoringLM(HFLM):
         *,
         bos: int | None,
         batch_size: int,
-        guardrail: GuardrailModule | None,
+        guardrails: Sequence[GuardrailModule],
         what: str,
         report: Report,
     ) -> None:
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
         self.bos = bos
-        self.guardrail = guardrail
+        self.guardrails = guardrails
         self.what = what
         self.report = report
         self.decisions: dict[tuple[str, str], Decision] = {}
@@ -75,10 +74,8 @@ class ScoringLM(HFLM):
 
         def note(batch: TokenBatch) -> None:
             self.n_tokens += int(batch.mask_BL.sum())
-            if self.guardrail is not None:
-                statistic_B, gated_B = self.guardrail.last_statistic_B, self.guardrail.last_gated_B
-                assert statistic_B is not None and gated_B is not None
-                noted.append((statistic_B.tolist(), gated_B.tolist()))
+            if self.guardrails:
+                noted.append(last_decisions(self.guardrails))
 
         scores = score(
             self.model,
@@ -102,34 +99,36 @@ class ScoringLM(HFLM):
 
 def evaluate(
     loaded: LoadedModel,
-    guardrail: GuardrailModule,
+    guardrails: Sequence[GuardrailModule],
     tasks: Sequence[Any],
     *,
     bos: int | None,
     batch_size: int = 32,
     limit: int | None = None,
     samples: bool = False,
+    allow_mismatch: bool = False,
     report: Report = silent,
 ) -> SideBySide:
-    """Ask every bench of the base model and of the same model under its guardrail.
+    """Ask every bench of the base model and of the same model under its guardrails.
 
     Args:
         loaded: The whole model.
-        guardrail: What unlearned it.
+        guardrails: What unlearned it.
         tasks: lm-eval's tasks and groups, as `benches.tasks.load_tasks` gives them.
         bos: Token that every sequence begins with.
         batch_size: Sequences in a batch; no result depends on it.
         limit: Questions a bench, at most.
         samples: Keep the questions' texts in the rows.
+        allow_mismatch: Also if the model is not the one that the guardrails were made for.
         report: Progress.
     """
     found: dict[str, Any] = {}
     n_tokens = 0
     decisions: dict[tuple[str, str], Decision] = {}
     for side in ("base", "unlearned"):
-        guard = guardrail if side == "unlearned" else None
-        lm = ScoringLM(loaded, bos=bos, batch_size=batch_size, guardrail=guard, what=f"{side} model", report=report)
-        with guarded(loaded.model, guard) if guard is not None else contextlib.nullcontext():
+        guards = guardrails if side == "unlearned" else ()
+        lm = ScoringLM(loaded, bos=bos, batch_size=batch_size, guardrails=guards, what=f"{side} model", report=report)
+        with guarded(loaded.model, guards, allow_mismatch=allow_mismatch):
             found[side] = _simple_evaluate(
                 model=lm, tasks=list(tasks), task_manager=task_index(None, False), limit=limit, log_samples=True
             )

@@ -1,84 +1,116 @@
-"""The guardrail: gate and clamp as one torch module, and the context manager that puts it on a model."""
+"""Guardrails from artifacts, and the context manager that puts them on a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dsg_cli.artifacts import Guardrail, ModelIdentity
 from dsg_cli.errors import DsgError
-from dsg_cli.gate import hot_tokens, mean_statistic
-from dsg_cli.model import HookSite
-from dsg_cli.residuals import replace_residual
-from dsg_cli.sae import SaeSlice
-from dsg_cli.tokens import counted_tokens
+from dsg_cli.model import fingerprint, text_config
+from dsg_cli.runtime.attach import Attached
+from dsg_cli.runtime.guardrail import GuardrailModule, GuardrailSpec, build_guardrail
+from dsg_cli.runtime.sites import decoder_layers
+
+__all__ = ["GuardrailModule", "guarded", "last_decisions", "module_from_artifact", "spec_of"]
 
 
-class GuardrailModule(nn.Module):
-    """Decides for each sequence whether it is about the forgotten knowledge and, if so, clamps its hot tokens.
+def spec_of(body: Guardrail, model: ModelIdentity) -> GuardrailSpec:
+    """What the runtime needs of an artifact."""
+    return GuardrailSpec(
+        gate=body.gate,
+        threshold=body.threshold,
+        window=body.window,
+        strength=body.strength,
+        read=body.hook,
+        write=body.hook_out,
+        slice=body.slice,
+        special_ids=body.special_ids,
+        model={key: value for key, value in dataclasses.asdict(model).items() if key != "source"},
+    )
 
-    On every hot token of a sequence whose statistic exceeds the threshold all selected features are set to -c, the
-    SAE's error left as it is, which in closed form is `h + sum_j (-c - f_j(h)) W_dec[j]`. Every other token is
-    returned bit for bit.
+
+def module_from_artifact(
+    body: Guardrail, model: ModelIdentity, tensors: Mapping[str, Tensor], *, where: str
+) -> GuardrailModule:
+    """The guardrail of an artifact as a module.
+
+    Raises:
+        DsgError: A tensor is missing or not finite.
     """
-
-    special: Tensor
-
-    def __init__(
-        self, sae: SaeSlice, site: HookSite, *, threshold: float, strength: float, special: tuple[int, ...]
-    ) -> None:
-        super().__init__()
-        self.sae = sae
-        self.site = site
-        self.threshold = threshold
-        self.strength = strength
-        self.register_buffer("special", torch.tensor(special, dtype=torch.long))
-        self.last_statistic_B: Tensor | None = None
-        """Gate statistic of the last batch."""
-        self.last_gated_B: Tensor | None = None
-        """Whether each sequence of the last batch was gated."""
-
-    def forward(self, resid_BLD: Tensor, counted_BL: Tensor) -> Tensor:
-        """The residual with its hot tokens clamped where the gate fires, in the dtype it came in."""
-        acts_BLK = self.sae(resid_BLD)
-        hot_BL = hot_tokens(acts_BLK, counted_BL)
-        statistic_B = mean_statistic(hot_BL, counted_BL)
-        gated_B = statistic_B > self.threshold
-        self.last_statistic_B, self.last_gated_B = statistic_B.detach(), gated_B
-        edited_BLD = resid_BLD.float() + (-self.strength - acts_BLK) @ self.sae.W_dec
-        clamped_BL = hot_BL & gated_B[:, None]
-        return torch.where(clamped_BL[..., None], edited_BLD.to(resid_BLD.dtype), resid_BLD)
+    return build_guardrail(spec_of(body, model), tensors, where=where)
 
 
 @contextmanager
-def guarded(model: nn.Module, guardrail: GuardrailModule) -> Iterator[nn.Module]:
-    """While the block runs, the model answers under the guardrail.
+def guarded(
+    model: nn.Module, guardrails: GuardrailModule | Sequence[GuardrailModule], *, allow_mismatch: bool = False
+) -> Iterator[nn.Module]:
+    """While the block runs, the model answers under one guardrail or under several, each with a gate of its own.
 
-    The decision is made on whole sequences (the paper's gate), so every call must hold token ids of whole sequences.
-    Hooks are gone after the block, also after an exception.
+    Hooks are gone after the block, also after an exception; a model compiled before it is compiled again.
+
+    Args:
+        model: A causal language model of transformers, compiled or not.
+        guardrails: From `load_guardrail`; with none, the model is as it is.
+        allow_mismatch: Also on another model than the one that a guardrail was made for, such as a fine-tuned copy.
 
     Raises:
-        DsgError: Inside the block, on a call that continues a cached sequence or holds embeddings instead of ids.
+        DsgError: Before the block, if the model is another one. Inside it, on a call whose sequences cannot be told
+            apart or were begun without the guardrail. After it, if a residual was a NaN or an infinity: the sequence
+            was treated as gated.
     """
-    counted: list[Tensor] = []
-
-    def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids_BL = kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("past_key_values")
-        if ids_BL is None or (cache is not None and cache.get_seq_length() > 0):
-            raise DsgError(
-                "The gate `mean` needs the token ids of whole sequences; "
-                "this call continues a cached one, or has no ids."
-            )
-        counted[:] = [counted_tokens(ids_BL, kwargs.get("attention_mask"), guardrail.special)]
-
-    guardrail.to(next(model.parameters()).device)
-    handle = model.register_forward_pre_hook(remember, with_kwargs=True)
+    guards = [guardrails] if isinstance(guardrails, GuardrailModule) else list(guardrails)
+    if not guards:
+        yield model
+        return
+    inner = getattr(model, "_orig_mod", model)
+    if not allow_mismatch:
+        for guard in guards:
+            check_model(inner, guard)
+    n_broken = [int(guard.n_broken) for guard in guards]
+    attached = Attached(inner, guards)
     try:
-        with replace_residual(model, guardrail.site, lambda resid_BLD: guardrail(resid_BLD, counted[0])):
-            yield model
+        yield model
     finally:
-        handle.remove()
+        attached.remove()
+    for guard, before in zip(guards, n_broken, strict=True):
+        if (n := int(guard.n_broken) - before) > 0:
+            raise DsgError(
+                f"The residual of {n} tokens at {guard.read.name} was not finite; they were treated as gated.",
+                "Check the model's weights, or run it in float32.",
+            )
+
+
+def last_decisions(guards: Sequence[GuardrailModule]) -> tuple[list[float], list[bool]]:
+    """Of each row of the last call: the statistic of the guardrail nearest to firing, and whether any fired."""
+    statistic_GB = torch.stack([guard.last_statistic_B.cpu() for guard in guards])
+    threshold_G = torch.tensor([guard.gate.threshold for guard in guards])
+    nearest_B = (statistic_GB - threshold_G[:, None]).argmax(0)
+    gated_GB = torch.stack([guard.last_gated_B.cpu() for guard in guards])
+    return statistic_GB.gather(0, nearest_B[None])[0].tolist(), gated_GB.any(0).tolist()
+
+
+def check_model(model: nn.Module, guard: GuardrailModule) -> None:
+    """Refuse a model that is not the one the guardrail was made for.
+
+    Raises:
+        DsgError: Its architecture, width, layers or weights are others.
+    """
+    wanted = guard.spec.model
+    config = text_config(model.config)
+    names = {cls.__name__ for cls in type(model).__mro__}
+    found = {
+        "architecture": wanted["architecture"] if wanted["architecture"] in names else type(model).__name__,
+        "width": int(config.hidden_size),
+        "n_layers": len(decoder_layers(model)),
+    }
+    hint = "Use the model it was made for; allow_mismatch=True (--allow-mismatch) puts it on this one all the same."
+    for key, value in found.items():
+        if value != wanted[key]:
+            raise DsgError(f"The guardrail was made for a model with {key} {wanted[key]}; this one has {value}.", hint)
+    if fingerprint(model, wanted["last_layer"]) != wanted["fingerprint"]:
+        raise DsgError("The guardrail was made for a model with other weights.", hint)

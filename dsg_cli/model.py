@@ -1,12 +1,11 @@
-"""Load a causal language model and its tokenizer, whole or cut after one layer; find the hook site."""
+"""Load a causal language model and its tokenizer, whole or cut after one layer; identify its weights."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,23 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
+from dsg_cli.runtime.sites import decoder_layers
 
 N_SAMPLED_VALUES = 64
-
-
-@dataclass(frozen=True)
-class HookSite:
-    """A place in the residual stream, named as SAEs name it."""
-
-    layer: int
-    """Index of the decoder layer."""
-    point: Literal["resid_pre", "resid_post"]
-    """Its input or its output."""
-
-    @property
-    def name(self) -> str:
-        """The TransformerLens spelling, as found in SAE configurations."""
-        return f"blocks.{self.layer}.hook_{self.point}"
 
 
 @dataclass(frozen=True)
@@ -43,27 +28,6 @@ class LoadedModel:
     """What the user named: `lab`, or a folder."""
     n_layers: int
     """Decoder layers of the whole model, however many were loaded."""
-
-
-def parse_hook_site(name: object, *, where: str) -> HookSite:
-    """Read `blocks.N.hook_resid_pre|post`.
-
-    Raises:
-        DsgError: The SAE names no hook, or one that is not on the residual stream.
-    """
-    if not isinstance(name, str) or not name:
-        raise DsgError(
-            f"{where} does not say which hook it was trained on (metadata.hook_name).",
-            "Add it to cfg.json, for example blocks.3.hook_resid_post; a wrong guess would silently do nothing.",
-        )
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post)", name)
-    if match is None:
-        raise DsgError(
-            f"{where} was trained on {name}, which is not a place in the residual stream.",
-            "Supported: blocks.N.hook_resid_pre and blocks.N.hook_resid_post.",
-        )
-    point: Literal["resid_pre", "resid_post"] = "resid_pre" if match[2] == "resid_pre" else "resid_post"
-    return HookSite(layer=int(match[1]), point=point)
 
 
 def model_folder(source: str) -> Path:
@@ -153,21 +117,6 @@ def _one_line(error: Exception) -> str:
 def _attention(decoder: Any) -> str | None:
     # Gemma 2 caps its attention scores, which sdpa cannot do.
     return "eager" if getattr(decoder, "attn_logit_softcapping", None) else None
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers, whatever the family calls it.
-
-    Raises:
-        DsgError: No module list of the right length was found.
-    """
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder: nn.Module = get_decoder() if get_decoder is not None else model
-    n_layers = int(text_config(model.config).num_hidden_layers)
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
-    raise DsgError(f"The decoder layers of {type(model).__name__} cannot be found.")
 
 
 def fingerprint(model: nn.Module, last_layer: int) -> str:

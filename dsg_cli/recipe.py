@@ -5,10 +5,7 @@ Precedence: command-line flag, then `--set section.key=value`, then the recipe f
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -32,6 +30,8 @@ class ModelSection:
     """`lab`, or a Hugging Face model folder."""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    allow_mismatch: bool = False
+    """Put a guardrail on another model than the one it was made for, such as a fine-tuned one; reports say so."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,13 @@ class SelectSection:
 class CalibrateSection:
     """When the gate fires."""
 
-    gate: Literal["mean"] = "mean"
+    gate: Literal["window", "causal-mean", "mean"] = "window"
+    """`window` decides while text is written; `mean` is the paper's, for scoring whole sequences."""
+    window: int = 4
+    """Counted tokens in a window."""
+    n_detectors: int = 5
+    """Features that a `window` gate watches, chosen like those of select but at `detector_percentile`."""
+    detector_percentile: float = 98.0
     alpha: float = 0.05
     """Promised rate of false positives on retain text."""
     lengths: list[int] = field(default_factory=lambda: [8, 128])
@@ -189,7 +195,7 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
         if value is not None:
             _put(data, key, value)
     problems: list[str] = []
-    recipe: Recipe = _build(Recipe, data, "", problems)
+    recipe: Recipe = build_section(Recipe, data, "", problems)
     problems += _out_of_range(recipe)
     if problems:
         raise DsgError(f"In {where}:\n  " + "\n  ".join(problems))
@@ -209,6 +215,12 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             f"select.ratio_percentile is {select.ratio_percentile:g}; it must be at least 0 and below 100.",
         ),
         (select.seq_len >= 2, f"select.seq_len is {select.seq_len}; it must be at least 2."),
+        (calibrate.window >= 1, f"calibrate.window is {calibrate.window}; it must be at least 1."),
+        (calibrate.n_detectors >= 1, f"calibrate.n_detectors is {calibrate.n_detectors}; take at least 1."),
+        (
+            0 <= calibrate.detector_percentile < 100,
+            f"calibrate.detector_percentile is {calibrate.detector_percentile:g}; it must be at least 0 and below 100.",
+        ),
         (0 < calibrate.alpha < 1, f"calibrate.alpha is {calibrate.alpha:g}; it must lie between 0 and 1."),
         (
             len(lengths) == 2 and 1 <= lengths[0] <= lengths[-1],
@@ -238,63 +250,3 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
             raise DsgError(f"{key}: {section} is not a section.")
         data = inner
     data[last] = value
-
-
-def _build(cls: type[Any], data: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        if key not in hints:
-            problems.append(f"unknown key {name}. {nearest(str(key), hints)}")
-        elif dataclasses.is_dataclass(hints[key]):
-            if isinstance(value, Mapping):
-                values[key] = _build(typing.cast(type, hints[key]), value, f"{name}.", problems)
-            else:
-                problems.append(f"{name} must be a section (key: value), not {value!r}.")
-        else:
-            found = _convert(hints[key], value)
-            if found is _WRONG:
-                problems.append(f"{name} must be {_describe(hints[key])}, not {value!r}.")
-            else:
-                values[key] = found
-    return cls(**values)
-
-
-_WRONG = object()
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    """The value as its field's type, or `_WRONG`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return next((v for v in (_convert(a, value) for a in arguments) if v is not _WRONG), _WRONG)
-    if origin is Literal:
-        return value if value in arguments else _WRONG
-    if origin is list:
-        items = [_convert(arguments[0], item) for item in (value if isinstance(value, list | tuple) else [value])]
-        return _WRONG if _WRONG in items else items
-    if hint is types.NoneType:
-        return None if value is None else _WRONG
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-5, without a dot, as text.
-        try:
-            return float(value)
-        except ValueError:
-            return _WRONG
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value if type(value) is hint else _WRONG
-
-
-def _describe(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is list:
-        return f"a list of {_describe(arguments[0])}"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(argument) for argument in arguments)
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}[hint]

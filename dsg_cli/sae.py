@@ -1,40 +1,51 @@
-"""Load an SAE, prove that it fits the model, and slice the selected features out of it.
+"""Read an SAE, prove that it fits the model, and run its whole encoder.
 
-sae-lens is imported only to run a whole encoder (`select`); everything after works on K columns of `W_enc` and
-K rows of `W_dec`, which reproduce the whole SAE's activations of those features exactly.
+sae-lens is imported only to run a whole encoder (`select`); everything after works on a slice (slicing.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsg_cli.artifacts import SaeIdentity
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
-from dsg_cli.model import HookSite, parse_hook_site
+from dsg_cli.runtime.sites import HookSite, parse_hook_site
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 CONFIG_FILE = "cfg.json"
-SUPPORTED_SETTINGS = {
-    "normalize_activations": ("none", None),
-    "reshape_activations": ("none", None),
-    # Older configurations name their activation; a `standard` SAE may then be a top-k one.
-    "activation_fn": ("relu", None),
-    "activation_fn_str": ("relu", None),
-}
+NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
+_STANDARD = ("W_enc", "b_enc", "W_dec", "b_dec")
 WEIGHTS = {
-    "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
-    "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+    "standard": _STANDARD,
+    "jumprelu": (*_STANDARD, "threshold"),
+    "gated": ("W_enc", "b_gate", "r_mag", "b_mag", "W_dec", "b_dec"),
+    "topk": _STANDARD,
+    "abstopk": _STANDARD,
+    "transcoder": _STANDARD,
+    "skip_transcoder": _STANDARD,
+    "jumprelu_transcoder": (*_STANDARD, "threshold"),
+    "jumprelu_skip_transcoder": (*_STANDARD, "threshold"),
 }
+"""Architectures that can be sliced exactly, and the tensors that a slice needs."""
+_CHECKPOINT = "it is a training checkpoint; save it with save_inference_model, which makes it a jumprelu SAE"
+REFUSED = {
+    "temporal": "a feature of a token depends on all earlier tokens, through attention inside the SAE",
+    "matching_pursuit": "features are chosen one after another, each from what the ones before left over",
+    "batchtopk": _CHECKPOINT,
+    "matryoshka_batchtopk": _CHECKPOINT,
+    "expected_average_only_in": "its scaling factor is in no file; fold it in with fold_activation_norm_scaling_factor",
+    "covariance_whitening": "its whitening matrix is in no file; fold it in with fold_activation_whitening",
+}
+"""Architectures and normalisations that cannot be sliced, and why."""
 
 
 @dataclass(frozen=True)
@@ -45,31 +56,13 @@ class SaeSource:
     config: dict[str, Any]
     identity: SaeIdentity
     site: HookSite
+    """Where it reads."""
+    write: HookSite
+    """Where its output belongs: `site`, unless it is a transcoder."""
 
-
-class SaeSlice(nn.Module):
-    """K features of an SAE as float32 buffers.
-
-    `W_enc` [D, K]; `b_enc` [K], with the decoder bias that the encoder subtracts from its input folded in;
-    `active_above` [K], the pre-activation that a feature must exceed to be active (0 for a ReLU); `W_dec` [K, D].
-    """
-
-    W_enc: Tensor
-    b_enc: Tensor
-    active_above: Tensor
-    W_dec: Tensor
-
-    def __init__(self, W_enc: Tensor, b_enc: Tensor, active_above: Tensor, W_dec: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("W_enc", W_enc.float().contiguous())
-        self.register_buffer("b_enc", b_enc.float())
-        self.register_buffer("active_above", active_above.float())
-        self.register_buffer("W_dec", W_dec.float().contiguous())
-
-    def forward(self, resid: Tensor) -> Tensor:
-        """Activations [..., K] of a residual [..., D], in float32."""
-        pre = resid.float() @ self.W_enc + self.b_enc
-        return torch.where(pre > self.active_above, pre, torch.zeros_like(pre))
+    @property
+    def is_transcoder(self) -> bool:
+        return "transcoder" in self.identity.architecture
 
 
 def read_sae(source: str) -> SaeSource:
@@ -89,14 +82,16 @@ def read_sae(source: str) -> SaeSource:
         if not (folder / name).is_file():
             raise DsgError(f"{source} is not an SAE in sae-lens's format: it has no {name}.")
     config, metadata = _read_config(folder / CONFIG_FILE)
-    site = parse_hook_site(metadata.get("hook_name") or config.get("hook_name"), where=str(folder / CONFIG_FILE))
     _check_sliceable(config, source)
+    site = _site({**config, **metadata}, "", where=str(folder / CONFIG_FILE))
+    is_transcoder = "transcoder" in config["architecture"]
+    write = _site({**config, **metadata}, "_out", where=str(folder / CONFIG_FILE)) if is_transcoder else site
     width, n_features = config.get("d_in"), config.get("d_sae")
     if not isinstance(width, int) or not isinstance(n_features, int):
         raise DsgError(
             f"{folder / CONFIG_FILE}: d_in and d_sae must be whole numbers, not {width!r} and {n_features!r}."
         )
-    _check_weights(folder / WEIGHTS_FILE, config["architecture"], width, n_features)
+    _check_weights(folder / WEIGHTS_FILE, config["architecture"], width, n_features, config.get("d_out", width))
     identity = SaeIdentity(
         source=source,
         architecture=config["architecture"],
@@ -106,8 +101,20 @@ def read_sae(source: str) -> SaeSource:
         prepend_bos=bool(metadata.get("prepend_bos", config.get("prepend_bos", True))),
         config_sha256=_digest(folder / CONFIG_FILE),
         sha256=_digest(folder / WEIGHTS_FILE),
+        hook_out=write.name if write != site else "",
     )
-    return SaeSource(folder=folder, config=config, identity=identity, site=site)
+    return SaeSource(folder=folder, config=config, identity=identity, site=site, write=write)
+
+
+def _site(settings: dict[str, Any], suffix: str, *, where: str) -> HookSite:
+    """The hook of a configuration, in the TransformerLens spelling or else in that of Hugging Face modules."""
+    names = [settings.get(f"hook_name{suffix}"), settings.get(f"hf_hook_name{suffix}")]
+    if isinstance(names[0], str) and isinstance(names[1], str):
+        try:
+            return parse_hook_site(names[0], where=where)
+        except DsgError:
+            return parse_hook_site(names[1], where=where)
+    return parse_hook_site(names[0] if names[0] is not None else names[1], where=where)
 
 
 def _digest(path: Path) -> str:
@@ -127,9 +134,9 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, metadata
 
 
-def _check_weights(path: Path, architecture: str, width: int, n_features: int) -> None:
+def _check_weights(path: Path, architecture: str, width: int, n_features: int, width_out: int) -> None:
     """The tensors that a slice needs are there, in their shapes; nothing is loaded."""
-    shapes = {"W_enc": [width, n_features], "W_dec": [n_features, width], "b_dec": [width]}
+    shapes = {"W_enc": [width, n_features], "W_dec": [n_features, width_out], "b_dec": [width_out]}
     try:
         with safe_open(path, framework="pt") as file:
             there = set(file.keys())
@@ -146,15 +153,29 @@ def _check_weights(path: Path, architecture: str, width: int, n_features: int) -
 
 
 def _check_sliceable(config: dict[str, Any], source: str) -> None:
-    architecture = config.get("architecture")
+    architecture, normalization = config.get("architecture"), config.get("normalize_activations") or "none"
+    for found in (architecture, normalization):
+        if isinstance(found, str) and found in REFUSED:
+            raise DsgError(f"The SAE {source} is {found} and cannot be sliced: {REFUSED[found]}.")
     if not isinstance(architecture, str) or architecture not in WEIGHTS:
         raise DsgError(
             f"The SAE {source} has the architecture {architecture!r}, which this version cannot slice exactly.",
             f"Supported: {', '.join(WEIGHTS)} (BatchTopK and Matryoshka SAEs are saved as jumprelu).",
         )
-    for key, supported in SUPPORTED_SETTINGS.items():
-        if config.get(key) not in supported:
+    if normalization not in NORMALIZATIONS:
+        raise DsgError(
+            f"The SAE {source} has normalize_activations={normalization!r}, which this version cannot slice exactly."
+        )
+    # Older configurations name their activation; a `standard` SAE may then be a top-k one.
+    for key in ("activation_fn", "activation_fn_str"):
+        if config.get(key) not in ("relu", None) and "topk" not in architecture:
             raise DsgError(f"The SAE {source} has {key}={config[key]!r}, which this version cannot slice exactly.")
+    if "topk" in architecture and not (isinstance(config.get("k"), int) and 0 < config["k"] <= config.get("d_sae", 0)):
+        raise DsgError(f"The SAE {source} has k={config.get('k')!r}; it must be a whole number of features.")
+    if config.get("reshape_activations") not in ("none", "hook_z", None):
+        raise DsgError(
+            f"The SAE {source} has reshape_activations={config['reshape_activations']!r}, which is not known here."
+        )
 
 
 def check_fits(sae: SaeSource, model_config: Any, model_source: str) -> None:
@@ -164,10 +185,14 @@ def check_fits(sae: SaeSource, model_config: Any, model_source: str) -> None:
         DsgError: Another width, or a layer that the model does not have.
     """
     width, n_layers = int(model_config.hidden_size), int(model_config.num_hidden_layers)
-    if sae.identity.width != width:
+    if sae.site.point == "attn_z":
+        head_dim = getattr(model_config, "head_dim", None) or width // model_config.num_attention_heads
+        width = int(model_config.num_attention_heads * head_dim)
+    # The width of a module named by its path is known only when the model is there.
+    if sae.site.point not in ("input", "output") and sae.identity.width != width:
         raise DsgError(
-            f"The SAE {sae.identity.source} reads residuals of width {sae.identity.width}, "
-            f"but the model {model_source} has width {width}.",
+            f"The SAE {sae.identity.source} reads activations of width {sae.identity.width}, "
+            f"but the model {model_source} has width {width} there.",
             "Choose an SAE that was trained on this model.",
         )
     if sae.site.layer >= n_layers:
@@ -183,36 +208,11 @@ def load_encoder(sae: SaeSource, *, device: str) -> Callable[[Tensor], Tensor]:
 
     whole = SAE.load_from_disk(sae.folder, device=device, dtype="float32")
     whole.requires_grad_(False)
+    if sae.config.get("reshape_activations") == "hook_z":
+        whole.turn_off_forward_pass_hook_z_reshaping()  # Heads lie side by side already.
 
     def encode(resid_TD: Tensor) -> Tensor:
         acts_TF: Tensor = whole.encode(resid_TD.float())
         return acts_TF
 
     return encode
-
-
-def slice_sae(sae: SaeSource, indices: Sequence[int]) -> SaeSlice:
-    """Columns and rows of the chosen features.
-
-    Raises:
-        DsgError: An index that the SAE does not have, or a weight that is not finite.
-    """
-    beyond = [index for index in indices if not 0 <= index < sae.identity.n_features]
-    if beyond:
-        raise DsgError(
-            f"The SAE {sae.identity.source} has {sae.identity.n_features} features; there is no {beyond[0]}."
-        )
-    index_K = torch.tensor(list(indices), dtype=torch.long)
-    with safe_open(sae.folder / WEIGHTS_FILE, framework="pt") as file:
-        W_enc = file.get_tensor("W_enc")[:, index_K].double()
-        b_enc = file.get_tensor("b_enc")[index_K].double()
-        W_dec = file.get_tensor("W_dec")[index_K]
-        if sae.config.get("apply_b_dec_to_input", True):
-            b_enc = b_enc - file.get_tensor("b_dec").double() @ W_enc
-        is_jumprelu = sae.config["architecture"] == "jumprelu"
-        threshold = file.get_tensor("threshold")[index_K] if is_jumprelu else torch.zeros(len(index_K))
-    for name, tensor in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("threshold", threshold)):
-        if not torch.isfinite(tensor).all():
-            raise DsgError(f"The SAE {sae.identity.source} holds a value in {name} that is not finite.")
-    # A ReLU follows the threshold: below zero nothing is active.
-    return SaeSlice(W_enc, b_enc, threshold.clamp(min=0.0), W_dec)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dsg_cli.errors import DsgError
-from dsg_cli.model import HookSite
 from dsg_cli.progress import Report, silent
 from dsg_cli.residuals import read_residual
+from dsg_cli.runtime.sites import HookSite
 from dsg_cli.tokens import TokenBatch
 
 CHUNK_TOKENS = 1024

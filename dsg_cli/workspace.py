@@ -29,6 +29,7 @@ from dsg_cli.artifacts import (
     Json,
     body_from_json,
     header_from_json,
+    migrate,
     to_json,
 )
 from dsg_cli.errors import DsgError, nearest
@@ -136,7 +137,7 @@ class Workspace:
                 raise DsgError(f"{path} is incomplete: {name} is missing.", "Make it again.")
             if file_digest(side) != side_digest:
                 raise DsgError(f"{side} was altered after it was written: its digest does not match.", "Make it again.")
-        return Stored(header_from_json(data), body_from_json(data), data, path)
+        return Stored(header_from_json(data), body_from_json(migrate(data)), data, path)
 
     def write(
         self,

@@ -71,6 +71,30 @@ def make_sae(folder: Path, architecture: str = "jumprelu", *, hook=None, seed=0,
     return SAE.load_from_disk(folder)
 
 
+def make_guardrail(
+    sae, indices, *, threshold, strength, special=(0, 1, 2), gate="mean", window=4, detectors=(), model=None
+):
+    """A guardrail from an SAE that has been read; `model` is the identity it is made for."""
+    from dataclasses import asdict
+
+    from dsg_cli.runtime.guardrail import GuardrailSpec, build_guardrail
+    from dsg_cli.slicing import detector_weights, slice_sae
+
+    slice_spec, tensors = slice_sae(sae, indices, detectors)
+    spec = GuardrailSpec(
+        gate=gate,
+        threshold=threshold,
+        window=window,
+        strength=strength,
+        read=sae.site.name,
+        write=sae.write.name,
+        slice=asdict(slice_spec),
+        special_ids=list(special),
+        model=model or {},
+    )
+    return build_guardrail(spec, tensors | {"detect": detector_weights(indices, detectors)}, where="test")
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, model, tokenizer) -> dict[str, Path]:
     """A model folder, an SAE folder and two corpora, as a user would have them."""

@@ -1,16 +1,15 @@
 """Each attack has a property that would fail if it did nothing."""
 
 import pytest
-import torch
+from conftest import make_guardrail, make_sae
 
 from dsg_cli.attacks.asking import ask
 from dsg_cli.attacks.dilution import dilute
 from dsg_cli.attacks.relearn import relearn
 from dsg_cli.benches.tasks import load_tasks, questions_of
 from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.model import fingerprint, load_model
-from dsg_cli.sae import read_sae, slice_sae
+from dsg_cli.sae import read_sae
 from dsg_cli.tokens import special_ids
 
 OPTIONS = {"bos": 2, "batch_size": 16, "max_length": 1024}
@@ -28,16 +27,15 @@ def guardrail(lab):
     """Every token is hot: the gate always fires, whatever the prompt."""
     loaded, _ = lab
     sae = read_sae("lab")
-    return GuardrailModule(
-        slice_sae(sae, list(range(200))), sae.site, threshold=0.5, strength=90.0, special=special_ids(loaded.tokenizer)
-    )
+    special = special_ids(loaded.tokenizer)
+    return [make_guardrail(sae, list(range(200)), threshold=0.5, strength=90.0, special=special)]
 
 
 def test_asking_counts_what_is_right_and_gated(lab, guardrail):
     loaded, questions = lab
-    base = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"], guardrail=None, **OPTIONS)
+    base = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"], guardrails=[], **OPTIONS)
     assert base == {"acc": 1.0}
-    clamped = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"], guardrail=guardrail, **OPTIONS)
+    clamped = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"], guardrails=guardrail, **OPTIONS)
     assert clamped["gate_rate"] == 1.0 and clamped["acc"] < 0.6
 
 
@@ -55,7 +53,7 @@ def test_dilution_of_length_zero_is_plain_evaluation_and_prefixes_reach_the_mode
         curve = dilute(loaded.model, loaded.tokenizer, guardrail, asked, benign, [0, 20], **OPTIONS)
     finally:
         handle.remove()
-    plain = ask(loaded.model, loaded.tokenizer, asked, guardrail=guardrail, **OPTIONS)
+    plain = ask(loaded.model, loaded.tokenizer, asked, guardrails=guardrail, **OPTIONS)
     assert curve[0]["guarded"] == {"forget_acc": plain["acc"], "gate_rate": plain["gate_rate"]}
     assert [point["x"] for point in curve] == [0, 20] and curve[1]["unguarded"]["forget_acc"] > 0.9
     longest = max(seen, key=lambda ids: ids.shape[1])
@@ -85,7 +83,7 @@ def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
         learning_rate=1e-3,
         **OPTIONS,
     )
-    plain = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"][8:], guardrail=guardrail, **OPTIONS)
+    plain = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"][8:], guardrails=guardrail, **OPTIONS)
     assert curve[0]["guarded"]["forget_acc"] == plain["acc"] and "loss" not in curve[0]["guarded"]
     assert curve[0]["unguarded"]["forget_acc"] == 1.0 and curve[0]["unguarded"]["utility_acc"] == 1.0
     for side in ("guarded", "unguarded"):
@@ -98,21 +96,13 @@ def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
     assert not any(module._forward_hooks for module in loaded.model.modules())
 
 
-def test_relearning_recovers_what_a_model_never_knew(model, tokenizer):
+def test_relearning_recovers_what_a_model_never_knew(model, tokenizer, tmp_path):
     """On a random model without a guard that fires, training on the very questions that are asked teaches them."""
     from dsg_cli.benches.tasks import Question
-    from dsg_cli.model import HookSite
-    from dsg_cli.sae import SaeSlice
 
     questions = [Question(f"w{i} w{i + 1}", (" w40", " w41", " w42", " w43"), i % 4) for i in range(12)]
-    width = model.config.hidden_size
-    silent = GuardrailModule(
-        SaeSlice(torch.zeros(width, 1), torch.zeros(1), torch.zeros(1), torch.zeros(1, width)),
-        HookSite(1, "resid_post"),
-        threshold=0.5,
-        strength=1.0,
-        special=(0, 1, 2),
-    )
+    make_sae(tmp_path)
+    silent = [make_guardrail(read_sae(str(tmp_path)), [0], threshold=1.0, strength=1.0, special=(0, 1, 2))]
     curve = relearn(
         model,
         tokenizer,

@@ -96,7 +96,7 @@ def test_folders_of_my_own(dsg, folders, my_bench, tmp_path):
     # A later command runs from another folder: sources are absolute.
     assert features["model"]["source"] == str(folders["model"])
 
-    code, out, err = dsg("calibrate", "--alpha", 0.2, "--lengths", "4:16", "--json")
+    code, out, err = dsg("calibrate", "--gate", "mean", "--alpha", 0.2, "--lengths", "4:16", "--json")
     assert code == 0, err
     threshold = json.loads(out)
     assert threshold["n_calibration"] > 20 and threshold["inputs"][0]["id"] == "features-001"
@@ -109,13 +109,18 @@ def test_folders_of_my_own(dsg, folders, my_bench, tmp_path):
     assert [row["gated"] for row in rows] == [row["statistic"] > threshold["threshold"] for row in rows]
 
     # Settings that change what is computed are part of what --reuse compares.
-    again = ("calibrate", "--alpha", 0.2, "--lengths", "4:16", "--reuse")
+    again = ("calibrate", "--gate", "mean", "--alpha", 0.2, "--lengths", "4:16", "--reuse")
     assert dsg(*again)[1] == "threshold-001\n"
     assert dsg(*again, "--set", "corpora.limit=70")[1] == "threshold-002\n"
     code, out, err = dsg("apply", "--from", "threshold-001", "--strength", "30")
     assert (code, out) == (0, "guardrail-001\n"), err
     # A threshold holds all that apply needs, wherever its features lie.
-    assert dsg("calibrate", "--from", "dsg-workspace/features-001.json", "--alpha", 0.2, "-w", "other")[0] == 0
+    assert (
+        dsg("calibrate", "--from", "dsg-workspace/features-001.json", "--alpha", 0.2, "--gate", "mean", "-w", "other")[
+            0
+        ]
+        == 0
+    )
     assert dsg("apply", "-w", "other")[1] == "guardrail-001\n"
     code, out, err = dsg("eval", "--bench", "mine", "--include-path", my_bench, "--json")
     assert code == 0, err
@@ -133,7 +138,7 @@ def test_the_same_seed_gives_the_same_features_and_threshold(dsg, folders):
     for _ in range(2):
         arguments = ("--model", folders["model"], "--sae", folders["sae"], "-n", 4, "--ratio-percentile", 60)
         assert dsg("select", *arguments, "--forget", folders["forget.txt"], "--retain", folders["retain.txt"])[0] == 0
-        assert dsg("calibrate", "--alpha", 0.2)[0] == 0
+        assert dsg("calibrate", "--alpha", 0.2, "--gate", "mean")[0] == 0
     documents = {name: json.loads(dsg("show", name, "--json")[1]) for name in dsg("ls")[1].split()}
     assert documents["features-001"]["features"] == documents["features-002"]["features"]
     one, two = (list(documents[f"features-00{i}"]["files"].values()) for i in (1, 2))

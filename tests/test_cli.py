@@ -61,7 +61,7 @@ def select(folders, **changes):
         ({"model": "nowhere"}, "No model folder at nowhere"),
         ({"model": "."}, "is not a Hugging Face model folder"),
         ({"sae": "nowhere"}, "No SAE folder at"),
-        ({"sae": "lab"}, "reads residuals of width 128"),
+        ({"sae": "lab"}, "reads activations of width 128"),
         ({"forget": "lab-hexs"}, "Did you mean lab-hexes"),
         ({"forget": "tiny.txt"}, "2 different documents"),
         ({"forget": "empty.txt"}, "is empty"),
@@ -128,7 +128,7 @@ def test_a_stage_without_its_input_names_the_command_that_makes_it(dsg):
 def chain(dsg, folders):
     """A workspace with a guardrail in it."""
     assert dsg(*select(folders))[0] == 0
-    assert dsg("calibrate", "--alpha", 0.2)[0] == 0
+    assert dsg("calibrate", "--alpha", 0.2, "--gate", "mean")[0] == 0
     assert dsg("apply")[0] == 0
     return Path("dsg-workspace")
 
@@ -137,10 +137,10 @@ def chain(dsg, folders):
     ("arguments", "words"),
     [
         (["calibrate", "--alpha", "2"], "calibrate.alpha is 2"),
-        (["calibrate", "--alpha", "0.001"], "at least 999 are needed"),
+        (["calibrate", "--gate", "mean", "--alpha", "0.001"], "at least 999 are needed"),
         (["calibrate", "--lengths", "8-128"], "not of the form 8:128"),
         (["calibrate", "--lengths", "128:8"], "give the shortest and the longest"),
-        (["calibrate", "--gate", "median"], "calibrate.gate must be one of mean"),
+        (["calibrate", "--gate", "median"], "calibrate.gate must be one of window"),
         (["calibrate", "--retain", "lab-hexs"], "Did you mean lab-hexes"),
         (["calibrate", "--from", "threshold-001"], "is not of the kind features"),
         (["apply", "--strength", "strong"], "not a positive number"),
@@ -172,7 +172,7 @@ def test_later_stage_errors(dsg, chain, arguments, words):
 
 def test_a_gate_that_can_never_fire_is_an_error(dsg, folders):
     assert dsg(*select(folders, n_features=40, ratio_percentile=0))[0] == 0
-    code, _, err = dsg("calibrate", "--alpha", "0.05")
+    code, _, err = dsg("calibrate", "--alpha", "0.05", "--gate", "mean")
     assert code == 1 and "could never fire" in err and "--ratio-percentile" in err
 
 
@@ -195,15 +195,15 @@ def test_a_model_or_sae_that_changed_is_refused(dsg, folders, tmp_path):
     weights = load_file(mine["model"] / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] += 1
     save_file(weights, mine["model"] / "model.safetensors", metadata={"format": "pt"})
-    code, _, err = dsg("calibrate", "--alpha", 0.2)
+    code, _, err = dsg("calibrate", "--alpha", 0.2, "--gate", "mean")
     assert code == 1 and "is not the one that features-001 was made with" in err
     config = mine["sae"] / "cfg.json"
     original = config.read_text()
     config.write_text(original.replace("blocks.1.", "blocks.0."))
-    code, _, err = dsg("calibrate", "--alpha", 0.2)
+    code, _, err = dsg("calibrate", "--alpha", 0.2, "--gate", "mean")
     assert code == 1 and "SAE" in err and "its configuration changed" in err
     make_sae(mine["sae"], seed=1)
-    code, _, err = dsg("calibrate", "--alpha", 0.2)
+    code, _, err = dsg("calibrate", "--alpha", 0.2, "--gate", "mean")
     assert code == 1 and "SAE" in err and "its weights changed" in err
 
 

@@ -1,21 +1,22 @@
 """`dsg eval` against a plain log-likelihood loop, and benches of the user's own."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 import yaml
-from conftest import write_task
+from conftest import make_guardrail, write_task
 
 from dsg_cli.benches.tasks import load_tasks, questions_of
 from dsg_cli.errors import DsgError
 from dsg_cli.evaluation import evaluate
 from dsg_cli.expect import check_expected, parse_expected
-from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.lab import data as lab
 from dsg_cli.model import load_model
-from dsg_cli.sae import read_sae, slice_sae
+from dsg_cli.sae import read_sae
 from dsg_cli.scoring import Request, encode_pair, score
+from dsg_cli.stages.chain import identify
 from dsg_cli.tokens import special_ids
 
 
@@ -29,10 +30,10 @@ def sae():
     return read_sae("lab")
 
 
-def make_guardrail(loaded, sae, indices, threshold):
-    return GuardrailModule(
-        slice_sae(sae, indices), sae.site, threshold=threshold, strength=90.0, special=special_ids(loaded.tokenizer)
-    )
+def guards(loaded, sae, indices, threshold):
+    special = special_ids(loaded.tokenizer)
+    identity = asdict(identify(loaded, sae.site.layer))
+    return [make_guardrail(sae, indices, threshold=threshold, strength=90.0, special=special, model=identity)]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_accuracies_equal_a_plain_loop(loaded, sae, hot_features):
     benches = ["lab-hexes", "lab-near"]
     threshold = 0.2
     tasks = load_tasks(benches, split="dev")
-    found = evaluate(loaded, make_guardrail(loaded, sae, hot_features, threshold), tasks, bos=2, batch_size=7, limit=24)
+    found = evaluate(loaded, guards(loaded, sae, hot_features, threshold), tasks, bos=2, batch_size=7, limit=24)
     for bench in benches:
         rows = [json.loads(line) for line in lab.questions_path(bench).read_text().splitlines()]
         asked = [row for row in rows if row["split"] == "dev"][:24]
@@ -109,7 +110,7 @@ def test_accuracies_equal_a_plain_loop(loaded, sae, hot_features):
 
 
 def test_no_answer_depends_on_the_batch_size(loaded, sae, hot_features):
-    guardrail = make_guardrail(loaded, sae, hot_features, 0.5)
+    guardrail = guards(loaded, sae, hot_features, 0.5)
     benches = ["lab-hexes-terse", "lab-far"]
     one, many = (
         evaluate(loaded, guardrail, load_tasks(benches, split="dev"), bos=2, batch_size=size, limit=30).rows
@@ -134,7 +135,7 @@ def test_a_group_of_my_own_tasks_with_choices_of_several_tokens(loaded, sae, hot
     (tmp_path / "all.yaml").write_text(
         yaml.safe_dump({"group": "all", "task": ["mine"], "aggregate_metric_list": [{"metric": "acc"}]})
     )
-    guardrail = make_guardrail(loaded, sae, hot_features, 0.2)
+    guardrail = guards(loaded, sae, hot_features, 0.2)
     tasks = load_tasks(["all"], **options)
     found = evaluate(loaded, guardrail, tasks, bos=2, samples=True)
     assert found.results["all"]["base"]["n"] == found.results["mine"]["base"]["n"] == 2
@@ -202,7 +203,7 @@ def test_evaluation_reads_what_calibration_reads(model, tokenizer, folders):
     loaded = load_model(str(folders["model"]))
     loaded = type(loaded)(model, tokenizer, loaded.source, loaded.n_layers)
     try:
-        lm = ScoringLM(loaded, bos=bos, batch_size=1, guardrail=None, what="", report=lambda *_: None)
+        lm = ScoringLM(loaded, bos=bos, batch_size=1, guardrails=[], what="", report=lambda *_: None)
         lm._loglikelihood_tokens([(("w1 w2", " w3"), [5, 6], [7])])
     finally:
         handle.remove()

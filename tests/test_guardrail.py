@@ -1,15 +1,17 @@
 """Gate and clamp against decode(clamped) + error with the whole SAE, and the properties that users rely on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import LAYER, WIDTH, make_sae
+from conftest import LAYER, WIDTH, make_guardrail, make_sae
 
 from dsg_cli.errors import DsgError
-from dsg_cli.gate import mean_statistic
-from dsg_cli.guardrail import GuardrailModule, guarded
-from dsg_cli.model import HookSite
+from dsg_cli.guardrail import guarded
 from dsg_cli.residuals import read_residual, replace_residual
-from dsg_cli.sae import SaeSlice, read_sae, slice_sae
+from dsg_cli.runtime.gates import Gate
+from dsg_cli.runtime.sites import HookSite
+from dsg_cli.sae import read_sae
 from dsg_cli.tokens import pad_rows
 
 SITE = HookSite(LAYER, "resid_post")
@@ -25,7 +27,8 @@ def whole(tmp_path_factory):
 
 
 def guard(whole, *, threshold=0.3, strength=7.0, indices=INDICES, site=SITE):
-    return GuardrailModule(slice_sae(whole[1], indices), site, threshold=threshold, strength=strength, special=SPECIAL)
+    source = replace(whole[1], site=site, write=site)
+    return make_guardrail(source, indices, threshold=threshold, strength=strength, special=SPECIAL)
 
 
 def reference(sae, resid_LD, ids, *, threshold, strength, indices=INDICES):
@@ -66,7 +69,7 @@ def test_batch_of_one_equals_a_padded_batch_of_eight(model, whole):
     """Neither padding nor its side moves a decision or a logit."""
     module = guard(whole)
     rows = [*ROWS, *ROWS]
-    with guarded(model, module), torch.no_grad():
+    with guarded(model, module, allow_mismatch=True), torch.no_grad():
         alone, decided = [], []
         for ids in rows:
             alone.append(model(torch.tensor([ids]), use_cache=False).logits[0])
@@ -95,8 +98,7 @@ def test_unreachable_threshold_and_no_features_are_exact_identities(model, whole
     resid = torch.randn(3, 5, WIDTH).to(dtype)
     counted = torch.ones(3, 5, dtype=torch.bool)
     assert torch.equal(guard(whole, threshold=1.0)(resid, counted), resid)
-    nothing = SaeSlice(torch.empty(WIDTH, 0), torch.empty(0), torch.empty(0), torch.empty(0, WIDTH))
-    empty = GuardrailModule(nothing, SITE, threshold=0.0, strength=9.0, special=SPECIAL)
+    empty = guard(whole, threshold=0.0, strength=9.0, indices=[])
     assert torch.equal(empty(resid, counted), resid)
     fires = guard(whole, threshold=0.0)(resid, counted)
     assert fires.dtype == dtype and not torch.equal(fires, resid)
@@ -113,17 +115,23 @@ def test_special_tokens_are_never_counted_nor_edited(model, whole):
 
 def test_a_sequence_without_counted_tokens_is_not_gated():
     counted = torch.zeros(1, 3, dtype=torch.bool)
-    assert mean_statistic(counted, counted).item() == 0.0
+    for form in ("mean", "causal-mean", "window"):
+        gate = Gate(form, 0.0)
+        statistic, _ = gate.scan(torch.ones(1, 3), counted, gate.initial_state(1, counted.device))
+        assert statistic.tolist() == [[0.0] * 3]
 
 
 def test_hooks_are_gone_after_the_block_and_after_an_exception(model, whole):
     ids = torch.tensor([ROWS[0]])
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
-        with guarded(model, guard(whole, threshold=0.0)):
+        with guarded(model, guard(whole, threshold=0.0), allow_mismatch=True):
             assert not torch.equal(model(ids, use_cache=False).logits, before)
         assert torch.equal(model(ids, use_cache=False).logits, before)
-        with pytest.raises(RuntimeError, match="stop"), guarded(model, guard(whole, threshold=0.0)):
+        with (
+            pytest.raises(RuntimeError, match="stop"),
+            guarded(model, guard(whole, threshold=0.0), allow_mismatch=True),
+        ):
             raise RuntimeError("stop")
         assert torch.equal(model(ids, use_cache=False).logits, before)
     assert not model._forward_pre_hooks and not model.model.layers[LAYER]._forward_hooks
@@ -135,9 +143,9 @@ def test_the_input_of_a_layer_is_the_output_of_the_one_before(model, whole):
     mask = torch.ones_like(ids)
     assert torch.equal(read_residual(model, before, ids, mask), read_residual(model, SITE, ids, mask))
     with torch.no_grad():
-        with guarded(model, guard(whole, threshold=0.0)):
+        with guarded(model, guard(whole, threshold=0.0), allow_mismatch=True):
             post = model(ids, use_cache=False).logits
-        with guarded(model, guard(whole, threshold=0.0, site=before)):
+        with guarded(model, guard(whole, threshold=0.0, site=before), allow_mismatch=True):
             pre = model(ids, use_cache=False).logits
     assert torch.equal(post, pre)
 
@@ -147,25 +155,25 @@ def test_layers_that_return_tuples_are_handled():
 
     torch.manual_seed(0)
     config = GPTJConfig(vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
-    falcon_like = GPTJForCausalLM(config).eval()
+    gptj = GPTJForCausalLM(config).eval()
     ids = torch.tensor([[1, 2, 3]])
-    seen = read_residual(falcon_like, HookSite(0, "resid_post"), ids, torch.ones_like(ids))
+    seen = read_residual(gptj, HookSite(0, "resid_post"), ids, torch.ones_like(ids))
     with torch.no_grad():
-        plain = falcon_like(ids, use_cache=False).logits
-        with replace_residual(falcon_like, HookSite(0, "resid_post"), lambda h: h):
-            assert torch.equal(falcon_like(ids, use_cache=False).logits, plain)
-        with replace_residual(falcon_like, HookSite(0, "resid_post"), lambda h: h + 1):
-            assert not torch.equal(falcon_like(ids, use_cache=False).logits, plain)
+        plain = gptj(ids, use_cache=False).logits
+        with replace_residual(gptj, HookSite(0, "resid_post"), lambda h: h):
+            assert torch.equal(gptj(ids, use_cache=False).logits, plain)
+        with replace_residual(gptj, HookSite(0, "resid_post"), lambda h: h + 1):
+            assert not torch.equal(gptj(ids, use_cache=False).logits, plain)
     assert seen.shape == (1, 3, 16)
 
 
 def test_a_call_that_holds_no_whole_sequence_is_refused(model, whole):
     ids = torch.tensor([ROWS[0]])
     cache = model(ids, use_cache=True).past_key_values
-    with guarded(model, guard(whole)):
+    with guarded(model, guard(whole), allow_mismatch=True):
         with pytest.raises(DsgError, match="whole sequences"):
             model(ids[:, -1:], past_key_values=cache)
-        with pytest.raises(DsgError, match="whole sequences"):
+        with pytest.raises(DsgError, match="needs token ids"):
             model(inputs_embeds=torch.zeros(1, 2, WIDTH))
         with pytest.raises(DsgError, match="whole sequences"):
             model.generate(ids, max_new_tokens=3)

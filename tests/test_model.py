@@ -8,8 +8,9 @@ import torch
 from conftest import LAYER
 
 from dsg_cli.errors import DsgError
-from dsg_cli.model import HookSite, decoder_layers, fingerprint, load_model, parse_hook_site, read_config
+from dsg_cli.model import fingerprint, load_model, read_config
 from dsg_cli.residuals import read_residual
+from dsg_cli.runtime.sites import HookSite, decoder_layers, parse_hook_site
 
 
 def test_a_cut_model_gives_the_same_residuals_bit_for_bit(folders, model):
@@ -45,7 +46,7 @@ def test_fingerprint_covers_the_layers_up_to_the_hook(folders, tmp_path, name, i
 def test_hook_names():
     assert parse_hook_site("blocks.3.hook_resid_pre", where="x") == HookSite(3, "resid_pre")
     assert HookSite(3, "resid_pre").name == "blocks.3.hook_resid_pre"
-    for name in (None, "", "blocks.3.hook_mlp_out", "blocks.x.hook_resid_post"):
+    for name in (None, "", "blocks.3.ln2.hook_normalized", "blocks.x.hook_resid_post"):
         with pytest.raises(DsgError):
             parse_hook_site(name, where="x")
 

@@ -7,7 +7,8 @@ import torch
 from conftest import N_FEATURES, WIDTH, make_sae
 
 from dsg_cli.errors import DsgError
-from dsg_cli.sae import check_fits, load_encoder, read_sae, slice_sae
+from dsg_cli.sae import check_fits, load_encoder, read_sae
+from dsg_cli.slicing import load_slice, slice_sae
 
 INDICES = [5, 0, 47, 13]
 
@@ -27,8 +28,8 @@ def test_slice_equals_the_whole_encoder(tmp_path, architecture, apply_b_dec_to_i
     source = read_sae(str(tmp_path))
     residual = torch.randn(200, WIDTH) * 3
     expected = whole.encode(residual)[:, INDICES].detach()
-    part = slice_sae(source, INDICES)
-    torch.testing.assert_close(part(residual), expected, rtol=1e-5, atol=1e-4)
+    part = load_slice(source, INDICES)
+    torch.testing.assert_close(part(residual).acts, expected, rtol=1e-5, atol=1e-4)
     assert (expected > 0).any() and (expected == 0).any()
     torch.testing.assert_close(part.W_dec, whole.W_dec[INDICES].detach())
     torch.testing.assert_close(load_encoder(source, device="cpu")(residual), whole.encode(residual).detach())
@@ -44,10 +45,10 @@ def test_identity_comes_from_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architecture": "topk"}, "cannot slice exactly"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations"),
+        ({"architecture": "crosscoder"}, "cannot slice exactly"),
+        ({"normalize_activations": "batch_norm"}, "normalize_activations"),
         ({"metadata": {}}, "does not say which hook"),
-        ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "not a place in the residual stream"),
+        ({"metadata": {"hook_name": "blocks.1.ln2.hook_normalized"}}, "no module of a Hugging Face model"),
         ({"d_in": 8}, "W_enc has shape"),
         ({"d_in": None}, "must be whole numbers"),
         ({"metadata": ["x"]}, "must be JSON objects"),

@@ -5,7 +5,7 @@ import torch
 from conftest import LAYER, N_FEATURES, make_sae
 
 from dsg_cli.errors import DsgError
-from dsg_cli.model import HookSite
+from dsg_cli.runtime.sites import HookSite
 from dsg_cli.statistics import feature_statistics
 from dsg_cli.tokens import batches, chunks, encode
 

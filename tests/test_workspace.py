@@ -13,12 +13,16 @@ from dsg_cli.workspace import Workspace, digest_of
 
 BODY = Guardrail(
     indices=[1, 2],
+    detectors=[],
     gate="mean",
+    window=0,
     threshold=0.1 + 0.2,
     strength=1e-3,
     strength_setting="2r",
     median_residual_norm=3.0,
     hook="blocks.1.hook_resid_post",
+    hook_out="blocks.1.hook_resid_post",
+    slice={"activation": "threshold"},
     activation="jumprelu",
     special_ids=[0, 1],
     bos=None,
@@ -27,7 +31,7 @@ BODY = Guardrail(
 )
 HEADER = Header(
     kind="guardrail",
-    schema=1,
+    schema=2,
     id="",
     created="2026-01-01T00:00:00+00:00",
     dsg_version="0",
@@ -141,7 +145,7 @@ def test_a_write_that_fails_between_side_file_and_json_leaves_nothing(workspace,
         (lambda p: p.write_text(p.read_text().replace('"2r"', '"9r"')), "was altered"),
         (lambda p: p.write_text(p.read_text()[:-40]), "is not an artifact"),
         (lambda p: p.write_text("[]"), "is not an artifact"),
-        (lambda p: p.write_text(p.read_text().replace('"schema": 1', '"schema": "x"')), "is not an artifact"),
+        (lambda p: p.write_text(p.read_text().replace('"schema": 2', '"schema": "x"')), "is not an artifact"),
         (lambda p: p.write_text(p.read_text().replace("0.001", "NaN")), "is not an artifact"),
         (lambda p: p.rename(p.with_name("guardrail-002.json")), "was renamed: it is guardrail-001"),
         (lambda p: p.with_suffix(".safetensors").write_bytes(b"x"), "safetensors was altered"),
@@ -160,7 +164,7 @@ def test_a_newer_schema_is_refused_with_both_numbers(workspace):
     data = json.loads(stored.path.read_text()) | {"schema": 7}
     data["sha256"] = digest_of(data)
     stored.path.write_text(json.dumps(data))
-    with pytest.raises(DsgError, match="schema 7; this version reads up to 1"):
+    with pytest.raises(DsgError, match="schema 7; this version reads up to 2"):
         workspace.read(stored.id)
 
 

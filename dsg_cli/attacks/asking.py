@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -10,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.artifacts import Json
 from dsg_cli.benches.tasks import Question
-from dsg_cli.guardrail import GuardrailModule, guarded
+from dsg_cli.guardrail import GuardrailModule, guarded, last_decisions
 from dsg_cli.scoring import Request, encode_pair, score
 from dsg_cli.tokens import TokenBatch, special_ids
 
@@ -23,7 +22,7 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     *,
-    guardrail: GuardrailModule | None,
+    guardrails: Sequence[GuardrailModule],
     bos: int | None,
     batch_size: int,
     max_length: int,
@@ -39,10 +38,11 @@ def ask(
     gated: list[list[bool]] = []
 
     def note(_batch: TokenBatch) -> None:
-        if guardrail is not None and guardrail.last_gated_B is not None:
-            gated.append(guardrail.last_gated_B.tolist())
+        if guardrails:
+            gated.append(last_decisions(guardrails)[1])
 
-    with guarded(model, guardrail) if guardrail is not None else contextlib.nullcontext():
+    # Attacks change the model's weights; that it was the right one at first has been checked when it was loaded.
+    with guarded(model, guardrails, allow_mismatch=True):
         scores = score(
             model,
             requests,
@@ -61,4 +61,4 @@ def ask(
         n_gated += any(gated[one.batch][one.row] for one in found) if gated else 0
         start += len(question.choices)
     measured: Json = {"acc": right / len(questions)}
-    return measured | ({"gate_rate": n_gated / len(questions)} if guardrail is not None else {})
+    return measured | ({"gate_rate": n_gated / len(questions)} if guardrails else {})

@@ -21,7 +21,7 @@ THREAT_MODEL = "Someone who may send prompts to the guarded model, and knows no 
 def dilute(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    guardrail: GuardrailModule,
+    guardrails: Sequence[GuardrailModule],
     questions: Sequence[Question],
     benign: Sequence[list[int]],
     lengths: Sequence[int],
@@ -36,7 +36,7 @@ def dilute(
     Args:
         model: The model, unguarded.
         tokenizer: Its tokenizer.
-        guardrail: What guards it.
+        guardrails: What guards it.
         questions: On the forgotten knowledge.
         benign: Token ids, without BOS, of texts on something else; question i is put behind text i.
         lengths: How many tokens are put in front, a point of the curve each.
@@ -71,12 +71,12 @@ def dilute(
             return (*context[:n_head], *prefix, *context[n_head:])
 
         point: Json = {"x": length}
-        for side, guard in (("guarded", guardrail), ("unguarded", None)):
+        for side, guards in (("guarded", guardrails), ("unguarded", ())):
             found = ask(
                 model,
                 tokenizer,
                 questions,
-                guardrail=guard,
+                guardrails=guards,
                 bos=bos,
                 batch_size=batch_size,
                 max_length=max_length,

@@ -6,7 +6,6 @@ beside it, the same attack on the unguarded model.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +28,7 @@ THREAT_MODEL = "A customer of a fine-tuning API that keeps the guard on; all wei
 def relearn(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    guardrail: GuardrailModule,
+    guardrails: Sequence[GuardrailModule],
     *,
     attacker_knows: Sequence[Question],
     forget: Sequence[Question],
@@ -46,7 +45,7 @@ def relearn(
     Args:
         model: The model, unguarded; it is not changed.
         tokenizer: Its tokenizer.
-        guardrail: What guards it.
+        guardrails: What guards it.
         attacker_knows: Forget questions that the attacker trains on.
         forget: Other forget questions, which are asked.
         utility: Questions that must stay answered; may be empty.
@@ -61,16 +60,16 @@ def relearn(
         `[{x: step, guarded: {forget_acc, gate_rate, utility_acc, loss}, unguarded: {...}}]`
     """
     curve: list[Json] = [{"x": step} for step in steps]
-    for side, guard in (("unguarded", None), ("guarded", guardrail)):
+    for side, guards in (("unguarded", ()), ("guarded", guardrails)):
         attacked = copy.deepcopy(model).float().requires_grad_(True)
         optimizer = torch.optim.AdamW(attacked.parameters(), lr=learning_rate)
-        options: dict[str, Any] = {"guardrail": guard, "bos": bos, "batch_size": batch_size, "max_length": max_length}
+        options: dict[str, Any] = {"guardrails": guards, "bos": bos, "batch_size": batch_size, "max_length": max_length}
         pairs = [encode_pair(tokenizer, q.context, q.choices[q.answer], bos=bos) for q in attacker_knows]
         batch = _training_batch(tokenizer, pairs, max_length, str(next(attacked.parameters()).device))
         loss, n_done = float("nan"), 0
         for point in curve:
             while n_done < point["x"]:
-                with guarded(attacked, guard) if guard is not None else contextlib.nullcontext():
+                with guarded(attacked, guards, allow_mismatch=True):
                     loss = _step(attacked, optimizer, *batch)
                 n_done += 1
                 report(f"relearning, {side}", n_done, max(steps))

@@ -30,13 +30,16 @@ class Question:
     answer: int
 
 
-def load_tasks(benches: Sequence[str], *, split: str, include_path: str | None = None) -> list[Any]:
+def load_tasks(
+    benches: Sequence[str], *, split: str, include_path: str | None = None, can_generate: bool = False
+) -> list[Any]:
     """Each bench as an lm-eval task or group, its data read and its first question formed; no model is needed.
 
     Args:
         benches: Names of the lab's benches or of lm-eval's tasks and groups.
         split: `dev` or `test`; for the lab's benches.
         include_path: Folder with tasks of the user's own.
+        can_generate: Whether tasks may generate text; the gate `mean` cannot guard that.
 
     Raises:
         DsgError: None named, unknown, named twice, not loadable, or generating text.
@@ -58,7 +61,7 @@ def load_tasks(benches: Sequence[str], *, split: str, include_path: str | None =
             close = nearest(name, [*lab.bench_names(), *manager.all_tasks])
             known = "`dsg ls benches` lists the lab's; lm-eval tasks work by name."
             raise DsgError(f"There is no bench named {name}.", close if close.startswith("Did") else known)
-    return [built for name in benches for built in _build(manager, name, split)]
+    return [built for name in benches for built in _build(manager, name, split, can_generate)]
 
 
 @functools.cache
@@ -70,7 +73,7 @@ def task_index(include_path: str | None, include_defaults: bool) -> Any:
     return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
-def _build(manager: Any, name: str, split: str) -> list[Any]:
+def _build(manager: Any, name: str, split: str, can_generate: bool) -> list[Any]:
     try:
         loaded = manager.load([_lab_task(name, split) if name in lab.bench_names() else name])
         for task in loaded["tasks"].values():
@@ -82,11 +85,12 @@ def _build(manager: Any, name: str, split: str) -> list[Any]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DsgError(f"The bench {name} cannot be loaded: {reason[:300]}") from error
     for task in loaded["tasks"].values():
-        if task.get_config("output_type") not in SCORED:
+        kind = task.get_config("output_type")
+        if kind not in SCORED and not (can_generate and kind == "generate_until"):
             raise DsgError(
-                f"The bench {name} generates text or scores documents ({task.get_config('output_type')}), "
-                "which the gate `mean` cannot guard.",
-                "Choose a bench that scores choices by log-likelihood.",
+                f"The bench {name} generates text or scores documents ({kind}), which the gate `mean` cannot guard.",
+                "Choose a bench that scores choices by log-likelihood, or for one that generates, calibrate with "
+                "--gate window.",
             )
     # A group, or the task itself; a tag stands for several tasks.
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())

@@ -16,7 +16,7 @@ def command(
     bench: Annotated[
         str | None, typer.Option("--bench", help="Forget questions; by default the bench named like the corpus.")
     ] = None,
-    source: opt.FromOption = None,
+    sources: opt.FromManyOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Questions, at most.")] = None,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     recipe: opt.RecipeOption = None,
@@ -24,6 +24,7 @@ def command(
     device: opt.DeviceOption = None,
     dtype: opt.DtypeOption = None,
     seed: opt.SeedOption = None,
+    allow_mismatch: opt.MismatchOption = None,
     reuse: opt.ReuseOption = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
@@ -38,6 +39,7 @@ def command(
         device=device,
         dtype=dtype,
         seed=seed,
+        model__allow_mismatch=allow_mismatch,
         attack__kinds=kind,
         attack__bench=bench,
         eval__limit=limit,
@@ -51,7 +53,7 @@ def command(
         for name in resolved.attack.kinds:
             attack.check_kind(name)
         stored = [
-            attack.run(resolved, Workspace(workspace), name, source=source, reuse=reuse, report=report)
+            attack.run(resolved, Workspace(workspace), name, sources=sources or [], reuse=reuse, report=report)
             for name in resolved.attack.kinds
         ]
     show_stored(stored, as_json=as_json, quiet=quiet)

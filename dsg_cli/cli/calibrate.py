@@ -16,7 +16,9 @@ def command(
     retain: Annotated[
         list[str] | None, typer.Option("--retain", help="Other retain corpora than those of select; repeatable.")
     ] = None,
-    gate: Annotated[str | None, typer.Option("--gate", help="Gate statistic: mean.")] = None,
+    gate: Annotated[
+        str | None, typer.Option("--gate", help="window (default), causal-mean, or the paper's mean.")
+    ] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="Promised rate of false positives.")] = None,
     lengths: Annotated[
         str | None, typer.Option("--lengths", help="Shortest and longest piece of retain text, such as 8:128.")

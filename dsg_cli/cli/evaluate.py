@@ -19,7 +19,7 @@ def command(
     bench: Annotated[
         list[str] | None, typer.Option("--bench", help="A lab bench or an lm-eval task; repeatable.")
     ] = None,
-    source: opt.FromOption = None,
+    sources: opt.FromManyOption = None,
     split: Annotated[str | None, typer.Option("--split", help="dev or test questions of a lab bench.")] = None,
     include_path: Annotated[
         str | None, typer.Option("--include-path", help="Folder with lm-eval tasks of your own.")
@@ -36,6 +36,7 @@ def command(
     device: opt.DeviceOption = None,
     dtype: opt.DtypeOption = None,
     seed: opt.SeedOption = None,
+    allow_mismatch: opt.MismatchOption = None,
     reuse: opt.ReuseOption = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
@@ -50,6 +51,7 @@ def command(
         device=device,
         dtype=dtype,
         seed=seed,
+        model__allow_mismatch=allow_mismatch,
         eval__benches=bench,
         eval__split=split,
         eval__include_path=include_path,
@@ -62,7 +64,7 @@ def command(
         from dsg_cli.stages import evaluate
         from dsg_cli.workspace import Workspace
 
-        stored = evaluate.run(resolved, Workspace(workspace), source=source, reuse=reuse, report=report)
+        stored = evaluate.run(resolved, Workspace(workspace), sources=sources or [], reuse=reuse, report=report)
     show_stored(stored, as_json=as_json, quiet=quiet)
     exit_unless_met([stored])
 

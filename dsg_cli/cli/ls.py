@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from dsg_cli.artifacts import Gate
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json, print_names
 from dsg_cli.errors import DsgError, nearest
@@ -23,7 +24,7 @@ NAMES = {
     "corpora": lambda: list(lab.CORPORA),
     "benches": lab.bench_names,
     "saes": lambda: list(lab.SAE_DIRS),
-    "gates": lambda: ["mean"],
+    "gates": lambda: list(get_args(Gate)),
     "attacks": lambda: ["relearn", "dilution"],
     "recipes": _recipes,
 }

@@ -19,6 +19,14 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="Torch device
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
 FromOption = Annotated[str | None, typer.Option("--from", help="Artifact to start from; the newest by default.")]
+FromManyOption = Annotated[
+    list[str] | None,
+    typer.Option("--from", help="Guardrail, the newest by default; repeatable, each decides by its own gate."),
+]
+MismatchOption = Annotated[
+    bool | None,
+    typer.Option("--allow-mismatch", help="Also on another model than the one the guardrail was made for."),
+]
 ReuseOption = Annotated[
     bool, typer.Option("--reuse", help="Take an existing artifact if settings, inputs and versions all match.")
 ]

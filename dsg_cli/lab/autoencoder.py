@@ -14,9 +14,9 @@ from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 from dsg_cli.lab.language_model import training_rows
 from dsg_cli.lab.settings import LabSettings
 from dsg_cli.lab.world import World
-from dsg_cli.model import HookSite
 from dsg_cli.progress import Report
 from dsg_cli.residuals import read_residual, replace_residual
+from dsg_cli.runtime.sites import HookSite
 
 
 def train_sae(

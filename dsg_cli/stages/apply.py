@@ -14,7 +14,7 @@ from dsg_cli.artifacts import Guardrail, Threshold
 from dsg_cli.errors import DsgError
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
-from dsg_cli.sae import slice_sae
+from dsg_cli.slicing import detector_weights, slice_sae
 from dsg_cli.stages.chain import chain_sae
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.workspace import Stored, Workspace
@@ -48,21 +48,26 @@ def run(
     )
     if reuse and (stored := workspace.matching(header)) is not None:
         return stored
+    slice_spec, tensors = slice_sae(sae, set_at.features, set_at.detectors)
     body = Guardrail(
         indices=set_at.features,
+        detectors=set_at.detectors,
         gate=set_at.gate,
+        window=set_at.window,
         threshold=set_at.threshold,
         strength=strength,
         strength_setting=recipe.guardrail.strength,
         median_residual_norm=set_at.median_residual_norm,
         hook=sae.site.name,
+        hook_out=sae.write.name,
         activation=sae.identity.architecture,
+        slice=dataclasses.asdict(slice_spec),
         special_ids=set_at.special_ids,
         bos=set_at.bos,
         forget=set_at.forget,
         retain=set_at.retain,
     )
-    tensors = slice_sae(sae, set_at.features).state_dict()
+    tensors["detect"] = detector_weights(set_at.features, set_at.detectors)
     report("guardrail", 1, 1)
     return workspace.write(clock.close(header), body, tensors=tensors)
 

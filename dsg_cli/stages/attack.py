@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from typing import Any
 
-from dsg_cli.artifacts import AttackReport, Guardrail, Json
+from dsg_cli.artifacts import AttackReport, Json
 from dsg_cli.attacks import dilution, relearn
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.corpora import load_corpora
@@ -18,7 +19,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.model import context_length
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import load_chain_model, load_guardrail_module
+from dsg_cli.stages.chain import find_guards, identify, load_guards
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.tokens import encode
 from dsg_cli.workspace import Stored, Workspace
@@ -31,28 +32,28 @@ def run(
     workspace: Workspace,
     kind: str,
     *,
-    source: str | None = None,
+    sources: Sequence[str] = (),
     reuse: bool = False,
     report: Report = silent,
 ) -> Stored:
-    """Attack the newest guardrail, or the one named, and write what came back.
+    """Attack the newest guardrail, or those named together, and write what came back.
 
     Raises:
         DsgError: Anything the user can mend.
     """
     clock = Clock()
     check_kind(kind)
-    stored = workspace.find("guardrail", source)
+    guards = find_guards(workspace, sources)
     workspace.check_writable()
     settings = recipe.attack
-    body = stored.body_as(Guardrail)
-    bench = settings.bench or default_bench(body)
+    bench = settings.bench or default_bench(guards.forget())
     benches = [bench, *([settings.utility_bench] if settings.utility_bench else [])]
     questions = {name: _questions(recipe, name, recipe.eval.split) for name in benches}
-    retain = load_corpora(body.retain, role="retain") if kind == "dilution" else []
+    benign = list(dict.fromkeys(name for body in guards.bodies for name in body.retain if name not in guards.forget()))
+    retain = load_corpora(benign, role="retain") if kind == "dilution" else []
     digests = {corpus.name: corpus.sha256 for corpus in retain}
     is_known = all(name in lab.bench_names() for name in benches)
-    loaded = load_chain_model(stored.header, recipe, cut=False)
+    loaded, modules = load_guards(workspace, guards, recipe)
     header = new_header(
         "attack",
         recipe,
@@ -63,18 +64,18 @@ def run(
             "split": recipe.eval.split,
             "limit": recipe.eval.limit,
             "retain": digests,
+            "allow_mismatch": recipe.model.allow_mismatch,
         },
-        model=stored.header.model,
-        sae=stored.header.sae,
-        inputs=[stored],
+        model=identify(loaded, guards.header.model.last_layer),
+        sae=guards.header.sae,
+        inputs=guards.stored,
     )
     # Nothing vouches for the data of other benches, so they are asked again.
     if reuse and is_known and (found := workspace.matching(header)) is not None:
         return found
 
-    module = load_guardrail_module(workspace, stored, loaded)
     options: dict[str, Any] = {
-        "bos": body.bos,
+        "bos": guards.bos,
         "batch_size": recipe.eval.batch_size,
         "max_length": context_length(loaded.model.config),
         "report": report,
@@ -84,7 +85,7 @@ def run(
         curve = relearn.relearn(
             loaded.model,
             loaded.tokenizer,
-            module,
+            modules,
             attacker_knows=known,
             forget=asked,
             utility=questions.get(settings.utility_bench or "", []),
@@ -98,7 +99,7 @@ def run(
         curve = dilution.dilute(
             loaded.model,
             loaded.tokenizer,
-            module,
+            modules,
             questions[bench],
             encode(loaded.tokenizer, texts, bos=None),
             settings.dilution_lengths,
@@ -124,18 +125,16 @@ def check_kind(kind: str) -> None:
         raise DsgError(f"There is no attack named {kind}.", nearest(kind, THREAT_MODELS))
 
 
-def default_bench(guardrail: Guardrail) -> str:
+def default_bench(forget: Sequence[str]) -> str:
     """The bench named like the forget corpus.
 
     Raises:
         DsgError: There is none.
     """
-    for name in guardrail.forget:
+    for name in forget:
         if name in lab.bench_names():
             return name
-    raise DsgError(
-        f"No bench is named like the forget corpus ({', '.join(guardrail.forget)}).", "Name one with --bench."
-    )
+    raise DsgError(f"No bench is named like the forget corpus ({', '.join(forget)}).", "Name one with --bench.")
 
 
 def summarise(curve: list[Json]) -> Json:

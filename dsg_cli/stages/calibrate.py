@@ -8,6 +8,7 @@ writes threshold-NNN.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 
@@ -17,12 +18,15 @@ from dsg_cli.artifacts import FeatureSet, Json, Threshold
 from dsg_cli.calibration import clopper_pearson, conformal_threshold, cut_pieces
 from dsg_cli.corpora import Corpus, Part, check_disjoint, check_names, load_corpora
 from dsg_cli.errors import DsgError
-from dsg_cli.gate import hot_tokens, mean_statistic
+from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.residuals import read_residual
-from dsg_cli.sae import SaeSource, slice_sae
+from dsg_cli.runtime.guardrail import GuardrailSpec
+from dsg_cli.sae import SaeSource
+from dsg_cli.selection import select_features
+from dsg_cli.slicing import detector_weights, slice_sae
 from dsg_cli.stages.chain import chain_sae, load_chain_model
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.tokens import batches, bos_to_prepend, encode, special_ids
@@ -70,12 +74,13 @@ def run(
     if shortest > room:
         raise DsgError(f"Pieces of {shortest} tokens do not fit: the model reads {room}.", "Lower --lengths.")
     indices = [feature.index for feature in features.body_as(FeatureSet).features]
+    detectors = _detectors(recipe, workspace, features) if settings.gate == "window" else []
+    gate = _gate(recipe, loaded, sae, indices, detectors)
     rows: list[Json] = []
     for part in ("calibrate", "fresh"):
         rows += _statistics(
             loaded,
-            sae,
-            indices,
+            gate,
             retain,
             part,
             bos=bos,
@@ -86,7 +91,9 @@ def run(
     calibration = [row["statistic"] for row in rows if row["part"] == "calibrate"]
     fresh = [row["statistic"] for row in rows if row["part"] == "fresh"]
     threshold = conformal_threshold(calibration, settings.alpha)
-    if threshold >= 1:
+    if not math.isfinite(threshold):
+        raise DsgError("On retain text an activation is not finite.", "Check the weights, or try --dtype float32.")
+    if settings.gate != "window" and threshold >= 1:
         raise DsgError(
             f"The gate could never fire: at alpha {settings.alpha:g} its threshold is {threshold:g}, the largest "
             "value that the statistic can take.",
@@ -105,6 +112,8 @@ def run(
         low=low,
         high=high,
         features=indices,
+        detectors=detectors,
+        window=settings.window if settings.gate == "window" else 0,
         special_ids=list(special_ids(loaded.tokenizer)),
         bos=bos,
         median_residual_norm=features.body_as(FeatureSet).median_residual_norm,
@@ -116,11 +125,51 @@ def run(
     return workspace.write(clock.close(header, n_tokens=n_tokens), body, rows=rows)
 
 
+def _detectors(recipe: Recipe, workspace: Workspace, features: Stored) -> list[int]:
+    """The features that a `window` gate watches: more exclusive ones than those to clamp, from the same statistics."""
+    tensors = workspace.tensors(features)
+    name = "mean_square" if features.body_as(FeatureSet).score == "mean-square" else "mean"
+    scores = [tensors[f"{role}_{name}"] for role in ("forget", "retain")]
+    if name == "mean":
+        scores = [score.square() for score in scores]
+    try:
+        chosen = select_features(
+            *scores,
+            n_features=recipe.calibrate.n_detectors,
+            ratio_percentile=recipe.calibrate.detector_percentile,
+        )
+    except DsgError as error:
+        raise DsgError(
+            f"Choosing the detectors of the gate `window`: {error.message}",
+            "Lower calibrate.detector_percentile or calibrate.n_detectors (--set), or take another --gate.",
+        ) from error
+    return [feature.index for feature in chosen.features]
+
+
+def _gate(
+    recipe: Recipe, loaded: LoadedModel, sae: SaeSource, indices: Sequence[int], detectors: Sequence[int]
+) -> GuardrailModule:
+    """A guardrail without threshold or strength: what watches at run time also watches here."""
+    slice_spec, tensors = slice_sae(sae, indices, detectors)
+    tensors["detect"] = detector_weights(indices, detectors)
+    spec = GuardrailSpec(
+        gate=recipe.calibrate.gate,
+        threshold=0.0,
+        window=recipe.calibrate.window,
+        strength=0.0,
+        read=sae.site.name,
+        write=sae.write.name,
+        slice=dataclasses.asdict(slice_spec),
+        special_ids=list(special_ids(loaded.tokenizer)),
+        model={},
+    )
+    return GuardrailModule(spec, tensors).to(loaded.model.device)
+
+
 @torch.inference_mode()
 def _statistics(
     loaded: LoadedModel,
-    sae: SaeSource,
-    indices: Sequence[int],
+    gate: GuardrailModule,
     retain: Sequence[Corpus],
     part: Part,
     *,
@@ -130,7 +179,6 @@ def _statistics(
     report: Report,
 ) -> list[Json]:
     """The gate statistic of every piece of one part: `{id, group, part, length, statistic}`, no text."""
-    features = slice_sae(sae, indices).to(loaded.model.device)
     rng = random.Random(f"{seed}/{part}")
     pieces: list[list[int]] = []
     names: list[tuple[str, str]] = []
@@ -142,9 +190,9 @@ def _statistics(
             names += [(f"{corpus.name}/{part}/{i}/{j}", corpus.name) for j in range(len(cut))]
     rows: list[Json] = []
     for batch in batches(pieces, loaded.tokenizer, device=str(loaded.model.device)):
-        acts_BLK = features(read_residual(loaded.model, sae.site, batch.ids_BL, batch.mask_BL))
+        resid_BLD = read_residual(loaded.model, gate.read, batch.ids_BL, batch.mask_BL)
         counted_BL = batch.counted_BL
-        statistic_B = mean_statistic(hot_tokens(acts_BLK, counted_BL), counted_BL)
+        statistic_B = gate.watch(resid_BLD, counted_BL).statistic_BL.amax(-1)
         rows += [
             {"id": names[i][0], "group": names[i][1], "part": part, "length": length, "statistic": statistic}
             for i, length, statistic in zip(batch.index, counted_BL.sum(-1).tolist(), statistic_B.tolist(), strict=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dsg_cli.artifacts import Guardrail, Header, ModelIdentity, SaeIdentity
 from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.guardrail import GuardrailModule, module_from_artifact
 from dsg_cli.lab import data as lab
-from dsg_cli.model import LoadedModel, fingerprint, load_model, parse_hook_site
+from dsg_cli.model import LoadedModel, fingerprint, load_model
 from dsg_cli.recipe import Recipe
-from dsg_cli.sae import SaeSlice, SaeSource, read_sae
+from dsg_cli.runtime.gates import CAUSAL_FORMS
+from dsg_cli.sae import SaeSource, read_sae
 from dsg_cli.tokens import special_ids
 from dsg_cli.workspace import Stored, Workspace
 
@@ -67,13 +69,23 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
         dtype=recipe.model.dtype,
         last_layer=wanted.last_layer if cut else None,
     )
-    found = identify(loaded, wanted.last_layer)
-    if found != wanted:
-        raise DsgError(
-            f"The model in {wanted.source} is not the one that {header.id} was made with: its weights have changed.",
-            "Start again with dsg select.",
-        )
+    if not recipe.model.allow_mismatch:
+        check_identity(loaded, header)
     return loaded
+
+
+def check_identity(loaded: LoadedModel, header: Header) -> None:
+    """Refuse a model that is not the one an artifact was made with.
+
+    Raises:
+        DsgError: It is another one.
+    """
+    wanted = header.model
+    if replace(identify(loaded, wanted.last_layer), source=wanted.source) != wanted:
+        raise DsgError(
+            f"The model in {loaded.source} is not the one that {header.id} was made with: its weights have changed.",
+            "Start again with dsg select, or put the guardrail on it all the same with --allow-mismatch.",
+        )
 
 
 def chain_sae(wanted: SaeIdentity, made: str) -> SaeSource:
@@ -105,17 +117,65 @@ def check_tokens(loaded: LoadedModel, special: Sequence[int], made: str) -> None
         )
 
 
-def load_guardrail_module(workspace: Workspace, stored: Stored, loaded: LoadedModel) -> GuardrailModule:
-    """The guardrail of an artifact as a module on the model's device, from its own tensors.
+@dataclass(frozen=True)
+class Guards:
+    """Guardrails that are to be put on one model together."""
+
+    stored: list[Stored]
+    bos: int | None
+    """Token that every sequence began with when they were made."""
+
+    @property
+    def bodies(self) -> list[Guardrail]:
+        return [stored.body_as(Guardrail) for stored in self.stored]
+
+    @property
+    def header(self) -> Header:
+        """Of the one that covers the most layers: its model is that of all."""
+        return max((stored.header for stored in self.stored), key=lambda header: header.model.last_layer)
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether every gate decides while a sequence is still being written."""
+        return all(body.gate in CAUSAL_FORMS for body in self.bodies)
+
+    def forget(self) -> list[str]:
+        """Names of all forget corpora."""
+        return [name for body in self.bodies for name in body.forget]
+
+
+def find_guards(workspace: Workspace, sources: Sequence[str]) -> Guards:
+    """The newest guardrail, or those that are named: each decides by its own gate.
 
     Raises:
-        DsgError: Its tensors are not all finite, or the tokenizer is not the one it was made with.
+        DsgError: One is missing or damaged, named twice, or made for another model or another beginning of sequences.
     """
-    body = stored.body_as(Guardrail)
-    check_tokens(loaded, body.special_ids, stored.id)
-    tensors = workspace.tensors(stored)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise DsgError(f"{stored.id} holds values that are not finite.", "Make it again with dsg apply.")
-    sae = SaeSlice(tensors["W_enc"], tensors["b_enc"], tensors["active_above"], tensors["W_dec"])
-    site = parse_hook_site(body.hook, where=str(stored.path))
-    return GuardrailModule(sae, site, threshold=body.threshold, strength=body.strength, special=tuple(body.special_ids))
+    stored = [workspace.find("guardrail", source) for source in sources] or [workspace.find("guardrail")]
+    if len({one.json["sha256"] for one in stored}) < len(stored):
+        raise DsgError("One guardrail was named twice.", "Name each once.")
+    first = stored[0]
+    for other in stored[1:]:
+        one, two = first.header.model, other.header.model
+        if (one.architecture, one.n_layers, one.width) != (two.architecture, two.n_layers, two.width):
+            raise DsgError(f"{first.id} and {other.id} were made for different models.")
+        if first.body_as(Guardrail).bos != other.body_as(Guardrail).bos:
+            raise DsgError(f"{first.id} and {other.id} were made for sequences that begin differently (BOS).")
+    return Guards(stored, first.body_as(Guardrail).bos)
+
+
+def load_guards(workspace: Workspace, guards: Guards, recipe: Recipe) -> tuple[LoadedModel, list[GuardrailModule]]:
+    """The whole model, and the guardrails as modules from their own tensors.
+
+    Raises:
+        DsgError: The model cannot be loaded or is another one, or a guardrail's tensors are broken.
+    """
+    modules = [
+        module_from_artifact(stored.body_as(Guardrail), stored.header.model, workspace.tensors(stored), where=stored.id)
+        for stored in guards.stored
+    ]
+    loaded = load_chain_model(guards.header, recipe, cut=False)
+    for stored in guards.stored:
+        check_tokens(loaded, stored.body_as(Guardrail).special_ids, stored.id)
+        if not recipe.model.allow_mismatch:
+            check_identity(loaded, stored.header)
+    return loaded, modules

@@ -7,41 +7,47 @@ one row a question.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from dsg_cli.artifacts import EvalReport, Guardrail
+from dsg_cli.artifacts import EvalReport
 from dsg_cli.benches.tasks import load_tasks
 from dsg_cli.expect import check_expected, parse_expected
 from dsg_cli.lab import data as lab
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import load_chain_model, load_guardrail_module
+from dsg_cli.stages.chain import find_guards, identify, load_guards
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.workspace import Stored, Workspace
 
 
 def run(
-    recipe: Recipe, workspace: Workspace, *, source: str | None = None, reuse: bool = False, report: Report = silent
+    recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), reuse: bool = False, report: Report = silent
 ) -> Stored:
-    """Evaluate the newest guardrail, or the one named, and write the report.
+    """Evaluate the newest guardrail, or those named together, and write the report.
 
     Raises:
         DsgError: Anything the user can mend. An expectation that is not met is no error here; it is in the report.
     """
     clock = Clock()
     settings = recipe.eval
-    guardrail = workspace.find("guardrail", source)
+    guards = find_guards(workspace, sources)
     workspace.check_writable()
     expected = [parse_expected(text, settings.benches) for text in settings.expect]
-    tasks = load_tasks(settings.benches, split=settings.split, include_path=settings.include_path)
+    tasks = load_tasks(
+        settings.benches,
+        split=settings.split,
+        include_path=settings.include_path,
+        can_generate=guards.can_generate,
+    )
     is_known = all(bench in lab.bench_names() for bench in settings.benches)
-    loaded = load_chain_model(guardrail.header, recipe, cut=False)
+    loaded, modules = load_guards(workspace, guards, recipe)
     header = new_header(
         "eval",
         recipe,
-        settings=dataclasses.asdict(settings),
-        model=guardrail.header.model,
-        sae=guardrail.header.sae,
-        inputs=[guardrail],
+        settings={**dataclasses.asdict(settings), "allow_mismatch": recipe.model.allow_mismatch},
+        model=identify(loaded, guards.header.model.last_layer),
+        sae=guards.header.sae,
+        inputs=guards.stored,
     )
     # Nothing vouches for the data of other benches, so they are asked again.
     if reuse and is_known and (stored := workspace.matching(header)) is not None:
@@ -51,12 +57,13 @@ def run(
 
     found = evaluate(
         loaded,
-        load_guardrail_module(workspace, guardrail, loaded),
+        modules,
         tasks,
-        bos=guardrail.body_as(Guardrail).bos,
+        bos=guards.bos,
         batch_size=settings.batch_size,
         limit=settings.limit,
         samples=settings.samples,
+        allow_mismatch=recipe.model.allow_mismatch,
         report=report,
     )
     body = EvalReport(

@@ -45,7 +45,12 @@ def run(
         parse_expected(text, recipe.eval.benches)
     asked_too = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
     benches = [*recipe.eval.benches, *sorted(asked_too - set(recipe.eval.benches))]
-    load_tasks(benches, split=recipe.eval.split, include_path=recipe.eval.include_path)
+    load_tasks(
+        benches,
+        split=recipe.eval.split,
+        include_path=recipe.eval.include_path,
+        can_generate=recipe.calibrate.gate != "mean",
+    )
     chain: list[Stored] = []
 
     def keep(stored: Stored) -> str:
@@ -57,7 +62,7 @@ def run(
     features = keep(select.run(recipe, workspace, **options))
     threshold = keep(calibrate.run(recipe, workspace, source=features, **options))
     guardrail = keep(apply.run(recipe, workspace, source=threshold, **options))
-    keep(evaluate.run(recipe, workspace, source=guardrail, **options))
+    keep(evaluate.run(recipe, workspace, sources=[guardrail], **options))
     for kind in recipe.attack.kinds:
-        keep(attack.run(recipe, workspace, kind, source=guardrail, **options))
+        keep(attack.run(recipe, workspace, kind, sources=[guardrail], **options))
     return chain

@@ -1,0 +1,79 @@
+"""Plain values from YAML and the command line to the typed fields of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dsg_cli.errors import nearest
+
+
+def build_section(cls: type[Any], data: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """A dataclass from a mapping, nested sections included; what is wrong is appended to `problems`.
+
+    Args:
+        cls: The dataclass.
+        data: Keys and values as YAML or the command line gave them.
+        prefix: Of the keys' dotted names, for messages.
+        problems: One sentence a problem.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            problems.append(f"unknown key {name}. {nearest(str(key), hints)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, Mapping):
+                values[key] = build_section(typing.cast(type, hints[key]), value, f"{name}.", problems)
+            else:
+                problems.append(f"{name} must be a section (key: value), not {value!r}.")
+        else:
+            found = _convert(hints[key], value)
+            if found is _WRONG:
+                problems.append(f"{name} must be {_describe(hints[key])}, not {value!r}.")
+            else:
+                values[key] = found
+    return cls(**values)
+
+
+_WRONG = object()
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """The value as its field's type, or `_WRONG`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return next((v for v in (_convert(a, value) for a in arguments) if v is not _WRONG), _WRONG)
+    if origin is Literal:
+        return value if value in arguments else _WRONG
+    if origin is list:
+        items = [_convert(arguments[0], item) for item in (value if isinstance(value, list | tuple) else [value])]
+        return _WRONG if _WRONG in items else items
+    if hint is types.NoneType:
+        return None if value is None else _WRONG
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-5, without a dot, as text.
+        try:
+            return float(value)
+        except ValueError:
+            return _WRONG
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is hint else _WRONG
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is list:
+        return f"a list of {_describe(arguments[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}[hint]

@@ -1,0 +1,88 @@
+"""How guardrails are put on a model, and taken off again."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Call, argument_names, read_call
+from .errors import DsgError
+from .guardrail import Decision, GuardrailModule, apply_edits
+from .sites import HookSite, decoder_of, edit_site, find_module
+from .state import keep_state, state_in
+
+
+class Attached:
+    """Guardrails on a model. Those that read at one site all read it as it was before any of them changed it."""
+
+    def __init__(self, model: nn.Module, guardrails: Sequence[GuardrailModule]) -> None:
+        self.guardrails = list(guardrails)
+        self.decoder = decoder_of(model)
+        self.config: Any = self.decoder.config
+        self.names = argument_names(self.decoder)
+        self.call: Call | None = None
+        self.decisions: dict[int, Decision] = {}
+        self.handles: list[Any] = []
+        if len({guard.key for guard in guardrails}) < len(guardrails):
+            raise DsgError("One guardrail was named twice.")
+        sites = list(dict.fromkeys(site for guard in guardrails for site in (guard.read, guard.write)))
+        for site in sites:
+            module, _ = find_module(model, site)
+            device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
+            for guard in guardrails:
+                if device is not None and guard.read == site:
+                    guard.to(device)
+        self.handles.append(self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self.handles += [edit_site(model, site, functools.partial(self._at, site)) for site in sites]
+        self.handles.append(self.decoder.register_forward_hook(self._end))
+        forget_compiled()
+
+    def remove(self) -> None:
+        """Take the guardrails off again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        forget_compiled()
+
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = read_call(self.config, self.names, args, kwargs)
+        for guard in self.guardrails:
+            if not guard.gate.is_causal and call.cache is not None and int(call.cache.get_seq_length()) > 0:
+                raise DsgError(
+                    "The gate `mean` needs the token ids of whole sequences; this call continues a cached one.",
+                    "To generate text, calibrate with --gate window.",
+                )
+        self.call = call
+        self.decisions = {}
+
+    def _at(self, site: HookSite, resid: Tensor) -> Tensor:
+        """The residual that goes on from a site."""
+        call = self.call
+        if call is None:
+            raise DsgError("A layer of a guarded model was called by itself.", "Call the model.")
+        for i, guard in enumerate(self.guardrails):
+            if guard.read == site:
+                state_BC = state_in(call.cache, guard.key, len(resid)) if guard.gate.is_causal else None
+                counted_BL = call.counted_BL(guard.special).to(resid.device)
+                self.decisions[i] = guard.decide(resid, counted_BL, state_BC, call.segment_BL)
+        here = [self.decisions[i] for i, guard in enumerate(self.guardrails) if guard.write == site]
+        return apply_edits(resid, here) if here else resid
+
+    def _end(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        call, self.call = self.call, None
+        assert call is not None
+        cache = call.cache if call.cache is not None else getattr(output, "past_key_values", None)
+        for i, guard in enumerate(self.guardrails):
+            if cache is not None and guard.gate.is_causal:
+                keep_state(cache, guard.key, self.decisions[i].states_BLC)
+
+
+def forget_compiled() -> None:
+    """Drop compiled graphs: one that was traced without these hooks would go on without them."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -1,0 +1,253 @@
+"""The guardrail: gate and clamp as one torch module, and how it is put on a model.
+
+On every hot token (one on which a clamped feature is active) that the gate has caught, all clamped features are set
+to -c and the SAE's error is left as it is; in closed form `h + sum_j (-c - f_j(h)) W_dec[j]`. Every other token is
+returned bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DsgError
+from .gates import Gate
+from .sites import parse_hook_site
+from .slices import SaeSlice, SliceSpec, tensor_names
+
+
+@dataclass(frozen=True)
+class GuardrailSpec:
+    """All of a guardrail but its tensors, as plain JSON values."""
+
+    gate: str
+    threshold: float
+    window: int
+    strength: float
+    """The c of METHOD: every clamped feature is set to -c."""
+    read: str
+    """Name of the site that the features are computed from."""
+    write: str
+    """Name of the site that is changed; `read`, unless the SAE is a transcoder."""
+    slice: dict[str, Any]
+    """A `SliceSpec`."""
+    special_ids: list[int]
+    """Tokens that are never counted nor changed: BOS, EOS and pad."""
+    model: dict[str, Any]
+    """Architecture, layers, width and fingerprint of the model that it was made for."""
+
+
+class Watched(NamedTuple):
+    """What the gate sees of the tokens of one call."""
+
+    acts_BLK: Tensor
+    scale_BL1: Tensor | None
+    finite_BL: Tensor
+    hot_BL: Tensor
+    statistic_BL: Tensor
+    states_BLC: Tensor
+
+
+class Decision(NamedTuple):
+    """What a guardrail makes of the tokens of one call."""
+
+    statistic_BL: Tensor
+    gated_BL: Tensor
+    delta_BLP: Tensor
+    """What clamping adds, float32; meaningful where `clamped_BL`."""
+    clamped_BL: Tensor
+    states_BLC: Tensor
+    """The gate's state after each token."""
+
+
+class GuardrailModule(nn.Module):
+    """Gate and clamp. Tensors only: no branch depends on a value, so it compiles and nothing waits for the device.
+
+    The slice's tensors, and `detect` [K], the weight of each feature in the signal of a `window` gate, are buffers
+    and make up a file. The counters are buffers too, but belong to no file: `n_sequences`, `n_gated`, `n_clamped`
+    (tokens), `n_broken` (counted tokens with a NaN or an infinity in their residual), `largest_edit` (relative to
+    the residual's norm).
+    """
+
+    special: Tensor
+    detect: Tensor
+    n_sequences: Tensor
+    n_gated: Tensor
+    n_clamped: Tensor
+    n_broken: Tensor
+    largest_edit: Tensor
+
+    def __init__(self, spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.slice = SaeSlice(SliceSpec(**spec.slice), dict(tensors))
+        self.gate = Gate(spec.gate, spec.threshold, spec.window)
+        self.read, self.write = (parse_hook_site(name, where="The guardrail") for name in (spec.read, spec.write))
+        self.n_chosen = len(self.slice.W_dec)
+        detect = tensors.get("detect")
+        n_features = self.slice.index.numel() if "index" in tensors else self.slice.W_enc.shape[1]
+        self.register_buffer("detect", torch.ones(n_features) if detect is None else detect.float().contiguous())
+        self.register_buffer("special", torch.tensor(spec.special_ids, dtype=torch.long), persistent=False)
+        for name in ("n_sequences", "n_gated", "n_clamped", "n_broken"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long), persistent=False)
+        self.register_buffer("largest_edit", torch.zeros(()), persistent=False)
+        self.key = ""
+        """Digest of spec and tensors: whose state is whose in a cache."""
+        self.trace: list[Decision] | None = None
+        """If a list, every decision is appended to it."""
+        self.last: Decision | None = None
+
+    @property
+    def last_statistic_B(self) -> Tensor:
+        """Largest statistic of each row of the last call."""
+        assert self.last is not None
+        return self.last.statistic_BL.amax(-1)
+
+    @property
+    def last_gated_B(self) -> Tensor:
+        """Whether each row of the last call was gated."""
+        assert self.last is not None
+        return self.last.gated_BL.any(-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a file holds, by name."""
+        names = tensor_names(self.slice.spec.activation)
+        return {**{name: getattr(self.slice, name) for name in names}, "detect": self.detect}
+
+    def watch(
+        self, resid_BLD: Tensor, counted_BL: Tensor, state_BC: Tensor | None = None, segment_BL: Tensor | None = None
+    ) -> Watched:
+        """The gate's statistic at every token of one call; arguments as for `decide`."""
+        acts_BLK, scale_BL1, finite_BL = self.slice(resid_BLD)
+        hot_BL = (acts_BLK[..., : self.n_chosen] != 0).any(-1) & counted_BL
+        if self.gate.form == "window":
+            is_signed = self.slice.spec.activation == "abstopk"
+            signal_BL = (acts_BLK.abs() if is_signed else acts_BLK) @ self.detect
+        else:
+            signal_BL = hot_BL.float()
+        # Fails closed: what cannot be computed counts as the strongest signal there is.
+        signal_BL = torch.where(finite_BL, signal_BL, torch.inf)
+        if state_BC is None:
+            state_BC = self.gate.initial_state(len(acts_BLK), acts_BLK.device)
+        statistic_BL, states_BLC = self.gate.scan(signal_BL, counted_BL, state_BC, segment_BL)
+        return Watched(acts_BLK, scale_BL1, finite_BL, hot_BL, statistic_BL, states_BLC)
+
+    def decide(
+        self, resid_BLD: Tensor, counted_BL: Tensor, state_BC: Tensor | None = None, segment_BL: Tensor | None = None
+    ) -> Decision:
+        """Gate and clamp the tokens of one call.
+
+        Args:
+            resid_BLD: Residual at the reading site.
+            counted_BL: True for tokens that count.
+            state_BC: The gate's state before them; None at the beginning of sequences.
+            segment_BL: Where rows hold several sequences.
+        """
+        seen = self.watch(resid_BLD, counted_BL, state_BC, segment_BL)
+        gated_BL = ~(seen.statistic_BL <= self.gate.threshold)  # A NaN is gated.
+        delta_BLP = (-self.spec.strength - seen.acts_BLK[..., : self.n_chosen]) @ self.slice.W_dec
+        if seen.scale_BL1 is not None:
+            delta_BLP = delta_BLP * seen.scale_BL1
+        decision = Decision(seen.statistic_BL, gated_BL, delta_BLP, seen.hot_BL & gated_BL, seen.states_BLC)
+        self._count(decision, resid_BLD, counted_BL & ~seen.finite_BL, state_BC, segment_BL)
+        self.last = decision
+        if self.trace is not None:
+            self.trace.append(decision)
+        return decision
+
+    def forward(self, resid_BLD: Tensor, counted_BL: Tensor) -> Tensor:
+        """Whole sequences at once: the residual with its caught tokens clamped, in the dtype it came in."""
+        return apply_edits(resid_BLD, [self.decide(resid_BLD, counted_BL)])
+
+    @torch.no_grad()
+    def _count(
+        self,
+        decision: Decision,
+        resid_BLD: Tensor,
+        broken_BL: Tensor,
+        before_BC: Tensor | None,
+        segment_BL: Tensor | None,
+    ) -> None:
+        gated_BL = decision.gated_BL
+        if segment_BL is not None:
+            starts_BL = torch.cat([torch.ones_like(gated_BL[:, :1]), segment_BL.diff(dim=-1) > 0], -1)
+            was_gated_BL = torch.cat([torch.zeros_like(gated_BL[:, :1]), gated_BL[:, :-1]], -1) & ~starts_BL
+            self.n_sequences.add_(starts_BL.sum())
+            self.n_gated.add_((gated_BL & ~was_gated_BL).sum())
+        else:
+            now_B = gated_BL[:, -1]
+            if before_BC is None:
+                self.n_sequences.add_(len(gated_BL))
+            else:
+                now_B = now_B & (self.gate.peak(before_BC) <= self.gate.threshold)
+            self.n_gated.add_(now_B.sum())
+        self.n_clamped.add_(decision.clamped_BL.sum())
+        self.n_broken.add_(broken_BL.sum())
+        ratio_BL = decision.delta_BLP.detach().norm(dim=-1) / resid_BLD.detach().float().norm(dim=-1)
+        # A token that is not clamped, or whose residual is broken or zero, has no ratio.
+        ratio_BL = torch.where(decision.clamped_BL & ratio_BL.isfinite(), ratio_BL, 0.0)
+        self.largest_edit.copy_(torch.maximum(self.largest_edit, ratio_BL.amax()))
+
+    def counters(self) -> dict[str, float]:
+        """The counters as numbers; waits for the device."""
+        names = ("n_sequences", "n_gated", "n_clamped", "n_broken")
+        return {**{name: int(getattr(self, name)) for name in names}, "largest_edit": float(self.largest_edit)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GuardrailModule:
+        """Moves to a device, never to a dtype: a guardrail computes in float32, whatever the model does."""
+        before = {
+            (module, name): buffer
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for (module, name), old in before.items():
+            new = module._buffers[name]
+            assert new is not None
+            if new.dtype != old.dtype:
+                module._buffers[name] = old if old.device == new.device else old.to(new.device)
+        return self
+
+
+def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of everything that a guardrail is."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(spec), sort_keys=True, allow_nan=False).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where: str) -> GuardrailModule:
+    """A guardrail from its parts.
+
+    Raises:
+        DsgError: A tensor is missing or holds a value that is not finite.
+    """
+    for name in tensor_names(SliceSpec(**spec.slice).activation):
+        if name not in tensors:
+            raise DsgError(f"{where} has no tensor {name}.", "Make the guardrail again with dsg apply.")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise DsgError(f"{where} holds values that are not finite.", "Make the guardrail again with dsg apply.")
+    module = GuardrailModule(spec, tensors)
+    module.key = digest_of(spec, module.tensors())
+    return module
+
+
+def apply_edits(resid_BLP: Tensor, decisions: Sequence[Decision]) -> Tensor:
+    """The residual with what each decision adds; tokens that none clamps come back bit for bit."""
+    edited_BLP, clamped_BL = resid_BLP.float(), decisions[0].clamped_BL
+    for decision in decisions:
+        # Selected, not multiplied: an infinite change must not turn another token's residual into a NaN.
+        edited_BLP = edited_BLP + torch.where(decision.clamped_BL[..., None], decision.delta_BLP, 0.0)
+        clamped_BL = clamped_BL | decision.clamped_BL
+    return torch.where(clamped_BL[..., None], edited_BLP.to(resid_BLP.dtype), resid_BLP)

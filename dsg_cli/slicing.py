@@ -1,0 +1,104 @@
+"""Slice the chosen features out of an SAE: runtime/slices.py computes them exactly as the whole SAE does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dsg_cli.errors import DsgError
+from dsg_cli.runtime.slices import SaeSlice, SliceSpec
+from dsg_cli.sae import WEIGHTS, WEIGHTS_FILE, SaeSource
+
+
+def slice_sae(
+    sae: SaeSource, indices: Sequence[int], detectors: Sequence[int] = ()
+) -> tuple[SliceSpec, dict[str, Tensor]]:
+    """The slice of the chosen features, as `runtime.slices.SaeSlice` takes it.
+
+    Args:
+        sae: Where from.
+        indices: Features that will be clamped; they come first, and only they have rows of `W_dec`.
+        detectors: Further features that are only watched.
+
+    Raises:
+        DsgError: An index that the SAE does not have, or a weight that is not finite.
+    """
+    chosen = chosen_columns(indices, detectors)
+    beyond = [index for index in chosen if not 0 <= index < sae.identity.n_features]
+    if beyond:
+        raise DsgError(
+            f"The SAE {sae.identity.source} has {sae.identity.n_features} features; there is no {beyond[0]}."
+        )
+    index_K = torch.tensor(chosen, dtype=torch.long)
+    with safe_open(sae.folder / WEIGHTS_FILE, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in WEIGHTS[sae.identity.architecture]}
+    is_topk = "topk" in sae.identity.architecture
+    tensors = _topk_tensors(sae, weights, index_K) if is_topk else _column_tensors(sae, weights, index_K)
+    tensors["W_dec"] = tensors["W_dec"][: len(indices)]
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise DsgError(f"The SAE {sae.identity.source} holds a value behind {name} that is not finite.")
+    activation = "threshold" if "b_enc" in tensors and not is_topk else sae.identity.architecture
+    spec = SliceSpec(
+        activation=activation,
+        normalization=sae.config.get("normalize_activations") or "none",
+        is_rescaled_back=not sae.is_transcoder,
+        k=int(sae.config["k"]) if is_topk else 0,
+    )
+    return spec, tensors
+
+
+def chosen_columns(indices: Sequence[int], detectors: Sequence[int]) -> list[int]:
+    """The features of a slice in the order of its columns: those to be clamped, then those only watched."""
+    return [*indices, *(j for j in detectors if j not in set(indices))]
+
+
+def detector_weights(indices: Sequence[int], detectors: Sequence[int]) -> Tensor:
+    """1 for each column of the slice that a `window` gate sums, else 0, [K]; all of them where it has no detectors."""
+    columns = chosen_columns(indices, detectors)
+    watched = set(detectors or columns)
+    return torch.tensor([float(j in watched) for j in columns])
+
+
+def load_slice(sae: SaeSource, indices: Sequence[int], detectors: Sequence[int] = ()) -> SaeSlice:
+    """The slice as a module."""
+    return SaeSlice(*slice_sae(sae, indices, detectors))
+
+
+def _input_bias(sae: SaeSource, weights: dict[str, Tensor], W_enc: Tensor) -> Tensor:
+    """What the encoder adds to its pre-activations because it subtracts the decoder's bias from its input."""
+    if sae.is_transcoder or not sae.config.get("apply_b_dec_to_input", True):
+        return torch.zeros(W_enc.shape[1], dtype=torch.float64)
+    return -(weights["b_dec"].double() @ W_enc)
+
+
+def _column_tensors(sae: SaeSource, weights: dict[str, Tensor], index_K: Tensor) -> dict[str, Tensor]:
+    W_enc = weights["W_enc"][:, index_K].double()
+    bias = _input_bias(sae, weights, W_enc)
+    tensors = {"W_enc": W_enc.float(), "W_dec": weights["W_dec"][index_K].float()}
+    if sae.identity.architecture == "gated":
+        mag_scale = weights["r_mag"][index_K].double().exp()
+        return tensors | {
+            "b_gate": (weights["b_gate"][index_K] + bias).float(),
+            "b_mag": (weights["b_mag"][index_K] + bias * mag_scale).float(),
+            "mag_scale": mag_scale.float(),
+        }
+    # A ReLU follows the threshold: below zero nothing is active.
+    threshold = weights["threshold"][index_K].float().clamp(min=0.0) if "threshold" in weights else bias.float() * 0
+    return tensors | {"b_enc": (weights["b_enc"][index_K] + bias).float(), "active_above": threshold}
+
+
+def _topk_tensors(sae: SaeSource, weights: dict[str, Tensor], index_K: Tensor) -> dict[str, Tensor]:
+    W_enc, W_dec = weights["W_enc"].float(), weights["W_dec"].float()
+    bias = _input_bias(sae, weights, W_enc.double())
+    norm_F = W_dec.norm(dim=-1) if sae.config.get("rescale_acts_by_decoder_norm") else torch.ones(len(W_dec))
+    return {
+        "W_enc": W_enc,
+        "b_enc": (weights["b_enc"] + bias).float(),
+        "act_scale": norm_F,
+        "index": index_K,
+        "W_dec": W_dec[index_K] / norm_F[index_K, None],
+    }

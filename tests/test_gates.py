@@ -1,0 +1,90 @@
+"""Gate statistics against plain loops: whole, in chunks, padded and packed."""
+
+import math
+
+import pytest
+import torch
+
+from dsg_cli.runtime.gates import CAUSAL_FORMS, Gate
+
+
+def plain(form, signal, counted, window=4):
+    """The statistic after each token of one sequence, by the definition."""
+    values = [s for s, is_counted in zip(signal, counted, strict=True) if is_counted]
+    if form == "mean":
+        return [sum(values) / max(len(values), 1)] * len(signal)
+    seen, best, found = [], 0.0, []
+    for value, is_counted in zip(signal, counted, strict=True):
+        if is_counted:
+            seen.append(value)
+            share = sum(seen) / len(seen) if form == "causal-mean" else sum(seen[-window:]) / window
+            best = max(best, share)
+        found.append(best)
+    return found
+
+
+def example(form, seed, n=23):
+    generator = torch.Generator().manual_seed(seed)
+    signal = torch.rand(3, n, generator=generator)
+    signal = (signal > 0.6).float() if form != "window" else signal * (signal > 0.5)
+    return signal, torch.rand(3, n, generator=generator) > 0.2
+
+
+@pytest.mark.parametrize("form", ["mean", *CAUSAL_FORMS])
+def test_equals_the_definition(form):
+    gate = Gate(form, 0.5)
+    for seed in range(5):
+        signal, counted = example(form, seed)
+        found, states = gate.scan(signal, counted, gate.initial_state(3, signal.device))
+        assert states.shape == (3, 23, gate.state_size)
+        for row in range(3):
+            assert found[row].tolist() == pytest.approx(plain(form, signal[row].tolist(), counted[row].tolist()))
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 30])
+@pytest.mark.parametrize("form", CAUSAL_FORMS)
+def test_chunks_give_the_same_numbers_bit_for_bit(form, window):
+    gate = Gate(form, 0.5, window)
+    signal, counted = example(form, 7)
+    whole, states = gate.scan(signal, counted, gate.initial_state(3, signal.device))
+    for sizes in ([1] * 23, [10, 13], [3, 1, 1, 18], [22, 1]):
+        state, parts, start = gate.initial_state(3, signal.device), [], 0
+        for size in sizes:
+            part = slice(start, start + size)
+            statistic, after = gate.scan(signal[:, part], counted[:, part], state)
+            parts.append(statistic)
+            state, start = after[:, -1], start + size
+        assert torch.equal(torch.cat(parts, -1), whole) and torch.equal(state, states[:, -1])
+
+
+@pytest.mark.parametrize("form", ["mean", *CAUSAL_FORMS])
+def test_padding_on_either_side_moves_nothing(form):
+    gate = Gate(form, 0.5)
+    signal, counted = example(form, 3)
+    alone, _ = gate.scan(signal, counted, gate.initial_state(3, signal.device))
+    noise, off = torch.full((3, 5), 9.0), torch.zeros(3, 5, dtype=torch.bool)
+    for left in (True, False):
+        order = (noise, signal) if left else (signal, noise)
+        mask = (off, counted) if left else (counted, off)
+        found, _ = gate.scan(torch.cat(order, -1), torch.cat(mask, -1), gate.initial_state(3, signal.device))
+        assert torch.equal(found[:, 5:] if left else found[:, :-5], alone)
+
+
+@pytest.mark.parametrize("form", ["mean", *CAUSAL_FORMS])
+def test_packed_sequences_are_decided_on_alone(form):
+    gate = Gate(form, 0.5)
+    signal, counted = example(form, 11)
+    segment = torch.tensor([0] * 6 + [1] * 9 + [2] * 8).expand(3, -1)
+    packed, _ = gate.scan(signal, counted, gate.initial_state(3, signal.device), segment)
+    for part in (slice(0, 6), slice(6, 15), slice(15, 23)):
+        alone, _ = gate.scan(signal[:, part], counted[:, part], gate.initial_state(3, signal.device))
+        torch.testing.assert_close(packed[:, part], alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["mean", *CAUSAL_FORMS])
+def test_an_infinite_signal_is_never_forgotten(form):
+    gate = Gate(form, 0.5)
+    signal, counted = torch.zeros(1, 9), torch.ones(1, 9, dtype=torch.bool)
+    signal[0, 4] = math.inf
+    found, _ = gate.scan(signal, counted, gate.initial_state(1, signal.device))
+    assert (found[0, 4:] == math.inf).all()
