@@ -27,6 +27,7 @@ class Attached:
         self.names = argument_names(self.decoder)
         self.call: Call | None = None
         self.decisions: dict[int, Decision] = {}
+        self.states: list[Tensor | None] = []
         self.handles: list[Any] = []
         if len({guard.key for guard in guardrails}) < len(guardrails):
             raise DsgError("One guardrail was named twice.")
@@ -59,6 +60,11 @@ class Attached:
                 )
         self.call = call
         self.decisions = {}
+        # Read now: once the first layer has run, the cache no longer tells what came before this call.
+        self.states = [
+            state_in(call.cache, guard.key, len(call.ids_BL)) if guard.gate.is_causal else None
+            for guard in self.guardrails
+        ]
 
     def _at(self, site: HookSite, resid: Tensor) -> Tensor:
         """The residual that goes on from a site."""
@@ -67,9 +73,8 @@ class Attached:
             raise DsgError("A layer of a guarded model was called by itself.", "Call the model.")
         for i, guard in enumerate(self.guardrails):
             if guard.read == site:
-                state_BC = state_in(call.cache, guard.key, len(resid)) if guard.gate.is_causal else None
                 counted_BL = call.counted_BL(guard.special).to(resid.device)
-                self.decisions[i] = guard.decide(resid, counted_BL, state_BC, call.segment_BL)
+                self.decisions[i] = guard.decide(resid, counted_BL, self.states[i], call.segment_BL)
         here = [self.decisions[i] for i, guard in enumerate(self.guardrails) if guard.write == site]
         return apply_edits(resid, here) if here else resid
 

@@ -1,0 +1,223 @@
+"""The same decision however a sequence is served: families of models x ways of masking and caching."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from conftest import WIDTH, make_guardrail, make_sae
+from transformers import DynamicCache, StaticCache
+
+from dsg_cli.errors import DsgError
+from dsg_cli.guardrail import guarded
+from dsg_cli.runtime.sites import HookSite
+from dsg_cli.sae import read_sae
+
+SITE = HookSite(1, "resid_post")
+N_NEW = 12
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": None,
+}
+FAMILIES = {
+    "Llama": COMMON | {"num_key_value_heads": 2},
+    "Qwen2": COMMON | {"num_key_value_heads": 1},
+    "Gemma2": COMMON | {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
+    "Gemma3": COMMON | {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
+    "GPTNeoX": COMMON,
+    "GPT2": {
+        "vocab_size": 64, "n_embd": WIDTH, "n_layer": 3, "n_head": 2, "n_positions": 128, "initializer_range": 0.3,
+        "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": None,
+    },
+}  # fmt: skip
+PROMPTS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 40, 41, 42, 43, 44, 45], [2, 50]]
+
+
+def build(family):
+    torch.manual_seed(1)
+    text = f"{family}Text" if family == "Gemma3" else family
+    names = {"GPT2": "GPT2LMHeadModel"}
+    config = getattr(transformers, f"{text}Config")(**FAMILIES[family])
+    model = getattr(transformers, names.get(family, f"{family}ForCausalLM"))(config)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request, tmp_path_factory):
+    """A model, and a guardrail whose gate opens on some prompts at once, on others while the answer is written."""
+    folder = tmp_path_factory.mktemp("sae")
+    # Residuals of the tiny GPT-2 are small.
+    make_sae(folder, bias=1.0 if request.param == "GPT2" else 6.0)
+    source = replace(read_sae(str(folder)), site=SITE, write=SITE)
+    model = build(request.param)
+    options = {"strength": 20.0, "gate": "window", "window": 3, "detectors": [4, 9]}
+    probe = make_guardrail(source, [3, 11, 30], threshold=0.0, **options)
+    peaks = []
+    with guarded(model, replace_threshold(probe, 1e9), allow_mismatch=True) as on:
+        for ids in PROMPTS:
+            on(torch.tensor([ids]), use_cache=False)
+            peaks.append(float(replace_threshold.made.last_statistic_B))
+    threshold = sorted(peaks)[1] + 1e-3
+    return model, make_guardrail(source, [3, 11, 30], threshold=threshold, **options)
+
+
+def replace_threshold(guard, threshold):
+    from dsg_cli.runtime.guardrail import build_guardrail
+
+    made = build_guardrail(replace(guard.spec, threshold=threshold), guard.tensors(), where="test")
+    replace_threshold.made = made
+    return made
+
+
+@torch.no_grad()
+def alone(model, ids, n_new=N_NEW):
+    """Greedy, one sequence, the whole of it anew for every token."""
+    ids = list(ids)
+    for _ in range(n_new):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids
+
+
+@pytest.fixture(scope="module")
+def expected(served):
+    model, guard = served
+    with guarded(model, guard, allow_mismatch=True):
+        answers = [alone(model, ids) for ids in PROMPTS]
+    assert answers != [alone(model, ids) for ids in PROMPTS], "the guardrail changed nothing"
+    return answers
+
+
+def generate(model, ids, **options):
+    batch = torch.tensor(ids)
+    mask = options.pop("attention_mask", torch.ones_like(batch))
+    found = model.generate(batch, attention_mask=mask, do_sample=False, max_new_tokens=N_NEW, **options)
+    return found.tolist()
+
+
+def test_cached_generation_equals_one_sequence_alone(served, expected):
+    model, guard = served
+    with guarded(model, guard, allow_mismatch=True):
+        for ids, answer in zip(PROMPTS, expected, strict=True):
+            assert generate(model, [ids])[0] == answer
+            assert generate(model, [ids], use_cache=False)[0] == answer
+    assert guard.counters()["n_gated"] > 0
+
+
+def test_static_cache_and_chunked_prefill(served, expected):
+    model, guard = served
+    with guarded(model, guard, allow_mismatch=True):
+        for ids, answer in zip(PROMPTS, expected, strict=True):
+            assert generate(model, [ids], cache_implementation="static")[0] == answer
+            assert generate(model, [ids], prefill_chunk_size=2)[0] == answer
+
+
+def test_left_padded_batch(served, expected):
+    model, guard = served
+    longest = max(map(len, PROMPTS))
+    rows = [[0] * (longest - len(ids)) + ids for ids in PROMPTS]
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in PROMPTS])
+    with guarded(model, guard, allow_mismatch=True):
+        found = generate(model, rows, attention_mask=mask)
+    assert [row[longest - len(ids) :] for ids, row in zip(PROMPTS, found, strict=True)] == expected
+
+
+def test_beams_and_copied_prefix(served):
+    model, guard = served
+    with guarded(model, guard, allow_mismatch=True):
+        for ids in PROMPTS:
+            plain = generate(model, [ids], num_beams=3, use_cache=False)
+            assert generate(model, [ids], num_beams=3) == plain
+        prefix = PROMPTS[0][:3]
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+        for rest in ([7, 8, 9], [30], [41, 42]):
+            answer = alone(model, [*prefix, *rest])
+            assert generate(model, [[*prefix, *rest]], past_key_values=copy.deepcopy(cache))[0] == answer
+
+
+def test_masks_of_every_kind(served):
+    """Right padding with a 2D mask, a 4D mask or none decides as each sequence alone."""
+    model, guard = served
+    longest = max(map(len, PROMPTS))
+    ids_BL = torch.tensor([ids + [0] * (longest - len(ids)) for ids in PROMPTS])
+    mask_BL = (torch.arange(longest) < torch.tensor([[len(ids)] for ids in PROMPTS])).long()
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    mask_4d = torch.where(causal & mask_BL[:, None, None, :].bool(), 0.0, torch.finfo(torch.float32).min)
+    with guarded(model, guard, allow_mismatch=True), torch.no_grad():
+        wanted = []
+        for ids in PROMPTS:
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+            wanted.append((logits, float(guard.last_statistic_B)))
+        kinds = [mask_BL, None] if "sliding_attention" in (getattr(model.config, "layer_types", None) or []) else []
+        for mask in kinds or [mask_BL, mask_4d, None]:
+            logits_BLV = model(ids_BL, attention_mask=mask, use_cache=False).logits
+            for row, (logits, statistic) in enumerate(wanted):
+                torch.testing.assert_close(logits_BLV[row, : len(logits)], logits, rtol=1e-4, atol=1e-4)
+                assert float(guard.last_statistic_B[row]) == pytest.approx(statistic, rel=1e-4)
+
+
+def test_a_cache_filled_without_the_guardrail_is_refused(served):
+    model, guard = served
+    with torch.no_grad():
+        cache = model(torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
+        with guarded(model, guard, allow_mismatch=True), pytest.raises(DsgError, match="has not seen"):
+            model(torch.tensor([[7]]), past_key_values=cache)
+
+
+class TestOnLlama:
+    @pytest.fixture
+    def llama(self, tmp_path):
+        make_sae(tmp_path, bias=6.0)
+        source = replace(read_sae(str(tmp_path)), site=SITE, write=SITE)
+        options = {"strength": 20.0, "gate": "window", "window": 3}
+        return build("Llama"), make_guardrail(source, [3, 11, 30], threshold=0.5, **options)
+
+    def test_assisted_decoding_rolls_back(self, llama):
+        model, guard = llama
+        assistant = build("Llama")
+        assistant.lm_head.weight.data += 0.05 * torch.randn_like(assistant.lm_head.weight)
+        with guarded(model, guard, allow_mismatch=True):
+            for ids in PROMPTS:
+                assert generate(model, [ids], assistant_model=assistant)[0] == alone(model, ids)
+
+    def test_packed_positions(self, llama):
+        model, guard = llama
+        ids = [token for prompt in PROMPTS for token in prompt]
+        positions = [i for prompt in PROMPTS for i in range(len(prompt))]
+        with guarded(model, guard, allow_mismatch=True), torch.no_grad():
+            packed = model(torch.tensor([ids]), position_ids=torch.tensor([positions]), use_cache=False).logits[0]
+            start = 0
+            for prompt in PROMPTS:
+                one = model(torch.tensor([prompt]), use_cache=False).logits[0]
+                torch.testing.assert_close(packed[start : start + len(prompt)], one, rtol=1e-4, atol=1e-4)
+                start += len(prompt)
+
+    def test_continuous_batching_is_refused(self, llama):
+        model, guard = llama
+        with guarded(model, guard, allow_mismatch=True), pytest.raises(DsgError, match="Continuous batching"):
+            model(torch.tensor([PROMPTS[0]]), cu_seq_lens_q=torch.tensor([0, 6]))
+
+    def test_a_broken_residual_is_gated_and_told_at_the_end(self, llama):
+        model, guard = llama
+        model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+        with pytest.raises(DsgError, match="not finite"), guarded(model, guard, allow_mismatch=True), torch.no_grad():
+            model(torch.tensor([PROMPTS[0]]), use_cache=False)
+        assert guard.last_gated_B.all() and guard.counters()["n_broken"] == 5
+
+    def test_a_static_cache_can_be_reset(self, llama):
+        model, guard = llama
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        with guarded(model, guard, allow_mismatch=True):
+            for ids in PROMPTS:
+                assert generate(model, [ids], past_key_values=cache)[0] == alone(model, ids)
+                cache.reset()
