@@ -18,6 +18,7 @@ ROWS = (
     ("evaluation", "attacks", "lab.language_model", "lab.autoencoder", "lab.training", "lab.export"),
     ("conversion",),
     ("recipe", "workspace"),
+    ("loading",),
     ("stages",),
     ("report",),
     ("cli",),
