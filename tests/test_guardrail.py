@@ -177,3 +177,18 @@ def test_a_call_that_holds_no_whole_sequence_is_refused(model, whole):
             model(inputs_embeds=torch.zeros(1, 2, WIDTH))
         with pytest.raises(DsgError, match="whole sequences"):
             model.generate(ids, max_new_tokens=3)
+
+
+def test_counters_say_what_was_seen_and_done(model, whole):
+    module = guard(whole, threshold=0.3)
+    largest, n_clamped, n_gated = 0.0, 0, 0
+    for ids in ROWS:
+        batch = pad_rows([ids], 0, SPECIAL)
+        resid = read_residual(model, SITE, batch.ids_BL, batch.mask_BL)
+        edit = (module(resid, batch.counted_BL) - resid).norm(dim=-1)
+        largest = max(largest, float((edit / resid.norm(dim=-1)).max()))
+        n_clamped += int((edit > 0).sum())
+        n_gated += int((edit > 0).any())
+    found = module.counters()
+    assert (found["n_sequences"], found["n_gated"], found["n_clamped"]) == (len(ROWS), n_gated, n_clamped)
+    assert found["largest_edit"] == pytest.approx(largest, rel=1e-3) and found["n_broken"] == 0

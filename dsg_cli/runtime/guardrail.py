@@ -78,6 +78,8 @@ class GuardrailModule(nn.Module):
 
     special: Tensor
     detect: Tensor
+    gram: Tensor
+    """Inner products of the clamped features' decoder rows, [C, C]."""
     n_sequences: Tensor
     n_gated: Tensor
     n_clamped: Tensor
@@ -94,6 +96,7 @@ class GuardrailModule(nn.Module):
         detect = tensors.get("detect")
         n_features = self.slice.index.numel() if "index" in tensors else self.slice.W_enc.shape[1]
         self.register_buffer("detect", torch.ones(n_features) if detect is None else detect.float().contiguous())
+        self.register_buffer("gram", self.slice.W_dec @ self.slice.W_dec.T, persistent=False)
         self.register_buffer("special", torch.tensor(spec.special_ids, dtype=torch.long), persistent=False)
         for name in ("n_sequences", "n_gated", "n_clamped", "n_broken"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long), persistent=False)
@@ -152,11 +155,17 @@ class GuardrailModule(nn.Module):
         """
         seen = self.watch(resid_BLD, counted_BL, state_BC, segment_BL)
         gated_BL = ~(seen.statistic_BL <= self.gate.threshold)  # A NaN is gated.
-        delta_BLP = (-self.spec.strength - seen.acts_BLK[..., : self.n_chosen]) @ self.slice.W_dec
+        change_BLC = -self.spec.strength - seen.acts_BLK[..., : self.n_chosen]
+        delta_BLP = change_BLC @ self.slice.W_dec
         if seen.scale_BL1 is not None:
             delta_BLP = delta_BLP * seen.scale_BL1
         decision = Decision(seen.statistic_BL, gated_BL, delta_BLP, seen.hot_BL & gated_BL, seen.states_BLC)
-        self._count(decision, resid_BLD, counted_BL & ~seen.finite_BL, state_BC, segment_BL)
+        # The length of the change in C dimensions, not in P.
+        length_BL = ((change_BLC @ self.gram) * change_BLC).sum(-1).clamp(min=0).sqrt()
+        if seen.scale_BL1 is not None:
+            length_BL = length_BL * seen.scale_BL1.squeeze(-1)
+        ratio_BL = length_BL.detach() / resid_BLD.detach().float().norm(dim=-1)
+        self._count(decision, ratio_BL, counted_BL & ~seen.finite_BL, state_BC, segment_BL)
         self.last = decision
         if self.trace is not None:
             self.trace.append(decision)
@@ -170,7 +179,7 @@ class GuardrailModule(nn.Module):
     def _count(
         self,
         decision: Decision,
-        resid_BLD: Tensor,
+        ratio_BL: Tensor,
         broken_BL: Tensor,
         before_BC: Tensor | None,
         segment_BL: Tensor | None,
@@ -190,7 +199,6 @@ class GuardrailModule(nn.Module):
             self.n_gated.add_(now_B.sum())
         self.n_clamped.add_(decision.clamped_BL.sum())
         self.n_broken.add_(broken_BL.sum())
-        ratio_BL = decision.delta_BLP.detach().norm(dim=-1) / resid_BLD.detach().float().norm(dim=-1)
         # A token that is not clamped, or whose residual is broken or zero, has no ratio.
         ratio_BL = torch.where(decision.clamped_BL & ratio_BL.isfinite(), ratio_BL, 0.0)
         self.largest_edit.copy_(torch.maximum(self.largest_edit, ratio_BL.amax()))
@@ -245,9 +253,12 @@ def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where
 
 def apply_edits(resid_BLP: Tensor, decisions: Sequence[Decision]) -> Tensor:
     """The residual with what each decision adds; tokens that none clamps come back bit for bit."""
-    edited_BLP, clamped_BL = resid_BLP.float(), decisions[0].clamped_BL
-    for decision in decisions:
-        # Selected, not multiplied: an infinite change must not turn another token's residual into a NaN.
-        edited_BLP = edited_BLP + torch.where(decision.clamped_BL[..., None], decision.delta_BLP, 0.0)
+    first, *others = decisions
+    delta_BLP, clamped_BL = first.delta_BLP, first.clamped_BL
+    if others:
+        delta_BLP = torch.where(clamped_BL[..., None], delta_BLP, 0.0)
+    for decision in others:
+        delta_BLP = delta_BLP + torch.where(decision.clamped_BL[..., None], decision.delta_BLP, 0.0)
         clamped_BL = clamped_BL | decision.clamped_BL
-    return torch.where(clamped_BL[..., None], edited_BLP.to(resid_BLP.dtype), resid_BLP)
+    edited_BLP = (resid_BLP.float() + delta_BLP).to(resid_BLP.dtype)
+    return torch.where(clamped_BL[..., None], edited_BLP, resid_BLP)

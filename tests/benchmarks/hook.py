@@ -1,0 +1,98 @@
+"""What the guardrail costs, as ratios from one run: python tests/benchmarks/hook.py
+
+The shapes are Gemma-2-2b's with a 16k SAE (2304 x 16384, 20 features, 256 tokens), weights are random, 2 threads.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import Gemma2Config
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RotaryEmbedding
+
+from dsg_cli.runtime.guardrail import GuardrailSpec, build_guardrail
+from dsg_cli.runtime.slices import SliceSpec
+
+WIDTH, N_FEATURES, N_CHOSEN, N_TOKENS, STRENGTH = 2304, 16384, 20, 256, 500.0
+
+
+def best_of(run: Callable[[], Any], n: int) -> float:
+    """Seconds of the fastest of n runs after one to warm up."""
+    run()
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    W_enc = torch.randn(WIDTH, N_FEATURES) / WIDTH**0.5
+    W_dec = torch.nn.functional.normalize(torch.randn(N_FEATURES, WIDTH), dim=-1)
+    b_enc, b_dec, above = torch.zeros(N_FEATURES), torch.randn(WIDTH) * 0.1, torch.full((N_FEATURES,), 1.0)
+    resid = torch.randn(1, N_TOKENS, WIDTH)
+    counted = torch.ones(1, N_TOKENS, dtype=torch.bool)
+    index = torch.arange(N_CHOSEN) * 700
+
+    def full() -> torch.Tensor:
+        """encode, decode, decode again with the chosen features clamped, as published code does it."""
+        pre = (resid - b_dec) @ W_enc + b_enc
+        acts = torch.where(pre > above, pre, 0.0)
+        error = resid - (acts @ W_dec + b_dec)
+        hot = (acts[..., index] > 0).any(-1)
+        clamped = acts.clone()
+        clamped[..., index] = -STRENGTH
+        edited = clamped @ W_dec + b_dec + error
+        is_gated = hot.float().mean(-1) > 0.2
+        return torch.where((hot & is_gated[:, None])[..., None], edited, resid)
+
+    times = {"the whole SAE in the hook": best_of(full, 3)}
+    for form in ("mean", "window"):
+        tensors = {
+            "W_enc": W_enc[:, index],
+            "b_enc": b_enc[index] - b_dec @ W_enc[:, index],
+            "active_above": above[index],
+            "W_dec": W_dec[index],
+        }
+        site = "blocks.3.hook_resid_post"
+        spec = GuardrailSpec(form, 0.2, 4, STRENGTH, site, site, asdict(SliceSpec("threshold")), [0, 1, 2], {})
+        guard = build_guardrail(spec, tensors, where="benchmark")
+        if form == "mean":
+            wanted, found = full(), guard(resid, counted)
+            error = float((found - wanted).norm() / (wanted - resid).norm())
+        times[f"the guardrail, gate {form}"] = best_of(lambda guard=guard: guard(resid, counted), 50)
+
+    config = Gemma2Config(
+        hidden_size=WIDTH, intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+        num_hidden_layers=1, vocab_size=8, attn_implementation="eager",
+    )  # fmt: skip
+    layer = Gemma2DecoderLayer(config, 0).eval()
+    positions = torch.arange(N_TOKENS)[None]
+    rotary = Gemma2RotaryEmbedding(config)(resid, positions)
+    mask = torch.full((1, 1, N_TOKENS, N_TOKENS), torch.finfo(torch.float32).min).triu(1)
+    options = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
+    times["the decoder layer it sits on"] = best_of(lambda: layer(resid, **options), 5)
+
+    lines = [f"{name:32} {1000 * seconds:9.3f} ms" for name, seconds in times.items()]
+    whole, block = times["the whole SAE in the hook"], times["the decoder layer it sits on"]
+    for form in ("mean", "window"):
+        own = times[f"the guardrail, gate {form}"]
+        lines.append(
+            f"gate {form:8} {whole / own:7.0f} x faster than the whole SAE; {100 * own / block:.2f} % of the layer"
+        )
+    lines.append(f"same change as the whole SAE makes, to {error:.1e} of its norm")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
