@@ -176,6 +176,6 @@ def load_guards(workspace: Workspace, guards: Guards, recipe: Recipe) -> tuple[L
     loaded = load_chain_model(guards.header, recipe, cut=False)
     for stored in guards.stored:
         check_tokens(loaded, stored.body_as(Guardrail).special_ids, stored.id)
-        if not recipe.model.allow_mismatch:
+        if not recipe.model.allow_mismatch and stored.header is not guards.header:
             check_identity(loaded, stored.header)
     return loaded, modules
