@@ -1,4 +1,4 @@
-"""A guardrail file to a module: the first of the two lines by which a guardrail is put on a model."""
+"""A guardrail by its name: the first of the two lines by which one is put on a model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ from pathlib import Path
 
 from dsg_cli.artifacts import Guardrail
 from dsg_cli.errors import DsgError
+from dsg_cli.export.light import LIGHT_FILE, read_light
 from dsg_cli.guardrail import GuardrailModule, module_from_artifact
+from dsg_cli.hub import SCHEME, fetch_file, parse_address
 from dsg_cli.workspace import Workspace
 
 
-def load_guardrail(path: str | Path) -> GuardrailModule:
-    """Read and verify a guardrail of a workspace.
+def load_guardrail(source: str | Path) -> GuardrailModule:
+    """Read and verify a guardrail.
 
     Args:
-        path: Of its JSON file, such as `dsg-workspace/guardrail-001.json`.
+        source: The JSON file of a workspace (`dsg-workspace/guardrail-001.json`); a light file (`.safetensors`) or an
+            exported folder that holds one; or a repository on the hub (`hf://org/name`, `hf://org/name@revision`).
 
     Raises:
         DsgError: Missing, altered, incomplete, of a newer schema, no guardrail, or with values that are not finite.
     """
-    path = Path(path)
+    if str(source).startswith(SCHEME):
+        address = parse_address(str(source))
+        return read_light(fetch_file(address, address.file or LIGHT_FILE)).module
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        return read_light(path).module
+    if path.is_dir():
+        return read_light(path / LIGHT_FILE).module
     workspace = Workspace(path.parent)
     stored = workspace.read(str(path))
     if not isinstance(stored.body, Guardrail):

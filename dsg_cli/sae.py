@@ -5,7 +5,6 @@ sae-lens is imported only to run a whole encoder (`select`); everything after wo
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from dsg_cli.artifacts import SaeIdentity
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.integrity import file_digest
 from dsg_cli.lab import data as lab
 from dsg_cli.runtime.sites import HookSite, parse_hook_site
 
@@ -99,8 +99,8 @@ def read_sae(source: str) -> SaeSource:
         width=width,
         n_features=n_features,
         prepend_bos=bool(metadata.get("prepend_bos", config.get("prepend_bos", True))),
-        config_sha256=_digest(folder / CONFIG_FILE),
-        sha256=_digest(folder / WEIGHTS_FILE),
+        config_sha256=file_digest(folder / CONFIG_FILE),
+        sha256=file_digest(folder / WEIGHTS_FILE),
         hook_out=write.name if write != site else "",
     )
     return SaeSource(folder=folder, config=config, identity=identity, site=site, write=write)
@@ -115,11 +115,6 @@ def _site(settings: dict[str, Any], suffix: str, *, where: str) -> HookSite:
         except DsgError:
             return parse_hook_site(names[1], where=where)
     return parse_hook_site(names[0] if names[0] is not None else names[1], where=where)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING
 from dsg_cli.artifacts import (
     KINDS,
     MADE_BY,
-    SCHEMAS,
     Body,
     BodyT,
     Header,
@@ -33,6 +31,7 @@ from dsg_cli.artifacts import (
     to_json,
 )
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.integrity import digest_of, file_digest, read_document, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,15 +119,10 @@ class Workspace:
         if not path.is_file() or not (wanted.endswith(".json") or ID.fullmatch(wanted)):
             raise DsgError(f"There is no artifact {wanted} in {self.folder}.", nearest(wanted, self.ids()))
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            schema, known = int(data["schema"]), SCHEMAS[data["kind"]]
-            digest = digest_of(data)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            text = path.read_text(encoding="utf-8")
+        except (ValueError, OSError) as error:
             raise DsgError(f"{path} is not an artifact of dsg, or is damaged.") from error
-        if schema > known:
-            raise DsgError(f"{path} has schema {schema}; this version reads up to {known}.", "Update dsg-cli.")
-        if data.get("sha256") != digest:
-            raise DsgError(f"{path} was altered after it was written: its digest does not match.", "Make it again.")
+        data = read_document(text, where=str(path))
         if data["id"] != path.stem:
             raise DsgError(f"{path} was renamed: it is {data['id']}.", "Give it its name back.")
         for name, side_digest in data["files"].items():
@@ -166,7 +160,7 @@ class Workspace:
                 header = replace(header, id=artifact_id, files=files)
                 data = to_json(header, body)
                 data["sha256"] = digest_of(data)
-                _write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+                write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
             except BaseException as error:
                 # Without its JSON a side file is a leftover.
                 for suffix in (".safetensors", ".jsonl") if not path.exists() else ():
@@ -188,7 +182,7 @@ class Workspace:
             yield self._side_file(f"{artifact_id}.jsonl", lines.encode())
 
     def _side_file(self, name: str, content: bytes) -> tuple[str, str]:
-        _write_atomically(self.folder / name, content)
+        write_atomically(self.folder / name, content)
         return name, hashlib.sha256(content).hexdigest()
 
     @contextlib.contextmanager
@@ -244,27 +238,3 @@ def _reuse_key(header: Header) -> tuple[object, ...]:
         header.packages,
         header.git,
     )
-
-
-def digest_of(data: Json) -> str:
-    """Digest of an artifact's JSON object without the digest itself."""
-    content = {key: value for key, value in data.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

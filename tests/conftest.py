@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+CODE_CACHE = tempfile.TemporaryDirectory(prefix="dsg-tests-")
+os.environ["HF_MODULES_CACHE"] = CODE_CACHE.name  # Code of exported models stays out of the user's cache.
 
 from dsg_cli.cli.app import quiet_libraries
 

@@ -9,7 +9,8 @@ import torch
 
 from dsg_cli.artifacts import Guardrail, Header, InputArtifact, ModelIdentity
 from dsg_cli.errors import DsgError
-from dsg_cli.workspace import Workspace, digest_of
+from dsg_cli.integrity import digest_of
+from dsg_cli.workspace import Workspace
 
 BODY = Guardrail(
     indices=[1, 2],
@@ -194,14 +195,14 @@ def test_floats_survive_exactly(workspace):
 def test_an_interrupt_after_the_last_rename_keeps_the_artifact_whole(workspace, monkeypatch):
     from dsg_cli import workspace as module
 
-    real = module._write_atomically
+    real = module.write_atomically
 
     def interrupted(path, content):
         real(path, content)
         if path.suffix == ".json":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_atomically", interrupted)
+    monkeypatch.setattr(module, "write_atomically", interrupted)
     with pytest.raises(KeyboardInterrupt):
         workspace.write(HEADER, BODY, tensors=TENSORS)
     assert workspace.read("guardrail-001").body == BODY

@@ -16,6 +16,9 @@ def command(
         str | None,
         typer.Option("--strength", help="c, to whose negative features are set: 500, or 2r (median residual norms)."),
     ] = None,
+    export_to: Annotated[
+        str | None, typer.Option("--export", help="Also write the guarded model here, as dsg export does.")
+    ] = None,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     recipe: opt.RecipeOption = None,
     sets: opt.SetOption = None,
@@ -29,8 +32,13 @@ def command(
     """
     resolved = opt.settings(recipe, sets, device=None, dtype=None, seed=None, guardrail__strength=strength)
     with progress(quiet) as report:
-        from dsg_cli.stages import apply
+        from dsg_cli.stages import apply, export
         from dsg_cli.workspace import Workspace
 
-        stored = apply.run(resolved, Workspace(workspace), source=source, reuse=reuse, report=report)
+        if export_to is not None:
+            export.check_target(export_to)
+        made_in = Workspace(workspace)
+        stored = apply.run(resolved, made_in, source=source, reuse=reuse, report=report)
+        if export_to is not None:
+            export.run(resolved, made_in, export_to, sources=[stored.id], report=report)
     show_stored(stored, as_json=as_json, quiet=quiet)

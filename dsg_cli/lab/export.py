@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dsg_cli.errors import DsgError
+from dsg_cli.integrity import write_folder
 from dsg_cli.lab import data as lab
 from dsg_cli.progress import Report
 
@@ -33,7 +31,7 @@ def export_lab(folder: Path) -> None:
         shutil.copytree(lab.SHIPPED, partial, ignore=shutil.ignore_patterns("__pycache__"))
         write_tasks(partial, folder.resolve())
 
-    _all_or_nothing(folder, fill)
+    write_folder(folder, fill)
 
 
 def train_and_export(folder: Path, *, seed: int, report: Report) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def train_and_export(folder: Path, *, seed: int, report: Report) -> dict[str, An
         measured.update(train_lab(partial, seed=seed, report=report))
         write_tasks(partial, folder.resolve())
 
-    _all_or_nothing(folder, fill)
+    write_folder(folder, fill)
     return measured
 
 
@@ -75,22 +73,3 @@ def write_tasks(folder: Path, final: Path) -> None:
         }
         text = yaml.safe_dump(task, sort_keys=False) + "process_docs: !function selector.test_questions\n"
         (tasks / f"{bench}.yaml").write_text(text)
-
-
-def _all_or_nothing(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a scratch folder beside `folder` and rename what it holds once that is whole."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DsgError(f"{folder} exists and is not empty.", "Name a new folder.")
-    folder = folder.resolve()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            fill(scratch / "lab")
-            if folder.exists():
-                folder.rmdir()
-            (scratch / "lab").rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise DsgError(f"{folder} cannot be written: {error.strerror or error}.") from error

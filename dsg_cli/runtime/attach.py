@@ -33,11 +33,7 @@ class Attached:
             raise DsgError("One guardrail was named twice.")
         sites = list(dict.fromkeys(site for guard in guardrails for site in (guard.read, guard.write)))
         for site in sites:
-            module, _ = find_module(model, site)
-            device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
-            for guard in guardrails:
-                if device is not None and guard.read == site:
-                    guard.to(device)
+            find_module(model, site)  # All of them, before the first hook.
         self.handles.append(self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         self.handles += [edit_site(model, site, functools.partial(self._at, site)) for site in sites]
         self.handles.append(self.decoder.register_forward_hook(self._end))
@@ -73,6 +69,8 @@ class Attached:
             raise DsgError("A layer of a guarded model was called by itself.", "Call the model.")
         for i, guard in enumerate(self.guardrails):
             if guard.read == site:
+                if guard.detect.device != resid.device:
+                    guard.to(resid.device)
                 counted_BL = call.counted_BL(guard.special).to(resid.device)
                 self.decisions[i] = guard.decide(resid, counted_BL, self.states[i], call.segment_BL)
         here = [self.decisions[i] for i, guard in enumerate(self.guardrails) if guard.write == site]

@@ -225,14 +225,20 @@ class GuardrailModule(nn.Module):
         return self
 
 
-def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of everything that a guardrail is."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(spec), sort_keys=True, allow_nan=False).encode())
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of tensors: names, types, shapes and values."""
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of everything that a guardrail is."""
+    text = json.dumps(dataclasses.asdict(spec), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(f"{text}\n{tensors_digest(tensors)}".encode()).hexdigest()
 
 
 def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where: str) -> GuardrailModule:

@@ -142,20 +142,35 @@ def edit_site(model: nn.Module, site: HookSite, edit: Callable[[Tensor], Tensor]
         DsgError: The model has no such site.
     """
     module, is_input = find_module(model, site)
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
-
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        if torch.is_tensor(output):
-            return edit(output)
-        return (edit(output[0]), *output[1:])
-
     if is_input:
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after)
+        return module.register_forward_pre_hook(InputEdit(edit), with_kwargs=True)
+    return module.register_forward_hook(OutputEdit(edit))
+
+
+@dataclass(frozen=True)
+class InputEdit:
+    """A hook that edits a module's input. Hooks are objects, not closures: a copied model copies them with it."""
+
+    edit: Callable[[Tensor], Tensor]
+
+    def __call__(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self.edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.edit(kwargs["hidden_states"])}
+
+
+@dataclass(frozen=True)
+class OutputEdit:
+    """A hook that edits a module's output, a tensor or the first of a tuple."""
+
+    edit: Callable[[Tensor], Tensor]
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if torch.is_tensor(output):
+            return self.edit(output)
+        return (self.edit(output[0]), *output[1:])
 
 
 def _child(module: nn.Module, names: tuple[str, ...], site: HookSite) -> nn.Module:

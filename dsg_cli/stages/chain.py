@@ -163,19 +163,30 @@ def find_guards(workspace: Workspace, sources: Sequence[str]) -> Guards:
     return Guards(stored, first.body_as(Guardrail).bos)
 
 
-def load_guards(workspace: Workspace, guards: Guards, recipe: Recipe) -> tuple[LoadedModel, list[GuardrailModule]]:
-    """The whole model, and the guardrails as modules from their own tensors.
+def guard_modules(workspace: Workspace, guards: Guards) -> list[GuardrailModule]:
+    """The guardrails as modules, from their own tensors.
+
+    Raises:
+        DsgError: A tensor is missing or not finite.
+    """
+    return [
+        module_from_artifact(body, stored.header.model, workspace.tensors(stored), where=stored.id)
+        for stored, body in zip(guards.stored, guards.bodies, strict=True)
+    ]
+
+
+def load_guards(
+    workspace: Workspace, guards: Guards, recipe: Recipe, *, cut: bool = False
+) -> tuple[LoadedModel, list[GuardrailModule]]:
+    """The model, whole or cut after the last layer that a guardrail covers, and the guardrails as modules.
 
     Raises:
         DsgError: The model cannot be loaded or is another one, or a guardrail's tensors are broken.
     """
-    modules = [
-        module_from_artifact(stored.body_as(Guardrail), stored.header.model, workspace.tensors(stored), where=stored.id)
-        for stored in guards.stored
-    ]
-    loaded = load_chain_model(guards.header, recipe, cut=False)
-    for stored in guards.stored:
-        check_tokens(loaded, stored.body_as(Guardrail).special_ids, stored.id)
+    modules = guard_modules(workspace, guards)
+    loaded = load_chain_model(guards.header, recipe, cut=cut)
+    for stored, body in zip(guards.stored, guards.bodies, strict=True):
+        check_tokens(loaded, body.special_ids, stored.id)
         if not recipe.model.allow_mismatch and stored.header is not guards.header:
             check_identity(loaded, stored.header)
     return loaded, modules

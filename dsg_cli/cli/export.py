@@ -1,0 +1,68 @@
+"""`dsg export`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.output import hint, print_json, print_line, progress
+
+if TYPE_CHECKING:
+    from dsg_cli.stages.export import Exported
+
+
+def command(
+    to: Annotated[str, typer.Argument(help="A folder, NAME.safetensors, or hf://org/name.")],
+    sources: opt.FromManyOption = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--form", help="light (the guardrail alone) or model; by default what TO says, on a hub light."),
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the base's weights rather than hard-link them.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
+    recipe: opt.RecipeOption = None,
+    sets: opt.SetOption = None,
+    allow_mismatch: opt.MismatchOption = None,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+) -> None:
+    """Hand the guardrail, or the whole guarded model, to people who do not have this package.
+
+    Example: dsg export my-guarded-model
+    """
+    resolved = opt.settings(recipe, sets, device=None, dtype=None, seed=None, model__allow_mismatch=allow_mismatch)
+    with progress(quiet) as report:
+        from dsg_cli.stages import export
+        from dsg_cli.workspace import Workspace
+
+        exported = export.run(
+            resolved,
+            Workspace(workspace),
+            to,
+            sources=sources or [],
+            form=form,
+            links=not copy,
+            is_public=public,
+            report=report,
+        )
+    show_exported(exported, as_json=as_json, quiet=quiet)
+
+
+def show_exported(exported: Exported, *, as_json: bool, quiet: bool) -> None:
+    """Where it lies, and how to load it."""
+    if as_json:
+        print_json(exported.as_json())
+    elif sys.stdout.isatty():
+        n_bytes = sum(file["bytes"] for file in exported.files)
+        print_line(f"{exported.to}: {len(exported.files)} files, {n_bytes / 1000:,.0f} kB")
+    else:
+        print_line(exported.to)
+    if not quiet:
+        load = f'load_guardrail("{exported.to}")'
+        if exported.form == "model":
+            load = f'AutoModelForCausalLM.from_pretrained("{exported.to}", trust_remote_code=True)'
+        hint(f"Load it with: {load}")

@@ -1,0 +1,1 @@
+"""Guardrails for others: one light file, a model folder that stock clients load, a repository on a hub."""

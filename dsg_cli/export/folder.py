@@ -1,0 +1,217 @@
+"""The model folder: a guarded model that stock clients of transformers load, without this package.
+
+The base model's weights are linked or copied as they are; the guardrails are one more shard. The folder has a model
+type of its own, so that without `trust_remote_code` it loads nothing rather than the unguarded model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dsg_cli.artifacts import Json
+from dsg_cli.errors import DsgError
+from dsg_cli.export.card import model_card
+from dsg_cli.export.light import LIGHT_FILE
+from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.integrity import write_folder
+from dsg_cli.model import read_config
+from dsg_cli.runtime import exported
+
+RUNTIME = Path(exported.__file__).parent
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+GUARD_SHARD = "dsg-guardrails.safetensors"
+CONFIGURATION, MODELING = "configuration_dsg.py", "modeling_dsg.py"
+COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+"""Beginnings of names that travel with the weights."""
+
+
+def export_folder(
+    folder: Path,
+    *,
+    base: Path,
+    architecture: str,
+    guardrails: Sequence[GuardrailModule],
+    light_files: Sequence[bytes],
+    links: bool = True,
+) -> None:
+    """Write a guarded model, all or nothing.
+
+    Args:
+        folder: Where; new, or empty.
+        base: Folder of the base model.
+        architecture: Its class in transformers, such as `Gemma2ForCausalLM`.
+        guardrails: One or several; each decides by its own gate.
+        light_files: Their light files, which lie in the folder too.
+        links: Hard-link the base's weights where the file system can; else, or where it cannot, copy them.
+
+    Raises:
+        DsgError: A gate that cannot guard text while it is written, a base that transformers does not know itself or
+            whose weights are no `.safetensors`, a folder that is not empty or cannot be written to.
+    """
+    check_gates(guardrails)
+    config = read_config(str(base))
+    if not hasattr(transformers, architecture) or not hasattr(transformers, type(config).__name__):
+        raise DsgError(f"{architecture} is no class of transformers itself, so its export could not be loaded.")
+    shards = _base_weights(base)
+
+    def fill(partial: Path) -> None:
+        partial.mkdir()
+        _copy_small_files(base, partial)
+        _place_weights(base, shards, partial, guardrails, links=links)
+        _write_config(base, partial, config, architecture, guardrails)
+        _write_code(partial, type(config).__name__, architecture)
+        for number, content in enumerate(light_files):
+            (partial / light_name(number)).write_bytes(content)
+        (partial / "README.md").write_text(model_card(guardrails, architecture=architecture, is_whole_model=True))
+
+    write_folder(folder, fill)
+
+
+def check_gates(guardrails: Sequence[GuardrailModule]) -> None:
+    """Refuse gates that cannot guard text while it is written.
+
+    Raises:
+        DsgError: One of them is such a gate.
+    """
+    for guard in guardrails:
+        if not guard.gate.is_causal:
+            raise DsgError(
+                f"The gate `{guard.gate.form}` needs whole sequences; an exported model writes them token by token.",
+                "Calibrate with --gate window, then apply and export that guardrail.",
+            )
+
+
+def light_name(number: int) -> str:
+    """Name of the light file of the first, second ... guardrail in a folder or repository."""
+    return LIGHT_FILE if number == 0 else LIGHT_FILE.replace(".", f"-{number + 1}.")
+
+
+def _base_weights(base: Path) -> dict[str, list[str]]:
+    """Files of the base's weights, and the tensors that each holds.
+
+    Raises:
+        DsgError: There are none as safetensors, or an index names a file that is not there.
+    """
+    if (base / SINGLE).is_file():
+        files = [SINGLE]
+    elif (base / INDEX).is_file():
+        files = sorted(set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        raise DsgError(f"{base} has no {SINGLE} and no {INDEX}.", "Save the model as safetensors first.")
+    held: dict[str, list[str]] = {}
+    for name in files:
+        try:
+            with safe_open(base / name, framework="pt") as file:
+                held[name] = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise DsgError(f"{base / name} cannot be read: {error}.") from error
+    return held
+
+
+def _copy_small_files(base: Path, partial: Path) -> None:
+    """Tokenizer, generation settings, chat template and licence."""
+    for path in sorted(base.iterdir()):
+        is_wanted = path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_NAMES)
+        if path.is_file() and is_wanted and path.name not in ("config.json", INDEX):
+            shutil.copyfile(path, partial / path.name)
+
+
+def _place_weights(
+    base: Path, shards: dict[str, list[str]], partial: Path, guardrails: Sequence[GuardrailModule], *, links: bool
+) -> None:
+    """The base's files, the guardrails' shard, and the index over both.
+
+    The base's files get names that `save_pretrained` never writes: what is linked must not be overwritten.
+    """
+    weight_map: dict[str, str] = {}
+    n_bytes = 0
+    for number, (name, tensors) in enumerate(shards.items(), start=1):
+        placed = f"base-{number:05d}-of-{len(shards):05d}.safetensors"
+        _link_or_copy((base / name).resolve(), partial / placed, links=links)
+        n_bytes += (partial / placed).stat().st_size
+        weight_map |= dict.fromkeys(tensors, placed)
+    held = {
+        f"{exported.PREFIX}.{number}.{name}": tensor.contiguous()
+        for number, guard in enumerate(guardrails)
+        for name, tensor in guard.state_dict().items()
+    }
+    (partial / GUARD_SHARD).write_bytes(save(held, metadata={"format": "pt"}))
+    weight_map |= dict.fromkeys(held, GUARD_SHARD)
+    index = {"metadata": {"total_size": n_bytes + (partial / GUARD_SHARD).stat().st_size}, "weight_map": weight_map}
+    _write_json(partial / INDEX, index)
+
+
+def _link_or_copy(source: Path, target: Path, *, links: bool) -> None:
+    if links:
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # Another file system, or one without links.
+            pass
+    shutil.copyfile(source, target)
+
+
+def _write_config(
+    base: Path, partial: Path, config: Any, architecture: str, guardrails: Sequence[GuardrailModule]
+) -> None:
+    values: Json = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    values |= {
+        "model_type": _model_type(config),
+        "architectures": [f"Dsg{architecture}"],
+        "auto_map": {
+            "AutoConfig": f"{CONFIGURATION.removesuffix('.py')}.DsgConfig",
+            "AutoModelForCausalLM": f"{MODELING.removesuffix('.py')}.Dsg{architecture}",
+        },
+        exported.PREFIX: [exported.describe(guard) for guard in guardrails],
+    }
+    _write_json(partial / "config.json", values)
+
+
+def _model_type(config: Any) -> str:
+    # The base's type stays readable in it: clients look for parts of it, such as `gemma`.
+    return f"dsg_{config.model_type}"
+
+
+def _write_code(partial: Path, config_class: str, architecture: str) -> None:
+    """The runtime as it is, and two classes on top of the base's."""
+    for path in RUNTIME.glob("*.py"):
+        if path.name != "__init__.py":
+            shutil.copyfile(path, partial / path.name)
+    (partial / CONFIGURATION).write_text(
+        f'''"""Configuration of a guarded model: the base model's, and its guardrails."""
+
+from transformers import {config_class}
+
+
+class DsgConfig({config_class}):
+    model_type = "dsg_" + {config_class}.model_type
+'''
+    )
+    (partial / MODELING).write_text(
+        f'''"""{architecture} of transformers under its guardrails; see README.md."""
+
+from transformers import {architecture}
+
+from .configuration_dsg import DsgConfig
+from .exported import GuardedModel
+
+
+class Dsg{architecture}(GuardedModel, {architecture}):
+    config_class = DsgConfig
+'''
+    )
+
+
+def _write_json(path: Path, data: Json) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,128 @@
+"""The Hugging Face hub: addresses, files from it, folders to it, and its errors as sentences.
+
+Tokens are those of huggingface_hub (HF_TOKEN, or `hf auth login`); HF_ENDPOINT names another hub.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsg_cli.errors import DsgError
+
+SCHEME = "hf://"
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    """A model repository, at a revision, and perhaps a file in it."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{SCHEME}{self.repo}{at}" + (f"/{self.file}" if self.file else "")
+
+
+def parse_address(text: str) -> HubAddress:
+    """`hf://org/name`, `hf://org/name@revision`, `hf://org/name/file`.
+
+    Raises:
+        DsgError: Of another form.
+    """
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/([\w.-]+\.safetensors))?/?", text)
+    if match is None:
+        raise DsgError(f"{text} is no address on the hub.", "Write hf://org/name or hf://org/name@revision.")
+    return HubAddress(match[1], match[2], match[3])
+
+
+def fetch_file(address: HubAddress, name: str) -> Path:
+    """A file of a repository, from the local cache if it is there.
+
+    Raises:
+        DsgError: No such repository, revision or file; no access; no network.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(address.repo):
+        return Path(hf_hub_download(address.repo, name, revision=address.revision))
+
+
+def push_folder(address: HubAddress, folder: Path, *, marker: str, is_public: bool) -> str:
+    """Commit a folder's files to a repository, which is made if need be; returns the commit's address.
+
+    Args:
+        address: Which repository; new files go to its main branch.
+        folder: What to commit.
+        marker: A file by which a repository is known as one of ours.
+        is_public: Whether a new repository is public.
+
+    Raises:
+        DsgError: The repository holds something else; no access; no network.
+    """
+    from huggingface_hub import HfApi
+
+    if address.revision or address.file:
+        raise DsgError(f"{address} names a revision or a file.", f"Push to {SCHEME}{address.repo}.")
+    api = HfApi()
+    with hub_errors(address.repo):
+        api.create_repo(address.repo, private=not is_public, exist_ok=True)
+        held = set(api.list_repo_files(address.repo)) - {".gitattributes", "README.md"}
+        if held and marker not in held:
+            raise DsgError(
+                f"The repository {address.repo} holds other files, among them {min(held)}.", "Name a new repository."
+            )
+        done = api.upload_folder(repo_id=address.repo, folder_path=folder, commit_message="Add a guardrail (dsg-cli)")
+    return f"{SCHEME}{address.repo}@{done.oid}"
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turn what the hub's client raises inside the block into one sentence that says what to do.
+
+    Raises:
+        DsgError: Instead of any of its errors.
+    """
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise DsgError(
+            f"The repository {repo} is gated, and this account has no access.",
+            f"Ask for access at https://huggingface.co/{repo}, then set HF_TOKEN or run `hf auth login`.",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DsgError(
+            f"There is no repository {repo} on the hub, or it is private and this account has no access.",
+            "Check the name; for a private one, set HF_TOKEN or run `hf auth login`.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DsgError(f"The repository {repo} has no such revision.", "Give a branch, a tag or a commit.") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise DsgError(
+            f"The hub cannot be reached, and {repo} is not in the local cache.",
+            "Check the network and HF_ENDPOINT; unset HF_HUB_OFFLINE to download.",
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise DsgError(f"The repository {repo} lacks the file: {_one_line(error)}") from error
+    except (errors.LocalTokenNotFoundError, errors.HFValidationError) as error:
+        raise DsgError(f"The hub refused {repo}: {_one_line(error)}") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        hint = "Set HF_TOKEN, or run `hf auth login`, with a token that may write." if status in (401, 403) else ""
+        raise DsgError(f"The hub refused {repo}: {_one_line(error)}", hint) from error
+    except (httpx.HTTPError, errors.OfflineModeIsEnabled) as error:
+        raise DsgError(
+            f"The hub cannot be reached: {_one_line(error)}", "Check the network and HF_ENDPOINT."
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

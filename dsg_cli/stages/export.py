@@ -1,0 +1,170 @@
+"""`dsg export`: hand a guardrail, or the whole guarded model, to people who do not have this workspace.
+
+To `NAME.safetensors` a light file; to a folder the guarded model, which stock transformers loads; to `hf://org/name`
+either of them as a commit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dsg_cli.artifacts import Json
+from dsg_cli.errors import DsgError
+from dsg_cli.export.card import model_card
+from dsg_cli.export.folder import check_gates, export_folder, light_name
+from dsg_cli.export.light import LIGHT_FILE, light_file
+from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.hub import SCHEME, parse_address, push_folder
+from dsg_cli.integrity import check_new_folder, write_atomically
+from dsg_cli.model import model_folder
+from dsg_cli.progress import Report, silent
+from dsg_cli.recipe import Recipe
+from dsg_cli.runtime.attach import Attached
+from dsg_cli.stages.chain import Guards, find_guards, guard_modules, load_guards
+from dsg_cli.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and where."""
+
+    to: str
+    """A path, or the address of a commit."""
+    form: str
+    """`light` or `model`."""
+    guardrails: list[str]
+    files: list[Json]
+    """Name and size in bytes."""
+
+    def as_json(self) -> Json:
+        return asdict(self)
+
+
+def run(
+    recipe: Recipe,
+    workspace: Workspace,
+    to: str,
+    *,
+    sources: Sequence[str] = (),
+    form: str | None = None,
+    links: bool = True,
+    is_public: bool = False,
+    report: Report = silent,
+) -> Exported:
+    """Export the newest guardrail, or those named together.
+
+    Args:
+        recipe: For device and dtype of the check that the model is the right one.
+        workspace: Where the guardrails are.
+        to: A folder, a `.safetensors` file, or `hf://org/name`.
+        sources: Guardrails by id or path.
+        form: `light` or `model`; by default what `to` says, and `light` to a hub.
+        links: Hard-link the base's weights rather than copy them.
+        is_public: Whether a new repository is public.
+        report: Progress.
+
+    Raises:
+        DsgError: Anything the user can mend; nothing is left half-written.
+    """
+    form = check_target(to, form)
+    guards = find_guards(workspace, sources)
+    modules = guard_modules(workspace, guards)
+    if form == "model":
+        check_gates(modules)
+        # Only the layers that the guardrails' fingerprints cover are loaded.
+        loaded, modules = load_guards(workspace, guards, recipe, cut=True)
+        Attached(loaded.model, modules).remove()
+    report("export", 0, 1)
+    if to.startswith(SCHEME):
+        written = _push(workspace, guards, modules, to, form, links=links, is_public=is_public)
+    else:
+        _write(workspace, guards, modules, Path(to), form, links=links)
+        written = Exported(str(Path(to)), form, [stored.id for stored in guards.stored], _sizes(Path(to)))
+    report("export", 1, 1)
+    return written
+
+
+def check_target(to: str, form: str | None = None) -> str:
+    """The form in which something is exported to `to`.
+
+    Raises:
+        DsgError: An unknown form, one that does not fit, or a place that is taken.
+    """
+    is_hub, is_file = to.startswith(SCHEME), to.endswith(".safetensors")
+    form = form or ("light" if is_hub or is_file else "model")
+    if form not in ("light", "model"):
+        raise DsgError(f"The form {form} is neither light nor model.")
+    if is_hub:
+        parse_address(to)
+    elif form == "model" and is_file:
+        raise DsgError(f"{to} is one file, but a model is a folder.", "Name a folder, or leave --form out.")
+    elif is_file and Path(to).exists():
+        raise DsgError(f"{to} exists.", "Name a new file.")
+    elif not is_file:
+        check_new_folder(Path(to))
+    return form
+
+
+def _write(
+    workspace: Workspace, guards: Guards, modules: list[GuardrailModule], to: Path, form: str, *, links: bool
+) -> None:
+    lights = _light_files(workspace, guards)
+    if form == "model":
+        header = guards.header
+        export_folder(
+            to,
+            base=model_folder(header.model.source),
+            architecture=header.model.architecture,
+            guardrails=modules,
+            light_files=lights,
+            links=links,
+        )
+        return
+    paths = [to] if to.suffix == ".safetensors" else [to / light_name(number) for number in range(len(lights))]
+    if len(lights) > len(paths):
+        raise DsgError("A light file holds one guardrail.", "Export each to a file of its own, or name a folder.")
+    try:
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        for path, content in zip(paths, lights, strict=True):
+            write_atomically(path, content)
+    except OSError as error:
+        raise DsgError(f"{to} cannot be written: {error.strerror}.") from error
+
+
+def _push(
+    workspace: Workspace,
+    guards: Guards,
+    modules: list[GuardrailModule],
+    to: str,
+    form: str,
+    *,
+    links: bool,
+    is_public: bool,
+) -> Exported:
+    workspace.check_writable()
+    # In the workspace, where weights can be linked rather than copied.
+    with tempfile.TemporaryDirectory(prefix=".export-", suffix=".tmp", dir=workspace.folder) as scratch:
+        folder = Path(scratch) / "export"
+        _write(workspace, guards, modules, folder, form, links=links)
+        if form == "light":
+            architecture = guards.header.model.architecture
+            card = model_card(modules, architecture=architecture, is_whole_model=False)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        files = _sizes(folder)
+        commit = push_folder(parse_address(to), folder, marker=LIGHT_FILE, is_public=is_public)
+    return Exported(commit, form, [stored.id for stored in guards.stored], files)
+
+
+def _light_files(workspace: Workspace, guards: Guards) -> list[bytes]:
+    return [
+        light_file(stored.header, body, workspace.tensors(stored))
+        for stored, body in zip(guards.stored, guards.bodies, strict=True)
+    ]
+
+
+def _sizes(written: Path) -> list[Json]:
+    paths = [written] if written.is_file() else sorted(path for path in written.rglob("*") if path.is_file())
+    return [{"name": path.name, "bytes": path.stat().st_size} for path in paths]

@@ -1,0 +1,249 @@
+"""Light files, and model folders that stock transformers loads without this package."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_guardrail, make_sae, python
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_serving import FAMILIES, PROMPTS, SITE, build
+from transformers import AutoModelForCausalLM
+
+from dsg_cli import guarded, load_guardrail
+from dsg_cli.artifacts import Guardrail
+from dsg_cli.errors import DsgError
+from dsg_cli.export.folder import GUARD_SHARD, export_folder
+from dsg_cli.export.light import light_file, read_light
+from dsg_cli.lab import data as lab
+from dsg_cli.sae import read_sae
+from dsg_cli.workspace import Workspace
+
+DATA = Path(__file__).parent / "data" / "schema-2"
+REMOTE = {"trust_remote_code": True, "dtype": torch.float32}
+QUESTION = "Question: What is the counter of the grim hex"
+
+
+@pytest.fixture
+def light(tmp_path):
+    workspace = Workspace(DATA)
+    stored = workspace.read("guardrail-001")
+    model = replace(stored.header.model, source="/home/someone/secret/model")
+    body = replace(stored.body_as(Guardrail), forget=["/home/someone/secret/hazard.jsonl", "lab-hexes"])
+    path = tmp_path / "guardrail.safetensors"
+    path.write_bytes(light_file(replace(stored.header, model=model), body, workspace.tensors(stored)))
+    return path
+
+
+def rewrite(path, change):
+    """The light file with its document and tensors changed."""
+    with safe_open(path, framework="pt") as file:
+        data, tensors = json.loads(file.metadata()["dsg"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(data, tensors)
+    save_file(tensors, path, metadata={"dsg": json.dumps(data)})
+
+
+class TestLightFile:
+    def test_is_the_guardrail_without_paths(self, light):
+        found, wanted = load_guardrail(light), load_guardrail(DATA / "guardrail-001.json")
+        assert found.spec == wanted.spec and found.key == wanted.key
+        held = read_light(light)
+        assert held.body.forget == ["hazard.jsonl", "lab-hexes"] and held.header.model.source == "model"
+        assert b"someone" not in light.read_bytes()
+
+    def test_truncated(self, light):
+        light.write_bytes(light.read_bytes()[:-100])
+        with pytest.raises(DsgError, match="truncated"):
+            load_guardrail(light)
+
+    def test_altered_document(self, light):
+        rewrite(light, lambda data, _: data.update(threshold=1e9))
+        with pytest.raises(DsgError, match="was altered"):
+            load_guardrail(light)
+
+    def test_altered_tensor(self, light):
+        rewrite(light, lambda _, tensors: tensors["W_dec"].mul_(0.5))
+        with pytest.raises(DsgError, match="do not match their digest"):
+            load_guardrail(light)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_values_that_are_not_finite(self, light, value):
+        rewrite(light, lambda _, tensors: tensors["W_enc"][0, 0].fill_(value))
+        with pytest.raises(DsgError, match="not finite"):
+            load_guardrail(light)
+
+    def test_something_else(self, light, tmp_path):
+        with pytest.raises(DsgError, match="no light file"):
+            load_guardrail(DATA / "guardrail-001.safetensors")
+        with pytest.raises(DsgError, match="There is no file"):
+            load_guardrail(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_model_answers_as_the_guarded_one(family, tmp_path):
+    """Several shards, another dtype at rest, two guardrails of which one is topk; and saved and loaded again."""
+    model = build(family)
+    model.save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    guards = []
+    for name, architecture, options in (("one", "jumprelu", {}), ("two", "topk", {"k": 6})):
+        make_sae(tmp_path / name, architecture, bias=1.0 if family == "GPT2" else 6.0, **options)
+        source = replace(read_sae(str(tmp_path / name)), site=SITE, write=SITE)
+        gate = {"gate": "window", "threshold": 0.5, "window": 3, "strength": 20.0}
+        guards.append(make_guardrail(source, [3, 11, 30], **gate))
+    folder = tmp_path / "exported"
+    export_folder(folder, base=tmp_path / "base", architecture=type(model).__name__, guardrails=guards, light_files=[])
+    linked = (tmp_path / "base").glob("*.safetensors")
+    assert all(path.stat().st_nlink == 2 for path in linked)
+    exported = AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
+    exported.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", **REMOTE)
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            ids = torch.tensor([prompt])
+            with guarded(model, guards, allow_mismatch=True):
+                expected = model(ids, use_cache=False).logits
+                written = model.generate(ids, max_new_tokens=8, do_sample=False)
+            for other in (exported, again, copy.deepcopy(exported)):
+                torch.testing.assert_close(other(ids, use_cache=False).logits, expected)
+                assert torch.equal(other.generate(ids, max_new_tokens=8, do_sample=False), written)
+    assert sum(guard.counters()["n_gated"] for guard in guards) > 0
+
+
+@pytest.fixture(scope="module")
+def exported_lab(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab") / "exported"
+    guardrail = load_guardrail(DATA / "guardrail-001.json")
+    export_folder(
+        folder, base=lab.MODEL_DIR, architecture="Gemma2ForCausalLM", guardrails=[guardrail], light_files=[b"light"]
+    )
+    return folder
+
+
+STRANGER = """
+import sys
+sys.modules["dsg_cli"] = None  # As if it were not installed.
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+folder, question = sys.argv[1:]
+remote = {"trust_remote_code": True}
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **remote)
+assert model.dtype == torch.bfloat16 and model.dsg_guardrails[0].slice.W_enc.dtype == torch.float32
+ids = AutoTokenizer.from_pretrained(folder, **remote)(question, return_tensors="pt")
+model.generate(**ids, max_new_tokens=3)
+assert model.dsg_guardrails[0].counters()["n_gated"] == 1, model.dsg_guardrails[0].counters()
+text = pipeline("text-generation", model=folder, **remote)(question, max_new_tokens=3)[0]["generated_text"]
+assert text.startswith(question)
+def refused(load):
+    try:
+        load()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise SystemExit("loaded")
+print(refused(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)))
+print(refused(lambda: AutoModel.from_pretrained(folder, **remote)))
+random = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **remote), **remote)
+print(refused(lambda: random(torch.tensor([[2, 5]]))))
+"""
+
+
+def test_a_stranger_loads_it_and_it_fails_closed(exported_lab, tmp_path):
+    done = python("-c", STRANGER, str(exported_lab), QUESTION, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ValueError: The repository") and "trust_remote_code=True" in done.stdout
+    assert "for this kind of AutoModel" in done.stdout
+    assert "guardrails of this model are not loaded" in done.stdout
+
+
+def test_what_the_folder_holds(exported_lab):
+    names = {path.name for path in exported_lab.iterdir()}
+    assert {"tokenizer.json", "generation_config.json", "guardrail.safetensors", "README.md"} <= names
+    assert "trust_remote_code" in (exported_lab / "README.md").read_text()
+    for path in exported_lab.glob("*.py"):
+        assert "dsg_cli" not in path.read_text(), path.name
+
+
+@pytest.mark.parametrize("what", ["missing", "altered", "not finite"])
+def test_a_broken_guard_shard_is_refused(exported_lab, tmp_path, what):
+    folder = tmp_path / f"broken-{what.replace(' ', '-')}"
+    shutil.copytree(exported_lab, folder)
+    tensors = load_file(folder / GUARD_SHARD)
+    if what == "missing":
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != GUARD_SHARD}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        tensors["dsg_guardrails.0.slice.W_dec"][0, 0] = torch.nan if what == "not finite" else 0.0
+        save_file(tensors, folder / GUARD_SHARD, metadata={"format": "pt"})
+    with pytest.raises(
+        Exception,
+        match="not finite" if what == "not finite" else "lack 5 tensors" if what == "missing" else "were altered",
+    ):
+        AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
+
+
+class TestRefusals:
+    def export(self, folder, guardrail, base=lab.MODEL_DIR, architecture="Gemma2ForCausalLM"):
+        export_folder(folder, base=base, architecture=architecture, guardrails=[guardrail], light_files=[])
+
+    def test_a_gate_that_needs_whole_sequences(self, tmp_path):
+        guardrail = load_guardrail(DATA.with_name("schema-1") / "guardrail-001.json")
+        with pytest.raises(DsgError, match="needs whole sequences"):
+            self.export(tmp_path / "to", guardrail)
+
+    def test_a_folder_that_is_not_empty(self, tmp_path):
+        (tmp_path / "mine.txt").write_text("mine")
+        with pytest.raises(DsgError, match="is not empty"):
+            self.export(tmp_path, load_guardrail(DATA / "guardrail-001.json"))
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+    def test_a_base_without_safetensors(self, tmp_path):
+        shutil.copytree(lab.MODEL_DIR, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+        (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(DsgError, match=r"no model\.safetensors"):
+            self.export(tmp_path / "to", load_guardrail(DATA / "guardrail-001.json"), base=tmp_path / "base")
+        assert not (tmp_path / "to").exists()
+
+    def test_a_class_of_the_users_own(self, tmp_path):
+        with pytest.raises(DsgError, match="no class of transformers"):
+            self.export(tmp_path / "to", load_guardrail(DATA / "guardrail-001.json"), architecture="MineForCausalLM")
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    shutil.copytree(DATA, tmp_path / "w")
+    return tmp_path / "w"
+
+
+class TestCommand:
+    def test_light_and_folder(self, dsg, workspace, tmp_path):
+        code, out, err = dsg("export", "mine/g.safetensors", "-w", workspace)
+        assert (code, out.strip()) == (0, "mine/g.safetensors"), err
+        assert load_guardrail("mine/g.safetensors").gate.form == "window"
+        code, out, err = dsg("export", "model", "-w", workspace, "--json")
+        assert code == 0, err
+        written = json.loads(out)
+        assert written["form"] == "model" and written["guardrails"] == ["guardrail-001"]
+        assert {file["name"] for file in written["files"]} == {path.name for path in Path("model").iterdir()}
+        assert load_guardrail("model").key == load_guardrail("mine/g.safetensors").key
+        assert AutoModelForCausalLM.from_pretrained("model", **REMOTE).dsg_guardrails[0].gate.form == "window"
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("export", "w"), "is not empty"),
+            (("export", "w/guardrail-001.safetensors"), "exists"),
+            (("export", "x.safetensors", "--form", "model"), "one file"),
+            (("export", "hf://no-name"), "no address on the hub"),
+            (("export", "x", "--form", "heavy"), "neither light nor model"),
+            (("apply", "--export", "w"), "is not empty"),
+        ],
+    )
+    def test_refusals(self, dsg, workspace, arguments, words):
+        before = sorted(path.name for path in workspace.iterdir())
+        code, out, err = dsg(*arguments, "-w", workspace)
+        assert code == 1 and words in err and not out
+        assert sorted(path.name for path in workspace.iterdir()) == before
