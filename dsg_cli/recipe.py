@@ -108,6 +108,21 @@ class EvalSection:
 
 
 @dataclass(frozen=True)
+class GenerateSection:
+    """What is written."""
+
+    side: Literal["both", "base", "guarded"] = "both"
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    chat: bool = False
+    """Ask in the tokenizer's chat template."""
+    on_trigger: Literal["clamp", "refuse"] = "clamp"
+    """Where a gate opens: go on with clamped features, or end with `refusal`."""
+    refusal: str = "I cannot help with that."
+
+
+@dataclass(frozen=True)
 class AttackSection:
     """How it is attacked."""
 
@@ -135,6 +150,7 @@ class Recipe:
     calibrate: CalibrateSection = CalibrateSection()
     guardrail: GuardrailSection = GuardrailSection()
     eval: EvalSection = EvalSection()
+    generate: GenerateSection = GenerateSection()
     attack: AttackSection = AttackSection()
     seed: int = 0
 
@@ -205,6 +221,7 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
 def _out_of_range(recipe: Recipe) -> list[str]:
     """What has the right type and still makes no sense, so that it is said before anything runs."""
     select, calibrate, asked, attack = recipe.select, recipe.calibrate, recipe.eval, recipe.attack
+    written = recipe.generate
     lengths = calibrate.lengths
     points = {"dilution_lengths": attack.dilution_lengths, "relearn_steps": attack.relearn_steps}
     ascending = "give ascending whole numbers that begin with 0, the state before the attack."
@@ -228,6 +245,11 @@ def _out_of_range(recipe: Recipe) -> list[str]:
         ),
         (asked.batch_size >= 1, f"eval.batch_size is {asked.batch_size}; it must be at least 1."),
         (asked.limit is None or asked.limit >= 1, f"eval.limit is {asked.limit}; it must be at least 1."),
+        (written.max_new_tokens >= 1, f"generate.max_new_tokens is {written.max_new_tokens}; write at least 1."),
+        (
+            0 <= written.temperature < math.inf,
+            f"generate.temperature is {written.temperature:g}; it must be 0 or a positive number.",
+        ),
         (attack.relearn_questions >= 1, "attack.relearn_questions must be at least 1."),
         (
             0 < attack.relearn_learning_rate < math.inf,

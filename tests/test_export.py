@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_guardrail, make_sae, python
+from loopback import LoopbackHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_serving import FAMILIES, PROMPTS, SITE, build
@@ -247,3 +248,53 @@ class TestCommand:
         code, out, err = dsg(*arguments, "-w", workspace)
         assert code == 1 and words in err and not out
         assert sorted(path.name for path in workspace.iterdir()) == before
+
+
+HUB_ROUND_TRIP = """
+import sys
+import torch
+from dsg_cli import load_guardrail
+from dsg_cli.cli.app import main
+from dsg_cli.errors import DsgError
+workspace, address = sys.argv[1:]
+
+def dsg(*arguments):
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        return stop.code
+
+assert dsg("export", address, "-w", workspace) == 0
+light = load_guardrail(address)
+assert light.key == load_guardrail(workspace + "/guardrail-001.json").key
+assert dsg("export", address, "-w", workspace, "--form", "model") == 0  # A further commit to what is ours.
+assert load_guardrail(address).key == light.key
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(address.removeprefix("hf://"), trust_remote_code=True)
+assert model.dsg_guardrails[0].key == light.key
+assert dsg("export", "hf://org/taken", "-w", workspace) == 1
+for wrong in (address + "@nowhere", "hf://org/nothing", "hf://org/taken", "hf://org/closed"):
+    try:
+        load_guardrail(wrong)
+    except DsgError as error:
+        print(wrong, error)
+"""
+
+
+def test_push_to_and_load_from_a_hub(workspace, tmp_path):
+    with LoopbackHub(tmp_path / "hub") as hub:
+        hub.add("models", "org/taken", {"config.json": b"{}"})
+        hub.add("models", "org/closed", {"guardrail.safetensors": b""})
+        hub.gated.add("org/closed")
+        environment = hub.environment(tmp_path / "cache")
+        done = python("-c", HUB_ROUND_TRIP, str(workspace), "hf://org/guarded", env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("hf://org/guarded@") == 3  # Two commits, and the wrong revision.
+        assert "The repository org/taken holds other files, among them config.json." in done.stderr
+        for words in ("no such revision", "no repository org/nothing", "lacks the file", "is gated"):
+            assert words in done.stdout, words
+        assert {path.name for path in (tmp_path / "hub/models/org/taken").iterdir()} == {"config.json"}
+        assert "org/guarded" in hub.private
+    offline = python("-c", "from dsg_cli import load_guardrail; load_guardrail('hf://org/x')", env=environment)
+    assert "The hub cannot be reached" in offline.stderr
+    assert not [path for path in workspace.iterdir() if path.name.startswith(".export")]

@@ -15,7 +15,7 @@ ROWS = (
     ("slicing",),
     ("statistics", "guardrail"),
     ("benches",),
-    ("evaluation", "attacks", "lab.language_model", "lab.autoencoder", "lab.training", "lab.export"),
+    ("evaluation", "generation", "attacks", "lab.language_model", "lab.autoencoder", "lab.training", "lab.export"),
     ("conversion",),
     ("recipe", "workspace"),
     ("export",),

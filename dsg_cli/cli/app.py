@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dsg_cli import __version__
-from dsg_cli.cli import apply, attack, calibrate, demo, evaluate, export, lab, ls, run, select, show
+from dsg_cli.cli import apply, attack, calibrate, demo, evaluate, export, generate, lab, ls, run, select, show
 from dsg_cli.errors import DsgError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("apply")(apply.command)
 app.command("eval")(evaluate.command)
 app.command("attack")(attack.command)
 app.command("export")(export.command)
+app.command("generate")(generate.command)
 app.command("demo")(demo.command)
 app.command("run")(run.command)
 app.command("ls")(ls.command)

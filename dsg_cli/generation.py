@@ -1,0 +1,197 @@
+"""Write an answer under guardrails, and note what their gates saw on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from dsg_cli.errors import DsgError
+from dsg_cli.guardrail import GuardrailModule, guarded
+from dsg_cli.model import LoadedModel, context_length
+from dsg_cli.tokens import encode, special_ids
+
+Write = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class GateTrace:
+    """What one gate saw of a prompt and of the answer to it."""
+
+    form: str
+    threshold: float
+    statistic: list[float]
+    """After each token that was read: the prompt's, then the answer's but for its last."""
+    latched_at: int | None
+    """The first token at which it was open."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote."""
+
+    text: str
+    n_tokens: int
+    """Tokens that it wrote."""
+    refused: bool = False
+    tokens: list[str] = field(default_factory=list)
+    """The tokens that the gates read; empty without guardrails."""
+    gates: list[GateTrace] = field(default_factory=list)
+
+
+def prompt_ids(loaded: LoadedModel, prompt: str, *, bos: int | None, chat: bool, n_new: int) -> list[int]:
+    """Token ids of a prompt, as the model will read it.
+
+    Raises:
+        DsgError: Nothing in it, no chat template, or no room for an answer.
+    """
+    if not prompt.strip():
+        raise DsgError("The prompt is empty.", "Give text.")
+    if not chat:
+        ids = encode(loaded.tokenizer, [prompt], bos=bos)[0]
+    elif loaded.tokenizer.chat_template is None:
+        raise DsgError(f"The tokenizer of {loaded.source} has no chat template.", "Leave --chat out.")
+    else:
+        turns = [{"role": "user", "content": prompt}]
+        made: Any = loaded.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        ids = list(made["input_ids"])
+    room = context_length(loaded.model.config) - len(ids)
+    if n_new > room:
+        raise DsgError(
+            f"A prompt of {len(ids)} tokens leaves room for {max(room, 0)} of the model's "
+            f"{context_length(loaded.model.config)}.",
+            f"Shorten it, or lower --max-new-tokens (now {n_new}).",
+        )
+    return ids
+
+
+@torch.inference_mode()
+def answer(
+    loaded: LoadedModel,
+    ids: Sequence[int],
+    *,
+    guardrails: Sequence[GuardrailModule] = (),
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    refusal: str | None = None,
+    allow_mismatch: bool = False,
+    write: Write = lambda _: None,
+) -> Answer:
+    """Continue a prompt.
+
+    Args:
+        loaded: The whole model.
+        ids: Of the prompt.
+        guardrails: With causal gates; none for the base model.
+        max_new_tokens: Tokens to write, at most.
+        temperature: 0 takes the likeliest token.
+        seed: Of the draws, if the temperature is not 0.
+        refusal: If given, the answer ends with it where a gate opens; else it goes on, clamped.
+        allow_mismatch: Also if the model is not the one that the guardrails were made for.
+        write: Called with each piece of the answer.
+
+    Raises:
+        DsgError: The model is another one, a gate needs whole sequences, or a residual was not finite.
+    """
+    check_can_write(guardrails)
+    opened = Opened(guardrails) if refusal is not None and guardrails else None
+    stream = Stream(loaded.tokenizer, write, opened)
+    input_ids = torch.tensor([list(ids)], device=loaded.model.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    for guard in guardrails:
+        guard.trace = []
+    try:
+        with guarded(loaded.model, guardrails, allow_mismatch=allow_mismatch), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            written: Any = loaded.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=StoppingCriteriaList([opened] if opened else []),
+                streamer=stream,
+                **sampling,
+            )
+        traces = [gate_trace(guard) for guard in guardrails]
+    finally:
+        for guard in guardrails:
+            guard.trace = None
+    new = written[0, len(ids) :].tolist()
+    refused = opened is not None and opened.is_open
+    if refused:
+        new = new[:-1]  # Written after the gate had opened.
+    text = str(loaded.tokenizer.decode(new, skip_special_tokens=True))
+    if refused:
+        ending = f"{' ' if text else ''}{refusal}"
+        write(ending)
+        text += ending
+    read = [*ids, *new][: len(traces[0].statistic)] if traces else []
+    tokens = [str(loaded.tokenizer.decode([token])) for token in read]
+    return Answer(text, len([i for i in new if i not in special_ids(loaded.tokenizer)]), refused, tokens, traces)
+
+
+def check_can_write(guardrails: Sequence[GuardrailModule]) -> None:
+    """Refuse gates that cannot decide while text is written.
+
+    Raises:
+        DsgError: One of them is such a gate.
+    """
+    for guard in guardrails:
+        if not guard.gate.is_causal:
+            raise DsgError(
+                f"The gate `{guard.gate.form}` needs whole sequences; it cannot guard text while it is written.",
+                "Calibrate with --gate window, then apply.",
+            )
+
+
+def gate_trace(guard: GuardrailModule) -> GateTrace:
+    """What a guardrail noted of one sequence."""
+    assert guard.trace is not None
+    statistic: Tensor = torch.cat([decision.statistic_BL[0] for decision in guard.trace]).cpu()
+    gated: Tensor = torch.cat([decision.gated_BL[0] for decision in guard.trace]).cpu()
+    latched_at = int(gated.int().argmax()) if bool(gated.any()) else None
+    return GateTrace(guard.gate.form, guard.gate.threshold, statistic.tolist(), latched_at)
+
+
+class Opened(StoppingCriteria):
+    """Stop once a gate is open."""
+
+    def __init__(self, guardrails: Sequence[GuardrailModule]) -> None:
+        self.guardrails = guardrails
+        self.is_open = False
+
+    def __call__(self, input_ids: Any, _scores: Any, **_options: Any) -> Any:
+        self.is_open = any(bool(guard.last_gated_B.any()) for guard in self.guardrails)
+        return torch.full((len(input_ids),), self.is_open, device=input_ids.device)
+
+
+class Stream(TextStreamer):
+    """Pieces of the answer as they are written. One token is held back: if a gate opens, it belongs to no answer."""
+
+    def __init__(self, tokenizer: Any, write: Write, opened: Opened | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.opened = opened
+        self.held: Any = None
+
+    def put(self, value: Any) -> None:
+        if self.next_tokens_are_prompt:
+            super().put(value)
+            return
+        if self.held is not None:
+            super().put(self.held)
+        self.held = value
+
+    def end(self) -> None:
+        if self.held is not None and not (self.opened is not None and self.opened.is_open):
+            super().put(self.held)
+        super().end()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002 (its name is the library's)
+        self.write(text)

@@ -1,0 +1,83 @@
+"""`dsg generate`: what do the base model and the guarded one write, and when did the gate open?
+
+Writes no artifact: prompts and answers are text, which artifacts do not hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dsg_cli.artifacts import Json
+from dsg_cli.errors import DsgError
+from dsg_cli.generation import Answer, answer, check_can_write, prompt_ids
+from dsg_cli.recipe import Recipe
+from dsg_cli.stages.chain import find_guards, guard_modules, load_guards
+from dsg_cli.workspace import Workspace
+
+Write = Callable[[str, str], None]
+"""Called with a side (base, guarded) and a piece of its answer."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What each side wrote to one prompt."""
+
+    prompt: str
+    guardrails: list[str]
+    sides: dict[str, Answer]
+
+    def as_json(self) -> Json:
+        """For scripts: the gates' traces are named by their guardrails."""
+        document: Json = {"prompt": self.prompt}
+        for side, one in self.sides.items():
+            document[side] = {"text": one.text, "n_tokens": one.n_tokens}
+            if side == "guarded":
+                gates = [
+                    {"guardrail": name, **dataclasses.asdict(gate)}
+                    for name, gate in zip(self.guardrails, one.gates, strict=True)
+                ]
+                document[side] |= {"refused": one.refused, "tokens": one.tokens, "gates": gates}
+        return document
+
+
+def run(
+    recipe: Recipe,
+    workspace: Workspace,
+    prompts: Sequence[str],
+    *,
+    sources: Sequence[str] = (),
+    write: Write = lambda _side, _piece: None,
+) -> Iterator[Answers]:
+    """Answer prompts one by one under the newest guardrail, or under those named together.
+
+    Raises:
+        DsgError: Anything the user can mend; every prompt is checked before the first is answered.
+    """
+    settings = recipe.generate
+    if not prompts:
+        raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
+    guards = find_guards(workspace, sources)
+    if settings.side != "base":
+        check_can_write(guard_modules(workspace, guards))
+    loaded, modules = load_guards(workspace, guards, recipe)
+    asked = [
+        prompt_ids(loaded, prompt, bos=guards.bos, chat=settings.chat, n_new=settings.max_new_tokens)
+        for prompt in prompts
+    ]
+    for prompt, ids in zip(prompts, asked, strict=True):
+        sides: dict[str, Answer] = {}
+        for side in ("base", "guarded") if settings.side == "both" else (settings.side,):
+            sides[side] = answer(
+                loaded,
+                ids,
+                guardrails=modules if side == "guarded" else (),
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=recipe.seed,
+                refusal=settings.refusal if settings.on_trigger == "refuse" else None,
+                allow_mismatch=recipe.model.allow_mismatch,
+                write=lambda piece, side=side: write(side, piece),  # type: ignore[misc]
+            )
+        yield Answers(prompt, [stored.id for stored in guards.stored], sides)
