@@ -295,6 +295,47 @@ def test_push_to_and_load_from_a_hub(workspace, tmp_path):
             assert words in done.stdout, words
         assert {path.name for path in (tmp_path / "hub/models/org/taken").iterdir()} == {"config.json"}
         assert "org/guarded" in hub.private
+    environment["HF_HUB_OFFLINE"] = "1"
     offline = python("-c", "from dsg_cli import load_guardrail; load_guardrail('hf://org/x')", env=environment)
     assert "The hub cannot be reached" in offline.stderr
     assert not [path for path in workspace.iterdir() if path.name.startswith(".export")]
+
+
+STRANGERS_EVALUATION = """
+import sys
+sys.modules["dsg_cli"] = None  # As if it were not installed.
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+BENCHES = ("lab-hexes", "lab-hexes-terse", "lab-near", "lab-ciphers")
+
+
+@pytest.mark.slow
+def test_lm_eval_without_this_package_agrees_question_for_question(dsg, workspace, tmp_path):
+    """The README's way to check an exported model: stock lm-eval on the folder, with the lab's own tasks."""
+    code, _, err = dsg("lab", "export", "lab")
+    assert code == 0, err
+    code, _, err = dsg("apply", "--strength", "4r", "--export", "model", "-w", workspace)
+    assert code == 0, err
+    code, out, err = dsg("eval", "-w", workspace, *(word for bench in BENCHES for word in ("--bench", bench)), "--json")
+    assert code == 0, err
+    results = json.loads(out)["results"]
+    arguments = ["--model", "hf", "--model_args", "pretrained=model,trust_remote_code=True,dtype=float32"]
+    arguments += ["--include_path", "lab/tasks", "--tasks", ",".join(BENCHES), "--batch_size", "7", "--device", "cpu"]
+    arguments += ["--log_samples", "--output_path", "found"]
+    done = python("-c", STRANGERS_EVALUATION, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (workspace / "eval-001.jsonl").read_text().splitlines()]
+    ours = {row["id"]: row["unlearned"] for row in rows}
+    theirs = {}
+    for path in (tmp_path / "found").rglob("samples_*.jsonl"):
+        for sample in map(json.loads, path.read_text().splitlines()):
+            theirs[sample["doc"]["id"]] = [float(response[0]) for response in sample["filtered_resps"]]
+    assert ours.keys() == theirs.keys() and len(ours) >= 200
+    for name, found in theirs.items():
+        assert found == pytest.approx(ours[name], abs=1e-3), name
+        assert max(range(4), key=found.__getitem__) == max(range(4), key=ours[name].__getitem__), name
+    (summary,) = (tmp_path / "found").rglob("results_*.json")
+    for bench, metrics in json.loads(summary.read_text())["results"].items():
+        assert metrics["acc,none"] == results[bench]["unlearned"]["acc"], bench
+    assert results["lab-hexes"]["unlearned"]["acc"] <= 0.30 and results["lab-near"]["unlearned"]["acc"] >= 0.95
