@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .calls import Call, argument_names, read_call
 from .errors import DsgError
-from .guardrail import Decision, GuardrailModule, apply_edits
+from .guardrail import Decision, GuardrailModule
 from .sites import HookSite, decoder_of, edit_site, find_module
 from .state import keep_state, state_in
 
@@ -73,8 +73,10 @@ class Attached:
                     guard.to(resid.device)
                 counted_BL = call.counted_BL(guard.special).to(resid.device)
                 self.decisions[i] = guard.decide(resid, counted_BL, self.states[i], call.segment_BL)
-        here = [self.decisions[i] for i, guard in enumerate(self.guardrails) if guard.write == site]
-        return apply_edits(resid, here) if here else resid
+        for i, guard in enumerate(self.guardrails):
+            if guard.write == site:
+                resid = guard.edit(resid, self.decisions[i])
+        return resid
 
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         call, self.call = self.call, None

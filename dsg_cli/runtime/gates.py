@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CAUSAL_FORMS = ("causal-mean", "window")
 FORMS = ("mean", *CAUSAL_FORMS)
@@ -44,7 +44,7 @@ class Gate:
     @property
     def state_size(self) -> int:
         """C: numbers that a sequence's state holds."""
-        return {"mean": 0, "causal-mean": 3, "window": self.window}[self.form]
+        return {"mean": 0, "causal-mean": 3, "window": self.window + 1}[self.form]
 
     def initial_state(self, n_rows: int, device: torch.device) -> Tensor:
         """The state before the first token, [B, C]."""
@@ -106,27 +106,23 @@ def _since_start(sums_BL: Tensor, segment_BL: Tensor) -> Tensor:
 def _window(
     signal_BL: Tensor, counted_BL: Tensor, state_BC: Tensor, segment_BL: Tensor | None, window: int
 ) -> tuple[Tensor, Tensor]:
-    """State: signals of the last w - 1 counted tokens, the latest first, then the statistic so far."""
-    n_tail, n_rows, length = window - 1, *signal_BL.shape
+    """State: signals of the last w counted tokens, the oldest first, then the statistic so far."""
     rank_BL = counted_BL.cumsum(-1)  # Counted tokens so far, this one included.
-    # Signals of counted tokens side by side behind the tail, the oldest first; the last column takes the others'.
-    slot_BL = torch.where(counted_BL, rank_BL + (n_tail - 1), n_tail + length)
-    tail = state_BC[:, :n_tail].flip(-1)
-    row = torch.cat([tail, signal_BL.new_zeros(n_rows, length + 1)], -1).scatter(1, slot_BL, signal_BL)
-    places = [(rank_BL + (n_tail - 1 - back)).clamp(min=0) for back in range(window)]
-    recent = [row.gather(1, place_BL) for place_BL in places]
+    # Signals of counted tokens side by side behind those of the state; a token that is not counted adds its 0.
+    slot_BL = rank_BL + (window - 1)
+    row = nn.functional.pad(state_BC[:, :window], (0, signal_BL.shape[1])).scatter_add(1, slot_BL, signal_BL)
+    place = (rank_BL[..., None] + torch.arange(window, device=rank_BL.device)).flatten(1)
+    recent_BLW = row.gather(1, place).view(*signal_BL.shape, window)
     if segment_BL is not None:
-        owner = torch.full_like(row, -1, dtype=torch.long).scatter(1, slot_BL, segment_BL)
-        recent = [
-            torch.where(owner.gather(1, place_BL) == segment_BL, value_BL, 0.0)
-            for place_BL, value_BL in zip(places, recent, strict=True)
-        ]
-    total_BL = recent[0]
-    for value_BL in recent[1:]:
-        total_BL = total_BL + value_BL  # One by one: the same sum whatever the number of tokens in a call.
-    mean_BL = torch.where(counted_BL, total_BL / window, 0.0)
-    peak_BL = _running_max(mean_BL, state_BC[:, -1:], segment_BL)
-    return peak_BL, torch.stack([*recent[:n_tail], peak_BL], -1)
+        unowned = torch.full_like(row, -1, dtype=torch.long)
+        owner = unowned.scatter_reduce(1, slot_BL, torch.where(counted_BL, segment_BL, -1), "amax")
+        owner_BLW = owner.gather(1, place).view(*signal_BL.shape, window)
+        recent_BLW = torch.where(owner_BLW == segment_BL[..., None], recent_BLW, 0.0)
+    total_BL = recent_BLW[..., 0]
+    for place_in_window in range(1, window):
+        total_BL = total_BL + recent_BLW[..., place_in_window]  # The same sum whatever the length of a call.
+    peak_BL = _running_max(total_BL / window, state_BC[:, -1:], segment_BL)
+    return peak_BL, torch.cat([recent_BLW, peak_BL[..., None]], -1)
 
 
 def _running_max(value_BL: Tensor, before_B1: Tensor, segment_BL: Tensor | None) -> Tensor:

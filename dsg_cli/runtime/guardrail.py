@@ -1,8 +1,8 @@
 """The guardrail: gate and clamp as one torch module, and how it is put on a model.
 
 On every hot token (one on which a clamped feature is active) that the gate has caught, all clamped features are set
-to -c and the SAE's error is left as it is; in closed form `h + sum_j (-c - f_j(h)) W_dec[j]`. Every other token is
-returned bit for bit.
+to -c and the SAE's error is left as it is; in closed form `h + sum_j (-c - f_j(h)) W_dec[j]`. To every other token
+exactly 0 is added.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,9 +60,8 @@ class Decision(NamedTuple):
 
     statistic_BL: Tensor
     gated_BL: Tensor
-    delta_BLP: Tensor
-    """What clamping adds, float32; meaningful where `clamped_BL`."""
-    clamped_BL: Tensor
+    change_BLC: Tensor
+    """What is added along the decoder rows of the clamped features, float32; 0 where a token is not clamped."""
     states_BLC: Tensor
     """The gate's state after each token."""
 
@@ -78,8 +77,10 @@ class GuardrailModule(nn.Module):
 
     special: Tensor
     detect: Tensor
-    gram: Tensor
-    """Inner products of the clamped features' decoder rows, [C, C]."""
+    chosen: Tensor
+    """1 for the features that are clamped, 0 for those only watched, [K]."""
+    basis: Tensor
+    """The clamped features' decoder rows in an orthonormal basis of their span, [C, C]: for lengths."""
     n_sequences: Tensor
     n_gated: Tensor
     n_clamped: Tensor
@@ -96,7 +97,8 @@ class GuardrailModule(nn.Module):
         detect = tensors.get("detect")
         n_features = self.slice.index.numel() if "index" in tensors else self.slice.W_enc.shape[1]
         self.register_buffer("detect", torch.ones(n_features) if detect is None else detect.float().contiguous())
-        self.register_buffer("gram", self.slice.W_dec @ self.slice.W_dec.T, persistent=False)
+        self.register_buffer("chosen", (torch.arange(n_features) < self.n_chosen).float(), persistent=False)
+        self.register_buffer("basis", torch.linalg.qr(self.slice.W_dec.T).R.T, persistent=False)
         self.register_buffer("special", torch.tensor(spec.special_ids, dtype=torch.long), persistent=False)
         for name in ("n_sequences", "n_gated", "n_clamped", "n_broken"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long), persistent=False)
@@ -129,12 +131,9 @@ class GuardrailModule(nn.Module):
     ) -> Watched:
         """The gate's statistic at every token of one call; arguments as for `decide`."""
         acts_BLK, scale_BL1, finite_BL = self.slice(resid_BLD)
-        hot_BL = (acts_BLK[..., : self.n_chosen] != 0).any(-1) & counted_BL
-        if self.gate.form == "window":
-            is_signed = self.slice.spec.activation == "abstopk"
-            signal_BL = (acts_BLK.abs() if is_signed else acts_BLK) @ self.detect
-        else:
-            signal_BL = hot_BL.float()
+        strength_BLK = acts_BLK.abs() if self.slice.spec.activation == "abstopk" else acts_BLK
+        hot_BL = (strength_BLK @ self.chosen > 0) & counted_BL
+        signal_BL = strength_BLK @ self.detect if self.gate.form == "window" else hot_BL.float()
         # Fails closed: what cannot be computed counts as the strongest signal there is.
         signal_BL = torch.where(finite_BL, signal_BL, torch.inf)
         if state_BC is None:
@@ -155,17 +154,13 @@ class GuardrailModule(nn.Module):
         """
         seen = self.watch(resid_BLD, counted_BL, state_BC, segment_BL)
         gated_BL = ~(seen.statistic_BL <= self.gate.threshold)  # A NaN is gated.
+        clamped_BL = seen.hot_BL & gated_BL
         change_BLC = -self.spec.strength - seen.acts_BLK[..., : self.n_chosen]
-        delta_BLP = change_BLC @ self.slice.W_dec
         if seen.scale_BL1 is not None:
-            delta_BLP = delta_BLP * seen.scale_BL1
-        decision = Decision(seen.statistic_BL, gated_BL, delta_BLP, seen.hot_BL & gated_BL, seen.states_BLC)
-        # The length of the change in C dimensions, not in P.
-        length_BL = ((change_BLC @ self.gram) * change_BLC).sum(-1).clamp(min=0).sqrt()
-        if seen.scale_BL1 is not None:
-            length_BL = length_BL * seen.scale_BL1.squeeze(-1)
-        ratio_BL = length_BL.detach() / resid_BLD.detach().float().norm(dim=-1)
-        self._count(decision, ratio_BL, counted_BL & ~seen.finite_BL, state_BC, segment_BL)
+            change_BLC = change_BLC * seen.scale_BL1
+        change_BLC = torch.where(clamped_BL[..., None], change_BLC, 0.0)
+        decision = Decision(seen.statistic_BL, gated_BL, change_BLC, seen.states_BLC)
+        self._count(decision, resid_BLD, clamped_BL, counted_BL & ~seen.finite_BL, state_BC, segment_BL)
         self.last = decision
         if self.trace is not None:
             self.trace.append(decision)
@@ -173,13 +168,19 @@ class GuardrailModule(nn.Module):
 
     def forward(self, resid_BLD: Tensor, counted_BL: Tensor) -> Tensor:
         """Whole sequences at once: the residual with its caught tokens clamped, in the dtype it came in."""
-        return apply_edits(resid_BLD, [self.decide(resid_BLD, counted_BL)])
+        return self.edit(resid_BLD, self.decide(resid_BLD, counted_BL))
+
+    def edit(self, resid_BLP: Tensor, decision: Decision) -> Tensor:
+        """The residual with what a decision adds, in its own dtype."""
+        flat, change = resid_BLP.float().flatten(0, 1), decision.change_BLC.flatten(0, 1)
+        return torch.addmm(flat, change, self.slice.W_dec).view(resid_BLP.shape).to(resid_BLP.dtype)
 
     @torch.no_grad()
     def _count(
         self,
         decision: Decision,
-        ratio_BL: Tensor,
+        resid_BLD: Tensor,
+        clamped_BL: Tensor,
         broken_BL: Tensor,
         before_BC: Tensor | None,
         segment_BL: Tensor | None,
@@ -197,10 +198,11 @@ class GuardrailModule(nn.Module):
             else:
                 now_B = now_B & (self.gate.peak(before_BC) <= self.gate.threshold)
             self.n_gated.add_(now_B.sum())
-        self.n_clamped.add_(decision.clamped_BL.sum())
+        self.n_clamped.add_(clamped_BL.sum())
         self.n_broken.add_(broken_BL.sum())
-        # A token that is not clamped, or whose residual is broken or zero, has no ratio.
-        ratio_BL = torch.where(decision.clamped_BL & ratio_BL.isfinite(), ratio_BL, 0.0)
+        # The length of the change in C dimensions, not in P. A broken residual, or one of length 0, has no ratio.
+        length_BL = (decision.change_BLC @ self.basis).norm(dim=-1)
+        ratio_BL = (length_BL / resid_BLD.float().norm(dim=-1)).nan_to_num(0.0, 0.0)
         self.largest_edit.copy_(torch.maximum(self.largest_edit, ratio_BL.amax()))
 
     def counters(self) -> dict[str, float]:
@@ -255,16 +257,3 @@ def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where
     module = GuardrailModule(spec, tensors)
     module.key = digest_of(spec, module.tensors())
     return module
-
-
-def apply_edits(resid_BLP: Tensor, decisions: Sequence[Decision]) -> Tensor:
-    """The residual with what each decision adds; tokens that none clamps come back bit for bit."""
-    first, *others = decisions
-    delta_BLP, clamped_BL = first.delta_BLP, first.clamped_BL
-    if others:
-        delta_BLP = torch.where(clamped_BL[..., None], delta_BLP, 0.0)
-    for decision in others:
-        delta_BLP = delta_BLP + torch.where(decision.clamped_BL[..., None], decision.delta_BLP, 0.0)
-        clamped_BL = clamped_BL | decision.clamped_BL
-    edited_BLP = (resid_BLP.float() + delta_BLP).to(resid_BLP.dtype)
-    return torch.where(clamped_BL[..., None], edited_BLP, resid_BLP)

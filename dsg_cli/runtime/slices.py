@@ -95,8 +95,7 @@ class SaeSlice(nn.Module):
 
     def _columns(self, resid: Tensor) -> tuple[Tensor, Tensor]:
         pre = resid @ self.W_enc
-        # A NaN or an infinity in a residual reaches every column.
-        is_finite = pre.isfinite().all(-1)
+        is_finite = _is_finite(pre)
         if self.spec.activation == "gated":
             magnitude = (pre * self.mag_scale + self.b_mag).relu()
             return torch.where(pre + self.b_gate > 0, magnitude, 0.0), is_finite
@@ -114,7 +113,12 @@ class SaeSlice(nn.Module):
         members = torch.topk(pre.abs() if is_signed else pre, self.spec.k, dim=-1, sorted=False).indices
         chosen = pre[..., self.index]
         is_member = (members[..., :, None] == self.index).any(-2)
-        return torch.where(is_member, chosen if is_signed else chosen.relu(), 0.0), pre.isfinite().all(-1)
+        return torch.where(is_member, chosen if is_signed else chosen.relu(), 0.0), _is_finite(pre)
+
+
+def _is_finite(pre: Tensor) -> Tensor:
+    """A NaN or an infinity in a residual reaches every column, and their sum; times 0 it is a NaN."""
+    return pre.sum(-1) * 0 == 0
 
 
 def tensor_names(activation: str) -> tuple[str, ...]:
