@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -74,11 +75,11 @@ def feature_statistics(
     """
     n_tokens, stride = 0, max(1, total_tokens // NORM_SAMPLE)
     sums: list[Tensor] = []
-    norms: list[Tensor] = []
+    norms = array("f")  # Small tensors kept between large ones would break up the heap, which then grows.
     for batch in batches:
         resid_BLD = read_residual(model, site, batch.ids_BL, batch.mask_BL)
         resid_TD = resid_BLD[batch.counted_BL].float()
-        norms.append(resid_TD[::stride].norm(dim=-1).cpu())
+        norms.extend(resid_TD[-n_tokens % stride :: stride].norm(dim=-1).tolist())
         for chunk_TD in torch.split(resid_TD, CHUNK_TOKENS):
             acts_TF = encode(chunk_TD)
             parts = (
@@ -86,7 +87,9 @@ def feature_statistics(
                 acts_TF.sum(0, dtype=torch.float64),
                 (acts_TF != 0).sum(0).double(),
             )
-            sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else list(parts)
+            for total, part in zip(sums, parts, strict=True) if sums else ():
+                total.add_(part)
+            sums = sums or list(parts)
         n_tokens += len(resid_TD)
         report(what, n_tokens, total_tokens)
     if not n_tokens:
@@ -102,5 +105,5 @@ def feature_statistics(
         mean_square_F=mean_square_F,
         mean_F=mean_F,
         rate_F=rate_F,
-        median_residual_norm=float(torch.cat(norms).median()),
+        median_residual_norm=float(torch.tensor(norms).median()),
     )

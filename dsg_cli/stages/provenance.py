@@ -83,11 +83,15 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def peak_memory_mb(device: str) -> float:
+def peak_memory_mb(device: str = "cpu") -> float:
     """Peak memory of the device, or of the process if that is the CPU."""
     if device.startswith("cuda"):
         import torch
 
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: ru_maxrss also counts the process that started this one.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,84 @@
+"""The guardrail's file at Gemma-2-2b's width, and how long it and the package take to load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from dsg_cli import load_guardrail
+from dsg_cli.artifacts import Guardrail
+from dsg_cli.export.light import light_file
+from dsg_cli.runtime.slices import SliceSpec
+from dsg_cli.workspace import Workspace
+
+WIDTH, N_CHOSEN, N_DETECTORS = 2304, 20, 5
+KEPT = Path(__file__).parent.parent / "data" / "schema-2"
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """What was measured, what it gave, and the target."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "guardrail.safetensors"
+        path.write_bytes(gemma_sized())
+        n_bytes = path.stat().st_size
+        load_guardrail(path)
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            load_guardrail(path)
+            times.append(time.perf_counter() - start)
+    return [
+        (
+            f"light file, {N_CHOSEN} features and {N_DETECTORS} detectors of width {WIDTH}",
+            f"{n_bytes / 1000:.0f} kB",
+            "",
+        ),
+        ("the same without detectors", f"{size_without_detectors() / 1000:.0f} kB", "<= 400 kB"),
+        ("load_guardrail of it (median of 20)", f"{1000 * sorted(times)[10]:.1f} ms", "<= 50 ms"),
+        (
+            "import dsg_cli, beyond an empty interpreter",
+            f"{1000 * (python('import dsg_cli') - python('pass')):.0f} ms",
+            "<= 100 ms",
+        ),
+    ]
+
+
+def gemma_sized(n_detectors: int = N_DETECTORS) -> bytes:
+    """A light file of random values in Gemma's shapes."""
+    stored = Workspace(KEPT).read("guardrail-001")
+    n_columns = N_CHOSEN + n_detectors
+    body = replace(
+        stored.body_as(Guardrail),
+        indices=list(range(N_CHOSEN)),
+        detectors=list(range(N_CHOSEN, n_columns)),
+        slice=asdict(SliceSpec("threshold")),
+    )
+    tensors = {
+        "W_enc": torch.randn(WIDTH, n_columns),
+        "b_enc": torch.randn(n_columns),
+        "active_above": torch.rand(n_columns),
+        "W_dec": torch.randn(N_CHOSEN, WIDTH),
+        "detect": torch.ones(n_columns),
+    }
+    return light_file(stored.header, body, tensors)
+
+
+def size_without_detectors() -> int:
+    """Bytes of the file whose gate watches the clamped features themselves."""
+    return len(gemma_sized(0))
+
+
+def python(code: str) -> float:
+    """Seconds of the fastest of ten interpreters."""
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,41 @@
+"""Every benchmark as one table of ratios from one run: python tests/benchmarks/table.py
+
+Not part of the test suite: the figures are of the machine they come from. CPU, 2 threads, about two minutes.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import files
+import hook
+import layers
+import memory
+import torch
+import transformers
+
+
+def main() -> None:
+    """Measure everything and print a Markdown table."""
+    out = sys.stdout.write
+    out("| what | measured | target |\n|---|---|---|\n")
+    for part in (hook, layers, files, memory):
+        for what, measured, target in part.rows():
+            out(f"| {what} | {measured} | {target} |\n")
+            sys.stdout.flush()
+    cpu = next(
+        (line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")), platform.machine()
+    )
+    out(f"\n{cpu}, 2 threads; torch {torch.__version__}, transformers {transformers.__version__}\n")
+
+
+def cpu_lines() -> list[str]:
+    """What the system says of its processor."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
