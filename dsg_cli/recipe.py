@@ -87,8 +87,8 @@ class CalibrateSection:
 class GuardrailSection:
     """What happens when it fires."""
 
-    strength: str = "2r"
-    """c: a number, or a multiple of the median residual norm such as `2r`."""
+    strength: str = "4r"
+    """c: a number, or a multiple of the median residual norm such as `4r`."""
 
 
 @dataclass(frozen=True)

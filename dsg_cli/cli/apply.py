@@ -14,7 +14,9 @@ def command(
     source: opt.FromOption = None,
     strength: Annotated[
         str | None,
-        typer.Option("--strength", help="c, to whose negative features are set: 500, or 2r (median residual norms)."),
+        typer.Option(
+            "--strength", help="c, to whose negative features are set: 500, or 4r (default), in median residual norms."
+        ),
     ] = None,
     export_to: Annotated[
         str | None, typer.Option("--export", help="Also write the guarded model here, as dsg export does.")
@@ -28,7 +30,7 @@ def command(
 ) -> None:
     """Build the guardrail: the selected rows of the SAE, the threshold and the clamp in one small file.
 
-    Example: dsg apply --strength 2r
+    Example: dsg apply --strength 4r
     """
     resolved = opt.settings(recipe, sets, device=None, dtype=None, seed=None, guardrail__strength=strength)
     with progress(quiet) as report:

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
-from dsg_cli.cli.answers import Screen, read_prompts
 from dsg_cli.cli.output import print_json, progress
+from dsg_cli.cli.prompts import read_prompts
 
 
 def command(
@@ -60,6 +60,7 @@ def command(
     )
     asked = read_prompts(prompts or [], file)
     with progress(quiet or (sys.stdout.isatty() and not as_json)) as report:
+        from dsg_cli.report.answers import Screen
         from dsg_cli.stages import generate
         from dsg_cli.workspace import Workspace
 
