@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import python
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsg_cli import guarded, load_guardrail
 from dsg_cli.errors import DsgError
@@ -56,6 +57,16 @@ def test_another_model_is_refused_unless_it_is_wanted(model):
     with pytest.raises(DsgError, match="other weights"), guarded(changed, guardrail):
         pass
     with guarded(changed, guardrail, allow_mismatch=True):
+        pass
+
+
+def test_a_model_whose_layers_cannot_be_found_is_refused():
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=8)
+    strange = LlamaForCausalLM(config)
+    strange.model.layers = torch.nn.Sequential(*strange.model.layers)
+    guardrail = load_guardrail(DATA / "schema-2/guardrail-001.json")
+    message = "The decoder layers of LlamaForCausalLM cannot be found"
+    with pytest.raises(DsgError, match=message), guarded(strange, guardrail, allow_mismatch=True):
         pass
 
 

@@ -1,6 +1,7 @@
 """The same decision however a sequence is served: families of models x ways of masking and caching."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -96,10 +97,10 @@ def expected(served):
     return answers
 
 
-def generate(model, ids, **options):
+def generate(model, ids, n_new=N_NEW, **options):
     batch = torch.tensor(ids)
     mask = options.pop("attention_mask", torch.ones_like(batch))
-    found = model.generate(batch, attention_mask=mask, do_sample=False, max_new_tokens=N_NEW, **options)
+    found = model.generate(batch, attention_mask=mask, do_sample=False, max_new_tokens=n_new, **options)
     return found.tolist()
 
 
@@ -158,12 +159,34 @@ def test_masks_of_every_kind(served):
         for ids in PROMPTS:
             logits = model(torch.tensor([ids]), use_cache=False).logits[0]
             wanted.append((logits, float(guard.last_statistic_B)))
-        kinds = [mask_BL, None] if "sliding_attention" in (getattr(model.config, "layer_types", None) or []) else []
-        for mask in kinds or [mask_BL, mask_4d, None]:
+        if "sliding_attention" in (getattr(model.config, "layer_types", None) or []):
+            # These families take prepared masks one a kind of attention.
+            near = causal.triu(1 - model.config.sliding_window)
+            mask_near = mask_4d.masked_fill(~near, torch.finfo(torch.float32).min)
+            mask_4d = {"full_attention": mask_4d, "sliding_attention": mask_near}
+        for mask in (mask_BL, mask_4d, None):
             logits_BLV = model(ids_BL, attention_mask=mask, use_cache=False).logits
             for row, (logits, statistic) in enumerate(wanted):
                 torch.testing.assert_close(logits_BLV[row, : len(logits)], logits, rtol=1e-4, atol=1e-4)
                 assert float(guard.last_statistic_B[row]) == pytest.approx(statistic, rel=1e-4)
+
+
+@torch.no_grad()
+def test_in_bfloat16_wherever_the_unguarded_model_does_it_too(served):
+    """Rounding differs with the shape of a call; where it moves no token of the bare model, it moves none here."""
+    bare, guard = served
+    model = copy.deepcopy(bare).to(torch.bfloat16)
+    ways = ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}, {"use_cache": False})
+    n_compared = 0
+    for ids in PROMPTS:
+        expected = alone(model, ids)
+        stable = [way for way in ways if generate(model, [ids], **way)[0] == expected]
+        with guarded(model, guard, allow_mismatch=True):
+            expected = alone(model, ids)
+            for way in stable:
+                assert generate(model, [ids], **way)[0] == expected, way
+        n_compared += len(stable)
+    assert n_compared >= len(PROMPTS)
 
 
 def test_a_cache_filled_without_the_guardrail_is_refused(served):
@@ -172,6 +195,58 @@ def test_a_cache_filled_without_the_guardrail_is_refused(served):
         cache = model(torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
         with guarded(model, guard, allow_mismatch=True), pytest.raises(DsgError, match="has not seen"):
             model(torch.tensor([[7]]), past_key_values=cache)
+
+
+def test_gate_and_clamp_compile_without_a_break(served):
+    """Tensors only: one graph, for a prompt and for a token after it."""
+    _, guard = served
+    bare = copy.deepcopy(guard)
+    torch.manual_seed(0)
+    resid_BLD, counted_BL = torch.randn(2, 9, WIDTH) * 3, torch.rand(2, 9) > 0.2
+
+    def both(guard, resid_BLD, counted_BL, state_BC):
+        decision = guard.decide(resid_BLD, counted_BL, state_BC)
+        return guard.edit(resid_BLD, decision), decision.states_BLC
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    state = bare.gate.initial_state(2, resid_BLD.device)
+    for part in (slice(0, 8), slice(8, 9)):
+        expected = both(bare, resid_BLD[:, part], counted_BL[:, part], state)
+        found = compiled(guard, resid_BLD[:, part], counted_BL[:, part], state)
+        torch.testing.assert_close(found, expected)
+        state = expected[1][:, -1]
+
+
+SITES = {
+    "hook_z": ("standard", "blocks.1.attn.hook_z", None),
+    "resid_pre": ("standard", "blocks.1.hook_resid_pre", None),
+    "transcoder": ("transcoder", "blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", SITES)
+def test_other_sites_and_transcoders_generate_as_one_sequence_alone(family, name, tmp_path):
+    architecture, read, write = SITES[name]
+    extra = {"d_out": WIDTH, "apply_b_dec_to_input": False} if write else {}
+    make_sae(tmp_path, architecture, hook=read, bias=0.5, **extra)
+    if write:
+        settings = json.loads((tmp_path / "cfg.json").read_text())
+        settings["metadata"] |= {"hook_name": read, "hook_name_out": write}
+        (tmp_path / "cfg.json").write_text(json.dumps(settings))
+    source, model = read_sae(str(tmp_path)), build(family)
+    options = {"strength": 20.0, "gate": "window", "window": 3}
+    guard = make_guardrail(source, [3, 11, 30], threshold=0.2, **options)
+    assert guard.write.name == (write or read)
+    n_changed = 0
+    for ids in PROMPTS:
+        base = alone(model, ids, 6)
+        with guarded(model, guard, allow_mismatch=True):
+            expected = alone(model, ids, 6)
+            assert generate(model, [ids], n_new=6)[0] == expected
+            assert generate(model, [ids], n_new=6, cache_implementation="static")[0] == expected
+        n_changed += expected != base
+    assert n_changed > 0 and guard.counters()["n_clamped"] > 0
 
 
 class TestOnLlama:

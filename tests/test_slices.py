@@ -84,6 +84,25 @@ def test_transcoders_write_elsewhere(tmp_path, architecture):
     assert source.identity.hook_out == "blocks.1.hook_mlp_out"
 
 
+@pytest.mark.parametrize("architecture", ["standard", "topk"])
+def test_attention_heads_side_by_side(tmp_path, architecture):
+    """sae-lens reads hook_z as [..., heads, d_head]; the output projection of a Hugging Face model reads them flat."""
+    options = {"hook": "blocks.1.attn.hook_z", "reshape_activations": "hook_z", "bias": 1.0}
+    whole = make_sae(tmp_path, architecture, **options, **ARCHITECTURES[architecture])
+    source = read_sae(str(tmp_path))
+    assert source.site.point == "attn_z"
+    residual = torch.randn(3, 40, WIDTH) * 3
+    with torch.no_grad():
+        acts = whole.encode(residual.unflatten(-1, (2, WIDTH // 2)))
+        torch.testing.assert_close(load_slice(source, INDICES)(residual).acts, acts[..., INDICES], rtol=1e-5, atol=1e-4)
+        clamped = acts.clone()
+        clamped[..., INDICES] = -STRENGTH
+        wanted = (whole.decode(clamped) - whole.decode(acts)).flatten(-2)
+    part = load_slice(source, INDICES)
+    delta = (-STRENGTH - acts[..., INDICES]) @ part.W_dec
+    torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_not_finite_is_seen(tmp_path, architecture, value):
