@@ -136,7 +136,7 @@ class Threshold:
     detectors: list[int]
     """Watched by a `window` gate; empty where the gate watches the clamped features."""
     window: int
-    """Counted tokens in a window; `window` only."""
+    """Counted tokens in a window, or in the shortest prefix of `causal-mean`; 0 for `mean`."""
     special_ids: list[int]
     """Tokens that are never counted: BOS, EOS and pad."""
     bos: int | None

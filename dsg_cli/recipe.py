@@ -71,7 +71,7 @@ class CalibrateSection:
     gate: Literal["window", "causal-mean", "mean"] = "window"
     """`window` decides while text is written; `mean` is the paper's, for scoring whole sequences."""
     window: int = 4
-    """Counted tokens in a window."""
+    """Counted tokens in a window, and in the shortest prefix of `causal-mean`."""
     n_detectors: int = 5
     """Features that a `window` gate watches, chosen like those of select but at `detector_percentile`."""
     detector_percentile: float = 98.0

@@ -17,7 +17,7 @@ def plain(form, signal, counted, window=4):
     for value, is_counted in zip(signal, counted, strict=True):
         if is_counted:
             seen.append(value)
-            share = sum(seen) / len(seen) if form == "causal-mean" else sum(seen[-window:]) / window
+            share = sum(seen) / max(len(seen), window) if form == "causal-mean" else sum(seen[-window:]) / window
             best = max(best, share)
         found.append(best)
     return found

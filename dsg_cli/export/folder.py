@@ -168,7 +168,8 @@ def _write_config(
     values: Json = json.loads((base / "config.json").read_text(encoding="utf-8"))
     values |= {
         "model_type": _model_type(config),
-        "architectures": [f"Dsg{architecture}"],
+        # `transformers serve` looks for a class of this name in transformers itself.
+        "architectures": ["AutoModelForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{CONFIGURATION.removesuffix('.py')}.DsgConfig",
             "AutoModelForCausalLM": f"{MODELING.removesuffix('.py')}.Dsg{architecture}",

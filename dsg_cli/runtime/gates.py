@@ -5,7 +5,7 @@ tokens are counted. Calibration, the guardrail at run time and the tests all cou
 
 - `mean`, the paper's: share of counted tokens that are hot, over the whole sequence. For scoring: it needs the end of
   the sequence to decide about its beginning.
-- `causal-mean`: the largest share over any prefix so far.
+- `causal-mean`: the largest share over any prefix so far; a prefix of fewer than w counted tokens counts as w.
 - `window`: the largest mean signal over w consecutive counted tokens so far; what is missing before the first counts
   as 0.
 
@@ -35,7 +35,7 @@ class Gate:
     form: str
     threshold: float
     window: int = 4
-    """Counted tokens in a window; `window` only."""
+    """w: counted tokens in a window, or in the shortest prefix."""
 
     @property
     def is_causal(self) -> bool:
@@ -69,7 +69,7 @@ class Gate:
         if self.form == "mean":
             return _mean(signal_BL, counted_BL, segment_BL), signal_BL.new_zeros(*signal_BL.shape, 0)
         if self.form == "causal-mean":
-            return _causal_mean(signal_BL, counted_BL, state_BC, segment_BL)
+            return _causal_mean(signal_BL, counted_BL, state_BC, segment_BL, self.window)
         return _window(signal_BL, counted_BL, state_BC, segment_BL, self.window)
 
 
@@ -84,14 +84,14 @@ def _mean(signal_BL: Tensor, counted_BL: Tensor, segment_BL: Tensor | None) -> T
 
 
 def _causal_mean(
-    signal_BL: Tensor, counted_BL: Tensor, state_BC: Tensor, segment_BL: Tensor | None
+    signal_BL: Tensor, counted_BL: Tensor, state_BC: Tensor, segment_BL: Tensor | None, shortest: int
 ) -> tuple[Tensor, Tensor]:
     # Sums of zeros and ones: exact in float32 up to 2^24 tokens, in whatever order.
     total_BL = signal_BL.cumsum(-1) + state_BC[:, 0:1]
     count_BL = counted_BL.float().cumsum(-1) + state_BC[:, 1:2]
     if segment_BL is not None:
         total_BL, count_BL = (_since_start(sums, segment_BL) for sums in (total_BL, count_BL))
-    peak_BL = _running_max(total_BL / count_BL.clamp(min=1), state_BC[:, 2:3], segment_BL)
+    peak_BL = _running_max(total_BL / count_BL.clamp(min=max(shortest, 1)), state_BC[:, 2:3], segment_BL)
     return peak_BL, torch.stack([total_BL, count_BL, peak_BL], -1)
 
 

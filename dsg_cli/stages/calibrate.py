@@ -113,7 +113,7 @@ def run(
         high=high,
         features=indices,
         detectors=detectors,
-        window=settings.window if settings.gate == "window" else 0,
+        window=0 if settings.gate == "mean" else settings.window,
         special_ids=list(special_ids(loaded.tokenizer)),
         bos=bos,
         median_residual_norm=features.body_as(FeatureSet).median_residual_norm,

@@ -84,7 +84,8 @@ def check_identity(loaded: LoadedModel, header: Header) -> None:
     if replace(identify(loaded, wanted.last_layer), source=wanted.source) != wanted:
         raise DsgError(
             f"The model in {loaded.source} is not the one that {header.id} was made with: its weights have changed.",
-            "Start again with dsg select, or put the guardrail on it all the same with --allow-mismatch.",
+            "Start again with dsg select"
+            + (", or put it on this model all the same with --allow-mismatch." if header.kind == "guardrail" else "."),
         )
 
 
