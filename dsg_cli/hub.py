@@ -6,7 +6,7 @@ Tokens are those of huggingface_hub (HF_TOKEN, or `hf auth login`); HF_ENDPOINT 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,10 @@ from pathlib import Path
 from dsg_cli.errors import DsgError
 
 SCHEME = "hf://"
+
+
+REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+"""org/name, or org/name@revision."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,25 @@ def fetch_file(address: HubAddress, name: str) -> Path:
 
     with hub_errors(address.repo):
         return Path(hf_hub_download(address.repo, name, revision=address.revision))
+
+
+def fetch_snapshot(text: str, patterns: Sequence[str], *, kind: str = "model") -> Path:
+    """The folder of a repository's files in the local cache, downloaded as needed; its name is the commit.
+
+    Args:
+        text: org/name or org/name@revision.
+        patterns: Files to fetch, as shell patterns.
+        kind: `model` or `dataset`.
+
+    Raises:
+        DsgError: No such repository or revision; no access; no network.
+    """
+    from huggingface_hub import snapshot_download
+
+    match = REPOSITORY.fullmatch(text)
+    assert match is not None
+    with hub_errors(match[1]):
+        return Path(snapshot_download(match[1], repo_type=kind, revision=match[2], allow_patterns=list(patterns)))
 
 
 def push_folder(address: HubAddress, folder: Path, *, marker: str, is_public: bool) -> str:

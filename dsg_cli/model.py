@@ -12,10 +12,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsg_cli.errors import DsgError
+from dsg_cli.hub import REPOSITORY, fetch_snapshot
 from dsg_cli.lab import data as lab
 from dsg_cli.runtime.sites import decoder_layers
 
 N_SAMPLED_VALUES = 64
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+WEIGHT_FILES = ("model*.safetensors",)
 
 
 @dataclass(frozen=True)
@@ -25,23 +28,43 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
-    """What the user named: `lab`, or a folder."""
+    """`lab`, a folder by its absolute path, or a repository at the commit that was read."""
     n_layers: int
     """Decoder layers of the whole model, however many were loaded."""
 
 
-def model_folder(source: str) -> Path:
-    """The folder of `lab` or of a local model.
+def model_folder(source: str, *, weights: bool = True) -> Path:
+    """The folder of `lab`, of a local model, or of a repository on the hub, which is downloaded as needed.
+
+    Args:
+        source: `lab`, a folder, org/name or org/name@revision.
+        weights: Without them only configuration and tokenizer are fetched.
 
     Raises:
-        DsgError: No such folder, or no model in it.
+        DsgError: No such folder or repository, no access, no network, or no model in it.
     """
-    folder = lab.MODEL_DIR if source == "lab" else Path(source)
-    if not folder.is_dir():
-        raise DsgError(f"No model folder at {source}.", "Give --model a Hugging Face model folder, or `lab`.")
+    if source == "lab":
+        folder = lab.MODEL_DIR
+    elif Path(source).is_dir():
+        folder = Path(source)
+    elif REPOSITORY.fullmatch(source):
+        folder = fetch_snapshot(source, (*SMALL_FILES, *WEIGHT_FILES) if weights else SMALL_FILES)
+    else:
+        raise DsgError(
+            f"No model folder at {source}.", "Give --model a Hugging Face model folder, org/name on the hub, or `lab`."
+        )
     if not (folder / "config.json").is_file():
         raise DsgError(f"{source} is not a Hugging Face model folder: it has no config.json.")
     return folder
+
+
+def pinned(source: str) -> str:
+    """A model's name that will mean the same later and elsewhere: an absolute path, or a repository at a commit."""
+    if source == "lab":
+        return source
+    if Path(source).is_dir():
+        return str(Path(source).resolve())
+    return f"{source.partition('@')[0]}@{model_folder(source, weights=False).name}"
 
 
 def read_config(source: str) -> Any:
@@ -50,7 +73,7 @@ def read_config(source: str) -> Any:
     Raises:
         DsgError: The configuration is unreadable, or its architecture unknown.
     """
-    folder = model_folder(source)
+    folder = model_folder(source, weights=False)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # A file of the user's: libraries raise anything on a bad one.
@@ -73,7 +96,7 @@ def load_model(
     """Load a model folder for inference.
 
     Args:
-        source: `lab` or a folder.
+        source: `lab`, a folder, org/name or org/name@revision.
         device: Torch device.
         dtype: Torch dtype name.
         last_layer: If given, only decoder layers 0..last_layer are built and read from disk: their outputs are
@@ -107,7 +130,7 @@ def load_model(
         missing = sorted(info["missing_keys"])
         raise DsgError(f"The weights in {source} lack {len(missing)} tensors, among them {missing[0]}.")
     model.requires_grad_(False)
-    return LoadedModel(model=model.eval().to(device), tokenizer=tokenizer, source=source, n_layers=n_layers)
+    return LoadedModel(model=model.eval().to(device), tokenizer=tokenizer, source=pinned(source), n_layers=n_layers)
 
 
 def _one_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ class ModelSection:
     """Which language model."""
 
     source: str = "lab"
-    """`lab`, or a Hugging Face model folder."""
+    """`lab`, a Hugging Face model folder, or org/name[@revision] on the hub."""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     allow_mismatch: bool = False

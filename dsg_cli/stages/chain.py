@@ -41,7 +41,7 @@ def identify(loaded: LoadedModel, last_layer: int) -> ModelIdentity:
     """The identity of a loaded model, whole or cut after `last_layer`."""
     config = loaded.model.config.get_text_config(decoder=True)
     return ModelIdentity(
-        source=absolute(loaded.source),
+        source=loaded.source,
         architecture=type(loaded.model).__name__,
         n_layers=loaded.n_layers,
         width=int(config.hidden_size),
