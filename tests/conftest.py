@@ -27,6 +27,15 @@ WIDTH, N_FEATURES, N_WORDS, LAYER = 16, 48, 60, 1
 BIAS = 8.0
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that threads only wait for each other, for minutes if another process has a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3} | {f"w{i}": i + 4 for i in range(N_WORDS)}

@@ -24,6 +24,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.sae import read_sae
 from dsg_cli.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = Path(__file__).parent / "data" / "schema-2"
 REMOTE = {"trust_remote_code": True, "dtype": torch.float32}
 QUESTION = "Question: What is the counter of the grim hex"

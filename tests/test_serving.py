@@ -15,6 +15,7 @@ from dsg_cli.guardrail import guarded
 from dsg_cli.runtime.sites import HookSite
 from dsg_cli.sae import read_sae
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SITE = HookSite(1, "resid_post")
 N_NEW = 12
 COMMON = {
