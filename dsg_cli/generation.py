@@ -146,7 +146,7 @@ def check_can_write(guardrails: Sequence[GuardrailModule]) -> None:
         if not guard.gate.is_causal:
             raise DsgError(
                 f"The gate `{guard.gate.form}` needs whole sequences; it cannot guard text while it is written.",
-                "Calibrate with --gate window, then apply.",
+                "Name another guardrail with --from, or calibrate with --gate window and apply.",
             )
 
 

@@ -22,16 +22,23 @@ def load_guardrail(source: str | Path) -> GuardrailModule:
     Raises:
         DsgError: Missing, altered, incomplete, of a newer schema, no guardrail, or with values that are not finite.
     """
-    if str(source).startswith(SCHEME):
-        address = parse_address(str(source))
-        return read_light(fetch_file(address, address.file or LIGHT_FILE)).module
     path = Path(source)
-    if path.suffix == ".safetensors":
-        return read_light(path).module
-    if path.is_dir():
-        return read_light(path / LIGHT_FILE).module
+    if str(source).startswith(SCHEME) or path.suffix == ".safetensors" or path.is_dir():
+        return read_light(light_path(source)).module
     workspace = Workspace(path.parent)
     stored = workspace.read(str(path))
     if not isinstance(stored.body, Guardrail):
         raise DsgError(f"{path} is no guardrail.", "Give the JSON file that dsg apply wrote.")
     return module_from_artifact(stored.body, stored.header.model, workspace.tensors(stored), where=str(path))
+
+
+def light_path(source: str | Path) -> Path:
+    """Where a light file lies: itself, the one in an exported folder, or one from the hub in the local cache.
+
+    Raises:
+        DsgError: No such repository, revision or file on the hub, or no access.
+    """
+    if str(source).startswith(SCHEME):
+        address = parse_address(str(source))
+        return fetch_file(address, address.file or LIGHT_FILE)
+    return Path(source) / LIGHT_FILE if Path(source).is_dir() else Path(source)

@@ -18,6 +18,7 @@ from dsg_cli.runtime.sites import decoder_layers
 
 N_SAMPLED_VALUES = 64
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 WEIGHT_FILES = ("model*.safetensors",)
 
 
@@ -106,6 +107,11 @@ def load_model(
         DsgError: Missing or unreadable folder, or weights that lack a tensor.
     """
     folder = model_folder(source)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise DsgError(
+            f"{source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
+            "Save one beside the model: tokenizer.save_pretrained(folder).",
+        )
     config = read_config(source)
     decoder = text_config(config)
     n_layers = int(decoder.num_hidden_layers)

@@ -30,6 +30,8 @@ class ModelSection:
     """`lab`, a Hugging Face model folder, or org/name[@revision] on the hub."""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    instead: str | None = None
+    """For a guardrail: the model to put it on, if the one that it was made for now lies elsewhere."""
     allow_mismatch: bool = False
     """Put a guardrail on another model than the one it was made for, such as a fine-tuned one; reports say so."""
 

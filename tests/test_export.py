@@ -233,6 +233,27 @@ class TestCommand:
         assert load_guardrail("model").key == load_guardrail("mine/g.safetensors").key
         assert AutoModelForCausalLM.from_pretrained("model", **REMOTE).dsg_guardrails[0].gate.form == "window"
 
+    def test_a_light_file_where_a_guardrail_is_named(self, dsg, workspace):
+        code, _, err = dsg("export", "g.safetensors", "-w", workspace)
+        assert code == 0, err
+        shutil.copytree(lab.MODEL_DIR, "model")
+        asked = ("generate", QUESTION, "--from", "g.safetensors", "-w", "elsewhere", "--max-new-tokens", 3, "--json")
+        code, out, err = dsg(*asked, "--model", "model")
+        assert code == 0, err
+        assert json.loads(out)[0]["guarded"]["gates"][0]["latched_at"] is not None
+        code, out, _ = dsg("export", "again", "--from", "g.safetensors", "--model", "model", "-w", "elsewhere")
+        assert (code, out.strip()) == (0, "again")
+        (Path("model") / "tokenizer.json").unlink()
+        code, _, err = dsg(*asked, "--model", "model")
+        assert code == 1 and "has no tokenizer" in err
+
+    def test_a_guardrail_that_cannot_be_exported_is_not_made(self, dsg, tmp_path):
+        shutil.copytree(DATA.with_name("schema-1"), tmp_path / "w1")
+        before = sorted(path.name for path in (tmp_path / "w1").iterdir())
+        code, _, err = dsg("apply", "--export", "model", "-w", tmp_path / "w1")
+        assert code == 1 and "needs whole sequences" in err
+        assert sorted(path.name for path in (tmp_path / "w1").iterdir()) == before
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [

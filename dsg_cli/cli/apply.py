@@ -37,9 +37,10 @@ def command(
         from dsg_cli.stages import apply, export
         from dsg_cli.workspace import Workspace
 
+        made_in = Workspace(workspace)
         if export_to is not None:
             export.check_target(export_to)
-        made_in = Workspace(workspace)
+            export.check_threshold(made_in, source)
         stored = apply.run(resolved, made_in, source=source, reuse=reuse, report=report)
         if export_to is not None:
             export.run(resolved, made_in, export_to, sources=[stored.id], report=report)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.run import run_chain
 
+DEMO_WORKSPACE = Path("dsg-demo")
+"""Apart from other work: the demo's guardrail has the paper's gate, which cannot guard text while it is written."""
+
 
 def command(
-    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
+    workspace: opt.WorkspaceOption = DEMO_WORKSPACE,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,6 +37,7 @@ def command(
     device: opt.DeviceOption = None,
     dtype: opt.DtypeOption = None,
     seed: opt.SeedOption = None,
+    instead: opt.InsteadOption = None,
     allow_mismatch: opt.MismatchOption = None,
     reuse: opt.ReuseOption = False,
     as_json: opt.JsonOption = False,
@@ -51,6 +53,7 @@ def command(
         device=device,
         dtype=dtype,
         seed=seed,
+        model__instead=instead,
         model__allow_mismatch=allow_mismatch,
         eval__benches=bench,
         eval__split=split,
@@ -73,6 +76,9 @@ def exit_unless_met(chain: list[Stored]) -> None:
     """Exit 3 if an expectation of any evaluation was not met."""
     from dsg_cli.artifacts import EvalReport
 
-    for stored in chain:
-        if isinstance(stored.body, EvalReport) and not all(one["met"] for one in stored.body.expected):
-            raise typer.Exit(EXPECTATION_NOT_MET)
+    reports = [stored.body for stored in chain if isinstance(stored.body, EvalReport)]
+    missed = [one for report in reports for one in report.expected if not one["met"]]
+    for one in missed:
+        sys.stderr.write(f"not met: {one['expect']} (it is {one['value']:.4g})\n")
+    if missed:
+        raise typer.Exit(EXPECTATION_NOT_MET)

@@ -26,15 +26,18 @@ def command(
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     recipe: opt.RecipeOption = None,
     sets: opt.SetOption = None,
+    instead: opt.InsteadOption = None,
     allow_mismatch: opt.MismatchOption = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Hand the guardrail, or the whole guarded model, to people who do not have this package.
+    """Hand on the guardrail as one file, or the whole guarded model as a folder that needs no dsg.
 
     Example: dsg export my-guarded-model
     """
-    resolved = opt.settings(recipe, sets, device=None, dtype=None, seed=None, model__allow_mismatch=allow_mismatch)
+    resolved = opt.settings(
+        recipe, sets, device=None, dtype=None, seed=None, model__instead=instead, model__allow_mismatch=allow_mismatch
+    )
     with progress(quiet) as report:
         from dsg_cli.stages import export
         from dsg_cli.workspace import Workspace

@@ -23,6 +23,9 @@ FromManyOption = Annotated[
     list[str] | None,
     typer.Option("--from", help="Guardrail, the newest by default; repeatable, each decides by its own gate."),
 ]
+InsteadOption = Annotated[
+    str | None, typer.Option("--model", help="Model to put it on; by default where the guardrail's model was.")
+]
 MismatchOption = Annotated[
     bool | None,
     typer.Option("--allow-mismatch", help="Also on another model than the one the guardrail was made for."),

@@ -13,9 +13,10 @@ API. A gate can be talked past, and it blocks some harmless text; both were meas
 A clamped answer is wrong or gibberish, not a refusal.
 """
 USE_MODEL = """```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 model.dsg_guardrails[0].counters()  # Sequences seen and gated so far.
 ```
 

@@ -25,6 +25,7 @@ from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.integrity import write_folder
 from dsg_cli.model import read_config
 from dsg_cli.runtime import exported
+from dsg_cli.runtime.gates import CAUSAL_FORMS
 
 RUNTIME = Path(exported.__file__).parent
 INDEX = "model.safetensors.index.json"
@@ -85,11 +86,20 @@ def check_gates(guardrails: Sequence[GuardrailModule]) -> None:
         DsgError: One of them is such a gate.
     """
     for guard in guardrails:
-        if not guard.gate.is_causal:
-            raise DsgError(
-                f"The gate `{guard.gate.form}` needs whole sequences; an exported model writes them token by token.",
-                "Calibrate with --gate window, then apply and export that guardrail.",
-            )
+        check_form(guard.gate.form)
+
+
+def check_form(form: str) -> None:
+    """Refuse a gate form that cannot guard text while it is written.
+
+    Raises:
+        DsgError: It cannot.
+    """
+    if form not in CAUSAL_FORMS:
+        raise DsgError(
+            f"The gate `{form}` needs whole sequences; an exported model writes them token by token.",
+            "Name another guardrail with --from, or calibrate with --gate window and apply.",
+        )
 
 
 def light_name(number: int) -> str:

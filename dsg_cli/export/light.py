@@ -31,6 +31,7 @@ class LightGuardrail:
 
     header: Header
     body: Guardrail
+    json: Json
     module: GuardrailModule
 
 
@@ -76,7 +77,7 @@ def read_light(path: Path) -> LightGuardrail:
     module = module_from_artifact(body, header.model, tensors, where=str(path))
     if tensors_digest(module.tensors()) != data.get(TENSORS_DIGEST):
         raise DsgError(f"{path} was altered after it was written: its tensors do not match their digest.")
-    return LightGuardrail(header, body, module)
+    return LightGuardrail(header, body, data, module)
 
 
 def without_paths(data: Json) -> Json:

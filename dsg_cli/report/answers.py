@@ -36,7 +36,8 @@ class Screen:
             if "guarded" in done.sides:
                 guarded = done.sides["guarded"]
                 for name, gate in zip(done.guardrails, guarded.gates, strict=True):
-                    self._show(f"gate:    {_told(name, gate, guarded.tokens)}\n\n", "dim")
+                    self._show(f"gate:    {_told(name, gate, guarded.tokens)}\n", "dim")
+            self._show("\n")
         elif not self.is_silent:
             for side, one in done.sides.items():
                 sys.stdout.write((one.text if self.is_alone else f"{side}: {one.text}") + "\n")

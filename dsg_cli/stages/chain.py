@@ -10,8 +10,11 @@ import torch
 
 from dsg_cli.artifacts import Guardrail, Header, ModelIdentity, SaeIdentity
 from dsg_cli.errors import DsgError
+from dsg_cli.export.light import read_light
 from dsg_cli.guardrail import GuardrailModule, module_from_artifact
+from dsg_cli.hub import SCHEME
 from dsg_cli.lab import data as lab
+from dsg_cli.loading import light_path
 from dsg_cli.model import LoadedModel, fingerprint, load_model
 from dsg_cli.recipe import Recipe
 from dsg_cli.runtime.gates import CAUSAL_FORMS
@@ -64,7 +67,7 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
     check_device(recipe.model.device)
     wanted = header.model
     loaded = load_model(
-        wanted.source,
+        recipe.model.instead or wanted.source,
         device=recipe.model.device,
         dtype=recipe.model.dtype,
         last_layer=wanted.last_layer if cut else None,
@@ -151,7 +154,7 @@ def find_guards(workspace: Workspace, sources: Sequence[str]) -> Guards:
     Raises:
         DsgError: One is missing or damaged, named twice, or made for another model or another beginning of sequences.
     """
-    stored = [workspace.find("guardrail", source) for source in sources] or [workspace.find("guardrail")]
+    stored = [_find_guardrail(workspace, source) for source in sources] or [workspace.find("guardrail")]
     if len({one.json["sha256"] for one in stored}) < len(stored):
         raise DsgError("One guardrail was named twice.", "Name each once.")
     first = stored[0]
@@ -162,6 +165,15 @@ def find_guards(workspace: Workspace, sources: Sequence[str]) -> Guards:
         if first.body_as(Guardrail).bos != other.body_as(Guardrail).bos:
             raise DsgError(f"{first.id} and {other.id} were made for sequences that begin differently (BOS).")
     return Guards(stored, first.body_as(Guardrail).bos)
+
+
+def _find_guardrail(workspace: Workspace, source: str) -> Stored:
+    """By id or path, from a light file, or from a repository on the hub."""
+    if not source.startswith(SCHEME) and not source.endswith(".safetensors"):
+        return workspace.find("guardrail", source)
+    path = light_path(source)
+    light = read_light(path)
+    return Stored(light.header, light.body, light.json, path)
 
 
 def guard_modules(workspace: Workspace, guards: Guards) -> list[GuardrailModule]:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dsg_cli.artifacts import Json
+from dsg_cli.artifacts import Json, Threshold
 from dsg_cli.errors import DsgError
 from dsg_cli.export.card import model_card
-from dsg_cli.export.folder import check_gates, export_folder, light_name
+from dsg_cli.export.folder import check_form, check_gates, export_folder, light_name
 from dsg_cli.export.light import LIGHT_FILE, light_file
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.hub import SCHEME, parse_address, push_folder
@@ -77,14 +77,24 @@ def run(
         # Only the layers that the guardrails' fingerprints cover are loaded.
         loaded, modules = load_guards(workspace, guards, recipe, cut=True)
         Attached(loaded.model, modules).remove()
+    base = recipe.model.instead or guards.header.model.source
     report("export", 0, 1)
     if to.startswith(SCHEME):
-        written = _push(workspace, guards, modules, to, form, links=links, is_public=is_public)
+        written = _push(workspace, guards, modules, to, form, base=base, links=links, is_public=is_public)
     else:
-        _write(workspace, guards, modules, Path(to), form, links=links)
+        _write(workspace, guards, modules, Path(to), form, base=base, links=links)
         written = Exported(str(Path(to)), form, [stored.id for stored in guards.stored], _sizes(Path(to)))
     report("export", 1, 1)
     return written
+
+
+def check_threshold(workspace: Workspace, source: str | None) -> None:
+    """Refuse a threshold whose guardrail could not be exported as a model, before that guardrail is made.
+
+    Raises:
+        DsgError: Its gate needs whole sequences, or there is no such threshold.
+    """
+    check_form(workspace.find("threshold", source).body_as(Threshold).gate)
 
 
 def check_target(to: str, form: str | None = None) -> str:
@@ -109,14 +119,21 @@ def check_target(to: str, form: str | None = None) -> str:
 
 
 def _write(
-    workspace: Workspace, guards: Guards, modules: list[GuardrailModule], to: Path, form: str, *, links: bool
+    workspace: Workspace,
+    guards: Guards,
+    modules: list[GuardrailModule],
+    to: Path,
+    form: str,
+    *,
+    base: str,
+    links: bool,
 ) -> None:
     lights = _light_files(workspace, guards)
     if form == "model":
         header = guards.header
         export_folder(
             to,
-            base=model_folder(header.model.source),
+            base=model_folder(base),
             architecture=header.model.architecture,
             guardrails=modules,
             light_files=lights,
@@ -141,6 +158,7 @@ def _push(
     to: str,
     form: str,
     *,
+    base: str,
     links: bool,
     is_public: bool,
 ) -> Exported:
@@ -148,7 +166,7 @@ def _push(
     # In the workspace, where weights can be linked rather than copied.
     with tempfile.TemporaryDirectory(prefix=".export-", suffix=".tmp", dir=workspace.folder) as scratch:
         folder = Path(scratch) / "export"
-        _write(workspace, guards, modules, folder, form, links=links)
+        _write(workspace, guards, modules, folder, form, base=base, links=links)
         if form == "light":
             architecture = guards.header.model.architecture
             card = model_card(modules, architecture=architecture, is_whole_model=False)
