@@ -116,6 +116,13 @@ def answer(
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=StoppingCriteriaList([opened] if opened else []),
                 streamer=stream,
+                # Whatever the model's own generation settings say: one sequence, token by token.
+                num_beams=1,
+                num_return_sequences=1,
+                use_cache=True,
+                return_dict_in_generate=False,
+                prompt_lookup_num_tokens=None,
+                stop_strings=None,
                 **sampling,
             )
         traces = [gate_trace(guard) for guard in guardrails]

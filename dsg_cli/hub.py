@@ -90,8 +90,6 @@ def push_folder(address: HubAddress, folder: Path, *, marker: str, is_public: bo
     """
     from huggingface_hub import HfApi
 
-    if address.revision or address.file:
-        raise DsgError(f"{address} names a revision or a file.", f"Push to {SCHEME}{address.repo}.")
     api = HfApi()
     with hub_errors(address.repo):
         api.create_repo(address.repo, private=not is_public, exist_ok=True)

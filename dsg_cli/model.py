@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsg_cli.errors import DsgError
 from dsg_cli.hub import REPOSITORY, fetch_snapshot
 from dsg_cli.lab import data as lab
-from dsg_cli.runtime.sites import decoder_layers
+from dsg_cli.runtime.identity import fingerprint
 
-N_SAMPLED_VALUES = 64
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+__all__ = [
+    "LoadedModel",
+    "context_length",
+    "fingerprint",
+    "load_model",
+    "model_folder",
+    "pinned",
+    "read_config",
+    "text_config",
+]
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 WEIGHT_FILES = ("model*.safetensors",)
 
@@ -76,7 +84,7 @@ def read_config(source: str) -> Any:
     """
     folder = model_folder(source, weights=False)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # A file of the user's: libraries raise anything on a bad one.
         raise DsgError(f"{folder / 'config.json'} cannot be read: {_one_line(error)}") from error
 
@@ -126,10 +134,11 @@ def load_model(
             dtype=getattr(torch, dtype),
             attn_implementation=_attention(decoder),
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # The same.
         raise DsgError(f"The model in {source} cannot be loaded: {_one_line(error)}") from error
     if info["missing_keys"]:
@@ -146,25 +155,3 @@ def _one_line(error: Exception) -> str:
 def _attention(decoder: Any) -> str | None:
     # Gemma 2 caps its attention scores, which sdpa cannot do.
     return "eager" if getattr(decoder, "attn_logit_softcapping", None) else None
-
-
-def fingerprint(model: nn.Module, last_layer: int) -> str:
-    """A cheap identity of the weights up to and including `last_layer`.
-
-    Hashes the name, the shape and 64 evenly spaced values, rounded to bfloat16, of every parameter of the
-    embeddings and of layers 0..last_layer: a cut model, the whole model and either dtype agree.
-    """
-    layers = decoder_layers(model)
-    prefix = next(name for name, module in model.named_modules() if module is layers)
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.startswith(f"{prefix}."):
-            if int(name[len(prefix) + 1 :].split(".")[0]) > last_layer:
-                continue
-        elif "embed" not in name and "wte" not in name and "wpe" not in name:
-            continue
-        flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(N_SAMPLED_VALUES, flat.numel()), dtype=torch.float64).long()
-        values = flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
-        digest.update(f"{name} {tuple(parameter.shape)} {values.tolist()}\n".encode())
-    return digest.hexdigest()

@@ -97,7 +97,14 @@ def test_an_exported_model_answers_as_the_guarded_one(family, tmp_path):
         gate = {"gate": "window", "threshold": 0.5, "window": 3, "strength": 20.0}
         guards.append(make_guardrail(source, [3, 11, 30], **gate))
     folder = tmp_path / "exported"
-    export_folder(folder, base=tmp_path / "base", architecture=type(model).__name__, guardrails=guards, light_files=[])
+    export_folder(
+        folder,
+        base=tmp_path / "base",
+        architecture=type(model).__name__,
+        tokenizer_class="X",
+        guardrails=guards,
+        light_files=[],
+    )
     linked = (tmp_path / "base").glob("*.safetensors")
     assert all(path.stat().st_nlink == 2 for path in linked)
     exported = AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
@@ -120,7 +127,12 @@ def exported_lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab") / "exported"
     guardrail = load_guardrail(DATA / "guardrail-001.json")
     export_folder(
-        folder, base=lab.MODEL_DIR, architecture="Gemma2ForCausalLM", guardrails=[guardrail], light_files=[b"light"]
+        folder,
+        base=lab.MODEL_DIR,
+        architecture="Gemma2ForCausalLM",
+        tokenizer_class="PreTrainedTokenizerFast",
+        guardrails=[guardrail],
+        light_files=[b"light"],
     )
     return folder
 
@@ -189,7 +201,9 @@ def test_a_broken_guard_shard_is_refused(exported_lab, tmp_path, what):
 
 class TestRefusals:
     def export(self, folder, guardrail, base=lab.MODEL_DIR, architecture="Gemma2ForCausalLM"):
-        export_folder(folder, base=base, architecture=architecture, guardrails=[guardrail], light_files=[])
+        export_folder(
+            folder, base=base, architecture=architecture, tokenizer_class="X", guardrails=[guardrail], light_files=[]
+        )
 
     def test_a_gate_that_needs_whole_sequences(self, tmp_path):
         guardrail = load_guardrail(DATA.with_name("schema-1") / "guardrail-001.json")

@@ -98,4 +98,5 @@ def test_no_pickle_no_remote_code():
         for banned in ("import pickle", "torch.load(", "torch.save(", "yaml.load("):
             assert banned not in text, f"{path.name}: {banned}"
         for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
-            assert "trust_remote_code" not in {keyword.arg for keyword in call.keywords}, path.name
+            trusted = [keyword.value for keyword in call.keywords if keyword.arg == "trust_remote_code"]
+            assert all(isinstance(value, ast.Constant) and value.value is False for value in trusted), path.name

@@ -27,7 +27,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DsgError(f"The prompts in {file or 'stdin'} cannot be read: {reason}.") from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     if file is None or file.suffix != ".jsonl":
         return lines
     return [_prompt_of(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]

@@ -6,6 +6,7 @@ type of its own, so that without `trust_remote_code` it loads nothing rather tha
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from dsg_cli.export.card import model_card
 from dsg_cli.export.light import LIGHT_FILE
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.integrity import write_folder
-from dsg_cli.model import read_config
+from dsg_cli.model import read_config, text_config
 from dsg_cli.runtime import exported
 from dsg_cli.runtime.gates import CAUSAL_FORMS
 
@@ -32,9 +33,11 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GUARD_SHARD = "dsg-guardrails.safetensors"
 CONFIGURATION, MODELING = "configuration_dsg.py", "modeling_dsg.py"
-COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-"""Beginnings of names that travel with the weights."""
+COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
+    "*.model", "generation_config.json", "chat_template*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""Files that travel with the weights; whatever else lies in the folder is the user's own."""
 
 
 def export_folder(
@@ -42,9 +45,11 @@ def export_folder(
     *,
     base: Path,
     architecture: str,
+    tokenizer_class: str,
     guardrails: Sequence[GuardrailModule],
     light_files: Sequence[bytes],
     links: bool = True,
+    allow_mismatch: bool = False,
 ) -> None:
     """Write a guarded model, all or nothing.
 
@@ -52,9 +57,11 @@ def export_folder(
         folder: Where; new, or empty.
         base: Folder of the base model.
         architecture: Its class in transformers, such as `Gemma2ForCausalLM`.
+        tokenizer_class: Class of its tokenizer.
         guardrails: One or several; each decides by its own gate.
         light_files: Their light files, which lie in the folder too.
         links: Hard-link the base's weights where the file system can; else, or where it cannot, copy them.
+        allow_mismatch: Whether the guardrails were made for other weights, and are wanted on these all the same.
 
     Raises:
         DsgError: A gate that cannot guard text while it is written, a base that transformers does not know itself or
@@ -64,13 +71,18 @@ def export_folder(
     config = read_config(str(base))
     if not hasattr(transformers, architecture) or not hasattr(transformers, type(config).__name__):
         raise DsgError(f"{architecture} is no class of transformers itself, so its export could not be loaded.")
+    if text_config(config) is not config:
+        raise DsgError(
+            f"{architecture} reads more than text; only models of text alone can be exported.",
+            "Guard it in Python with dsg_cli.guarded.",
+        )
     shards = _base_weights(base)
 
     def fill(partial: Path) -> None:
         partial.mkdir()
-        _copy_small_files(base, partial)
+        _copy_small_files(base, partial, tokenizer_class)
         _place_weights(base, shards, partial, guardrails, links=links)
-        _write_config(base, partial, config, architecture, guardrails)
+        _write_config(base, partial, config, architecture, guardrails, allow_mismatch=allow_mismatch)
         _write_code(partial, type(config).__name__, architecture)
         for number, content in enumerate(light_files):
             (partial / light_name(number)).write_bytes(content)
@@ -116,7 +128,10 @@ def _base_weights(base: Path) -> dict[str, list[str]]:
     if (base / SINGLE).is_file():
         files = [SINGLE]
     elif (base / INDEX).is_file():
-        files = sorted(set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DsgError(f"{base / INDEX} is damaged: {error}.", "Save or download the model again.") from error
     else:
         raise DsgError(f"{base} has no {SINGLE} and no {INDEX}.", "Save the model as safetensors first.")
     held: dict[str, list[str]] = {}
@@ -129,12 +144,17 @@ def _base_weights(base: Path) -> dict[str, list[str]]:
     return held
 
 
-def _copy_small_files(base: Path, partial: Path) -> None:
+def _copy_small_files(base: Path, partial: Path, tokenizer_class: str) -> None:
     """Tokenizer, generation settings, chat template and licence."""
     for path in sorted(base.iterdir()):
-        is_wanted = path.suffix in COPIED_SUFFIXES or path.name.upper().startswith(COPIED_NAMES)
-        if path.is_file() and is_wanted and path.name not in ("config.json", INDEX):
+        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COPIED):
             shutil.copyfile(path, partial / path.name)
+    settings = partial / "tokenizer_config.json"
+    values: Json = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    values.pop("name_or_path", None)
+    # Without it transformers chooses by the model type, which is another one here.
+    values.setdefault("tokenizer_class", tokenizer_class)
+    _write_json(settings, values)
 
 
 def _place_weights(
@@ -173,9 +193,16 @@ def _link_or_copy(source: Path, target: Path, *, links: bool) -> None:
 
 
 def _write_config(
-    base: Path, partial: Path, config: Any, architecture: str, guardrails: Sequence[GuardrailModule]
+    base: Path,
+    partial: Path,
+    config: Any,
+    architecture: str,
+    guardrails: Sequence[GuardrailModule],
+    *,
+    allow_mismatch: bool,
 ) -> None:
     values: Json = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
     values |= {
         "model_type": _model_type(config),
         # `transformers serve` looks for a class of this name in transformers itself.
@@ -184,6 +211,7 @@ def _write_config(
             "AutoConfig": f"{CONFIGURATION.removesuffix('.py')}.DsgConfig",
             "AutoModelForCausalLM": f"{MODELING.removesuffix('.py')}.Dsg{architecture}",
         },
+        exported.ALLOW_MISMATCH: allow_mismatch,
         exported.PREFIX: [exported.describe(guard) for guard in guardrails],
     }
     _write_json(partial / "config.json", values)

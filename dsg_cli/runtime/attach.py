@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,17 @@ from .sites import HookSite, decoder_of, edit_site, find_module
 from .state import keep_state, state_in
 
 
+@dataclass
+class Running:
+    """What is known of a call while it runs."""
+
+    call: Call
+    states: list[Tensor | None]
+    decisions: dict[int, Decision]
+    edited: set[int]
+    """Guardrails whose edit has been made."""
+
+
 class Attached:
     """Guardrails on a model. Those that read at one site all read it as it was before any of them changed it."""
 
@@ -25,9 +38,14 @@ class Attached:
         self.decoder = decoder_of(model)
         self.config: Any = self.decoder.config
         self.names = argument_names(self.decoder)
-        self.call: Call | None = None
-        self.decisions: dict[int, Decision] = {}
-        self.states: list[Tensor | None] = []
+        self.running: dict[int, Running] = {}
+        """The call that each thread is in: several may use one model at once."""
+        if "past_key_values" not in self.names:
+            raise DsgError(
+                f"{type(self.decoder).__name__} keeps its cache elsewhere than in past_key_values, where a guardrail "
+                "cannot follow it.",
+                "Recurrent models such as Mamba are not supported.",
+            )
         self.handles: list[Any] = []
         if len({guard.key for guard in guardrails}) < len(guardrails):
             raise DsgError("One guardrail was named twice.")
@@ -54,37 +72,53 @@ class Attached:
                     "The gate `mean` needs the token ids of whole sequences; this call continues a cached one.",
                     "To generate text, calibrate with --gate window.",
                 )
-        self.call = call
-        self.decisions = {}
         # Read now: once the first layer has run, the cache no longer tells what came before this call.
-        self.states = [
+        states = [
             state_in(call.cache, guard.key, len(call.ids_BL)) if guard.gate.is_causal else None
             for guard in self.guardrails
         ]
+        self.running[_thread()] = Running(call, states, {}, set())
 
     def _at(self, site: HookSite, resid: Tensor) -> Tensor:
         """The residual that goes on from a site."""
-        call = self.call
-        if call is None:
+        running = self.running.get(_thread())
+        if running is None:
             raise DsgError("A layer of a guarded model was called by itself.", "Call the model.")
+        # In float32, whatever the model's own operations are cast to.
+        with torch.autocast(resid.device.type, enabled=False):
+            return self._edited(site, resid, running)
+
+    def _edited(self, site: HookSite, resid: Tensor, running: Running) -> Tensor:
+        call = running.call
         for i, guard in enumerate(self.guardrails):
             if guard.read == site:
                 if guard.detect.device != resid.device:
                     guard.to(resid.device)
                 counted_BL = call.counted_BL(guard.special).to(resid.device)
-                self.decisions[i] = guard.decide(resid, counted_BL, self.states[i], call.segment_BL)
+                running.decisions[i] = guard.decide(resid, counted_BL, running.states[i], call.segment_BL)
         for i, guard in enumerate(self.guardrails):
-            if guard.write == site:
-                resid = guard.edit(resid, self.decisions[i])
+            if guard.write == site and i in running.decisions:
+                resid = guard.edit(resid, running.decisions[i])
+                running.edited.add(i)
         return resid
 
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        call, self.call = self.call, None
-        assert call is not None
+        running = self.running.pop(_thread())
+        if len(running.edited) < len(self.guardrails):
+            raise DsgError(
+                "A layer that a guardrail watches did not run, so nothing guarded this call.",
+                "Layers were replaced, pruned or skipped; put the guardrail on again.",
+            )
+        call = running.call
         cache = call.cache if call.cache is not None else getattr(output, "past_key_values", None)
         for i, guard in enumerate(self.guardrails):
             if cache is not None and guard.gate.is_causal:
-                keep_state(cache, guard.key, self.decisions[i].states_BLC)
+                keep_state(cache, guard.key, running.decisions[i].states_BLC)
+
+
+def _thread() -> int:
+    """Which thread this is; a compiled graph belongs to the one that runs it."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def forget_compiled() -> None:

@@ -20,6 +20,13 @@ PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "read_index", "write_i
 """Arguments by which continuous batching lays many sequences into one row."""
 
 
+ISOLATING = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "phi",
+    "phi3", "olmo2", "olmo3",
+)  # fmt: skip
+"""Families that keep packed sequences apart. In others a packed row counts as one sequence, which blocks too much."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What a guardrail must know of a call."""
@@ -34,7 +41,7 @@ class Call:
 
     def counted_BL(self, special: Tensor) -> Tensor:
         """True for tokens that are neither padding nor special."""
-        return self.real_BL & ~torch.isin(self.ids_BL, special)
+        return self.real_BL & ~torch.isin(self.ids_BL, special.to(self.ids_BL.device))
 
 
 def argument_names(decoder: nn.Module) -> tuple[str, ...]:
@@ -70,7 +77,8 @@ def read_call(config: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs
     is_cached = cache is not None or (config.use_cache if use_cache is None else use_cache)
     segment_BL = None
     # The condition under which transformers keeps packed sequences apart.
-    if position_ids is not None and mask is None and not is_cached:
+    isolates = config.model_type.removeprefix("dsg_") in ISOLATING
+    if position_ids is not None and mask is None and not is_cached and isolates:
         step_BL = position_ids.expand(ids_BL.shape).diff(dim=-1) != 1
         segment_BL = torch.cat([torch.zeros_like(ids_BL[:, :1]), step_BL.cumsum(-1)], -1)
     return Call(ids_BL, real_BL, segment_BL, cache)
@@ -98,4 +106,6 @@ def _real_tokens(mask: Any, ids_BL: Tensor, cache: Cache | None) -> Tensor:
     # A token of a prepared mask is padding if it may not even see itself.
     own_L = own_L.clamp(max=mask.shape[-1] - 1)
     own_BL = mask[:, 0].gather(-1, own_L[None, :, None].expand(mask.shape[0], -1, 1)).squeeze(-1)
-    return (own_BL if own_BL.dtype == torch.bool else own_BL == 0).to(ids_BL.device).expand(n_rows, length)
+    if own_BL.dtype != torch.bool:
+        own_BL = own_BL > torch.finfo(own_BL.dtype).min / 2
+    return own_BL.to(ids_BL.device).expand(n_rows, length)

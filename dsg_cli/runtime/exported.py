@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from .attach import Attached
 from .errors import DsgError
 from .guardrail import GuardrailModule, GuardrailSpec, build_guardrail
+from .identity import fingerprint
 from .sites import decoder_of
 
 Json = dict[str, Any]
@@ -42,6 +43,10 @@ def empty_guardrail(described: Json) -> GuardrailModule:
     return GuardrailModule(GuardrailSpec(**described["spec"]), tensors)
 
 
+ALLOW_MISMATCH = "dsg_allow_mismatch"
+"""Key of the configuration: also on other base weights, such as fine-tuned ones."""
+
+
 class GuardedModel(nn.Module):
     """To stand before a `...ForCausalLM` of transformers among the bases of a class.
 
@@ -50,6 +55,7 @@ class GuardedModel(nn.Module):
 
     config: Any
     config_class: Any
+    dtype: torch.dtype
     _keep_in_fp32_modules_strict: Any
 
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
@@ -78,6 +84,12 @@ class GuardedModel(nn.Module):
         """
         wants_info = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
+        orphans = [name for name in info["unexpected_keys"] if name.startswith(f"{PREFIX}.")]
+        if orphans or not len(model.dsg_guardrails):
+            raise DsgError(
+                f"The configuration names other guardrails than the weights hold ({len(orphans)} tensors left over).",
+                "Export the model again, or download it again.",
+            )
         if info["missing_keys"]:
             raise DsgError(
                 f"The weights lack {len(info['missing_keys'])} tensors, among them {min(info['missing_keys'])}.",
@@ -85,6 +97,11 @@ class GuardedModel(nn.Module):
             )
         model.arm_guardrails()
         return (model, info) if wants_info else model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers must fill the buffers of the base's own modules as it does for the base."""
+        return False
 
     def arm_guardrails(self) -> None:
         """Put the guardrails on, once their tensors are loaded.
@@ -103,11 +120,26 @@ class GuardedModel(nn.Module):
                     "Export the model again, or download it again.",
                 )
             guards.append(guard)
-        self.dsg_guardrails = nn.ModuleList(guards)
-        if self.dsg_attached is not None:
-            self.dsg_attached.remove()
-        self.dsg_attached = Attached(self, guards)
+        self._check_base(guards)
+        attached, before = Attached(self, guards), self.dsg_attached
+        self.dsg_guardrails, self.dsg_attached = nn.ModuleList(guards), attached
+        if before is not None:
+            before.remove()
         self.dsg_lock.remove()
+
+    def _check_base(self, guards: list[GuardrailModule]) -> None:
+        """Refuse other base weights than the guardrails were made for, where their values can be compared."""
+        if getattr(self.config, ALLOW_MISMATCH, False) or getattr(self, "is_quantized", False):
+            return
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            return
+        for guard in guards:
+            wanted = guard.spec.model
+            if wanted and fingerprint(self, wanted["last_layer"]) != wanted["fingerprint"]:
+                raise DsgError(
+                    "The weights of the base model are others than the guardrails were made for.",
+                    f"Export the model again; or, if that is wanted, load it with {ALLOW_MISMATCH}=True.",
+                )
 
 
 def _refuse(*_arguments: Any) -> None:

@@ -48,7 +48,7 @@ class Gate:
 
     def initial_state(self, n_rows: int, device: torch.device) -> Tensor:
         """The state before the first token, [B, C]."""
-        return torch.zeros(n_rows, self.state_size, device=device)
+        return torch.zeros(n_rows, self.state_size, device=device, dtype=torch.float32)
 
     def peak(self, state_BC: Tensor) -> Tensor:
         """The statistic so far that a causal gate's state holds, [B]."""

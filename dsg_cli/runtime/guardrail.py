@@ -97,12 +97,15 @@ class GuardrailModule(nn.Module):
         detect = tensors.get("detect")
         n_features = self.slice.index.numel() if "index" in tensors else self.slice.W_enc.shape[1]
         self.register_buffer("detect", torch.ones(n_features) if detect is None else detect.float().contiguous())
-        self.register_buffer("chosen", (torch.arange(n_features) < self.n_chosen).float(), persistent=False)
+        device = self.slice.W_dec.device
+        chosen = (torch.arange(n_features, device=device) < self.n_chosen).float()
+        self.register_buffer("chosen", chosen, persistent=False)
         self.register_buffer("basis", torch.linalg.qr(self.slice.W_dec.T).R.T, persistent=False)
-        self.register_buffer("special", torch.tensor(spec.special_ids, dtype=torch.long), persistent=False)
+        special = torch.tensor(spec.special_ids, dtype=torch.long, device=device)
+        self.register_buffer("special", special, persistent=False)
         for name in ("n_sequences", "n_gated", "n_clamped", "n_broken"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.long), persistent=False)
-        self.register_buffer("largest_edit", torch.zeros(()), persistent=False)
+            self.register_buffer(name, torch.zeros((), dtype=torch.long, device=device), persistent=False)
+        self.register_buffer("largest_edit", torch.zeros((), device=device), persistent=False)
         self.key = ""
         """Digest of spec and tensors: whose state is whose in a cache."""
         self.trace: list[Decision] | None = None

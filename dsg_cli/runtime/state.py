@@ -10,9 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .errors import DsgError
+
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
+"""Marks a layer that no attention looks at: hybrid models would take it for their first full attention layer."""
 
 
 class GrowingState(DynamicLayer):
@@ -36,7 +40,7 @@ class GrowingState(DynamicLayer):
         return 0 if self.keys is None or self.keys.dim() < 4 else int(self.keys.shape[-2])
 
 
-class FixedState(CacheLayerMixin):
+class FixedState(CacheLayerMixin, DummyLayer):
     """The state after the last token, as `keys` [B, 1, 1, C] at one address; for caches that compile."""
 
     is_compileable = True

@@ -16,14 +16,13 @@ from dsg_cli.errors import DsgError
 from dsg_cli.export.card import model_card
 from dsg_cli.export.folder import check_form, check_gates, export_folder, light_name
 from dsg_cli.export.light import LIGHT_FILE, light_file
-from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.hub import SCHEME, parse_address, push_folder
 from dsg_cli.integrity import check_new_folder, write_atomically
 from dsg_cli.model import model_folder
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.runtime.attach import Attached
-from dsg_cli.stages.chain import Guards, find_guards, guard_modules, load_guards
+from dsg_cli.stages.chain import find_guards, guard_modules, load_guards
 from dsg_cli.workspace import Workspace
 
 
@@ -72,20 +71,53 @@ def run(
     form = check_target(to, form)
     guards = find_guards(workspace, sources)
     modules = guard_modules(workspace, guards)
+    architecture, tokenizer_class = guards.header.model.architecture, ""
     if form == "model":
         check_gates(modules)
         # Only the layers that the guardrails' fingerprints cover are loaded.
         loaded, modules = load_guards(workspace, guards, recipe, cut=True)
         Attached(loaded.model, modules).remove()
-    base = recipe.model.instead or guards.header.model.source
+        architecture, tokenizer_class = type(loaded.model).__name__, type(loaded.tokenizer).__name__
+    lights = [
+        light_file(stored.header, body, workspace.tensors(stored))
+        for stored, body in zip(guards.stored, guards.bodies, strict=True)
+    ]
     report("export", 0, 1)
+
+    def write(place: Path) -> None:
+        if form == "light":
+            _write_light(place, lights)
+            return
+        export_folder(
+            place,
+            base=model_folder(recipe.model.instead or guards.header.model.source),
+            architecture=architecture,
+            tokenizer_class=tokenizer_class,
+            guardrails=modules,
+            light_files=lights,
+            links=links,
+            allow_mismatch=recipe.model.allow_mismatch,
+        )
+
+    def push() -> tuple[str, list[Json]]:
+        workspace.check_writable()
+        # In the workspace, where weights can be linked rather than copied.
+        with tempfile.TemporaryDirectory(prefix=".export-", suffix=".tmp", dir=workspace.folder) as scratch:
+            folder = Path(scratch) / "export"
+            write(folder)
+            if form == "light":
+                card = model_card(modules, architecture=architecture, is_whole_model=False)
+                (folder / "README.md").write_text(card, encoding="utf-8")
+            sizes = _sizes(folder)
+            return push_folder(parse_address(to), folder, marker=LIGHT_FILE, is_public=is_public), sizes
+
     if to.startswith(SCHEME):
-        written = _push(workspace, guards, modules, to, form, base=base, links=links, is_public=is_public)
+        written, files = push()
     else:
-        _write(workspace, guards, modules, Path(to), form, base=base, links=links)
-        written = Exported(str(Path(to)), form, [stored.id for stored in guards.stored], _sizes(Path(to)))
+        write(Path(to))
+        written, files = str(Path(to)), _sizes(Path(to))
     report("export", 1, 1)
-    return written
+    return Exported(written, form, [stored.id for stored in guards.stored], files)
 
 
 def check_threshold(workspace: Workspace, source: str | None) -> None:
@@ -108,38 +140,22 @@ def check_target(to: str, form: str | None = None) -> str:
     if form not in ("light", "model"):
         raise DsgError(f"The form {form} is neither light nor model.")
     if is_hub:
-        parse_address(to)
+        address = parse_address(to)
+        if address.revision or address.file:
+            raise DsgError(f"{to} names a revision or a file.", f"Push to {SCHEME}{address.repo}.")
     elif form == "model" and is_file:
         raise DsgError(f"{to} is one file, but a model is a folder.", "Name a folder, or leave --form out.")
     elif is_file and Path(to).exists():
         raise DsgError(f"{to} exists.", "Name a new file.")
     elif not is_file:
         check_new_folder(Path(to))
+        if Path(to).resolve() == Path.cwd():
+            raise DsgError("The export replaces its folder, which is the current one here.", "Name a new folder.")
     return form
 
 
-def _write(
-    workspace: Workspace,
-    guards: Guards,
-    modules: list[GuardrailModule],
-    to: Path,
-    form: str,
-    *,
-    base: str,
-    links: bool,
-) -> None:
-    lights = _light_files(workspace, guards)
-    if form == "model":
-        header = guards.header
-        export_folder(
-            to,
-            base=model_folder(base),
-            architecture=header.model.architecture,
-            guardrails=modules,
-            light_files=lights,
-            links=links,
-        )
-        return
+def _write_light(to: Path, lights: Sequence[bytes]) -> None:
+    """Light files: one to a file, several to a folder."""
     paths = [to] if to.suffix == ".safetensors" else [to / light_name(number) for number in range(len(lights))]
     if len(lights) > len(paths):
         raise DsgError("A light file holds one guardrail.", "Export each to a file of its own, or name a folder.")
@@ -149,38 +165,6 @@ def _write(
             write_atomically(path, content)
     except OSError as error:
         raise DsgError(f"{to} cannot be written: {error.strerror}.") from error
-
-
-def _push(
-    workspace: Workspace,
-    guards: Guards,
-    modules: list[GuardrailModule],
-    to: str,
-    form: str,
-    *,
-    base: str,
-    links: bool,
-    is_public: bool,
-) -> Exported:
-    workspace.check_writable()
-    # In the workspace, where weights can be linked rather than copied.
-    with tempfile.TemporaryDirectory(prefix=".export-", suffix=".tmp", dir=workspace.folder) as scratch:
-        folder = Path(scratch) / "export"
-        _write(workspace, guards, modules, folder, form, base=base, links=links)
-        if form == "light":
-            architecture = guards.header.model.architecture
-            card = model_card(modules, architecture=architecture, is_whole_model=False)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        files = _sizes(folder)
-        commit = push_folder(parse_address(to), folder, marker=LIGHT_FILE, is_public=is_public)
-    return Exported(commit, form, [stored.id for stored in guards.stored], files)
-
-
-def _light_files(workspace: Workspace, guards: Guards) -> list[bytes]:
-    return [
-        light_file(stored.header, body, workspace.tensors(stored))
-        for stored, body in zip(guards.stored, guards.bodies, strict=True)
-    ]
 
 
 def _sizes(written: Path) -> list[Json]:
