@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_guardrail, make_sae
 from test_serving import PROMPTS, SITE, alone, build
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from dsg_cli import guarded, load_guardrail
 from dsg_cli.errors import DsgError
@@ -134,6 +134,15 @@ def test_an_export_whose_configuration_forgets_its_guardrail(exported, tmp_path)
         AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
     with pytest.raises(Exception, match="names other guardrails"):
         AutoModelForCausalLM.from_pretrained(exported, dsg_guardrails=[], **REMOTE)
+
+
+def test_an_export_is_of_no_use_to_the_bases_own_classes(exported, tmp_path):
+    AutoModelForCausalLM.from_pretrained(exported, **REMOTE).save_pretrained(tmp_path / "again")
+    for folder in (exported, tmp_path / "again"):
+        with pytest.raises(Exception, match="vocab_size"):
+            Gemma2ForCausalLM.from_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", **REMOTE)
+    assert again.config.vocab_size == again.get_input_embeddings().num_embeddings == 670
 
 
 def test_an_export_on_other_weights(exported, tmp_path):

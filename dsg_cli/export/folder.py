@@ -27,6 +27,7 @@ from dsg_cli.integrity import write_folder
 from dsg_cli.model import read_config, text_config
 from dsg_cli.runtime import exported
 from dsg_cli.runtime.gates import CAUSAL_FORMS
+from dsg_cli.runtime.sealing import sealed
 
 RUNTIME = Path(exported.__file__).parent
 INDEX = "model.safetensors.index.json"
@@ -214,7 +215,7 @@ def _write_config(
         exported.ALLOW_MISMATCH: allow_mismatch,
         exported.PREFIX: [exported.describe(guard) for guard in guardrails],
     }
-    _write_json(partial / "config.json", values)
+    _write_json(partial / "config.json", sealed({"vocab_size": config.vocab_size} | values))
 
 
 def _model_type(config: Any) -> str:
@@ -232,8 +233,10 @@ def _write_code(partial: Path, config_class: str, architecture: str) -> None:
 
 from transformers import {config_class}
 
+from .sealing import SealedConfig
 
-class DsgConfig({config_class}):
+
+class DsgConfig(SealedConfig, {config_class}):
     model_type = "dsg_" + {config_class}.model_type
 '''
     )
