@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import GuardrailModule, guarded
+from dsg_cli.guardrail import GuardrailModule, check_causal, guarded
 from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.tokens import encode, special_ids
 
@@ -98,7 +98,7 @@ def answer(
     Raises:
         DsgError: The model is another one, a gate needs whole sequences, or a residual was not finite.
     """
-    check_can_write(guardrails)
+    check_causal(guard.gate.form for guard in guardrails)
     opened = Opened(guardrails) if refusal is not None and guardrails else None
     stream = Stream(loaded.tokenizer, write, opened)
     input_ids = torch.tensor([list(ids)], device=loaded.model.device)
@@ -141,20 +141,6 @@ def answer(
     read = [*ids, *new][: len(traces[0].statistic)] if traces else []
     tokens = [str(loaded.tokenizer.decode([token])) for token in read]
     return Answer(text, len([i for i in new if i not in special_ids(loaded.tokenizer)]), refused, tokens, traces)
-
-
-def check_can_write(guardrails: Sequence[GuardrailModule]) -> None:
-    """Refuse gates that cannot decide while text is written.
-
-    Raises:
-        DsgError: One of them is such a gate.
-    """
-    for guard in guardrails:
-        if not guard.gate.is_causal:
-            raise DsgError(
-                f"The gate `{guard.gate.form}` needs whole sequences; it cannot guard text while it is written.",
-                "Name another guardrail with --from, or calibrate with --gate window and apply.",
-            )
 
 
 def gate_trace(guard: GuardrailModule) -> GateTrace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from dsg_cli.artifacts import Guardrail, ModelIdentity
 from dsg_cli.errors import DsgError
 from dsg_cli.model import fingerprint, text_config
 from dsg_cli.runtime.attach import Attached
+from dsg_cli.runtime.gates import CAUSAL_FORMS
 from dsg_cli.runtime.guardrail import GuardrailModule, GuardrailSpec, build_guardrail
 from dsg_cli.runtime.sites import decoder_layers
 
@@ -92,6 +93,20 @@ def last_decisions(guards: Sequence[GuardrailModule]) -> tuple[list[float], list
     nearest_B = (statistic_GB - threshold_G[:, None]).argmax(0)
     gated_GB = torch.stack([guard.last_gated_B.cpu() for guard in guards])
     return statistic_GB.gather(0, nearest_B[None])[0].tolist(), gated_GB.any(0).tolist()
+
+
+def check_causal(forms: Iterable[str]) -> None:
+    """Refuse gates that cannot decide while text is written.
+
+    Raises:
+        DsgError: One of them is such a gate.
+    """
+    for form in forms:
+        if form not in CAUSAL_FORMS:
+            raise DsgError(
+                f"The gate `{form}` needs whole sequences; it cannot guard text while it is written.",
+                "Name another guardrail with --from, or calibrate with --gate window and apply.",
+            )
 
 
 def check_model(model: nn.Module, guard: GuardrailModule) -> None:

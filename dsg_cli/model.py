@@ -67,13 +67,11 @@ def model_folder(source: str, *, weights: bool = True) -> Path:
     return folder
 
 
-def pinned(source: str) -> str:
+def pinned(source: str, folder: Path) -> str:
     """A model's name that will mean the same later and elsewhere: an absolute path, or a repository at a commit."""
     if source == "lab":
         return source
-    if Path(source).is_dir():
-        return str(Path(source).resolve())
-    return f"{source.partition('@')[0]}@{model_folder(source, weights=False).name}"
+    return str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
 
 
 def read_config(source: str) -> Any:
@@ -120,7 +118,7 @@ def load_model(
             f"{source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
             "Save one beside the model: tokenizer.save_pretrained(folder).",
         )
-    config = read_config(source)
+    config = read_config(str(folder))
     decoder = text_config(config)
     n_layers = int(decoder.num_hidden_layers)
     if last_layer is not None and last_layer + 1 < n_layers:
@@ -145,7 +143,9 @@ def load_model(
         missing = sorted(info["missing_keys"])
         raise DsgError(f"The weights in {source} lack {len(missing)} tensors, among them {missing[0]}.")
     model.requires_grad_(False)
-    return LoadedModel(model=model.eval().to(device), tokenizer=tokenizer, source=pinned(source), n_layers=n_layers)
+    return LoadedModel(
+        model=model.eval().to(device), tokenizer=tokenizer, source=pinned(source, folder), n_layers=n_layers
+    )
 
 
 def _one_line(error: Exception) -> str:

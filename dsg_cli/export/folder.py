@@ -22,11 +22,10 @@ from dsg_cli.artifacts import Json
 from dsg_cli.errors import DsgError
 from dsg_cli.export.card import model_card
 from dsg_cli.export.light import LIGHT_FILE
-from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.guardrail import GuardrailModule, check_causal
 from dsg_cli.integrity import write_folder
 from dsg_cli.model import read_config, text_config
 from dsg_cli.runtime import exported
-from dsg_cli.runtime.gates import CAUSAL_FORMS
 from dsg_cli.runtime.sealing import sealed
 
 RUNTIME = Path(exported.__file__).parent
@@ -68,7 +67,7 @@ def export_folder(
         DsgError: A gate that cannot guard text while it is written, a base that transformers does not know itself or
             whose weights are no `.safetensors`, a folder that is not empty or cannot be written to.
     """
-    check_gates(guardrails)
+    check_causal(guard.gate.form for guard in guardrails)
     config = read_config(str(base))
     if not hasattr(transformers, architecture) or not hasattr(transformers, type(config).__name__):
         raise DsgError(f"{architecture} is no class of transformers itself, so its export could not be loaded.")
@@ -90,29 +89,6 @@ def export_folder(
         (partial / "README.md").write_text(model_card(guardrails, architecture=architecture, is_whole_model=True))
 
     write_folder(folder, fill)
-
-
-def check_gates(guardrails: Sequence[GuardrailModule]) -> None:
-    """Refuse gates that cannot guard text while it is written.
-
-    Raises:
-        DsgError: One of them is such a gate.
-    """
-    for guard in guardrails:
-        check_form(guard.gate.form)
-
-
-def check_form(form: str) -> None:
-    """Refuse a gate form that cannot guard text while it is written.
-
-    Raises:
-        DsgError: It cannot.
-    """
-    if form not in CAUSAL_FORMS:
-        raise DsgError(
-            f"The gate `{form}` needs whole sequences; an exported model writes them token by token.",
-            "Name another guardrail with --from, or calibrate with --gate window and apply.",
-        )
 
 
 def light_name(number: int) -> str:

@@ -14,8 +14,9 @@ from pathlib import Path
 from dsg_cli.artifacts import Json, Threshold
 from dsg_cli.errors import DsgError
 from dsg_cli.export.card import model_card
-from dsg_cli.export.folder import check_form, check_gates, export_folder, light_name
+from dsg_cli.export.folder import export_folder, light_name
 from dsg_cli.export.light import LIGHT_FILE, light_file
+from dsg_cli.guardrail import check_causal
 from dsg_cli.hub import SCHEME, parse_address, push_folder
 from dsg_cli.integrity import check_new_folder, write_atomically
 from dsg_cli.model import model_folder
@@ -73,7 +74,7 @@ def run(
     modules = guard_modules(workspace, guards)
     architecture, tokenizer_class = guards.header.model.architecture, ""
     if form == "model":
-        check_gates(modules)
+        check_causal(body.gate for body in guards.bodies)
         # Only the layers that the guardrails' fingerprints cover are loaded.
         loaded, modules = load_guards(workspace, guards, recipe, cut=True)
         Attached(loaded.model, modules).remove()
@@ -126,7 +127,7 @@ def check_threshold(workspace: Workspace, source: str | None) -> None:
     Raises:
         DsgError: Its gate needs whole sequences, or there is no such threshold.
     """
-    check_form(workspace.find("threshold", source).body_as(Threshold).gate)
+    check_causal([workspace.find("threshold", source).body_as(Threshold).gate])
 
 
 def check_target(to: str, form: str | None = None) -> str:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from dsg_cli.artifacts import Json
 from dsg_cli.errors import DsgError
-from dsg_cli.generation import Answer, answer, check_can_write, prompt_ids
+from dsg_cli.generation import Answer, answer, prompt_ids
+from dsg_cli.guardrail import check_causal
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import find_guards, guard_modules, load_guards
+from dsg_cli.stages.chain import find_guards, load_guards
 from dsg_cli.workspace import Workspace
 
 Write = Callable[[str, str], None]
@@ -60,7 +61,7 @@ def run(
         raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
     guards = find_guards(workspace, sources)
     if settings.side != "base":
-        check_can_write(guard_modules(workspace, guards))
+        check_causal(body.gate for body in guards.bodies)
     loaded, modules = load_guards(workspace, guards, recipe)
     asked = [
         prompt_ids(loaded, prompt, bos=guards.bos, chat=settings.chat, n_new=settings.max_new_tokens)
