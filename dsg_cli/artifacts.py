@@ -43,6 +43,8 @@ class SaeIdentity:
     """Digest of the weights file."""
     hook_out: str = ""
     """Where a transcoder's output belongs; empty for an SAE, which writes where it reads."""
+    revision: str = ""
+    """Commit of the repository that a release was read from; empty for others, whose source names it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Header:
     seconds: float = 0.0
     n_tokens: int = 0
     peak_memory_mb: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    """What a person should know before trusting it."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ def to_json(header: Header, body: Body) -> Json:
 
 def header_from_json(data: Json) -> Header:
     """The header's part of an artifact's JSON object."""
-    values = {f.name: data[f.name] for f in dataclasses.fields(Header)}
+    values = {f.name: data[f.name] for f in dataclasses.fields(Header) if f.name != "notes" or "notes" in data}
     values["model"] = ModelIdentity(**values["model"])
     values["sae"] = SaeIdentity(**values["sae"]) if values["sae"] else None
     values["inputs"] = [InputArtifact(**item) for item in values["inputs"]]

@@ -5,6 +5,7 @@ Tokens are those of huggingface_hub (HF_TOKEN, or `hf auth login`); HF_ENDPOINT 
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,28 @@ def fetch_snapshot(text: str, patterns: Sequence[str], *, kind: str = "model") -
         return Path(snapshot_download(match[1], repo_type=kind, revision=match[2], allow_patterns=list(patterns)))
 
 
+def list_files(text: str, *, kind: str = "model") -> list[str]:
+    """Paths of all files of org/name or org/name@revision.
+
+    Raises:
+        DsgError: No such repository or revision; no access; no network.
+    """
+    from huggingface_hub import HfApi
+
+    match = REPOSITORY.fullmatch(text)
+    assert match is not None
+    with hub_errors(match[1]):
+        return sorted(HfApi().list_repo_files(match[1], repo_type=kind, revision=match[2]))
+
+
+def cached_commit(repo: str, *, kind: str = "model") -> str:
+    """The commit of a repository's main branch that the local cache last saw; empty if it never did."""
+    from huggingface_hub import constants
+
+    reference = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}" / "refs" / "main"
+    return reference.read_text().strip() if reference.is_file() else ""
+
+
 def push_folder(address: HubAddress, folder: Path, *, marker: str, is_public: bool) -> str:
     """Commit a folder's files to a repository, which is made if need be; returns the commit's address.
 
@@ -110,6 +133,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         DsgError: Instead of any of its errors.
     """
     import httpx
+    import requests
     from huggingface_hub import errors
 
     try:
@@ -139,9 +163,15 @@ def hub_errors(repo: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else None
         hint = "Set HF_TOKEN, or run `hf auth login`, with a token that may write." if status in (401, 403) else ""
         raise DsgError(f"The hub refused {repo}: {_one_line(error)}", hint) from error
-    except (httpx.HTTPError, errors.OfflineModeIsEnabled) as error:
+    except (httpx.HTTPError, errors.OfflineModeIsEnabled, requests.RequestException) as error:
         raise DsgError(
             f"The hub cannot be reached: {_one_line(error)}", "Check the network and HF_ENDPOINT."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DsgError(
+            f"There is no room on the disk for {repo}.", "Make room, or name another cache folder with HF_HOME."
         ) from error
 
 

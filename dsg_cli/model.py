@@ -20,6 +20,7 @@ __all__ = [
     "context_length",
     "fingerprint",
     "load_model",
+    "load_tokenizer",
     "model_folder",
     "pinned",
     "read_config",
@@ -97,6 +98,27 @@ def context_length(config: Any) -> int:
     return int(getattr(text_config(config), "max_position_embeddings", None) or 2048)
 
 
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, without its weights.
+
+    Raises:
+        DsgError: It has none, or it cannot be read.
+    """
+    folder = model_folder(source, weights=False)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise DsgError(
+            f"{source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
+            "Save one beside the model: tokenizer.save_pretrained(folder).",
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # The same.
+        raise DsgError(f"The tokenizer in {source} cannot be loaded: {_one_line(error)}") from error
+    return tokenizer
+
+
 def load_model(
     source: str, *, device: str = "cpu", dtype: str = "float32", last_layer: int | None = None
 ) -> LoadedModel:
@@ -113,11 +135,7 @@ def load_model(
         DsgError: Missing or unreadable folder, or weights that lack a tensor.
     """
     folder = model_folder(source)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise DsgError(
-            f"{source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
-            "Save one beside the model: tokenizer.save_pretrained(folder).",
-        )
+    tokenizer = load_tokenizer(str(folder))
     config = read_config(str(folder))
     decoder = text_config(config)
     n_layers = int(decoder.num_hidden_layers)
@@ -136,7 +154,6 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # The same.
         raise DsgError(f"The model in {source} cannot be loaded: {_one_line(error)}") from error
     if info["missing_keys"]:

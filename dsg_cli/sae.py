@@ -15,13 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsg_cli.artifacts import SaeIdentity
-from dsg_cli.errors import DsgError, nearest
+from dsg_cli.errors import DsgError, close_to
 from dsg_cli.integrity import file_digest
 from dsg_cli.lab import data as lab
+from dsg_cli.releases import CONFIG_FILE, WEIGHTS_FILE, SaeFolder, find_sae, releases
 from dsg_cli.runtime.sites import HookSite, parse_hook_site
 
-WEIGHTS_FILE = "sae_weights.safetensors"
-CONFIG_FILE = "cfg.json"
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 _STANDARD = ("W_enc", "b_enc", "W_dec", "b_dec")
 WEIGHTS = {
@@ -64,20 +63,38 @@ class SaeSource:
     def is_transcoder(self) -> bool:
         return "transcoder" in self.identity.architecture
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the configuration says of the model and the training."""
+        return self.config | (self.config.get("metadata") or {})
+
+    @property
+    def is_centred(self) -> bool:
+        """Trained on activations minus their mean over the width, as TransformerLens's `center_writing_weights` makes.
+
+        A Hugging Face model has them with the mean, which no layer norm sees.
+        """
+        return _is_centred(self.config)
+
+
+def _is_centred(config: dict[str, Any]) -> bool:
+    settings = config | (config.get("metadata") or {})
+    return bool((settings.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"))
+
 
 def read_sae(source: str) -> SaeSource:
     """Read and check an SAE's configuration and the shape of its weights.
 
     Args:
-        source: `lab`, `lab-1`, `lab-2`, or a folder in sae-lens's format.
+        source: `lab`, `lab-1`, `lab-2`; a folder in sae-lens's format; a release of sae-lens with an id; or such a
+            folder on the hub (`org/name[@revision][/folder]`).
 
     Raises:
-        DsgError: No such folder; a file missing; an architecture or setting that cannot be sliced exactly; no hook.
+        DsgError: No such SAE, no access or no network; a file missing; an architecture or setting that
+            cannot be sliced exactly; no hook.
     """
-    folder = lab.SAE_DIRS.get(source, Path(source))
-    if not folder.is_dir():
-        hint = f"{nearest(source, lab.SAE_DIRS)} Or give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
-        raise DsgError(f"No SAE folder at {source}.", hint)
+    found = _locate(source)
+    folder = found.folder
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise DsgError(f"{source} is not an SAE in sae-lens's format: it has no {name}.")
@@ -93,7 +110,8 @@ def read_sae(source: str) -> SaeSource:
         )
     _check_weights(folder / WEIGHTS_FILE, config["architecture"], width, n_features, config.get("d_out", width))
     identity = SaeIdentity(
-        source=source,
+        source=found.source,
+        revision=found.revision,
         architecture=config["architecture"],
         hook=site.name,
         width=width,
@@ -104,6 +122,21 @@ def read_sae(source: str) -> SaeSource:
         hook_out=write.name if write != site else "",
     )
     return SaeSource(folder=folder, config=config, identity=identity, site=site, write=write)
+
+
+def _locate(source: str) -> SaeFolder:
+    if source in lab.SAE_DIRS:
+        return SaeFolder(lab.SAE_DIRS[source], source)
+    if Path(source).is_dir():
+        return SaeFolder(Path(source), str(Path(source).resolve()))
+    if Path(source).is_absolute() or ("/" not in source and source not in releases()):
+        close = close_to(source, [*lab.SAE_DIRS, *releases()])
+        alike = f"Did you mean {' or '.join(close)}? " if close else ""
+        raise DsgError(
+            f"There is no SAE {source}.",
+            f"{alike}Give RELEASE/ID (`dsg ls saes`), or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}.",
+        )
+    return find_sae(source)
 
 
 def _site(settings: dict[str, Any], suffix: str, *, where: str) -> HookSite:
@@ -165,35 +198,13 @@ def _check_sliceable(config: dict[str, Any], source: str) -> None:
     for key in ("activation_fn", "activation_fn_str"):
         if config.get(key) not in ("relu", None) and "topk" not in architecture:
             raise DsgError(f"The SAE {source} has {key}={config[key]!r}, which this version cannot slice exactly.")
+    if normalization == "constant_norm_rescale" and _is_centred(config):
+        raise DsgError(f"The SAE {source} rescales centred activations, which this version cannot slice exactly.")
     if "topk" in architecture and not (isinstance(config.get("k"), int) and 0 < config["k"] <= config.get("d_sae", 0)):
         raise DsgError(f"The SAE {source} has k={config.get('k')!r}; it must be a whole number of features.")
     if config.get("reshape_activations") not in ("none", "hook_z", None):
         raise DsgError(
             f"The SAE {source} has reshape_activations={config['reshape_activations']!r}, which is not known here."
-        )
-
-
-def check_fits(sae: SaeSource, model_config: Any, model_source: str) -> None:
-    """Prove from the configurations alone that the SAE belongs to this model.
-
-    Raises:
-        DsgError: Another width, or a layer that the model does not have.
-    """
-    width, n_layers = int(model_config.hidden_size), int(model_config.num_hidden_layers)
-    if sae.site.point == "attn_z":
-        head_dim = getattr(model_config, "head_dim", None) or width // model_config.num_attention_heads
-        width = int(model_config.num_attention_heads * head_dim)
-    # The width of a module named by its path is known only when the model is there.
-    if sae.site.point not in ("input", "output") and sae.identity.width != width:
-        raise DsgError(
-            f"The SAE {sae.identity.source} reads activations of width {sae.identity.width}, "
-            f"but the model {model_source} has width {width} there.",
-            "Choose an SAE that was trained on this model.",
-        )
-    if sae.site.layer >= n_layers:
-        raise DsgError(
-            f"The SAE {sae.identity.source} sits at layer {sae.site.layer} (counted from 0), "
-            f"but the model {model_source} has {n_layers} layers."
         )
 
 
@@ -207,7 +218,8 @@ def load_encoder(sae: SaeSource, *, device: str) -> Callable[[Tensor], Tensor]:
         whole.turn_off_forward_pass_hook_z_reshaping()  # Heads lie side by side already.
 
     def encode(resid_TD: Tensor) -> Tensor:
-        acts_TF: Tensor = whole.encode(resid_TD.float())
+        resid_TD = resid_TD.float()
+        acts_TF: Tensor = whole.encode(resid_TD - resid_TD.mean(-1, keepdim=True) if sae.is_centred else resid_TD)
         return acts_TF
 
     return encode

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dsg_cli.errors import DsgError
+from dsg_cli.releases import WEIGHTS_FILE
 from dsg_cli.runtime.slices import SaeSlice, SliceSpec
-from dsg_cli.sae import WEIGHTS, WEIGHTS_FILE, SaeSource
+from dsg_cli.sae import WEIGHTS, SaeSource
 
 
 def slice_sae(
@@ -36,6 +37,11 @@ def slice_sae(
     with safe_open(sae.folder / WEIGHTS_FILE, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in WEIGHTS[sae.identity.architecture]}
     is_topk = "topk" in sae.identity.architecture
+    W_enc = (weights["W_enc"] if is_topk else weights["W_enc"][:, index_K]).double()
+    bias = _input_bias(sae, weights, W_enc)
+    if sae.is_centred:  # (x - mean x) W = x (W - column means of W)
+        W_enc = W_enc - W_enc.mean(0)
+    weights |= {"W_enc": W_enc.float(), "bias": bias}
     tensors = _topk_tensors(sae, weights, index_K) if is_topk else _column_tensors(sae, weights, index_K)
     tensors["W_dec"] = tensors["W_dec"][: len(indices)]
     for name, tensor in tensors.items():
@@ -76,9 +82,8 @@ def _input_bias(sae: SaeSource, weights: dict[str, Tensor], W_enc: Tensor) -> Te
 
 
 def _column_tensors(sae: SaeSource, weights: dict[str, Tensor], index_K: Tensor) -> dict[str, Tensor]:
-    W_enc = weights["W_enc"][:, index_K].double()
-    bias = _input_bias(sae, weights, W_enc)
-    tensors = {"W_enc": W_enc.float(), "W_dec": weights["W_dec"][index_K].float()}
+    bias = weights["bias"]
+    tensors = {"W_enc": weights["W_enc"], "W_dec": weights["W_dec"][index_K].float()}
     if sae.identity.architecture == "gated":
         mag_scale = weights["r_mag"][index_K].double().exp()
         return tensors | {
@@ -92,12 +97,11 @@ def _column_tensors(sae: SaeSource, weights: dict[str, Tensor], index_K: Tensor)
 
 
 def _topk_tensors(sae: SaeSource, weights: dict[str, Tensor], index_K: Tensor) -> dict[str, Tensor]:
-    W_enc, W_dec = weights["W_enc"].float(), weights["W_dec"].float()
-    bias = _input_bias(sae, weights, W_enc.double())
+    W_dec = weights["W_dec"].float()
     norm_F = W_dec.norm(dim=-1) if sae.config.get("rescale_acts_by_decoder_norm") else torch.ones(len(W_dec))
     return {
-        "W_enc": W_enc,
-        "b_enc": (weights["b_enc"] + bias).float(),
+        "W_enc": weights["W_enc"],
+        "b_enc": (weights["b_enc"] + weights["bias"]).float(),
         "act_scale": norm_F,
         "index": index_K,
         "W_dec": W_dec[index_K] / norm_F[index_K, None],

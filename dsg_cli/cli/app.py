@@ -97,6 +97,7 @@ def quiet_libraries() -> None:
     for name, value in (
         ("TQDM_DISABLE", "1"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_HUB_VERBOSITY", "error"),
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),

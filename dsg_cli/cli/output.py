@@ -32,6 +32,8 @@ def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool
     else:
         for one in several:
             print_line(one.id)
+    for note in dict.fromkeys(note for one in several for note in one.header.notes) if not quiet else ():
+        sys.stderr.write(f"note: {note}\n")
     if not quiet:
         hint(f"Next: {NEXT_COMMAND[several[-1].header.kind]}")
 

@@ -27,7 +27,8 @@ def artifact_table(stored: Stored) -> Group:
         table = _evaluation(body)
     else:
         table = _attack(body)
-    return Group(Text(stored.id, style="bold"), table, Text(provenance_line(stored), style="dim"))
+    notes = [Text(f"note: {note}") for note in stored.header.notes]
+    return Group(Text(stored.id, style="bold"), table, *notes, Text(provenance_line(stored), style="dim"))
 
 
 def provenance_line(stored: Stored) -> str:

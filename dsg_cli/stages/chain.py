@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -13,7 +12,6 @@ from dsg_cli.errors import DsgError
 from dsg_cli.export.light import read_light
 from dsg_cli.guardrail import GuardrailModule, module_from_artifact
 from dsg_cli.hub import SCHEME
-from dsg_cli.lab import data as lab
 from dsg_cli.loading import light_path
 from dsg_cli.model import LoadedModel, fingerprint, load_model
 from dsg_cli.recipe import Recipe
@@ -21,11 +19,6 @@ from dsg_cli.runtime.gates import CAUSAL_FORMS
 from dsg_cli.sae import SaeSource, read_sae
 from dsg_cli.tokens import special_ids
 from dsg_cli.workspace import Stored, Workspace
-
-
-def absolute(source: str) -> str:
-    """A name of the lab as it is, a folder by its absolute path: artifacts are read from anywhere."""
-    return source if source == "lab" or source in lab.SAE_DIRS else str(Path(source).resolve())
 
 
 def check_device(device: str) -> None:

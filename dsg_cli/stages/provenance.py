@@ -45,6 +45,7 @@ def new_header(
     model: ModelIdentity,
     sae: SaeIdentity | None,
     inputs: Sequence[Stored],
+    notes: Sequence[str] = (),
 ) -> Header:
     """A header without id, files and costs, which come last."""
     return Header(
@@ -62,6 +63,7 @@ def new_header(
         model=model,
         sae=sae,
         inputs=[stored.as_input() for stored in inputs],
+        notes=list(notes),
     )
 
 

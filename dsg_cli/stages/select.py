@@ -14,12 +14,13 @@ from torch import Tensor
 from dsg_cli.artifacts import FeatureSet, Json
 from dsg_cli.corpora import Corpus, check_disjoint, check_names, check_no_shared_texts, load_corpora
 from dsg_cli.errors import DsgError
-from dsg_cli.model import LoadedModel, context_length, load_model, read_config, text_config
+from dsg_cli.fit import check_fits
+from dsg_cli.model import LoadedModel, context_length, load_model, load_tokenizer, read_config, text_config
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
-from dsg_cli.sae import SaeSource, check_fits, load_encoder, read_sae
+from dsg_cli.sae import SaeSource, load_encoder, read_sae
 from dsg_cli.selection import select_features
-from dsg_cli.stages.chain import absolute, check_device, identify
+from dsg_cli.stages.chain import check_device, identify
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.statistics import FeatureStatistics, feature_statistics
 from dsg_cli.tokens import batches, bos_to_prepend, chunks, encode
@@ -37,9 +38,10 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
     check_names([*names.forget, *names.retain])
     check_disjoint(names.forget, names.retain)
     workspace.check_writable()
-    sae = read_sae(absolute(recipe.sae.source))
+    sae = read_sae(recipe.sae.source)
     model_config = text_config(read_config(recipe.model.source))
-    check_fits(sae, model_config, recipe.model.source)
+    tokenizer = load_tokenizer(recipe.model.source)
+    notes = check_fits(sae, model_config, recipe.model.source, has_bos=tokenizer.bos_token_id is not None)
     if recipe.select.n_features > sae.identity.n_features:
         raise DsgError(
             f"{recipe.select.n_features} features were asked for; the SAE has {sae.identity.n_features}.",
@@ -60,6 +62,7 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
         model=identify(loaded, sae.site.layer),
         sae=sae.identity,
         inputs=[],
+        notes=notes,
     )
     if reuse and (stored := workspace.matching(header)) is not None:
         return stored
