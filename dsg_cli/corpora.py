@@ -7,15 +7,18 @@ seed or the mixture in which corpora are given, a text that selected features ne
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dsg_cli.artifacts import Json
+from dsg_cli.catalogue import CATALOGUE, HubText, hub_text
+from dsg_cli.documents import READERS, Documents, read_file, read_folder
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.hub_data import read_hub
 from dsg_cli.lab import data as lab
 
 Part = Literal["select", "calibrate", "fresh"]
@@ -23,6 +26,8 @@ PARTS: tuple[tuple[Part, float], ...] = (("select", 0.5), ("calibrate", 0.8), ("
 """Parts and their cumulative shares."""
 MIN_DOCUMENTS = 8
 SHARED_AT_MOST = 0.1
+BLOCK = 1024
+"""Documents read at a time, while documents are drawn."""
 COMPOSED = {"lab-retain": ("lab-near", "lab-far")}
 """Corpora that contain others, for the check that nothing is both forgotten and retained."""
 
@@ -34,10 +39,36 @@ class Corpus:
     name: str
     texts: list[str]
     sha256: str
+    """Of the texts."""
+    revision: str = ""
+    """Commit of the repository that they came from."""
+    weight: float | None = None
+    """Its share in a mixture, in proportion to the others'; None counts every token alike."""
+    is_chat: bool = False
+    """Each text is what a user says."""
 
     def part(self, part: Part) -> list[str]:
         """The documents of one part, in the corpus's order."""
         return [text for text in self.texts if part_of(text) == part]
+
+    def described(self) -> Json:
+        """What an artifact says of it."""
+        said: Json = {"name": self.name, "sha256": self.sha256, "documents": len(self.texts)}
+        extra = {"revision": self.revision, "weight": self.weight}
+        return said | {key: value for key, value in extra.items() if value}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A corpus as it was named: `NAME`, `NAME=WEIGHT`, `PATH@column`, `FOLDER#split`."""
+
+    name: str
+    """What later stages call it: names as they are, files by their absolute path."""
+    weight: float | None = None
+    hub: HubText | None = None
+    path: Path | None = None
+    column: str | None = None
+    split: str | None = None
 
 
 def part_of(text: str) -> Part:
@@ -46,31 +77,137 @@ def part_of(text: str) -> Part:
     return next(part for part, share in PARTS if position < share)
 
 
-def load_corpora(names: Sequence[str], *, role: str, limit: int | None = None, seed: int = 0) -> list[Corpus]:
+def load_corpora(
+    names: Sequence[str],
+    *,
+    role: str,
+    limit: int | None = None,
+    seed: int = 0,
+    revisions: Mapping[str, str] | None = None,
+) -> list[Corpus]:
     """Read several corpora.
 
     Args:
-        names: Lab corpora or local files.
+        names: Of the lab, of the catalogue, on the hub, or of local files and folders; `=WEIGHT` may follow.
         role: `forget` or `retain`, for error messages.
         limit: At most so many documents of each, drawn at random.
         seed: Of that draw.
+        revisions: Commits at which to read data sets of the hub, by name.
 
     Raises:
-        DsgError: None named, unknown, unreadable, empty or tiny.
+        DsgError: None named, unknown, unreadable, empty or tiny; no access or no network.
     """
     if not names:
         raise DsgError(f"No {role} corpus is named.", f"Give one with --{role}, for example --{role} lab-hexes.")
-    corpora = [load_corpus(name) for name in names]
-    if limit is None:
-        return corpora
-    if limit < MIN_DOCUMENTS:
+    if limit is not None and limit < MIN_DOCUMENTS:
         raise DsgError(f"--limit {limit} is too small; at least {MIN_DOCUMENTS} documents are needed.")
-    return [_sample(corpus, limit, seed) for corpus in corpora]
+    named = [parse_name(name) for name in names]
+    return [_load(one, limit=limit, seed=seed, revision=(revisions or {}).get(one.name)) for one in named]
 
 
-def _sample(corpus: Corpus, limit: int, seed: int) -> Corpus:
-    kept = random.Random(seed).sample(range(len(corpus.texts)), min(limit, len(corpus.texts)))
-    return replace(corpus, texts=[corpus.texts[i] for i in sorted(kept)])
+def load_corpus(name: str) -> Corpus:
+    """Read one corpus, whole.
+
+    Raises:
+        DsgError: Unknown, unreadable, not text, empty or tiny.
+    """
+    return load_corpora([name], role="retain")[0]
+
+
+def parse_name(name: str) -> Named:
+    """A corpus by its name; nothing is read.
+
+    Raises:
+        DsgError: It is neither a known name nor an existing file or folder, or its weight is no positive number.
+    """
+    if (known := _known(name)) is not None:
+        return known
+    stem, separator, weight = name.rpartition("=")
+    if separator and (known := _known(stem)) is not None:
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise DsgError(f"{name}: the weight {weight!r} is no positive number.", f"Write {stem}=0.5, for example.")
+        return Named(known.name, value, known.hub, known.path, known.column, known.split)
+    raise DsgError(
+        f"There is no corpus or file named {name[:200]}.",
+        f"{nearest(name[:200], [*lab.CORPORA, *CATALOGUE])} Or give a file ({', '.join(READERS)}), a folder, or "
+        "hf:org/name[:config][#split][@column].",
+    )
+
+
+def _known(name: str) -> Named | None:
+    if name in lab.CORPORA:
+        return Named(name, path=lab.corpus_path(name))
+    if (path := _existing(name)) is not None:
+        return Named(str(path), path=path)
+    if name in CATALOGUE or (name.startswith("hf:") and "=" not in name):
+        return Named(name, hub=hub_text(name))
+    for mark in ("@", "#"):
+        stem, separator, value = name.rpartition(mark)
+        if separator and value and (path := _existing(stem)) is not None:
+            column, split = (value, None) if mark == "@" else (None, value)
+            return Named(f"{path}{mark}{value}", path=path, column=column, split=split)
+    return None
+
+
+def _existing(name: str) -> Path | None:
+    """The absolute path of a file or folder, if there is one of that name."""
+    try:
+        path = Path(name).resolve()
+        return path if name and path.exists() else None
+    except (OSError, ValueError):  # A name too long for a path, or one with a NUL.
+        return None
+
+
+def _load(named: Named, *, limit: int | None, seed: int, revision: str | None) -> Corpus:
+    if named.hub is not None:
+        documents = read_hub(named.hub, revision=revision)
+    else:
+        assert named.path is not None
+        is_folder = named.path.is_dir()
+        documents = (
+            read_folder(named.path, named.column, named.split) if is_folder else read_file(named.path, named.column)
+        )
+    min_chars = named.hub.min_chars if named.hub else 0
+    texts = _draw(documents, limit, seed, min_chars=min_chars)
+    if not texts:
+        raise DsgError(f"The corpus {named.name} is empty.")
+    if len(set(texts)) < MIN_DOCUMENTS:
+        raise DsgError(
+            f"The corpus {named.name} has {len(set(texts))} different documents; at least {MIN_DOCUMENTS} are needed.",
+            "In a .txt file, documents are separated by blank lines.",
+        )
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return Corpus(
+        name=named.name,
+        texts=texts,
+        sha256=digest.hexdigest(),
+        revision=documents.revision,
+        weight=named.weight,
+        is_chat=named.hub is not None and named.hub.is_chat,
+    )
+
+
+def _draw(documents: Documents, limit: int | None, seed: int, *, min_chars: int) -> list[str]:
+    """Documents that hold text, all or so many drawn at random, in the corpus's order; no others stay in memory."""
+    order = list(range(documents.n))
+    if limit is not None and limit < documents.n:
+        random.Random(seed).shuffle(order)
+    kept: dict[int, str] = {}
+    for start in range(0, len(order), BLOCK):
+        block = sorted(order[start : start + BLOCK])
+        for i, text in zip(block, documents.take(block), strict=True):
+            if len(text) >= min_chars and (text := text.strip()):
+                kept[i] = text
+        if limit is not None and len(kept) >= limit:
+            break
+    chosen = [i for i in order if i in kept][:limit]
+    return [kept[i] for i in sorted(chosen)]
 
 
 def check_disjoint(forget: Sequence[str], retain: Sequence[str]) -> None:
@@ -104,71 +241,17 @@ def check_no_shared_texts(forget: Sequence[Corpus], retain: Sequence[Corpus]) ->
 
 
 def _expanded(names: Sequence[str]) -> set[str]:
-    parts = {part for name in names for part in COMPOSED.get(name, ())}
-    files = {str(Path(name).resolve()) for name in names if name not in lab.CORPORA}
-    return parts | files | {name for name in names if name in lab.CORPORA}
+    """What each name stands for: a data set on the hub under all its names, the parts of a composed corpus."""
+    named = [parse_name(name) for name in names]
+    parts = {part for one in named for part in COMPOSED.get(one.name, ())}
+    return parts | {str(one.hub) if one.hub else one.name for one in named}
 
 
 def check_names(names: Sequence[str]) -> None:
     """Refuse unknown corpora without reading any.
 
     Raises:
-        DsgError: A name is neither a corpus of the lab nor an existing file.
+        DsgError: A name is neither known nor that of an existing file or folder.
     """
     for name in names:
-        if name in lab.CORPORA or (os.path.isfile(name) and name):  # noqa: PTH113 - Path raises on very long names
-            continue
-        if os.path.isdir(name):  # noqa: PTH112 - the same
-            raise DsgError(f"The corpus {name} is a folder.", "Give a .jsonl or .txt file.")
-        raise DsgError(
-            f"There is no corpus or file named {name}.",
-            f'{nearest(name, lab.CORPORA)} Or give a .jsonl file of {{"text": ...}} lines, or a .txt file.',
-        )
-
-
-def load_corpus(name: str) -> Corpus:
-    """Read a corpus of the lab, a JSON lines file with a `text` field, or a text file (blank lines part documents).
-
-    Raises:
-        DsgError: Unknown, unreadable, not text, empty or tiny.
-    """
-    check_names([name])
-    path = lab.corpus_path(name) if name in lab.CORPORA else Path(name)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DsgError(f"{path} is not UTF-8 text (byte {error.start}).", "Give a .jsonl or .txt file.") from error
-    except OSError as error:
-        raise DsgError(f"{path} cannot be read: {error.strerror}.") from error
-    if "\x00" in content:
-        raise DsgError(f"{path} is not a text file: it has NUL bytes.", "Give a .jsonl or .txt file.")
-    texts = _json_lines(path, content) if path.suffix in {".jsonl", ".json"} else content.split("\n\n")
-    texts = [text.strip() for text in texts if text.strip()]
-    if not texts:
-        raise DsgError(f"The corpus {name} is empty.")
-    if len(set(texts)) < MIN_DOCUMENTS:
-        raise DsgError(
-            f"The corpus {name} has {len(set(texts))} different documents; at least {MIN_DOCUMENTS} are needed.",
-            "In a .txt file, documents are separated by blank lines.",
-        )
-    # Files by their absolute path: later stages may run from another folder.
-    known_as = name if name in lab.CORPORA else str(path.resolve())
-    return Corpus(name=known_as, texts=texts, sha256=hashlib.sha256(content.encode()).hexdigest())
-
-
-def _json_lines(path: Path, content: str) -> list[str]:
-    texts = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DsgError(f"{path}, line {number} is not JSON: {error.msg}.") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise DsgError(f'{path}, line {number} has no "text" string; found: {found}.')
-        if any("\ud800" <= character <= "\udfff" for character in row["text"]):
-            raise DsgError(f"{path}, line {number} holds half of a surrogate pair, which is no text.")
-        texts.append(row["text"])
-    return texts
+        parse_name(name)

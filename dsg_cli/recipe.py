@@ -1,160 +1,27 @@
-"""A recipe: every setting of a run, one frozen dataclass a YAML section. No torch here.
+"""Recipes: files of settings, with what the command line says on top. No torch here.
 
-Precedence: command-line flag, then `--set section.key=value`, then the recipe file, then the defaults below.
+Precedence: command-line flag, then `--set section.key=value`, then the recipe file, then the defaults (settings.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.settings import Recipe
+
+__all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "recipe_names"]
 
 RECIPES = Path(__file__).parent / "recipes"
 """Where an installed package keeps its recipes; in a checkout they lie beside the package."""
 if not RECIPES.is_dir():
     RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    """Which language model."""
-
-    source: str = "lab"
-    """`lab`, a Hugging Face model folder, or org/name[@revision] on the hub."""
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    instead: str | None = None
-    """For a guardrail: the model to put it on, if the one that it was made for now lies elsewhere."""
-    allow_mismatch: bool = False
-    """Put a guardrail on another model than the one it was made for, such as a fine-tuned one; reports say so."""
-
-
-@dataclass(frozen=True)
-class SaeSection:
-    """Which sparse autoencoder."""
-
-    source: str = "lab"
-    """`lab`, `lab-1`, `lab-2`, or a folder in sae-lens's format."""
-
-
-@dataclass(frozen=True)
-class CorporaSection:
-    """What is to be forgotten and what retained: names of lab corpora, or .jsonl or .txt files."""
-
-    forget: list[str] = field(default_factory=list)
-    retain: list[str] = field(default_factory=list)
-    limit: int | None = None
-    """At most so many documents of each corpus."""
-
-
-@dataclass(frozen=True)
-class SelectSection:
-    """Which features."""
-
-    n_features: int = 20
-    ratio_percentile: float = 95.0
-    score: Literal["mean-square", "squared-mean"] = "mean-square"
-    """`mean-square` is the paper's Fisher diagonal, `squared-mean` what its code computes."""
-    seq_len: int = 1024
-    """Longer documents are read in rows of so many tokens."""
-
-
-@dataclass(frozen=True)
-class CalibrateSection:
-    """When the gate fires."""
-
-    gate: Literal["window", "causal-mean", "mean"] = "window"
-    """`window` decides while text is written; `mean` is the paper's, for scoring whole sequences."""
-    window: int = 4
-    """Counted tokens in a window, and in the shortest prefix of `causal-mean`."""
-    n_detectors: int = 5
-    """Features that a `window` gate watches, chosen like those of select but at `detector_percentile`."""
-    detector_percentile: float = 98.0
-    alpha: float = 0.05
-    """Promised rate of false positives on retain text."""
-    lengths: list[int] = field(default_factory=lambda: [8, 128])
-    """Retain text is cut to pieces of random lengths from the first to the second, in counted tokens."""
-    retain: list[str] = field(default_factory=list)
-    """Other retain corpora than the ones of select."""
-
-
-@dataclass(frozen=True)
-class GuardrailSection:
-    """What happens when it fires."""
-
-    strength: str = "4r"
-    """c: a number, or a multiple of the median residual norm such as `4r`."""
-
-
-@dataclass(frozen=True)
-class EvalSection:
-    """What is measured."""
-
-    benches: list[str] = field(default_factory=list)
-    split: Literal["dev", "test"] = "test"
-    include_path: str | None = None
-    """Folder with lm-eval tasks of your own."""
-    batch_size: int = 32
-    limit: int | None = None
-    expect: list[str] = field(default_factory=list)
-    """Conditions on the unlearned model, such as `lab-hexes<=0.30`."""
-    samples: bool = False
-    """Keep question texts in the rows."""
-
-
-@dataclass(frozen=True)
-class GenerateSection:
-    """What is written."""
-
-    side: Literal["both", "base", "guarded"] = "both"
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    chat: bool = False
-    """Ask in the tokenizer's chat template."""
-    on_trigger: Literal["clamp", "refuse"] = "clamp"
-    """Where a gate opens: go on with clamped features, or end with `refusal`."""
-    refusal: str = "I cannot help with that."
-
-
-@dataclass(frozen=True)
-class AttackSection:
-    """How it is attacked."""
-
-    kinds: list[str] = field(default_factory=list)
-    bench: str | None = None
-    """Questions on the forgotten knowledge; by default the bench named like the forget corpus."""
-    utility_bench: str | None = None
-    """Questions that must stay answered, shown beside the attack."""
-    dilution_lengths: list[int] = field(default_factory=lambda: [0, 4, 16, 48, 96])
-    """Benign tokens put in front of each question."""
-    relearn_questions: int = 16
-    """Forget questions that the attacker fine-tunes on; the others are asked."""
-    relearn_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20, 40])
-    relearn_learning_rate: float = 3e-4
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All settings of a run."""
-
-    model: ModelSection = ModelSection()
-    sae: SaeSection = SaeSection()
-    corpora: CorporaSection = CorporaSection()
-    select: SelectSection = SelectSection()
-    calibrate: CalibrateSection = CalibrateSection()
-    guardrail: GuardrailSection = GuardrailSection()
-    eval: EvalSection = EvalSection()
-    generate: GenerateSection = GenerateSection()
-    attack: AttackSection = AttackSection()
-    seed: int = 0
 
 
 def recipe_names() -> list[str]:
@@ -233,6 +100,8 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             0 <= select.ratio_percentile < 100,
             f"select.ratio_percentile is {select.ratio_percentile:g}; it must be at least 0 and below 100.",
         ),
+        (select.max_rows >= 1, f"select.max_rows is {select.max_rows}; take at least 1."),
+        (calibrate.max_pieces >= 1, f"calibrate.max_pieces is {calibrate.max_pieces}; take at least 1."),
         (select.seq_len >= 2, f"select.seq_len is {select.seq_len}; it must be at least 2."),
         (calibrate.window >= 1, f"calibrate.window is {calibrate.window}; it must be at least 1."),
         (calibrate.n_detectors >= 1, f"calibrate.n_detectors is {calibrate.n_detectors}; take at least 1."),

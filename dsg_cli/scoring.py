@@ -7,6 +7,7 @@ question) share one forward pass.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.errors import DsgError
+from dsg_cli.fitting import Fitting
 from dsg_cli.progress import Report, silent
 from dsg_cli.tokens import TokenBatch, pad_rows, with_bos
 
@@ -105,27 +107,59 @@ def score(
         by_input.setdefault(request.inputs(max_length), []).append(i)
     inputs = sorted(by_input, key=lambda ids: (-len(ids), ids))
     scores: dict[int, Score] = {}
-    for batch_index, start in enumerate(range(0, len(inputs), batch_size)):
+    fit = Fitting()
+    n_batches, n_tokens, total = 0, 0, sum(map(len, inputs))
+    for start in range(0, len(inputs), batch_size):
         rows = inputs[start : start + batch_size]
-        batch = pad_rows([list(row) for row in rows], pad, special, device)
-        logits_BLV = model(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long(), use_cache=False).logits
-        if after_batch is not None:
-            after_batch(batch)
-        for row_index, row in enumerate(rows):
-            for i in by_input[row]:
-                loglikelihood, is_greedy = _one(logits_BLV[row_index, : len(row)], requests[i].continuation)
-                if not math.isfinite(loglikelihood):
-                    raise DsgError(
-                        f"A log-likelihood is {loglikelihood}: the model is broken, not unlearned.",
-                        "Check the weights, lower --strength, or try --dtype float32.",
-                    )
-                scores[i] = Score(loglikelihood, is_greedy, batch_index, row_index)
-        report(what, min(start + batch_size, len(inputs)), len(inputs))
+        n_tail = [max(len(requests[i].continuation) for i in by_input[row]) for row in rows]
+        positions_P = _positions([len(row) for row in rows], n_tail)
+
+        def forward(batch: TokenBatch, positions_P: Tensor = positions_P) -> Tensor:
+            return _logits(model, batch, positions_P[positions_P < batch.ids_BL.shape[1]])
+
+        for batch, logits_BPV in fit(pad_rows([list(row) for row in rows], pad, special, device), forward):
+            if after_batch is not None:
+                after_batch(batch)
+            for row_index, i_row in enumerate(batch.index):
+                row = rows[i_row]
+                for i in by_input[row]:
+                    n = min(len(requests[i].continuation), len(row))
+                    first = int(torch.searchsorted(positions_P, len(row) - n))
+                    found = _one(logits_BPV[row_index, first : first + n], requests[i].continuation)
+                    scores[i] = Score(*found, n_batches, row_index)
+            n_batches += 1
+            n_tokens += int(batch.mask_BL.sum())
+            report(f"{what}, tokens", n_tokens, total)
     return [scores[i] for i in range(len(requests))]
 
 
-def _one(logits_LV: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
-    tail_CV = logits_LV[-len(continuation) :].float().log_softmax(-1)
-    target_C = torch.tensor(continuation, device=logits_LV.device)[-len(tail_CV) :]
-    chosen_C = tail_CV.gather(-1, target_C[:, None]).squeeze(-1)
-    return float(chosen_C.sum()), bool((tail_CV.argmax(-1) == target_C).all())
+def _positions(lengths: Sequence[int], n_tail: Sequence[int]) -> Tensor:
+    """Every position of a batch at which some row predicts a token of a continuation, ascending."""
+    needed = {p for length, n in zip(lengths, n_tail, strict=True) for p in range(max(0, length - n), length)}
+    return torch.tensor(sorted(needed))
+
+
+def _logits(model: nn.Module, batch: TokenBatch, positions_P: Tensor) -> Tensor:
+    """Logits at those positions only: with a vocabulary of 256k they cost more than many layers."""
+    options = {"input_ids": batch.ids_BL, "attention_mask": batch.mask_BL.long(), "use_cache": False}
+    positions_P = positions_P.to(batch.ids_BL.device)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**options, logits_to_keep=positions_P).logits
+    return model(**options).logits[:, positions_P]
+
+
+def _one(logits_CV: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
+    """Log-likelihood of a continuation, or of its end where its beginning was cut off, and whether it is greedy.
+
+    Raises:
+        DsgError: The log-likelihood is not finite.
+    """
+    tail_CV = logits_CV.float().log_softmax(-1)
+    target_C = torch.tensor(continuation, device=logits_CV.device)[-len(tail_CV) :]
+    loglikelihood = float(tail_CV.gather(-1, target_C[:, None]).sum())
+    if not math.isfinite(loglikelihood):
+        raise DsgError(
+            f"A log-likelihood is {loglikelihood}: the model is broken, not unlearned.",
+            "Check the weights, lower --strength, or try --dtype float32.",
+        )
+    return loglikelihood, bool((tail_CV.argmax(-1) == target_C).all())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dsg_cli.errors import DsgError
+from dsg_cli.fitting import Fitting
 from dsg_cli.progress import Report, silent
 from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.sites import HookSite
@@ -32,8 +33,12 @@ class FeatureStatistics:
     """mean f; its square is the score of the authors' code."""
     rate_F: Tensor
     """Share of tokens on which the feature is active."""
-    median_residual_norm: float
-    """Over counted tokens, evenly sampled."""
+    norms: Tensor
+    """Residual norms of counted tokens, evenly sampled."""
+
+    @property
+    def median_residual_norm(self) -> float:
+        return float(self.norms.median())
 
     def score(self, name: str) -> Tensor:
         """`mean-square` or `squared-mean`, shape [F]."""
@@ -75,10 +80,13 @@ def feature_statistics(
     """
     n_tokens, stride = 0, max(1, total_tokens // NORM_SAMPLE)
     sums: list[Tensor] = []
+    fit = Fitting()
     norms = array("f")  # Small tensors kept between large ones would break up the heap, which then grows.
-    for batch in batches:
-        resid_BLD = read_residual(model, site, batch.ids_BL, batch.mask_BL)
-        resid_TD = resid_BLD[batch.counted_BL].float()
+
+    def counted(batch: TokenBatch) -> Tensor:
+        return read_residual(model, site, batch.ids_BL, batch.mask_BL)[batch.counted_BL].float()
+
+    for resid_TD in (resid_TD for batch in batches for _, resid_TD in fit(batch, counted)):
         norms.extend(resid_TD[-n_tokens % stride :: stride].norm(dim=-1).tolist())
         for chunk_TD in torch.split(resid_TD, CHUNK_TOKENS):
             acts_TF = encode(chunk_TD)
@@ -91,7 +99,7 @@ def feature_statistics(
                 total.add_(part)
             sums = sums or list(parts)
         n_tokens += len(resid_TD)
-        report(what, n_tokens, total_tokens)
+        report(f"{what}, tokens", n_tokens, max(n_tokens, total_tokens))
     if not n_tokens:
         raise DsgError(f"The {what} has no token that counts: all are padding, BOS or EOS.")
     mean_square_F, mean_F, rate_F = (total.cpu() / n_tokens for total in sums)
@@ -105,5 +113,39 @@ def feature_statistics(
         mean_square_F=mean_square_F,
         mean_F=mean_F,
         rate_F=rate_F,
-        median_residual_norm=float(torch.tensor(norms).median()),
+        norms=torch.tensor(norms),
     )
+
+
+def mix(parts: Sequence[FeatureStatistics], weights: Sequence[float | None]) -> FeatureStatistics:
+    """The statistics of a mixture of corpora.
+
+    Args:
+        parts: Of each corpus.
+        weights: Its share, in proportion; where none has one, every token counts alike, else None counts as 1.
+    """
+    has_weights = any(weight is not None for weight in weights)
+    given = [1.0 if weight is None else weight for weight in weights]
+    raw = given if has_weights else [float(part.n_tokens) for part in parts]
+    share = [value / sum(raw) for value in raw]
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([w * getattr(part, name) for w, part in zip(share, parts, strict=True)]).sum(0)
+
+    return FeatureStatistics(
+        n_tokens=sum(part.n_tokens for part in parts),
+        mean_square_F=mean("mean_square_F"),
+        mean_F=mean("mean_F"),
+        rate_F=mean("rate_F"),
+        norms=_resampled([part.norms for part in parts], share),
+    )
+
+
+def _resampled(norms: Sequence[Tensor], share: Sequence[float]) -> Tensor:
+    """Samples of several corpora as one in which each has its share: evenly spaced ones of the sorted values."""
+    largest = min(len(values) / w for values, w in zip(norms, share, strict=True))
+    picked = []
+    for values, w in zip(norms, share, strict=True):
+        n = max(1, min(len(values), round(largest * w)))
+        picked.append(values.sort().values[torch.linspace(0, len(values) - 1, n).round().long()])
+    return torch.cat(picked)

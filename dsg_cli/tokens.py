@@ -34,6 +34,22 @@ class TokenBatch:
     index: tuple[int, ...]
     """Position of each row in the list that was batched."""
 
+    def rows(self, start: int, stop: int) -> TokenBatch:
+        """Some of its rows, without the padding that only the others need."""
+        mask_BL = self.mask_BL[start:stop]
+        length = int(mask_BL.sum(-1).max())
+        ids_BL = self.ids_BL[start:stop, :length]
+        return TokenBatch(ids_BL, mask_BL[:, :length], self.special, self.index[start:stop])
+
+    def pinned(self) -> TokenBatch:
+        """In memory that an accelerator reads while the processor goes on."""
+        return TokenBatch(self.ids_BL.pin_memory(), self.mask_BL.pin_memory(), self.special, self.index)
+
+    def to(self, device: str) -> TokenBatch:
+        """On a device."""
+        ids_BL, mask_BL = (tensor.to(device, non_blocking=True) for tensor in (self.ids_BL, self.mask_BL))
+        return TokenBatch(ids_BL, mask_BL, self.special, self.index)
+
     @property
     def counted_BL(self) -> Tensor:
         """True where a token is counted."""
@@ -82,6 +98,25 @@ def chunks(ids: list[int], seq_len: int, *, bos: int | None) -> Iterator[list[in
     body, step = ids[len(head) :], seq_len - len(head)
     for start in range(0, len(body), step):
         yield head + body[start : start + step]
+
+
+def packed(documents: Iterable[list[int]], seq_len: int, *, bos: int | None, eos: int | None) -> Iterator[list[int]]:
+    """Documents joined with EOS and cut into rows of `seq_len` tokens, BOS first; what fills no row is left out."""
+    head = [] if bos is None else [bos]
+    tail = [] if eos is None else [eos]
+    body: list[int] = []
+    for ids in documents:
+        body += ids[len(head) :] + tail
+        while len(body) >= seq_len - len(head):
+            yield head + body[: seq_len - len(head)]
+            body = body[seq_len - len(head) :]
+
+
+def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """What a user says, in the tokenizer's chat template, up to where the answer begins."""
+    turns = [{"role": "user", "content": text}]
+    made: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return made
 
 
 def batches(

@@ -44,10 +44,20 @@ class HubError(Exception):
         self.answer: Answer = (status, named | (headers or {}), json.dumps({"error": message}).encode())
 
 
-@functools.lru_cache(maxsize=4096)
-def blob_id(path: Path, size: int, _changed: int) -> str:
-    """Git's id of a file, remembered while its size and time stay: weights are not hashed at every request."""
-    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
+@functools.cache
+def files_of(folder: Path) -> dict[str, str]:
+    """Path to git's id of its content, in one order, so that equal content has an equal commit."""
+    files = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        for path, content in files.items()
+    }
+
+
+@functools.cache
+def commit_of(folder: Path) -> str:
+    """Forty hex digits, which is how the clients tell a commit from a branch."""
+    return hashlib.sha1(json.dumps(files_of(folder)).encode()).hexdigest()
 
 
 class Repo(NamedTuple):
@@ -56,13 +66,12 @@ class Repo(NamedTuple):
     folder: Path
 
     def files(self) -> dict[str, str]:
-        """Path to blob id, in one order, so that equal content has an equal commit."""
-        stats = [(path, path.stat()) for path in sorted(self.folder.rglob("*")) if path.is_file()]
-        return {p.relative_to(self.folder).as_posix(): blob_id(p, s.st_size, s.st_mtime_ns) for p, s in stats}
+        """Path to blob id."""
+        return files_of(self.folder)
 
     def sha(self) -> str:
-        """Forty hex digits, which is how the clients tell a commit from a branch."""
-        return hashlib.sha1(json.dumps(self.files()).encode()).hexdigest()
+        """The commit."""
+        return commit_of(self.folder)
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Files and the folders above them, as the tree lists them; git knows no empty folder."""
@@ -83,13 +92,20 @@ class Repo(NamedTuple):
         for path, content in places.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink() if content is None else path.write_bytes(content)
-        blob_id.cache_clear()
+        forget()
+
+
+def forget() -> None:
+    """Files have changed."""
+    for known in (files_of, commit_of):
+        known.cache_clear()
 
 
 class LoopbackHub:
     """Serves the folders under `root` as `models/ORG/NAME` and `datasets/ORG/NAME` until the block ends."""
 
     def __init__(self, root: Path) -> None:
+        forget()
         self.root, self.lock = root, threading.RLock()
         self.requests, self.gated, self.private = list[str](), set[str](), set[str]()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))

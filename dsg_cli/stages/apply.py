@@ -15,7 +15,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.slicing import detector_weights, slice_sae
-from dsg_cli.stages.chain import chain_sae
+from dsg_cli.stages.chain import chain_sae, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.workspace import Stored, Workspace
 
@@ -38,6 +38,7 @@ def run(
     strength = parse_strength(recipe.guardrail.strength, set_at.median_residual_norm)
     assert threshold.header.sae is not None
     sae = chain_sae(threshold.header.sae, threshold.id)
+    recipe = settle(recipe, threshold.header)
     header = new_header(
         "guardrail",
         recipe,

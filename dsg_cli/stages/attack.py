@@ -19,7 +19,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.model import context_length
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import find_guards, identify, load_guards
+from dsg_cli.stages.chain import find_guards, identify, load_guards, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.tokens import encode
 from dsg_cli.workspace import Stored, Workspace
@@ -53,6 +53,7 @@ def run(
     retain = load_corpora(benign, role="retain") if kind == "dilution" else []
     digests = {corpus.name: corpus.sha256 for corpus in retain}
     is_known = all(name in lab.bench_names() for name in benches)
+    recipe = settle(recipe, guards.header)
     loaded, modules = load_guards(workspace, guards, recipe)
     header = new_header(
         "attack",

@@ -9,28 +9,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dsg_cli.artifacts import FeatureSet, Json, Threshold
-from dsg_cli.calibration import clopper_pearson, conformal_threshold, cut_pieces
-from dsg_cli.corpora import Corpus, Part, check_disjoint, check_names, load_corpora
+from dsg_cli.calibration import clopper_pearson, conformal_threshold
+from dsg_cli.corpora import Part, check_disjoint, check_names, load_corpora
 from dsg_cli.errors import DsgError
+from dsg_cli.fitting import Fitting
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.model import LoadedModel, context_length
+from dsg_cli.pieces import Piece, draw_pieces
 from dsg_cli.progress import Report, silent
+from dsg_cli.prompting import check_chat
 from dsg_cli.recipe import Recipe
 from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.guardrail import GuardrailSpec
 from dsg_cli.sae import SaeSource
 from dsg_cli.selection import select_features
 from dsg_cli.slicing import detector_weights, slice_sae
-from dsg_cli.stages.chain import chain_sae, load_chain_model
+from dsg_cli.stages.chain import chain_sae, load_chain_model, settle
 from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.tokens import batches, bos_to_prepend, encode, special_ids
+from dsg_cli.tokens import TokenBatch, batches, bos_to_prepend, special_ids
 from dsg_cli.workspace import Stored, Workspace
+
+PARTS: tuple[Part, ...] = ("calibrate", "fresh")
+"""What sets the threshold, and what it is measured on."""
 
 
 def run(
@@ -45,11 +51,18 @@ def run(
     settings = recipe.calibrate
     features = workspace.find("features", source)
     workspace.check_writable()
+    recipe = settle(recipe, features.header)
     selected = features.header.settings
-    names = settings.retain or [corpus["name"] for corpus in selected["retain"]]
+    names = settings.retain or [_spelled(corpus) for corpus in selected["retain"]]
     check_names(names)
     check_disjoint([corpus["name"] for corpus in selected["forget"]], names)
-    retain = load_corpora(names, role="retain", limit=recipe.corpora.limit, seed=recipe.seed)
+    retain = load_corpora(
+        names,
+        role="retain",
+        limit=recipe.corpora.limit,
+        seed=recipe.seed,
+        revisions={corpus["name"]: corpus.get("revision", "") for corpus in selected["retain"]},
+    )
     assert features.header.sae is not None
     sae = chain_sae(features.header.sae, features.id)
     loaded = load_chain_model(features.header, recipe, cut=True)
@@ -58,7 +71,7 @@ def run(
         recipe,
         settings={
             **dataclasses.asdict(settings),
-            "retain": [{"name": corpus.name, "sha256": corpus.sha256} for corpus in retain],
+            "retain": [corpus.described() for corpus in retain],
             "limit": recipe.corpora.limit,
         },
         model=features.header.model,
@@ -76,18 +89,20 @@ def run(
     indices = [feature.index for feature in features.body_as(FeatureSet).features]
     detectors = _detectors(recipe, workspace, features) if settings.gate == "window" else []
     gate = _gate(recipe, loaded, sae, indices, detectors)
+    check_chat(loaded.tokenizer, retain)
     rows: list[Json] = []
-    for part in ("calibrate", "fresh"):
-        rows += _statistics(
-            loaded,
-            gate,
+    for part in PARTS:
+        pieces = draw_pieces(
+            loaded.tokenizer,
             retain,
             part,
             bos=bos,
             lengths=(shortest, min(longest, room)),
+            is_packed=settings.rows == "packed",
+            at_most=settings.max_pieces,
             seed=recipe.seed,
-            report=report,
         )
+        rows += _statistics(loaded, gate, pieces, part, report=report)
     calibration = [row["statistic"] for row in rows if row["part"] == "calibrate"]
     fresh = [row["statistic"] for row in rows if row["part"] == "fresh"]
     threshold = conformal_threshold(calibration, settings.alpha)
@@ -166,36 +181,32 @@ def _gate(
     return GuardrailModule(spec, tensors).to(loaded.model.device)
 
 
+def _spelled(corpus: Json) -> str:
+    """A corpus of select as it was named there, weight included."""
+    return f"{corpus['name']}={corpus['weight']}" if corpus.get("weight") else str(corpus["name"])
+
+
 @torch.inference_mode()
 def _statistics(
-    loaded: LoadedModel,
-    gate: GuardrailModule,
-    retain: Sequence[Corpus],
-    part: Part,
-    *,
-    bos: int | None,
-    lengths: tuple[int, int],
-    seed: int,
-    report: Report,
+    loaded: LoadedModel, gate: GuardrailModule, pieces: Sequence[Piece], part: Part, *, report: Report
 ) -> list[Json]:
     """The gate statistic of every piece of one part: `{id, group, part, length, statistic}`, no text."""
-    rng = random.Random(f"{seed}/{part}")
-    pieces: list[list[int]] = []
-    names: list[tuple[str, str]] = []
-    for corpus in retain:
-        documents = encode(loaded.tokenizer, corpus.part(part), bos=bos)
-        for i, ids in enumerate(documents):
-            cut = cut_pieces(ids, rng, shortest=lengths[0], longest=lengths[1], n_head=int(bos is not None))
-            pieces += cut
-            names += [(f"{corpus.name}/{part}/{i}/{j}", corpus.name) for j in range(len(cut))]
     rows: list[Json] = []
-    for batch in batches(pieces, loaded.tokenizer, device=str(loaded.model.device)):
+    fit = Fitting()
+    n_tokens, total = 0, sum(len(piece.ids) for piece in pieces)
+
+    def watch(batch: TokenBatch) -> Tensor:
         resid_BLD = read_residual(loaded.model, gate.read, batch.ids_BL, batch.mask_BL)
-        counted_BL = batch.counted_BL
-        statistic_B = gate.watch(resid_BLD, counted_BL).statistic_BL.amax(-1)
-        rows += [
-            {"id": names[i][0], "group": names[i][1], "part": part, "length": length, "statistic": statistic}
-            for i, length, statistic in zip(batch.index, counted_BL.sum(-1).tolist(), statistic_B.tolist(), strict=True)
-        ]
-        report(f"{part} pieces", len(rows), len(pieces))
+        return gate.watch(resid_BLD, batch.counted_BL).statistic_BL.amax(-1)
+
+    device = str(loaded.model.device)
+    for whole in batches([piece.ids for piece in pieces], loaded.tokenizer, device=device):
+        for batch, statistic_B in fit(whole, watch):
+            found = zip(batch.index, batch.counted_BL.sum(-1).tolist(), statistic_B.tolist(), strict=True)
+            rows += [
+                {"id": pieces[i].id, "group": pieces[i].corpus, "part": part, "length": length, "statistic": statistic}
+                for i, length, statistic in found
+            ]
+            n_tokens += int(batch.mask_BL.sum())
+            report(f"{part} pieces, tokens", n_tokens, total)
     return rows

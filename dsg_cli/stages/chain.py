@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,16 +22,26 @@ from dsg_cli.tokens import special_ids
 from dsg_cli.workspace import Stored, Workspace
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not have.
+def settle(recipe: Recipe, made: Header | None = None) -> Recipe:
+    """The recipe with `auto` replaced: the GPU if there is one, and the dtype of the artifact that is gone on from.
 
     Raises:
-        DsgError: Unknown or absent.
+        DsgError: The device is unknown or absent.
     """
+    device = recipe.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DsgError(f"The device {device} is not available here.", "Try --device cpu.") from error
+    dtype: Any = recipe.model.dtype
+    if dtype == "auto" and made is not None:
+        dtype = made.dtype
+    elif dtype == "auto":
+        has_bfloat16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if has_bfloat16 else "float32"
+    return replace(recipe, model=replace(recipe.model, device=device, dtype=dtype))
 
 
 def identify(loaded: LoadedModel, last_layer: int) -> ModelIdentity:
@@ -57,7 +68,6 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
     Raises:
         DsgError: It cannot be loaded, or its weights are others.
     """
-    check_device(recipe.model.device)
     wanted = header.model
     loaded = load_model(
         recipe.model.instead or wanted.source,

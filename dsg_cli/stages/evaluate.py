@@ -15,7 +15,7 @@ from dsg_cli.expect import check_expected, parse_expected
 from dsg_cli.lab import data as lab
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import find_guards, identify, load_guards
+from dsg_cli.stages.chain import find_guards, identify, load_guards, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.workspace import Stored, Workspace
 
@@ -40,6 +40,7 @@ def run(
         can_generate=guards.can_generate,
     )
     is_known = all(bench in lab.bench_names() for bench in settings.benches)
+    recipe = settle(recipe, guards.header)
     loaded, modules = load_guards(workspace, guards, recipe)
     header = new_header(
         "eval",

@@ -23,7 +23,7 @@ from dsg_cli.model import model_folder
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.runtime.attach import Attached
-from dsg_cli.stages.chain import find_guards, guard_modules, load_guards
+from dsg_cli.stages.chain import find_guards, guard_modules, load_guards, settle
 from dsg_cli.workspace import Workspace
 
 
@@ -76,7 +76,7 @@ def run(
     if form == "model":
         check_causal(body.gate for body in guards.bodies)
         # Only the layers that the guardrails' fingerprints cover are loaded.
-        loaded, modules = load_guards(workspace, guards, recipe, cut=True)
+        loaded, modules = load_guards(workspace, guards, settle(recipe, guards.header), cut=True)
         Attached(loaded.model, modules).remove()
         architecture, tokenizer_class = type(loaded.model).__name__, type(loaded.tokenizer).__name__
     lights = [

@@ -14,7 +14,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.generation import Answer, answer, prompt_ids
 from dsg_cli.guardrail import check_causal
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import find_guards, load_guards
+from dsg_cli.stages.chain import find_guards, load_guards, settle
 from dsg_cli.workspace import Workspace
 
 Write = Callable[[str, str], None]
@@ -62,6 +62,7 @@ def run(
     guards = find_guards(workspace, sources)
     if settings.side != "base":
         check_causal(body.gate for body in guards.bodies)
+    recipe = settle(recipe, guards.header)
     loaded, modules = load_guards(workspace, guards, recipe)
     asked = [
         prompt_ids(loaded, prompt, bos=guards.bos, chat=settings.chat, n_new=settings.max_new_tokens)

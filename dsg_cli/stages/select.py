@@ -7,9 +7,7 @@ whole SAE, once; ranks the features (METHOD, steps 1 to 4); writes features-NNN.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
 from dsg_cli.artifacts import FeatureSet, Json
 from dsg_cli.corpora import Corpus, check_disjoint, check_names, check_no_shared_texts, load_corpora
@@ -17,13 +15,16 @@ from dsg_cli.errors import DsgError
 from dsg_cli.fit import check_fits
 from dsg_cli.model import LoadedModel, context_length, load_model, load_tokenizer, read_config, text_config
 from dsg_cli.progress import Report, silent
+from dsg_cli.prompting import check_chat, prompts
 from dsg_cli.recipe import Recipe
 from dsg_cli.sae import SaeSource, load_encoder, read_sae
 from dsg_cli.selection import select_features
-from dsg_cli.stages.chain import check_device, identify
+from dsg_cli.settings import SelectSection
+from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.statistics import FeatureStatistics, feature_statistics
-from dsg_cli.tokens import batches, bos_to_prepend, chunks, encode
+from dsg_cli.statistics import FeatureStatistics, feature_statistics, mix
+from dsg_cli.streaming import estimated_tokens, stream_batches
+from dsg_cli.tokens import bos_to_prepend
 from dsg_cli.workspace import Stored, Workspace
 
 
@@ -47,10 +48,11 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
             f"{recipe.select.n_features} features were asked for; the SAE has {sae.identity.n_features}.",
             "Choose another number with -n.",
         )
-    check_device(recipe.model.device)
+    recipe = settle(recipe)
     forget = load_corpora(names.forget, role="forget", limit=names.limit, seed=recipe.seed)
     retain = load_corpora(names.retain, role="retain", limit=names.limit, seed=recipe.seed)
     check_no_shared_texts(forget, retain)
+    check_chat(tokenizer, [*forget, *retain])
 
     loaded = load_model(
         recipe.model.source, device=recipe.model.device, dtype=recipe.model.dtype, last_layer=sae.site.layer
@@ -67,12 +69,14 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
     if reuse and (stored := workspace.matching(header)) is not None:
         return stored
 
-    seq_len = min(recipe.select.seq_len, context_length(model_config))
-    encoder = load_encoder(sae, device=recipe.model.device)
-    statistics = {
-        role: _statistics(loaded, sae, encoder, corpora, seq_len=seq_len, what=f"{role} corpus", report=report)
-        for role, corpora in (("forget", forget), ("retain", retain))
-    }
+    statistics = _statistics(
+        loaded,
+        sae,
+        {"forget": forget, "retain": retain},
+        settings=recipe.select,
+        seq_len=min(recipe.select.seq_len, context_length(model_config)),
+        report=report,
+    )
     score = recipe.select.score
     selection = select_features(
         statistics["forget"].score(score),
@@ -100,8 +104,8 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
 def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]) -> Json:
     return {
         **dataclasses.asdict(recipe.select),
-        "forget": [{"name": corpus.name, "sha256": corpus.sha256} for corpus in forget],
-        "retain": [{"name": corpus.name, "sha256": corpus.sha256} for corpus in retain],
+        "forget": [corpus.described() for corpus in forget],
+        "retain": [corpus.described() for corpus in retain],
         "limit": recipe.corpora.limit,
     }
 
@@ -109,25 +113,40 @@ def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]
 def _statistics(
     loaded: LoadedModel,
     sae: SaeSource,
-    encoder: Callable[[Tensor], Tensor],
-    corpora: Sequence[Corpus],
+    corpora: Mapping[str, Sequence[Corpus]],
     *,
+    settings: SelectSection,
     seq_len: int,
-    what: str,
     report: Report,
-) -> FeatureStatistics:
-    texts = [text for corpus in corpora for text in corpus.part("select")]
+) -> dict[str, FeatureStatistics]:
+    """Of the mixture of each role's corpora, from one pass over each corpus's `select` part."""
+    encoder = load_encoder(sae, device=str(loaded.model.device))
     bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
-    documents = encode(loaded.tokenizer, texts, bos=bos)
-    rows = [row for ids in documents for row in chunks(ids, seq_len, bos=bos)]
-    if not rows:
-        raise DsgError(f"The {what} has no token in its select part.", "Give more text.")
-    return feature_statistics(
-        loaded.model,
-        sae.site,
-        encoder,
-        batches(rows, loaded.tokenizer, device=str(loaded.model.device)),
-        total_tokens=sum(map(len, rows)),
-        what=what,
-        report=report,
-    )
+    mixed = {}
+    for role, several in corpora.items():
+        max_tokens = settings.max_rows * seq_len // len(several)
+        parts = []
+        for corpus in several:
+            texts = prompts(loaded.tokenizer, corpus, "select")
+            batches = stream_batches(
+                loaded.tokenizer,
+                texts,
+                bos=bos,
+                seq_len=seq_len,
+                max_tokens=max_tokens,
+                is_packed=settings.rows == "packed",
+                device=str(loaded.model.device),
+            )
+            parts.append(
+                feature_statistics(
+                    loaded.model,
+                    sae.site,
+                    encoder,
+                    batches,
+                    total_tokens=estimated_tokens(texts, max_tokens),
+                    what=f"{role} corpus {corpus.name.rsplit('/', 1)[-1]}",
+                    report=report,
+                )
+            )
+        mixed[role] = mix(parts, [corpus.weight for corpus in several])
+    return mixed

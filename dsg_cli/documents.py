@@ -1,0 +1,227 @@
+"""Local files, folders and data sets on the hub as documents: texts that can be counted before any is read."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsg_cli.catalogue import HubText
+from dsg_cli.errors import DsgError, nearest
+
+COLUMNS = ("text", "content", "document", "body", "article", "passage", "story")
+"""Names of the column that holds the text, the likeliest first."""
+READERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+Take = Callable[[Sequence[int]], list[str]]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """So many texts, read by their positions."""
+
+    n: int
+    take: Take
+    revision: str = ""
+    """Commit of the repository they came from."""
+
+
+def read_file(path: Path, column: str | None = None) -> Documents:
+    """A .jsonl, .json, .csv, .tsv, .parquet file, or a text file whose documents are parted by blank lines.
+
+    Args:
+        path: Of the file.
+        column: Which field holds the text; found by its name otherwise.
+
+    Raises:
+        DsgError: Unreadable, not UTF-8, of another format, or without such a column.
+    """
+    if path.suffix == ".parquet":
+        return _parquet(path, column)
+    content = _text_of(path)
+    if path.suffix not in READERS[:5]:
+        texts = content.split("\n\n")
+    elif path.suffix in (".csv", ".tsv"):
+        texts = _csv(path, content, column)
+    elif path.suffix == ".json" and not _is_json_lines(content):
+        texts = _json(path, content, column)
+    else:
+        texts = _json_lines(path, content, column)
+    return _listed(texts)
+
+
+def read_folder(folder: Path, column: str | None = None, split: str | None = None) -> Documents:
+    """A folder that `datasets` saved to disk, or every file in one that `read_file` reads.
+
+    Raises:
+        DsgError: It holds neither, the split is not there, or a file is bad.
+    """
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _saved(folder, column, split)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in READERS and path.is_file())
+    if not files:
+        raise DsgError(f"The folder {folder} holds no corpus.", f"Known files: {', '.join(READERS)}.")
+    read = [read_file(path, column) for path in files]
+    return _listed([text for one in read for text in one.take(range(one.n))])
+
+
+def of_dataset(dataset: Any, wanted: HubText, *, where: str, revision: str = "") -> Documents:
+    """The texts of a `datasets.Dataset`, which stays on disk.
+
+    Raises:
+        DsgError: It has no such column.
+    """
+    if wanted.template is not None:
+        template = wanted.template
+
+        def render(indices: Sequence[int]) -> list[str]:
+            return [template.format(**row) for row in dataset.select(indices)]
+
+        return Documents(len(dataset), render, revision)
+    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in STRINGS]
+    column = _find_column(wanted.column, strings, where)
+
+    def take(indices: Sequence[int]) -> list[str]:
+        return [text or "" for text in dataset.select(indices)[column]]
+
+    return Documents(len(dataset), take, revision)
+
+
+STRINGS = ("string", "large_string")
+
+
+def _listed(texts: Sequence[str]) -> Documents:
+    return Documents(len(texts), lambda indices: [texts[i] for i in indices])
+
+
+def _find_column(wanted: str | None, strings: Sequence[str], where: str) -> str:
+    """The column that was named, the first of `COLUMNS` that is there, or the only one that holds text."""
+    if wanted is not None:
+        if wanted in strings:
+            return wanted
+        raise DsgError(f"{where} has no text column {wanted}.", nearest(wanted, strings))
+    found = [name for name in COLUMNS if name in strings] or list(strings)
+    if found and (found[0] in COLUMNS or len(found) == 1):
+        return found[0]
+    raise DsgError(
+        f"{where} has no column that is known to hold the text; found: {', '.join(strings) or 'none with text'}.",
+        "Name it after an @, as in FILE@column.",
+    )
+
+
+def _text_of(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DsgError(
+            f"{path} is not UTF-8 text (byte {error.start}).", f"Known files: {', '.join(READERS)}."
+        ) from error
+    except OSError as error:
+        raise DsgError(f"{path} cannot be read: {error.strerror}.") from error
+    if "\x00" in content:
+        raise DsgError(f"{path} is not a text file: it has NUL bytes.", f"Known files: {', '.join(READERS)}.")
+    return content
+
+
+def _is_json_lines(content: str) -> bool:
+    first = content.lstrip().partition("\n")[0]
+    try:
+        return isinstance(json.loads(first), dict) and "\n" in content.strip()
+    except ValueError:
+        return False
+
+
+def _json_lines(path: Path, content: str, column: str | None) -> list[str]:
+    texts: list[str] = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DsgError(f"{where} is not JSON: {error.msg}.") from error
+        column = column if texts else _column_of(row, column, where)
+        texts.append(_field(row, column, where))
+    return texts
+
+
+def _json(path: Path, content: str, column: str | None) -> list[str]:
+    try:
+        rows = json.loads(content) if content.strip() else []
+    except json.JSONDecodeError as error:
+        raise DsgError(f"{path} is not JSON: {error.msg} (line {error.lineno}).") from error
+    if isinstance(rows, Mapping):
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = lists[0] if len(lists) == 1 else [rows]
+    if rows and all(isinstance(row, str) for row in rows):
+        return [_clean(row, str(path)) for row in rows]
+    texts: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, entry {number}"
+        column = column if texts else _column_of(row, column, where)
+        texts.append(_field(row, column, where))
+    return texts
+
+
+def _csv(path: Path, content: str, column: str | None) -> list[str]:
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    rows = csv.DictReader(content.splitlines(keepends=True), delimiter=delimiter)
+    column = _find_column(column, list(rows.fieldnames or []), str(path)) if content.strip() else None
+    return [_field(row, column, f"{path}, line {rows.line_num}") for row in rows]
+
+
+def _parquet(path: Path, column: str | None) -> Documents:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        schema = parquet.read_schema(path)
+        strings = [field.name for field in schema if pyarrow.types.is_string(field.type) or str(field.type) in STRINGS]
+        column = _find_column(column, strings, str(path))
+        values = parquet.read_table(path, columns=[column])[column]
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DsgError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    return Documents(len(values), lambda indices: [text or "" for text in values.take(list(indices)).to_pylist()])
+
+
+def _saved(folder: Path, column: str | None, split: str | None) -> Documents:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(folder))
+    except Exception as error:  # A folder of the user's: the library raises anything on a bad one.
+        raise DsgError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if isinstance(dataset, DatasetDict):
+        names = list(dataset)
+        chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
+        if chosen not in names:
+            raise DsgError(
+                f"{folder} has {f'no split {split}' if split else 'several splits'}: {', '.join(names)}.",
+                f"Name one after a #, as in {folder}#{names[0]}.",
+            )
+        dataset = dataset[chosen]
+    return of_dataset(dataset, HubText(str(folder), column=column), where=str(folder))
+
+
+def _column_of(row: Any, wanted: str | None, where: str) -> str:
+    if not isinstance(row, Mapping):
+        raise DsgError(f"{where} is no object with a text; found: {type(row).__name__}.")
+    return _find_column(wanted, [str(name) for name, value in row.items() if isinstance(value, str)], where)
+
+
+def _field(row: Any, column: str | None, where: str) -> str:
+    text = row.get(column) if isinstance(row, Mapping) else None
+    if not isinstance(text, str):
+        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise DsgError(f'{where} has no "{column}" string; found: {found}.')
+    return _clean(text, where)
+
+
+def _clean(text: str, where: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DsgError(f"{where} holds half of a surrogate pair, which is no text.")
+    return text

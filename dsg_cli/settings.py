@@ -1,0 +1,152 @@
+"""Every setting of a run, its type and its default: one frozen dataclass a YAML section of a recipe. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which language model."""
+
+    source: str = "google/gemma-2-2b-it"
+    """`lab`, a Hugging Face model folder, or org/name[@revision] on the hub."""
+    device: str = "auto"
+    """`auto` takes a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` is float32 on a CPU, bfloat16 on a GPU that has it, and after select what select took."""
+    instead: str | None = None
+    """For a guardrail: the model to put it on, if the one that it was made for now lies elsewhere."""
+    allow_mismatch: bool = False
+    """Put a guardrail on another model than the one it was made for, such as a fine-tuned one; reports say so."""
+
+
+@dataclass(frozen=True)
+class SaeSection:
+    """Which sparse autoencoder."""
+
+    source: str = "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_142"
+    """A release of sae-lens with an id, a folder in its format or org/name[@revision][/folder] on the hub, or `lab`,
+    `lab-1`, `lab-2`."""
+
+
+@dataclass(frozen=True)
+class CorporaSection:
+    """What is to be forgotten and what retained: names (`dsg ls corpora`), files or folders, each with `=WEIGHT`."""
+
+    forget: list[str] = field(default_factory=list)
+    retain: list[str] = field(default_factory=list)
+    limit: int | None = 4096
+    """At most so many documents of each corpus, drawn at random."""
+
+
+@dataclass(frozen=True)
+class SelectSection:
+    """Which features."""
+
+    n_features: int = 20
+    ratio_percentile: float = 95.0
+    score: Literal["mean-square", "squared-mean"] = "mean-square"
+    """`mean-square` is the paper's Fisher diagonal, `squared-mean` what its code computes."""
+    seq_len: int = 1024
+    """Longer documents are read in rows of so many tokens."""
+    max_rows: int = 1024
+    """At most so many times seq_len tokens of forget text, and as many of retain text."""
+    rows: Literal["documents", "packed"] = "documents"
+    """`packed` joins documents with EOS and cuts them into full rows, as the paper does."""
+
+
+@dataclass(frozen=True)
+class CalibrateSection:
+    """When the gate fires."""
+
+    gate: Literal["window", "causal-mean", "mean"] = "window"
+    """`window` decides while text is written; `mean` is the paper's, for scoring whole sequences."""
+    window: int = 4
+    """Counted tokens in a window, and in the shortest prefix of `causal-mean`."""
+    n_detectors: int = 5
+    """Features that a `window` gate watches, chosen like those of select but at `detector_percentile`."""
+    detector_percentile: float = 98.0
+    alpha: float = 0.05
+    """Promised rate of false positives on retain text."""
+    lengths: list[int] = field(default_factory=lambda: [8, 128])
+    """Retain text is cut to pieces of random lengths from the first to the second, in counted tokens."""
+    rows: Literal["documents", "packed"] = "documents"
+    """`packed` joins documents with EOS before it cuts; with lengths 1024:1024 the paper's rows."""
+    max_pieces: int = 4096
+    """At most so many pieces of each of the two parts, about."""
+    retain: list[str] = field(default_factory=list)
+    """Other retain corpora than the ones of select."""
+
+
+@dataclass(frozen=True)
+class GuardrailSection:
+    """What happens when it fires."""
+
+    strength: str = "4r"
+    """c: a number, or a multiple of the median residual norm such as `4r`."""
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """What is measured."""
+
+    benches: list[str] = field(default_factory=list)
+    split: Literal["dev", "test"] = "test"
+    include_path: str | None = None
+    """Folder with lm-eval tasks of your own."""
+    batch_size: int = 32
+    limit: int | None = None
+    expect: list[str] = field(default_factory=list)
+    """Conditions on the unlearned model, such as `lab-hexes<=0.30`."""
+    samples: bool = False
+    """Keep question texts in the rows."""
+
+
+@dataclass(frozen=True)
+class GenerateSection:
+    """What is written."""
+
+    side: Literal["both", "base", "guarded"] = "both"
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    chat: bool = False
+    """Ask in the tokenizer's chat template."""
+    on_trigger: Literal["clamp", "refuse"] = "clamp"
+    """Where a gate opens: go on with clamped features, or end with `refusal`."""
+    refusal: str = "I cannot help with that."
+
+
+@dataclass(frozen=True)
+class AttackSection:
+    """How it is attacked."""
+
+    kinds: list[str] = field(default_factory=list)
+    bench: str | None = None
+    """Questions on the forgotten knowledge; by default the bench named like the forget corpus."""
+    utility_bench: str | None = None
+    """Questions that must stay answered, shown beside the attack."""
+    dilution_lengths: list[int] = field(default_factory=lambda: [0, 4, 16, 48, 96])
+    """Benign tokens put in front of each question."""
+    relearn_questions: int = 16
+    """Forget questions that the attacker fine-tunes on; the others are asked."""
+    relearn_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20, 40])
+    relearn_learning_rate: float = 3e-4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run."""
+
+    model: ModelSection = ModelSection()
+    sae: SaeSection = SaeSection()
+    corpora: CorporaSection = CorporaSection()
+    select: SelectSection = SelectSection()
+    calibrate: CalibrateSection = CalibrateSection()
+    guardrail: GuardrailSection = GuardrailSection()
+    eval: EvalSection = EvalSection()
+    generate: GenerateSection = GenerateSection()
+    attack: AttackSection = AttackSection()
+    seed: int = 0

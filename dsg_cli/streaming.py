@@ -1,0 +1,131 @@
+"""Texts to batches on the device, a little ahead of whoever computes on them: a GPU never waits for the tokenizer."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dsg_cli.tokens import BATCH_TOKENS, TokenBatch, batches, chunks, encode, packed
+
+TEXTS_AT_ONCE = 256
+BUCKET_TOKENS = 32 * BATCH_TOKENS
+"""Rows of similar lengths are put together within a bucket of so many tokens."""
+AHEAD = 4
+"""Batches that lie ready, at most."""
+
+Item = TypeVar("Item")
+
+
+def stream_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    bos: int | None,
+    seq_len: int,
+    max_tokens: int | None = None,
+    is_packed: bool = False,
+    device: str = "cpu",
+) -> Iterator[TokenBatch]:
+    """The texts as right-padded batches, tokenised in a thread of their own.
+
+    Args:
+        tokenizer: The model's.
+        texts: Documents.
+        bos: Token that every row begins with.
+        seq_len: Longer documents are read in rows of so many tokens.
+        max_tokens: Stop after about so many.
+        is_packed: Join the documents with EOS and cut them into full rows, as the paper does.
+        device: Where the batches are wanted.
+    """
+    rows = _rows(tokenizer, texts, bos=bos, seq_len=seq_len, is_packed=is_packed)
+    is_cuda = device.startswith("cuda")
+
+    def ready() -> Iterator[TokenBatch]:
+        for bucket in _buckets(rows, max_tokens):
+            for batch in batches(bucket, tokenizer):
+                yield batch.pinned() if is_cuda else batch
+
+    for batch in _ahead(ready()):
+        yield batch.to(device)
+
+
+def estimated_tokens(texts: Sequence[str], max_tokens: int | None = None) -> int:
+    """About how many tokens texts have, for progress: four characters each."""
+    n_tokens = sum(map(len, texts)) // 4 + 1
+    return n_tokens if max_tokens is None else min(n_tokens, max_tokens)
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, bos: int | None, seq_len: int, is_packed: bool
+) -> Iterator[list[int]]:
+    documents = (
+        ids
+        for start in range(0, len(texts), TEXTS_AT_ONCE)
+        for ids in encode(tokenizer, texts[start : start + TEXTS_AT_ONCE], bos=bos)
+    )
+    if is_packed:
+        yield from packed(documents, seq_len, bos=bos, eos=tokenizer.eos_token_id)
+        return
+    for ids in documents:
+        yield from chunks(ids, seq_len, bos=bos)
+
+
+def _buckets(rows: Iterable[list[int]], max_tokens: int | None) -> Iterator[list[list[int]]]:
+    bucket: list[list[int]] = []
+    n_bucket = n_all = 0
+    for row in rows:
+        bucket.append(row)
+        n_bucket += len(row)
+        n_all += len(row)
+        if n_bucket >= BUCKET_TOKENS or (max_tokens is not None and n_all >= max_tokens):
+            yield bucket
+            bucket, n_bucket = [], 0
+            if max_tokens is not None and n_all >= max_tokens:
+                return
+    if bucket:
+        yield bucket
+
+
+def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, made in another thread; an exception there is raised here."""
+    ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(AHEAD)
+    is_over = threading.Event()
+
+    def put(is_item: bool, value: Item | BaseException | None) -> None:
+        while not is_over.is_set():
+            try:
+                ready.put((is_item, value), timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            with torch.inference_mode():
+                for item in items:
+                    put(True, item)
+                    if is_over.is_set():
+                        return
+            put(False, None)
+        except BaseException as error:  # Whatever it is, it is the reader's.
+            put(False, error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            is_item, value = ready.get()
+            if is_item:
+                yield value  # type: ignore[misc]
+            elif value is not None:
+                raise value  # type: ignore[misc]
+            else:
+                return
+    finally:
+        is_over.set()
+        thread.join()
