@@ -194,6 +194,10 @@ class EvalReport:
     """bench -> rate of questions with a gated choice, number of questions."""
     expected: list[Json]
     """Each --expect, its value and whether it was met."""
+    question_ids: dict[str, list[str]]
+    """bench -> the questions that the base model knows; of benches of the paper's protocol."""
+    base_from: dict[str, int]
+    """Earlier evaluation -> answers of the base model that were taken from it."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ KINDS: dict[str, type[Any]] = {
     "eval": EvalReport,
     "attack": AttackReport,
 }
-SCHEMAS: dict[str, int] = {"features": 1, "threshold": 2, "guardrail": 2, "eval": 1, "attack": 1}
+SCHEMAS: dict[str, int] = {"features": 1, "threshold": 2, "guardrail": 2, "eval": 2, "attack": 1}
 MADE_BY = {
     "features": "dsg select",
     "threshold": "dsg calibrate",
@@ -242,6 +246,8 @@ def migrate(data: Json) -> Json:
     if data["schema"] == 1 and data["kind"] == "guardrail":
         # Only SAEs without run-time normalisation could be sliced, and the one gate was `mean`.
         return {**data, "detectors": [], "window": 0, "hook_out": data["hook"], "slice": {"activation": "threshold"}}
+    if data["schema"] == 1 and data["kind"] == "eval":
+        return {**data, "question_ids": {}, "base_from": {}}
     return data
 
 

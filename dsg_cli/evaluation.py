@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
 from dsg_cli.artifacts import Json
+from dsg_cli.benches.names import bench_name
 from dsg_cli.benches.tasks import task_index
-from dsg_cli.guardrail import GuardrailModule, guarded, last_decisions
+from dsg_cli.calibration import wilson
+from dsg_cli.guardrail import GuardrailModule, guarded
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
-from dsg_cli.scoring import Request, score
-from dsg_cli.tokens import TokenBatch, special_ids, with_bos
+from dsg_cli.scorer import Decision, Known, Scorer
+from dsg_cli.scoring import Request
+from dsg_cli.tokens import with_bos
 
-
-@dataclass(frozen=True)
-class Decision:
-    """What the gate made of one input."""
-
-    n_tokens: int
-    statistic: float
-    gated: bool
+COUNTED = ("acc", "acc_norm", "exact_match")
+"""Metrics that are shares of questions, for which an interval is given."""
 
 
 @dataclass(frozen=True)
@@ -37,28 +34,38 @@ class SideBySide:
     rows: list[Json]
     """One a question."""
     n_tokens: int
+    answers: Known = field(default_factory=dict)
+    """Of the base model, for a later evaluation."""
+    n_known: int = 0
+    """Requests of the base model that an earlier evaluation had answered."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """lm-eval's own results of each side."""
+    question_ids: dict[str, list[str]] = field(default_factory=dict)
+    """Questions that the base model knows, of the benches that count only those."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How lm-eval asks."""
+
+    limit: int | None = None
+    """Questions a bench, at most."""
+    num_fewshot: int | None = None
+    """Examples in front of each question; None leaves it to the task."""
+    chat: bool = False
+    """Put questions in the tokenizer's chat template."""
 
 
 class ScoringLM(HFLM):
     """lm-eval's Hugging Face model, with log-likelihoods computed by scoring.py: true lengths reach the gate."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        *,
-        bos: int | None,
-        batch_size: int,
-        guardrails: Sequence[GuardrailModule],
-        what: str,
-        report: Report,
-    ) -> None:
-        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    def __init__(self, scorer: Scorer, *, bos: int | None) -> None:
+        loaded = scorer.loaded
+        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=scorer.batch_size)
         self.bos = bos
-        self.guardrails = guardrails
-        self.what = what
-        self.report = report
+        self.scorer = scorer
+        scorer.max_length = self.max_length
         self.decisions: dict[tuple[str, str], Decision] = {}
-        self.n_tokens = 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Without lm-eval's progress bar: ours reports the same work."""
@@ -70,30 +77,10 @@ class ScoringLM(HFLM):
         asked = [
             Request(tuple(with_bos(context, self.bos)), tuple(continuation)) for _, context, continuation in requests
         ]
-        noted: list[tuple[list[float], list[bool]]] = []
-
-        def note(batch: TokenBatch) -> None:
-            self.n_tokens += int(batch.mask_BL.sum())
-            if self.guardrails:
-                noted.append(last_decisions(self.guardrails))
-
-        scores = score(
-            self.model,
-            asked,
-            pad=self.tokenizer.pad_token_id or 0,
-            special=special_ids(self.tokenizer),
-            batch_size=int(self.batch_size),
-            max_length=self.max_length,
-            device=str(self.device),
-            after_batch=note,
-            what=self.what,
-            report=self.report,
-        )
-        if noted:
-            for (texts, _, _), request, found in zip(requests, asked, scores, strict=True):
-                statistics, gates = noted[found.batch]
-                n_tokens = len(request.inputs(self.max_length))
-                self.decisions[texts] = Decision(n_tokens, statistics[found.row], gates[found.row])
+        scores, decisions = self.scorer(asked)
+        for (texts, _, _), decided in zip(requests, decisions, strict=True):
+            if decided is not None:
+                self.decisions[texts] = decided
         return [(found.loglikelihood, found.is_greedy) for found in scores]
 
 
@@ -104,9 +91,10 @@ def evaluate(
     *,
     bos: int | None,
     batch_size: int = 32,
-    limit: int | None = None,
+    asking: Asking | None = None,
     samples: bool = False,
     allow_mismatch: bool = False,
+    known: Known | None = None,
     report: Report = silent,
 ) -> SideBySide:
     """Ask every bench of the base model and of the same model under its guardrails.
@@ -117,27 +105,50 @@ def evaluate(
         tasks: lm-eval's tasks and groups, as `benches.tasks.load_tasks` gives them.
         bos: Token that every sequence begins with.
         batch_size: Sequences in a batch; no result depends on it.
-        limit: Questions a bench, at most.
+        asking: How the questions are put.
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
+        known: Answers of the base model that an earlier evaluation got.
         report: Progress.
+
+    Raises:
+        DsgError: A log-likelihood is not finite, or memory runs out on a single sequence.
     """
+    asking = asking or Asking()
     found: dict[str, Any] = {}
-    n_tokens = 0
+    scorers: dict[str, Scorer] = {}
     decisions: dict[tuple[str, str], Decision] = {}
     for side in ("base", "unlearned"):
         guards = guardrails if side == "unlearned" else ()
-        lm = ScoringLM(loaded, bos=bos, batch_size=batch_size, guardrails=guards, what=f"{side} model", report=report)
+        scorer = Scorer(loaded, guards, batch_size, 0, what=f"{side} model", report=report)
+        scorer.known = (known or {}) if side == "base" else {}
+        lm = ScoringLM(scorer, bos=bos)
         with guarded(loaded.model, guards, allow_mismatch=allow_mismatch):
             found[side] = _simple_evaluate(
-                model=lm, tasks=list(tasks), task_manager=task_index(None, False), limit=limit, log_samples=True
+                model=lm,
+                tasks=list(tasks),
+                task_manager=task_index((), False),
+                limit=asking.limit,
+                num_fewshot=asking.num_fewshot,
+                apply_chat_template=asking.chat,
+                log_samples=True,
             )
-        n_tokens += lm.n_tokens
+        scorers[side] = scorer
         decisions |= lm.decisions
     rows = _rows(found["base"], found["unlearned"], decisions, samples)
     names = list(found["base"]["results"])
-    results = {name: {side: _metrics(found[side], name) for side in found} for name in names}
-    return SideBySide(results=results, gate=_gate_rates(rows, found["base"], names), rows=rows, n_tokens=n_tokens)
+    rates = _gate_rates(rows, found["base"], names)
+    for row in rows:
+        row["bench"] = bench_name(row["bench"])
+    return SideBySide(
+        results={bench_name(name): {side: _metrics(found[side], name) for side in found} for name in names},
+        gate={bench_name(name): rate for name, rate in rates.items()},
+        rows=rows,
+        n_tokens=sum(scorer.n_tokens for scorer in scorers.values()),
+        answers=scorers["base"].answers,
+        n_known=scorers["base"].n_known,
+        found=found,
+    )
 
 
 def _simple_evaluate(**options: Any) -> Any:
@@ -161,8 +172,18 @@ def _metrics(found: Any, name: str) -> Json:
         metric, _, filter_name = key.partition(",")
         if filter_name and isinstance(value, int | float):
             metrics[metric if filter_name == "none" else f"{metric}_{filter_name}"] = float(value)
-    metrics["n"] = sum(found["n-samples"][task]["effective"] for task in _tasks_of(found, name))
+    metrics["n"] = n = sum(found["n-samples"][task]["effective"] for task in _tasks_of(found, name))
+    for metric in COUNTED:
+        k = metrics.get(metric, 0.5) * n
+        if n and abs(k - round(k)) < 1e-6:
+            metrics |= counts(round(k), n, metric)
     return metrics
+
+
+def counts(k: int, n: int, metric: str = "acc") -> Json:
+    """How many, and the Wilson interval of the share."""
+    low, high = wilson(k, n)
+    return {f"{metric}_count": k, f"{metric}_low": low, f"{metric}_high": high}
 
 
 def _tasks_of(found: Any, name: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +34,10 @@ def load_rows(repo: str, config: str | None, split: str, *, revision: str | None
     Raises:
         DsgError: Missing, gated, without such a configuration or split; no network; no room.
     """
-    from datasets import exceptions, load_dataset
+    from datasets import load_dataset
 
-    try:
-        with hub_errors(repo):
-            dataset = load_dataset(repo, config, split=split, revision=revision)
-    except exceptions.DatasetNotFoundError as error:
-        raise _missing(repo, str(error)) from error
-    except exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise DsgError(f"The data set {repo} cannot be read: {' '.join(str(cause).split())[:300]}") from error
-    except ConnectionError as error:
-        raise DsgError(
-            f"The hub cannot be reached, and the data set {repo} is not in the local cache.",
-            "Check the network and HF_ENDPOINT; unset HF_HUB_OFFLINE to download; or name a local file instead.",
-        ) from error
-    except ValueError as error:  # An unknown configuration or split: the message lists what there is.
-        raise DsgError(
-            f"In the data set {repo}: {' '.join(str(error).split('Example of usage')[0].split())[:400]}",
-            "Write hf:org/name:config#split.",
-        ) from error
+    with data_errors(repo):
+        dataset = load_dataset(repo, config, split=split, revision=revision)
     if revision and (read := commit_read(dataset)) != revision:
         raise DsgError(
             f"The data set {repo} is in the local cache at commit {read[:12]}, not at {revision[:12]}, which an "
@@ -59,6 +45,43 @@ def load_rows(repo: str, config: str | None, split: str, *, revision: str | None
             "Go online once, or start again with dsg select.",
         )
     return dataset
+
+
+@contextmanager
+def data_errors(repo: str) -> Iterator[None]:
+    """Turn what `datasets` and the hub's client raise inside the block into one sentence that says what to do.
+
+    Raises:
+        DsgError: Instead of any of their errors.
+    """
+    from datasets import exceptions
+
+    try:
+        with hub_errors(repo):
+            yield
+    except exceptions.DatasetNotFoundError as error:
+        raise _missing(repo, str(error)) from error
+    except exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise DsgError(f"The data set {repo} cannot be read: {_line(cause)}") from error
+    except ConnectionError as error:
+        raise DsgError(
+            f"The hub cannot be reached, and the data set {repo} is not in the local cache.",
+            "Check the network and HF_ENDPOINT; unset HF_HUB_OFFLINE to download; or name a local file instead.",
+        ) from error
+    except ValueError as error:
+        if "find cache" in str(error):
+            raise DsgError(
+                f"The hub cannot be reached, and the data set {repo} is not whole in the local cache: {_line(error)}",
+                "Check the network; unset HF_HUB_OFFLINE to download.",
+            ) from error
+        if not re.search("BuilderConfig|split|[Cc]onfig name", str(error)):
+            raise
+        # An unknown configuration or split: the message lists what there is.
+        raise DsgError(
+            f"In the data set {repo}: {_line(error)}",
+            "Write hf:org/name:config#split.",
+        ) from error
 
 
 def commit_read(dataset: Any) -> str:
@@ -80,3 +103,7 @@ def _missing(repo: str, reason: str) -> DsgError:
         f"There is no data set {repo} on the hub, or it is private and this account has no access.",
         "Check the name; for a private one, set HF_TOKEN or run `hf auth login`.",
     )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split("Example of usage")[0].split())[:400]

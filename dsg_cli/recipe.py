@@ -116,6 +116,10 @@ def _out_of_range(recipe: Recipe) -> list[str]:
         ),
         (asked.batch_size >= 1, f"eval.batch_size is {asked.batch_size}; it must be at least 1."),
         (asked.limit is None or asked.limit >= 1, f"eval.limit is {asked.limit}; it must be at least 1."),
+        (
+            asked.num_fewshot is None or asked.num_fewshot >= 0,
+            f"eval.num_fewshot is {asked.num_fewshot}; it must be at least 0.",
+        ),
         (written.max_new_tokens >= 1, f"generate.max_new_tokens is {written.max_new_tokens}; write at least 1."),
         (
             0 <= written.temperature < math.inf,

@@ -122,11 +122,10 @@ def score(
                 after_batch(batch)
             for row_index, i_row in enumerate(batch.index):
                 row = rows[i_row]
+                first = int(torch.searchsorted(positions_P, max(0, len(row) - n_tail[i_row])))
+                tail_CV = logits_BPV[row_index, first : first + min(n_tail[i_row], len(row))].float().log_softmax(-1)
                 for i in by_input[row]:
-                    n = min(len(requests[i].continuation), len(row))
-                    first = int(torch.searchsorted(positions_P, len(row) - n))
-                    found = _one(logits_BPV[row_index, first : first + n], requests[i].continuation)
-                    scores[i] = Score(*found, n_batches, row_index)
+                    scores[i] = Score(*_one(tail_CV, requests[i].continuation), n_batches, row_index)
             n_batches += 1
             n_tokens += int(batch.mask_BL.sum())
             report(f"{what}, tokens", n_tokens, total)
@@ -148,14 +147,14 @@ def _logits(model: nn.Module, batch: TokenBatch, positions_P: Tensor) -> Tensor:
     return model(**options).logits[:, positions_P]
 
 
-def _one(logits_CV: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
+def _one(tail_CV: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
     """Log-likelihood of a continuation, or of its end where its beginning was cut off, and whether it is greedy.
 
     Raises:
         DsgError: The log-likelihood is not finite.
     """
-    tail_CV = logits_CV.float().log_softmax(-1)
-    target_C = torch.tensor(continuation, device=logits_CV.device)[-len(tail_CV) :]
+    tail_CV = tail_CV[-len(continuation) :]
+    target_C = torch.tensor(continuation, device=tail_CV.device)[-len(tail_CV) :]
     loglikelihood = float(tail_CV.gather(-1, target_C[:, None]).sum())
     if not math.isfinite(loglikelihood):
         raise DsgError(

@@ -10,6 +10,8 @@ from torch import Tensor
 from dsg_cli.artifacts import Feature
 from dsg_cli.errors import DsgError
 
+LIVE_AT_LEAST = 0.05
+"""Share of live features below which percentiles are taken over those alone."""
 FORGET_PERCENTILE = 5.0
 EPSILON = 1e-21
 
@@ -31,8 +33,8 @@ def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, rati
 
     `ratio_j = forget_j / (retain_j + 1e-21)`; keep features with `forget_j` at or above its 5th percentile and
     `ratio_j` at or above its `ratio_percentile`-th; of those the `n_features` with the largest `forget_j`.
-    Percentiles are taken over all F features; where the SAE is so dead that the cuts would be 0 and let dead
-    features pass, over the live ones (active on at least one token of either corpus).
+    Percentiles are taken over all F features; where the SAE is nearly dead (fewer than 5 % of its features are active
+    on a token of either corpus), or the ratio's cut would be 0, over those that are live.
 
     Args:
         forget_F: Score of each feature on the forget corpus.
@@ -53,7 +55,7 @@ def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, rati
             "No feature of the SAE is active on the forget corpus.", "Check that the SAE belongs to the model."
         )
     over, percentiles_over = torch.ones_like(live_F), "all"
-    if torch.quantile(ratio_F, ratio_percentile / 100) == 0:
+    if live_F.double().mean() < LIVE_AT_LEAST or torch.quantile(ratio_F, ratio_percentile / 100) == 0:
         over, percentiles_over = live_F, "live"
     ratio_cut = torch.quantile(ratio_F[over], ratio_percentile / 100)
     forget_cut = torch.quantile(forget_F[over], FORGET_PERCENTILE / 100)

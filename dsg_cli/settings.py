@@ -94,6 +94,7 @@ class EvalSection:
 
     benches: list[str] = field(default_factory=list)
     split: Literal["dev", "test"] = "test"
+    """Of the lab's benches."""
     include_path: str | None = None
     """Folder with lm-eval tasks of your own."""
     batch_size: int = 32
@@ -102,6 +103,12 @@ class EvalSection:
     """Conditions on the unlearned model, such as `lab-hexes<=0.30`."""
     samples: bool = False
     """Keep question texts in the rows."""
+    num_fewshot: int | None = None
+    """Examples in front of each question of lm-eval's tasks; null leaves it to the task."""
+    apply_chat_template: bool = False
+    """Put lm-eval's questions in the tokenizer's chat template."""
+    question_ids: str | None = None
+    """For benches of the paper's protocol: an earlier evaluation, or a file of ids, that says which questions count."""
 
 
 @dataclass(frozen=True)

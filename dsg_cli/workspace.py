@@ -12,7 +12,8 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,7 +127,7 @@ class Workspace:
         if data["id"] != path.stem:
             raise DsgError(f"{path} was renamed: it is {data['id']}.", "Give it its name back.")
         for name, side_digest in data["files"].items():
-            side = path.with_name(name)
+            side = path.parent / name
             if not side.is_file():
                 raise DsgError(f"{path} is incomplete: {name} is missing.", "Make it again.")
             if file_digest(side) != side_digest:
@@ -140,6 +141,7 @@ class Workspace:
         *,
         tensors: dict[str, Tensor] | None = None,
         rows: Iterable[Json] | None = None,
+        folder: Mapping[str, bytes] | None = None,
     ) -> Stored:
         """Write an artifact under the next number; all or nothing.
 
@@ -148,6 +150,7 @@ class Workspace:
             body: What was found.
             tensors: Written beside it as safetensors.
             rows: Written beside it as JSON lines.
+            folder: Files, by their paths, of a folder beside it that is named like it.
 
         Raises:
             DsgError: The workspace cannot be written to.
@@ -156,7 +159,7 @@ class Workspace:
         with self._number(header.kind) as artifact_id:
             path = self.folder / f"{artifact_id}.json"
             try:
-                files = dict(self._side_files(artifact_id, tensors, rows))
+                files = dict(self._side_files(artifact_id, tensors, rows, folder or {}))
                 header = replace(header, id=artifact_id, files=files)
                 data = to_json(header, body)
                 data["sha256"] = digest_of(data)
@@ -165,13 +168,19 @@ class Workspace:
                 # Without its JSON a side file is a leftover.
                 for suffix in (".safetensors", ".jsonl") if not path.exists() else ():
                     path.with_suffix(suffix).unlink(missing_ok=True)
+                if folder and not path.exists():
+                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                 if isinstance(error, OSError):
                     raise DsgError(f"{path} cannot be written: {error.strerror}.") from error
                 raise
             return Stored(header, body, data, path)
 
     def _side_files(
-        self, artifact_id: str, tensors: dict[str, Tensor] | None, rows: Iterable[Json] | None
+        self,
+        artifact_id: str,
+        tensors: dict[str, Tensor] | None,
+        rows: Iterable[Json] | None,
+        folder: Mapping[str, bytes],
     ) -> Iterator[tuple[str, str]]:
         if tensors is not None:
             from safetensors.torch import save
@@ -180,8 +189,11 @@ class Workspace:
         if rows is not None:
             lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
             yield self._side_file(f"{artifact_id}.jsonl", lines.encode())
+        for name, content in folder.items():
+            yield self._side_file(f"{artifact_id}/{name}", content)
 
     def _side_file(self, name: str, content: bytes) -> tuple[str, str]:
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / name, content)
         return name, hashlib.sha256(content).hexdigest()
 

@@ -49,8 +49,10 @@ WORDS = {
 }
 """Group to its words, which its suffix tells from all others."""
 CONTENT = [word for words in WORDS.values() for word in words]
-FEATURES = dict(zip(CONTENT, random.Random(0).sample(range(N_FEATURES), len(CONTENT)), strict=True))
-"""Word to the index of the only feature that fires on it; all other features are dead."""
+COPIES = {word: 16 if word in WORDS["general"] else 1 for word in CONTENT}
+_DRAWN = iter(random.Random(0).sample(range(N_FEATURES), sum(COPIES.values())))
+FEATURES = {word: sorted(next(_DRAWN) for _ in range(n)) for word, n in COPIES.items()}
+"""Word to the features that fire on it and on no other: so many on general words that the best 5 % are few of all."""
 
 
 def populate(root: Path) -> None:
@@ -290,11 +292,12 @@ def write_models(folder: Path, vocab: dict[str, int], model: Gemma2ForCausalLM) 
 
 
 def write_sae(folder: Path, directions: Tensor) -> None:
-    """One live feature a word, which reads and writes the direction of its embedding; 48 on its word, 0 elsewhere."""
-    live = list(FEATURES.values())
+    """Live features read and write the directions of words' embeddings; they are 48 on their word and 0 elsewhere."""
+    live = [index for word in CONTENT for index in FEATURES[word]]
+    row = [number for number, word in enumerate(CONTENT) for _ in FEATURES[word]]
     shapes = {"W_enc": (WIDTH, N_FEATURES), "W_dec": (N_FEATURES, WIDTH), "b_enc": N_FEATURES, "b_dec": WIDTH}
     arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     arrays["threshold"] = np.ones(N_FEATURES, np.float32)
-    arrays["W_enc"][:, live], arrays["W_dec"][live], arrays["threshold"][live] = directions.T, directions, 24
+    arrays["W_enc"][:, live], arrays["W_dec"][live], arrays["threshold"][live] = directions[row].T, directions[row], 24
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "params.npz", **arrays)

@@ -44,7 +44,7 @@ for config in ("cyber-forget-corpus", "bio-retain-corpus"):
         fires = sae.encode(model(**ids, output_hidden_states=True).hidden_states[4].float()) > 0
     tokens = ids.tokens()
     assert tokens[0] == "<bos>" and tokens.count("<bos>") == 1 and "<unk>" not in tokens
-    expected = [[features[token]] if token in features else [] for token in tokens]
+    expected = [features.get(token, []) for token in tokens]
     assert [row.nonzero().flatten().tolist() for row in fires[0]] == expected
 
 folder = Path(lm_eval.__file__).parent / "tasks"

@@ -6,6 +6,7 @@ lm-eval's quirks live here and in evaluation.py.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 from collections.abc import Sequence
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsg_cli.benches.names import QUICK, known_benches, task_name
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.hub_data import data_errors
 from dsg_cli.lab import data as lab
 
+LM_EVAL_TASKS = Path(str(importlib.util.find_spec("lm_eval").origin)).parent / "tasks"  # type: ignore[union-attr]
 SCORED = ("multiple_choice", "loglikelihood")
 """Output types whose requests hold whole sequences."""
 
@@ -44,51 +48,56 @@ def load_tasks(
     Raises:
         DsgError: None named, unknown, named twice, not loadable, or generating text.
     """
-    if not benches:
-        raise DsgError("No bench is named.", "Give one with --bench, for example --bench lab-hexes.")
     twice = sorted({name for name in benches if list(benches).count(name) > 1})
     if twice:
         raise DsgError(f"The bench {twice[0]} is named twice.")
     if include_path is not None and not Path(include_path).is_dir():
         raise DsgError(f"There is no folder {include_path} (--include-path).")
-    own = task_index(include_path, False).all_tasks
-    taken = sorted(set(own) & set(lab.bench_names()))
+    own = task_index((include_path,) if include_path else (), False).all_tasks
+    taken = sorted(set(own) & set(known_benches()))
     if taken:
-        raise DsgError(f"{include_path} has a task named {taken[0]}, which is a bench of the lab.", "Rename it.")
-    manager = task_index(include_path, any(name not in own and name not in lab.bench_names() for name in benches))
+        raise DsgError(f"{include_path} has a task named {taken[0]}, which is a bench of ours.", "Rename it.")
+    asked = [task_name(name) for name in benches if name not in lab.bench_names() and task_name(name) not in own]
+    folders = sorted({str(LM_EVAL_TASKS / QUICK[name]) for name in asked if name in QUICK})
+    is_quick = all(name in QUICK for name in asked)
+    manager = task_index((*([include_path] if include_path else []), *(folders if is_quick else [])), not is_quick)
     for name in benches:
-        if name not in lab.bench_names() and name not in manager.all_tasks:
-            close = nearest(name, [*lab.bench_names(), *manager.all_tasks])
-            known = "`dsg ls benches` lists the lab's; lm-eval tasks work by name."
+        if name not in lab.bench_names() and task_name(name) not in manager.all_tasks:
+            close = nearest(name, [*known_benches(), *manager.all_tasks])
+            known = "`dsg ls benches` lists ours; lm-eval's tasks work by their names."
             raise DsgError(f"There is no bench named {name}.", close if close.startswith("Did") else known)
     return [built for name in benches for built in _build(manager, name, split, can_generate)]
 
 
 @functools.cache
-def task_index(include_path: str | None, include_defaults: bool) -> Any:
-    """lm-eval's index of tasks; that of its own thousands takes seconds, so it is read only where needed."""
+def task_index(folders: tuple[str, ...], include_defaults: bool) -> Any:
+    """lm-eval's index of the tasks in folders; that of its own thousands takes seconds, so it is read where needed."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+    return TaskManager(include_path=list(folders) or None, include_defaults=include_defaults)
 
 
-def _build(manager: Any, name: str, split: str, can_generate: bool) -> list[Any]:
+def _build(manager: Any, bench: str, split: str, can_generate: bool) -> list[Any]:
+    name = task_name(bench)
     try:
-        loaded = manager.load([_lab_task(name, split) if name in lab.bench_names() else name])
-        for task in loaded["tasks"].values():
-            doc = next(iter(task.eval_docs))
-            task.doc_to_text(doc), task.doc_to_target(doc)
-            if task.get_config("output_type") == "multiple_choice":
-                task.doc_to_choice(doc)
+        with data_errors(f"of the bench {bench}"):
+            loaded = manager.load([_lab_task(bench, split) if bench in lab.bench_names() else name])
+            for task in loaded["tasks"].values():
+                doc = next(iter(task.eval_docs))
+                task.doc_to_text(doc), task.doc_to_target(doc)
+                if task.get_config("output_type") == "multiple_choice":
+                    task.doc_to_choice(doc)
+    except DsgError:
+        raise
     except Exception as error:  # A task is a file of the user's: whatever it raises is told.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DsgError(f"The bench {name} cannot be loaded: {reason[:300]}") from error
+        raise DsgError(f"The bench {bench} cannot be loaded: {reason[:300]}") from error
     for task in loaded["tasks"].values():
         kind = task.get_config("output_type")
         if kind not in SCORED and not (can_generate and kind == "generate_until"):
             raise DsgError(
-                f"The bench {name} generates text or scores documents ({kind}), which the gate `mean` cannot guard.",
+                f"The bench {bench} generates text or scores documents ({kind}), which the gate `mean` cannot guard.",
                 "Choose a bench that scores choices by log-likelihood, or for one that generates, calibrate with "
                 "--gate window.",
             )

@@ -100,6 +100,7 @@ def quiet_libraries() -> None:
         ("HF_HUB_VERBOSITY", "error"),
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("DATASETS_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("PYTHONWARNINGS", "ignore"),
     ):

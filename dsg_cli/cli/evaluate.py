@@ -17,16 +17,17 @@ EXPECTATION_NOT_MET = 3
 
 
 def command(
-    bench: Annotated[
-        list[str] | None, typer.Option("--bench", help="A lab bench or an lm-eval task; repeatable.")
-    ] = None,
+    bench: Annotated[list[str] | None, typer.Option("--bench", help="`dsg ls benches`, or of lm-eval.")] = None,
     sources: opt.FromManyOption = None,
     split: Annotated[str | None, typer.Option("--split", help="dev or test questions of a lab bench.")] = None,
-    include_path: Annotated[
-        str | None, typer.Option("--include-path", help="Folder with lm-eval tasks of your own.")
-    ] = None,
+    include_path: Annotated[str | None, typer.Option("--include-path", help="Folder of lm-eval tasks.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences in a batch.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Questions of each bench, at most.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", help="Examples before each question.")] = None,
+    chat: Annotated[bool | None, typer.Option("--apply-chat-template", help="Ask in the chat template.")] = None,
+    question_ids: Annotated[
+        str | None, typer.Option("--question-ids", help="Questions that count: an eval-NNN.json, or a file of ids.")
+    ] = None,
     expect: Annotated[
         list[str] | None, typer.Option("--expect", help="Condition such as 'lab-hexes<=0.30'; exit 3 if not met.")
     ] = None,
@@ -60,6 +61,9 @@ def command(
         eval__include_path=include_path,
         eval__batch_size=batch_size,
         eval__limit=limit,
+        eval__num_fewshot=num_fewshot,
+        eval__apply_chat_template=chat,
+        eval__question_ids=question_ids,
         eval__expect=expect,
         eval__samples=samples,
     )

@@ -8,6 +8,8 @@ from typing import Annotated, get_args
 import typer
 
 from dsg_cli.artifacts import Gate
+from dsg_cli.benches.names import known_benches
+from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json, print_names
 from dsg_cli.errors import DsgError, nearest
@@ -20,10 +22,24 @@ def _recipes() -> list[str]:
     return recipe_names()
 
 
+def _saes() -> list[str]:
+    from dsg_cli.releases import releases
+
+    return [*lab.SAE_DIRS, *sorted(releases())]
+
+
+def _ids(release: str) -> list[str]:
+    from dsg_cli.releases import releases
+
+    if release not in releases():
+        raise DsgError(f"There is no SAE release {release}.", nearest(release, releases()))
+    return [f"{release}/{one['id']}" for one in releases()[release]["saes"]]
+
+
 NAMES = {
-    "corpora": lambda: list(lab.CORPORA),
-    "benches": lab.bench_names,
-    "saes": lambda: list(lab.SAE_DIRS),
+    "corpora": lambda: [*lab.CORPORA, *CATALOGUE],
+    "benches": known_benches,
+    "saes": _saes,
     "gates": lambda: list(get_args(Gate)),
     "attacks": lambda: ["relearn", "dilution"],
     "recipes": _recipes,
@@ -31,15 +47,17 @@ NAMES = {
 
 
 def command(
-    what: Annotated[str | None, typer.Argument(help=f"{', '.join(NAMES)}; by default the artifacts.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help=f"{', '.join(NAMES)}, saes/RELEASE; by default the artifacts.")
+    ] = None,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     as_json: opt.JsonOption = False,
 ) -> None:
     """List the artifacts of a workspace, or the names that options take."""
     if what is not None:
-        if what not in NAMES:
+        if what not in NAMES and what.partition("/")[0] != "saes":
             raise DsgError(f"dsg ls knows no {what}.", nearest(what, NAMES))
-        print_names(NAMES[what](), as_json=as_json)
+        print_names(NAMES[what]() if what in NAMES else _ids(what.removeprefix("saes/")), as_json=as_json)
         return
     from dsg_cli.workspace import Workspace
 

@@ -15,8 +15,8 @@ WorkspaceOption = Annotated[
 ]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, for any setting; repeatable.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="Torch device, such as cpu or cuda.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; a GPU if there is one.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
 FromOption = Annotated[str | None, typer.Option("--from", help="Artifact to start from; the newest by default.")]
 FromManyOption = Annotated[

@@ -11,10 +11,10 @@ from dsg_cli.cli.output import progress, show_stored
 
 
 def command(
-    forget: Annotated[list[str] | None, typer.Option("--forget", help="Corpus to forget; repeatable.")] = None,
-    retain: Annotated[list[str] | None, typer.Option("--retain", help="Corpus to retain; repeatable.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="`lab`, or a Hugging Face model folder.")] = None,
-    sae: Annotated[str | None, typer.Option("--sae", help="`lab`, or a folder in sae-lens's format.")] = None,
+    forget: Annotated[list[str] | None, typer.Option("--forget", help="Corpus to forget (`dsg ls corpora`).")] = None,
+    retain: Annotated[list[str] | None, typer.Option("--retain", help="Corpus to retain; NAME=WEIGHT mixes.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Hub name, folder or `lab`.")] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="RELEASE/ID, folder or `lab`.")] = None,
     n_features: Annotated[int | None, typer.Option("-n", "--n-features", help="Features to select.")] = None,
     ratio_percentile: Annotated[
         float | None, typer.Option("--ratio-percentile", help="Importance ratio a feature must reach.")
@@ -33,7 +33,7 @@ def command(
 ) -> None:
     """Find the SAE features that carry the knowledge to be forgotten.
 
-    Example: dsg select --forget lab-hexes --retain lab-retain -n 10
+    Example: dsg select --forget wmdp-bio --retain wikitext
     """
     resolved = opt.settings(
         recipe,

@@ -24,7 +24,7 @@ def artifact_table(stored: Stored) -> Group:
     elif isinstance(body, Guardrail):
         table = _pairs(_guardrail(body))
     elif isinstance(body, EvalReport):
-        table = _evaluation(body)
+        table = _evaluation(body, stored.header.settings.get("benches", []))
     else:
         table = _attack(body)
     notes = [Text(f"note: {note}") for note in stored.header.notes]
@@ -37,7 +37,7 @@ def provenance_line(stored: Stored) -> str:
     made_from = ", ".join(item.id for item in header.inputs) or "corpora"
     sae = f", SAE {header.sae.source} at {header.sae.hook}" if header.sae else ""
     return (
-        f"model {header.model.source}{sae}; from {made_from}; {header.created}; "
+        f"model {header.model.source}{sae}; from {made_from}; {header.created}; {header.device}, {header.dtype}; "
         f"{header.seconds:.1f} s, {header.n_tokens:,} tokens"
     )
 
@@ -125,19 +125,30 @@ def _guardrail(body: Guardrail) -> list[tuple[str, str]]:
     ]
 
 
-def _evaluation(body: EvalReport) -> Table:
-    table = Table("bench", "questions", "base", "guarded", "gated", box=None, pad_edge=False)
-    for bench, sides in body.results.items():
-        gate = body.gate.get(bench)
+def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:
+    table = Table("bench", "questions", "base", "guarded", "95 %", "gated", box=None, pad_edge=False)
+    shown = [bench for bench in body.results if bench in named] or list(body.results)
+    for bench in shown:
+        sides, gate = body.results[bench], body.gate.get(bench)
+        after = sides["unlearned"]
+        interval = f"{after['acc_low']:.2f}-{after['acc_high']:.2f}" if "acc_low" in after else "-"
+        guarded = percent(sides, "unlearned")
+        asked = sides["base"].get("n_asked")
         table.add_row(
             bench,
-            str(sides["base"]["n"]),
+            str(sides["base"]["n"]) + (f" of {asked}" if asked else ""),
             percent(sides, "base"),
-            percent(sides, "unlearned"),
+            guarded,
+            interval,
             f"{gate['rate']:.2f}" if gate else "-",
         )
     for one in body.expected:
-        table.add_row(one["expect"], "", "", f"{one['value']:.2f}", "met" if one["met"] else "NOT MET")
+        table.add_row(one["expect"], "", "", f"{one['value']:.2f}", "", "met" if one["met"] else "NOT MET")
+    remarks = []
+    if len(shown) < len(body.results):
+        remarks.append(f"{len(body.results) - len(shown)} parts more with --json")
+    remarks += [f"{n} answers of the base model are from {name}" for name, n in body.base_from.items()]
+    table.caption = "; ".join(remarks) or None
     return table
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from dsg_cli.artifacts import AttackReport, Json
 from dsg_cli.attacks import dilution, relearn
+from dsg_cli.benches.names import known_benches
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.corpora import load_corpora
 from dsg_cli.errors import DsgError, nearest
@@ -50,7 +51,9 @@ def run(
     benches = [bench, *([settings.utility_bench] if settings.utility_bench else [])]
     questions = {name: _questions(recipe, name, recipe.eval.split) for name in benches}
     benign = list(dict.fromkeys(name for body in guards.bodies for name in body.retain if name not in guards.forget()))
-    retain = load_corpora(benign, role="retain") if kind == "dilution" else []
+    retain = (
+        load_corpora(benign, role="retain", limit=recipe.corpora.limit, seed=recipe.seed) if kind == "dilution" else []
+    )
     digests = {corpus.name: corpus.sha256 for corpus in retain}
     is_known = all(name in lab.bench_names() for name in benches)
     recipe = settle(recipe, guards.header)
@@ -133,7 +136,7 @@ def default_bench(forget: Sequence[str]) -> str:
         DsgError: There is none.
     """
     for name in forget:
-        if name in lab.bench_names():
+        if name in known_benches():
             return name
     raise DsgError(f"No bench is named like the forget corpus ({', '.join(forget)}).", "Name one with --bench.")
 

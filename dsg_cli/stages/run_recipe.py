@@ -34,6 +34,7 @@ def run(
     if not recipe.eval.benches:
         raise DsgError("The recipe names no bench.", "Add eval.benches.")
 
+    from dsg_cli.benches.names import PAPER
     from dsg_cli.benches.tasks import load_tasks
     from dsg_cli.expect import parse_expected
     from dsg_cli.stages import apply, attack, calibrate, evaluate, select
@@ -46,7 +47,7 @@ def run(
     asked_too = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
     benches = [*recipe.eval.benches, *sorted(asked_too - set(recipe.eval.benches))]
     load_tasks(
-        benches,
+        [bench for bench in benches if bench not in PAPER],
         split=recipe.eval.split,
         include_path=recipe.eval.include_path,
         can_generate=recipe.calibrate.gate != "mean",
