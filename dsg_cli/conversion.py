@@ -53,6 +53,11 @@ def _convert(hint: Any, value: Any) -> Any:
     if origin is list:
         items = [_convert(arguments[0], item) for item in (value if isinstance(value, list | tuple) else [value])]
         return _WRONG if _WRONG in items else items
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            return _WRONG
+        inner = {str(key): _convert(arguments[1], item) for key, item in value.items()}
+        return _WRONG if any(item is _WRONG for item in inner.values()) else inner
     if hint is types.NoneType:
         return None if value is None else _WRONG
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
@@ -74,6 +79,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if origin is list:
         return f"a list of {_describe(arguments[0])}"
+    if origin is dict:
+        return f"a mapping of names to {_describe(arguments[1])}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(argument) for argument in arguments)
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}[hint]

@@ -97,8 +97,7 @@ def load_corpora(
     Raises:
         DsgError: None named, unknown, unreadable, empty or tiny; no access or no network.
     """
-    if not names:
-        raise DsgError(f"No {role} corpus is named.", f"Give one with --{role}, for example --{role} lab-hexes.")
+    check_named(names, role=role)
     if limit is not None and limit < MIN_DOCUMENTS:
         raise DsgError(f"--limit {limit} is too small; at least {MIN_DOCUMENTS} documents are needed.")
     named = [parse_name(name) for name in names]
@@ -247,11 +246,13 @@ def _expanded(names: Sequence[str]) -> set[str]:
     return parts | {str(one.hub) if one.hub else one.name for one in named}
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Refuse unknown corpora without reading any.
+def check_named(names: Sequence[str], *, role: str) -> None:
+    """Refuse unknown corpora, or none at all, without reading any.
 
     Raises:
-        DsgError: A name is neither known nor that of an existing file or folder.
+        DsgError: A name is neither known nor that of an existing file or folder, or there is no name.
     """
+    if not names:
+        raise DsgError(f"No {role} corpus is named.", f"Give one with --{role}: `dsg ls corpora` lists them.")
     for name in names:
         parse_name(name)

@@ -91,6 +91,25 @@ def list_files(text: str, *, kind: str = "model") -> list[str]:
         return sorted(HfApi().list_repo_files(match[1], repo_type=kind, revision=match[2]))
 
 
+def download_size(text: str, patterns: Sequence[str], *, kind: str = "model") -> int:
+    """Bytes of the files of org/name or org/name@revision that a run would read, as the hub lists them.
+
+    Raises:
+        DsgError: No such repository or revision; no access; no network.
+    """
+    from fnmatch import fnmatch
+
+    from huggingface_hub import HfApi
+
+    match = REPOSITORY.fullmatch(text)
+    assert match is not None
+    with hub_errors(match[1]):
+        info = HfApi().repo_info(match[1], repo_type=kind, revision=match[2], files_metadata=True)
+    listed = getattr(info, "siblings", None) or []
+    wanted = [file for file in listed if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
+    return sum(file.size or 0 for file in wanted)
+
+
 def cached_commit(repo: str, *, kind: str = "model") -> str:
     """The commit of a repository's main branch that the local cache last saw; empty if it never did."""
     from huggingface_hub import constants

@@ -23,7 +23,7 @@ def results_files(found: Mapping[str, Json], *, model: str, created: str, sample
     stamp = created.replace(":", "-").replace("+00-00", "")
     files = {}
     for side, results in found.items():
-        name = model if side == "base" else f"{model} (guarded)"
+        name = model if side == "base" else f"{model}-guarded"
         folder = f"{side}/{sanitize_model_name(name)}"
         shown = {key: value for key, value in results.items() if key != "samples"}
         shown |= {"model_source": "dsg", "model_name": name, "model_name_sanitized": sanitize_model_name(name)}

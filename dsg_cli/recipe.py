@@ -79,6 +79,8 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
     for key, value in (flags or {}).items():
         if value is not None:
             _put(data, key, value)
+    if _named(data, "model") == "lab" and _named(data, "sae") is None:
+        _put(data, "sae.source", "lab")
     problems: list[str] = []
     recipe: Recipe = build_section(Recipe, data, "", problems)
     problems += _out_of_range(recipe)
@@ -137,6 +139,11 @@ def _out_of_range(recipe: Recipe) -> list[str]:
 
 def _rises_from_zero(values: list[int]) -> bool:
     return bool(values) and values[0] == 0 and sorted(set(values)) == values
+
+
+def _named(data: Mapping[str, Any], section: str) -> Any:
+    values = data.get(section)
+    return values.get("source") if isinstance(values, Mapping) else None
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:

@@ -65,21 +65,37 @@ def find_sae(source: str) -> SaeFolder:
     Raises:
         DsgError: No such release, SAE or repository; no access, network or room; a format that sae-lens cannot read.
     """
+    repo, folder = locate_release(source)
+    release, _, sae_id = source.partition("/")
+    return _of_release(release, sae_id) if release in releases() else _of_repository(repo, folder)
+
+
+def locate_release(source: str) -> tuple[str, str]:
+    """The repository, with a revision if one is named, and the folder in it that hold an SAE; nothing is read there.
+
+    Raises:
+        DsgError: No such release, or SAE in it.
+    """
     release, _, sae_id = source.partition("/")
     if release in releases():
-        ids = [str(one["id"]) for one in releases()[release]["saes"]]
-        if sae_id not in ids:
-            raise DsgError(f"The release {release} has no SAE {sae_id or '(no id was given)'}.", nearest(sae_id, ids))
-        return _of_release(release, sae_id)
+        paths = {str(one["id"]): str(one["path"]) for one in releases()[release]["saes"]}
+        if sae_id not in paths:
+            begins = [known for known in paths if sae_id and known.startswith(sae_id)] or close_to(sae_id, paths)
+            alike = f"Did you mean {' or '.join(begins[:3])}? " if begins else ""
+            raise DsgError(
+                f"The release {release} has no SAE {sae_id or '(no id was given)'}.",
+                f"{alike}`dsg ls saes/{release}` lists its {len(paths)}.",
+            )
+        return releases()[release]["repo_id"], paths[sae_id]
     alike = close_to(release, releases())
-    repo, _, subfolder = _split_repository(source)
+    repo, subfolder = _split_repository(source)
     if alike or not REPOSITORY.fullmatch(repo):
         hint = f"Did you mean {' or '.join(alike)}? " if alike else ""
         raise DsgError(
             f"There is no SAE {source}: no folder, no release of sae-lens, no repository on the hub.",
             f"{hint}`dsg ls saes` lists the releases; a folder needs {CONFIG_FILE} and {WEIGHTS_FILE}.",
         )
-    return _of_repository(repo, subfolder)
+    return repo, subfolder
 
 
 def cache_folder() -> Path:
@@ -88,11 +104,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DSG_CACHE") or Path(home) / "dsg-cli")
 
 
-def _split_repository(source: str) -> tuple[str, str, str]:
-    """`org/name@revision/a/b` as (`org/name@revision`, `/`, `a/b`)."""
+def _split_repository(source: str) -> tuple[str, str]:
+    """`org/name@revision/a/b` as (`org/name@revision`, `a/b`)."""
     organisation, _, rest = source.partition("/")
-    name, slash, subfolder = rest.partition("/")
-    return f"{organisation}/{name}", slash, subfolder.strip("/")
+    name, _, subfolder = rest.partition("/")
+    return f"{organisation}/{name}", subfolder.strip("/")
 
 
 def _of_repository(repo: str, subfolder: str) -> SaeFolder:

@@ -144,6 +144,16 @@ class AttackSection:
 
 
 @dataclass(frozen=True)
+class PublishedSection:
+    """What others report for the same setting, to be shown beside what is measured."""
+
+    source: str = ""
+    """Where it was published."""
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+    """bench -> side (base, unlearned) -> accuracy."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All settings of a run."""
 
@@ -156,4 +166,5 @@ class Recipe:
     eval: EvalSection = EvalSection()
     generate: GenerateSection = GenerateSection()
     attack: AttackSection = AttackSection()
+    published: PublishedSection = PublishedSection()
     seed: int = 0

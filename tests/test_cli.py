@@ -60,7 +60,7 @@ def select(folders, **changes):
     [
         ({"model": "nowhere"}, "No model folder at nowhere"),
         ({"model": "."}, "is not a Hugging Face model folder"),
-        ({"sae": "nowhere"}, "No SAE folder at"),
+        ({"sae": "nowhere"}, "There is no SAE"),
         ({"sae": "lab"}, "reads activations of width 128"),
         ({"forget": "lab-hexs"}, "Did you mean lab-hexes"),
         ({"forget": "tiny.txt"}, "2 different documents"),

@@ -71,7 +71,7 @@ def test_unknown_names(tmp_path):
     with pytest.raises(DsgError, match="Did you mean lab-hexes") as error:
         load_corpus("lab-hexs")
     assert error.value.message == "There is no corpus or file named lab-hexs."
-    with pytest.raises(DsgError, match="is a folder"):
+    with pytest.raises(DsgError, match="holds no corpus"):
         load_corpus(str(tmp_path))
     with pytest.raises(DsgError, match="No forget corpus is named"):
         load_corpora([], role="forget")

@@ -10,7 +10,7 @@ from conftest import make_guardrail, write_task
 
 from dsg_cli.benches.tasks import load_tasks, questions_of
 from dsg_cli.errors import DsgError
-from dsg_cli.evaluation import evaluate
+from dsg_cli.evaluation import Asking, evaluate
 from dsg_cli.expect import check_expected, parse_expected
 from dsg_cli.lab import data as lab
 from dsg_cli.model import load_model
@@ -94,7 +94,9 @@ def test_accuracies_equal_a_plain_loop(loaded, sae, hot_features):
     benches = ["lab-hexes", "lab-near"]
     threshold = 0.2
     tasks = load_tasks(benches, split="dev")
-    found = evaluate(loaded, guards(loaded, sae, hot_features, threshold), tasks, bos=2, batch_size=7, limit=24)
+    found = evaluate(
+        loaded, guards(loaded, sae, hot_features, threshold), tasks, bos=2, batch_size=7, asking=Asking(limit=24)
+    )
     for bench in benches:
         rows = [json.loads(line) for line in lab.questions_path(bench).read_text().splitlines()]
         asked = [row for row in rows if row["split"] == "dev"][:24]
@@ -113,7 +115,9 @@ def test_no_answer_depends_on_the_batch_size(loaded, sae, hot_features):
     guardrail = guards(loaded, sae, hot_features, 0.5)
     benches = ["lab-hexes-terse", "lab-far"]
     one, many = (
-        evaluate(loaded, guardrail, load_tasks(benches, split="dev"), bos=2, batch_size=size, limit=30).rows
+        evaluate(
+            loaded, guardrail, load_tasks(benches, split="dev"), bos=2, batch_size=size, asking=Asking(limit=30)
+        ).rows
         for size in (1, 16)
     )
     for a, b in zip(one, many, strict=True):
@@ -155,7 +159,7 @@ ROWS = [{"q": "The hex", "c": [" a", " b"], "a": 0, "s": "zz"}]
         ({"doc_to_choice": "{{missing}}"}, "cannot be loaded"),
         ({"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}, "cannot guard"),
         ({"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]}, "cannot guard"),
-        ({"task": "lab-hexes"}, "is a bench of the lab"),
+        ({"task": "lab-hexes"}, "is a bench of ours"),
     ],
 )
 def test_tasks_that_cannot_be_used_are_refused_before_a_model_is_there(tmp_path, changes, words):
@@ -179,7 +183,6 @@ def test_questions_that_attacks_cannot_ask_are_refused(tmp_path, changes, words)
 
 def test_unknown_benches_are_refused(tmp_path):
     for benches, words in (
-        ([], "No bench is named"),
         (["lab-far", "lab-far"], "named twice"),
         (["lab-hexs"], "Did you mean lab-hexes"),
     ):
@@ -192,6 +195,7 @@ def test_unknown_benches_are_refused(tmp_path):
 def test_evaluation_reads_what_calibration_reads(model, tokenizer, folders):
     """One BOS policy: this tokenizer adds none itself; if the SAE was trained with one, every input begins with it."""
     from dsg_cli.evaluation import ScoringLM
+    from dsg_cli.scorer import Scorer
     from dsg_cli.tokens import bos_to_prepend, encode
 
     assert bos_to_prepend(tokenizer, False) is None
@@ -203,7 +207,7 @@ def test_evaluation_reads_what_calibration_reads(model, tokenizer, folders):
     loaded = load_model(str(folders["model"]))
     loaded = type(loaded)(model, tokenizer, loaded.source, loaded.n_layers)
     try:
-        lm = ScoringLM(loaded, bos=bos, batch_size=1, guardrails=[], what="", report=lambda *_: None)
+        lm = ScoringLM(Scorer(loaded, [], 1, 0), bos=bos)
         lm._loglikelihood_tokens([(("w1 w2", " w3"), [5, 6], [7])])
     finally:
         handle.remove()

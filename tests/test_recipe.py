@@ -1,6 +1,10 @@
 """Recipes: precedence, and all mistakes in one message."""
 
+import json
+import os
+
 import pytest
+from test_hub import run
 
 from dsg_cli.errors import DsgError
 from dsg_cli.recipe import Recipe, find_recipe, load_recipe, recipe_names
@@ -120,3 +124,45 @@ def test_every_shipped_recipe_loads_and_says_how_to_run_it(name):
     head = find_recipe(name).read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"dsg run {name}" in head and "Hardware" in head and "Time" in head
+
+
+def test_every_shipped_recipe_is_planned_without_a_download(tmp_path):
+    """What would be read, computed and written, in one process that reaches no hub; names are checked all the same."""
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    names = recipe_names()
+    assert {"lab", "gpt2", "pythia-70m", "wmdp-bio", "wmdp-cyber"} <= set(names) and len(names) >= 9
+    found = run(environment, tmp_path, *(("run", name, "--dry-run", "--json") for name in names))
+    for name, (code, out, err) in zip(names, found, strict=True):
+        assert code == 0, f"{name}: {err}"
+        steps = json.loads(out)
+        assert {step["verb"] for step in steps} == {"read", "compute", "write"} and all(step["size"] for step in steps)
+        recipe = load_recipe(name)
+        said = "\n".join(step["what"] for step in steps)
+        assert all(word in said for word in (*recipe.corpora.forget, *recipe.eval.benches, recipe.sae.source)), said
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+WRONG = {
+    "sae.source=gemma-scope-2b-pt-res/layer_3/": "Did you mean layer_3/width_16k",
+    "corpora.forget=wmdp-boi": "Did you mean wmdp-bio",
+    "eval.benches=wmdp-boi": "Did you mean wmdp-bio",
+    "guardrail.strength=strong": "strong",
+    "attack.kinds=relern": "Did you mean relearn",
+}
+
+
+def test_a_plan_finds_what_is_wrong(tmp_path):
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    found = run(environment, tmp_path, *(("run", "gpt2", "--dry-run", "--set", item) for item in WRONG))
+    for (code, out, err), words in zip(found, WRONG.values(), strict=True):
+        assert code == 1 and words in err and not out, err
+
+
+def test_published_numbers_are_checked_for_their_type(tmp_path):
+    with pytest.raises(
+        DsgError, match="published.results must be a mapping of names to a mapping"
+    ):
+        load_recipe(write(tmp_path, "published: {results: {mmlu: high}}"))
+    recipe = load_recipe("wmdp-bio")
+    assert recipe.published.results["wmdp-bio-paper"]["unlearned"] == 0.2964
+    assert set(recipe.published.results) == set(recipe.eval.benches)

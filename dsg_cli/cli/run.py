@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,7 @@ def command(
     device: opt.DeviceOption = None,
     dtype: opt.DtypeOption = None,
     seed: opt.SeedOption = None,
+    is_dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     reuse: opt.ReuseOption = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
@@ -32,7 +34,22 @@ def command(
     Example: dsg run lab --set select.n_features=20
     """
     resolved = opt.settings(recipe, sets, device=device, dtype=dtype, seed=seed)
+    if is_dry:
+        show_plan(resolved, as_json=as_json)
+        return
     run_chain(resolved, workspace, reuse=reuse, as_json=as_json, quiet=quiet)
+
+
+def show_plan(recipe: Recipe, *, as_json: bool) -> None:
+    """What a run would read, compute and write, a line each."""
+    from dsg_cli.stages.plan import plan
+
+    steps = plan(recipe)
+    if as_json:
+        print_json([dataclasses.asdict(step) for step in steps])
+    else:
+        for step in steps:
+            print_line(step.line())
 
 
 def run_chain(recipe: Recipe, workspace: Path, *, reuse: bool, as_json: bool, quiet: bool) -> None:
@@ -53,9 +70,9 @@ def run_chain(recipe: Recipe, workspace: Path, *, reuse: bool, as_json: bool, qu
     from dsg_cli.report.demo import chain_summary, chain_table
 
     if as_json:
-        print_json(chain_summary(chain))
+        print_json(chain_summary(chain, recipe.published))
     else:
-        Console(width=None if sys.stdout.isatty() else 80).print(chain_table(chain))
+        Console(width=None if sys.stdout.isatty() else 80).print(chain_table(chain, recipe.published))
         print_line(f"Artifacts in {workspace}: {', '.join(stored.id for stored in chain)}")
     if not quiet:
         hint(f"Next: dsg show {chain[0].id}, or dsg ls")

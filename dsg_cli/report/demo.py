@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from rich.console import Group
@@ -10,14 +11,12 @@ from rich.text import Text
 
 from dsg_cli.artifacts import AttackReport, EvalReport, Guardrail, Json, Threshold
 from dsg_cli.report.tables import percent
+from dsg_cli.settings import PublishedSection
 from dsg_cli.workspace import Stored
 
 
-def chain_summary(chain: Sequence[Stored]) -> Json:
+def chain_summary(chain: Sequence[Stored], published: PublishedSection | None = None) -> Json:
     """The chain's artifacts and its main numbers as one JSON object."""
-    by_kind: dict[str, list[Stored]] = {}
-    for stored in chain:
-        by_kind.setdefault(stored.header.kind, []).append(stored)
     summary: Json = {"artifacts": [stored.id for stored in chain]}
     for stored in chain:
         body = stored.body
@@ -32,6 +31,7 @@ def chain_summary(chain: Sequence[Stored]) -> Json:
         elif isinstance(body, EvalReport):
             summary |= {
                 "split": body.split,
+                "benches": stored.header.settings["benches"],
                 "results": body.results,
                 "gate_rate": {bench: found["rate"] for bench, found in body.gate.items()},
                 "expected": body.expected,
@@ -40,21 +40,27 @@ def chain_summary(chain: Sequence[Stored]) -> Json:
             summary.setdefault("attacks", {})[body.attack] = {"curve": body.curve, "summary": body.summary}
     summary["seconds"] = round(sum(stored.header.seconds for stored in chain), 1)
     summary["peak_memory_mb"] = max(stored.header.peak_memory_mb for stored in chain)
+    if published is not None and published.results:
+        summary["published"] = dataclasses.asdict(published)
     return summary
 
 
-def chain_table(chain: Sequence[Stored]) -> Group:
+def chain_table(chain: Sequence[Stored], published: PublishedSection | None = None) -> Group:
     """One table for the whole chain, and what it means and does not mean."""
-    summary = chain_summary(chain)
-    table = Table("", "base", "guarded", "gated", box=None, pad_edge=False)
-    for bench, sides in summary.get("results", {}).items():
-        mark = "  (to forget)" if bench.split("-novel")[0] in summary["forget"] else ""
+    summary = chain_summary(chain, published)
+    theirs = summary.get("published", {}).get("results", {})
+    table = Table("", "base", "guarded", "gated", *(["published"] if theirs else []), box=None, pad_edge=False)
+    for bench in summary.get("benches", []):
+        sides = summary["results"].get(bench, {"base": {}, "unlearned": {}})
+        is_forgotten = bench.split("-novel")[0].removesuffix("-paper") in summary["forget"]
+        mark = "  (to forget)" if is_forgotten else ""
         rate = summary["gate_rate"].get(bench)
         table.add_row(
             f"{bench}{mark}",
             percent(sides, "base"),
             percent(sides, "unlearned"),
             "-" if rate is None else f"{rate:.2f}",
+            *([f"{theirs[bench]['unlearned']:.4f}" if "unlearned" in theirs.get(bench, {}) else "-"] if theirs else []),
         )
     attacks = summary.get("attacks", {})
     for name, label in (("relearn", "relearned, {x} steps"), ("dilution", "diluted, {x} benign tokens")):
@@ -69,7 +75,8 @@ def chain_table(chain: Sequence[Stored]) -> Group:
     cut = f"Gate: {summary['gate']} > {summary['threshold']:.3f}" if "threshold" in summary else ""
     rate = summary.get("false_positive_rate")
     found = f"{cut}; false positives on fresh retain text {rate:.3f}." if cut and rate is not None else cut
-    return Group(table, Text(""), Text(found), Text(meaning(summary)))
+    source = f"Published: {summary['published']['source']}, for the guarded model." if theirs else ""
+    return Group(table, Text(""), *([Text(source)] if source else []), Text(found), Text(meaning(summary)))
 
 
 def meaning(summary: Json) -> str:

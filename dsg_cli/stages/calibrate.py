@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsg_cli.artifacts import FeatureSet, Json, Threshold
 from dsg_cli.calibration import clopper_pearson, conformal_threshold
-from dsg_cli.corpora import Part, check_disjoint, check_names, load_corpora
+from dsg_cli.corpora import Part, check_disjoint, check_named, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.fitting import Fitting
 from dsg_cli.guardrail import GuardrailModule
@@ -54,7 +54,7 @@ def run(
     recipe = settle(recipe, features.header)
     selected = features.header.settings
     names = settings.retain or [_spelled(corpus) for corpus in selected["retain"]]
-    check_names(names)
+    check_named(names, role="retain")
     check_disjoint([corpus["name"] for corpus in selected["forget"]], names)
     retain = load_corpora(
         names,

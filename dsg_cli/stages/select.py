@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from dsg_cli.artifacts import FeatureSet, Json
-from dsg_cli.corpora import Corpus, check_disjoint, check_names, check_no_shared_texts, load_corpora
+from dsg_cli.corpora import Corpus, check_disjoint, check_named, check_no_shared_texts, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.fit import check_fits
 from dsg_cli.model import LoadedModel, context_length, load_model, load_tokenizer, read_config, text_config
@@ -19,7 +19,7 @@ from dsg_cli.prompting import check_chat, prompts
 from dsg_cli.recipe import Recipe
 from dsg_cli.sae import SaeSource, load_encoder, read_sae
 from dsg_cli.selection import select_features
-from dsg_cli.settings import SelectSection
+from dsg_cli.settings import ModelSection, SelectSection
 from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.statistics import FeatureStatistics, feature_statistics, mix
@@ -36,12 +36,14 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
     """
     clock = Clock()
     names = recipe.corpora
-    check_names([*names.forget, *names.retain])
+    check_named(names.forget, role="forget")
+    check_named(names.retain, role="retain")
     check_disjoint(names.forget, names.retain)
+    _check_world(recipe)
     workspace.check_writable()
-    sae = read_sae(recipe.sae.source)
     model_config = text_config(read_config(recipe.model.source))
     tokenizer = load_tokenizer(recipe.model.source)
+    sae = read_sae(recipe.sae.source)
     notes = check_fits(sae, model_config, recipe.model.source, has_bos=tokenizer.bos_token_id is not None)
     if recipe.select.n_features > sae.identity.n_features:
         raise DsgError(
@@ -99,6 +101,17 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
     tensors = {name: tensor for role in statistics for name, tensor in statistics[role].tensors(role).items()}
     n_tokens = body.forget_tokens + body.retain_tokens
     return workspace.write(clock.close(header, n_tokens=n_tokens), body, tensors=tensors)
+
+
+def _check_world(recipe: Recipe) -> None:
+    """The lab's corpora are about a world that only the lab's model knows.
+
+    Raises:
+        DsgError: They are given to the default model, which is what happens when no model is named.
+    """
+    names = [*recipe.corpora.forget, *recipe.corpora.retain]
+    if recipe.model.source == ModelSection().source and all(name.startswith("lab-") for name in names):
+        raise DsgError(f"{recipe.model.source} knows nothing of the lab's world.", "Add --model lab.")
 
 
 def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]) -> Json:

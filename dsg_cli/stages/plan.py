@@ -1,0 +1,170 @@
+"""`dsg run --dry-run`: what would be read, computed and written, and how large it is. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dsg_cli.benches.names import PAPER, known_benches, task_name
+from dsg_cli.catalogue import HubText
+from dsg_cli.corpora import check_disjoint, check_named, parse_name
+from dsg_cli.errors import DsgError, close_to
+from dsg_cli.hub import REPOSITORY, download_size
+from dsg_cli.lab import data as lab
+from dsg_cli.recipe import Recipe
+from dsg_cli.releases import locate_release
+
+Verb = Literal["read", "compute", "write"]
+UNKNOWN = "size unknown: the hub cannot be reached"
+QUESTIONS = {"wmdp-bio": 1273, "wmdp-cyber": 1987, "wmdp-chem": 408, "mmlu": 14042}
+QUESTIONS |= {"wmdp-bio-paper": 1273, "wmdp-cyber-paper": 1987, "mmlu-paper": 725, "mmlu-paper-cyber": 769}
+"""Questions of the benches with names of ours, as published."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that a run would do."""
+
+    stage: str
+    verb: Verb
+    what: str
+    size: str
+
+    def line(self) -> str:
+        return f"{self.stage:<10} {self.verb:<8} {self.what}  [{self.size}]"
+
+
+def plan(recipe: Recipe) -> list[Step]:
+    """Every step of a run, after the checks that need no download.
+
+    Raises:
+        DsgError: An unknown corpus, bench, attack, release or SAE; a bad strength or expectation; a repository that
+            the hub does not have or does not give to this account.
+    """
+    from dsg_cli.expect import parse_expected
+    from dsg_cli.stages import apply, attack
+
+    for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
+        check_named(names, role=role)
+    check_disjoint(recipe.corpora.forget, recipe.corpora.retain)
+    _check_benches(recipe)
+    for kind in recipe.attack.kinds:
+        attack.check_kind(kind)
+    apply.parse_strength(recipe.guardrail.strength, 1.0)
+    for text in recipe.eval.expect:
+        parse_expected(text, recipe.eval.benches)
+    return [*_select(recipe), *_calibrate(recipe), *_apply(recipe), *_evaluate(recipe), *_attack(recipe)]
+
+
+def _check_benches(recipe: Recipe) -> None:
+    if not recipe.eval.benches:
+        raise DsgError("The recipe names no bench.", "Add eval.benches.")
+    for bench in recipe.eval.benches:
+        # Others may be lm-eval's, or in a folder of the user's own.
+        alike = close_to(bench, known_benches())
+        if bench not in known_benches() and alike and not recipe.eval.include_path:
+            from dsg_cli.benches.tasks import task_index
+
+            if task_name(bench) not in task_index((), True).all_tasks:
+                raise DsgError(f"There is no bench named {bench}.", f"Did you mean {' or '.join(alike)}?")
+
+
+def _select(recipe: Recipe) -> Iterator[Step]:
+    section = recipe.select
+    model, sae = recipe.model.source, recipe.sae.source
+    yield Step("select", "read", f"model {model}, up to the SAE's layer", _model_size(model))
+    yield Step("select", "read", f"SAE {sae}", _sae_size(sae))
+    for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
+        for name in names:
+            yield Step("select", "read", f"{role} corpus {name}", _corpus_size(name, recipe.corpora.limit))
+    budget = section.max_rows * section.seq_len
+    yield Step("select", "compute", "one pass over each corpus's select part", f"at most {2 * budget:,} tokens")
+    yield Step("select", "write", "features-NNN: six statistics of every feature", "48 bytes a feature of the SAE")
+
+
+def _calibrate(recipe: Recipe) -> Iterator[Step]:
+    section = recipe.calibrate
+    n_tokens = 2 * section.max_pieces * sum(section.lengths) // 2
+    pieces = f"gate {section.gate} on pieces of {section.lengths[0]} to {section.lengths[1]} tokens"
+    yield Step("calibrate", "compute", pieces, f"about {n_tokens:,} tokens at most")
+    yield Step("calibrate", "write", "threshold-NNN, a row a piece", f"at most {2 * section.max_pieces:,} rows")
+
+
+def _apply(recipe: Recipe) -> Iterator[Step]:
+    n_features = recipe.select.n_features + (recipe.calibrate.n_detectors if recipe.calibrate.gate == "window" else 0)
+    what = f"guardrail-NNN: {n_features} features, clamped to -{recipe.guardrail.strength}"
+    yield Step("apply", "write", what, f"{8 * n_features} bytes times the model's width, about")
+
+
+def _evaluate(recipe: Recipe) -> Iterator[Step]:
+    section = recipe.eval
+    for bench in section.benches:
+        n = QUESTIONS.get(bench)
+        size = "size unknown before it is read" if n is None else f"{min(n, section.limit or n):,} questions"
+        if bench in lab.bench_names():
+            lines = lab.questions_path(bench).read_text(encoding="utf-8").splitlines()
+            n = sum(f'"split": "{section.split}"' in line for line in lines)
+            size = f"{min(n, section.limit or n):,} questions"
+        how = "24 orders until one fails, chat prompt" if bench in PAPER else "through lm-eval"
+        yield Step("eval", "compute", f"{bench}, base and guarded, {how}", size)
+    yield Step("eval", "write", "eval-NNN, a row a question, and lm-eval's own results", "about 300 bytes a question")
+
+
+def _attack(recipe: Recipe) -> Iterator[Step]:
+    for kind in recipe.attack.kinds:
+        points = recipe.attack.relearn_steps if kind == "relearn" else recipe.attack.dilution_lengths
+        yield Step("attack", "compute", f"{kind}, guarded and unguarded", f"{len(points)} points")
+        yield Step("attack", "write", "attack-NNN", "a few kB")
+
+
+def _model_size(source: str) -> str:
+    from dsg_cli.model import SMALL_FILES, WEIGHT_FILES
+
+    if source == "lab" or Path(source).is_dir():
+        return _local_size(lab.MODEL_DIR if source == "lab" else Path(source))
+    if not REPOSITORY.fullmatch(source):
+        raise DsgError(f"No model folder at {source}.", "Give a folder, org/name on the hub, or `lab`.")
+    return _reached(lambda: download_size(source, (*SMALL_FILES, *WEIGHT_FILES)))
+
+
+def _sae_size(source: str) -> str:
+    if source in lab.SAE_DIRS or Path(source).is_dir():
+        return _local_size(lab.SAE_DIRS.get(source, Path(source)))
+    repo, folder = locate_release(source)
+    return _reached(lambda: download_size(repo, [f"{folder}*"]))
+
+
+def _corpus_size(name: str, limit: int | None) -> str:
+    named = parse_name(name)
+    at_most = "" if limit is None else f"at most {limit:,} documents; "
+    if named.path is not None:
+        return at_most + _local_size(named.path)
+    hub: HubText | None = named.hub
+    assert hub is not None
+    patterns = [f"{hub.config}*"] if hub.config else ["*"]
+    return at_most + _reached(lambda: download_size(hub.repo, patterns, kind="dataset"))
+
+
+def _local_size(path: Path) -> str:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return _spelled(sum(file.stat().st_size for file in files))
+
+
+def _reached(measure: Callable[[], int]) -> str:
+    """A size in words; that the hub cannot be reached is no error here, all else is."""
+    try:
+        return _spelled(measure())
+    except DsgError as error:
+        if "cannot be reached" in error.message:
+            return UNKNOWN
+        raise
+
+
+def _spelled(n_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    raise AssertionError

@@ -1,0 +1,173 @@
+"""The commands of the README's first paragraph, word for word, with repositories of those names on a loopback hub.
+
+Everything is read by the real loading code of transformers, datasets, sae-lens and lm-eval; nothing else is reachable.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loopback import LoopbackHub
+from realnames import populate
+from test_hub import run as several
+
+pytestmark = pytest.mark.slow
+SCRIPT = """
+set -euo pipefail
+dsg select --forget wmdp-bio --retain wikitext
+dsg calibrate
+dsg apply
+dsg eval --bench mmlu
+dsg eval --bench wmdp-bio
+"""
+OFFLINE = """
+set -euo pipefail
+dsg select --forget wmdp-bio --retain wikitext=3 --retain mmlu-chat=1 --limit 60 --json > select.json
+dsg calibrate --gate mean
+dsg apply --strength 500
+dsg eval --bench wmdp-bio --apply-chat-template --samples --expect 'wmdp-bio<=0.9' > eval.txt
+dsg eval --bench wmdp-bio --json > again.json
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("names")
+    populate(root / "hub")
+    return root
+
+
+@pytest.fixture(scope="module")
+def hub(root):
+    with LoopbackHub(root / "hub") as hub:
+        yield hub
+
+
+def environment(hub, root):
+    return hub.environment(root / "cache") | {"DSG_CACHE": str(root / "dsg-cache")}
+
+
+def run(hub, root, script, **variables):
+    """A script in `root`, whose dsg is this interpreter's."""
+    (root / "bin").mkdir(exist_ok=True)
+    command = root / "bin" / "dsg"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dsg_cli "$@"\n')
+    command.chmod(0o755)
+    environment = hub.environment(root / "cache") | {"DSG_CACHE": str(root / "dsg-cache")} | variables
+    environment["PATH"] = f"{root / 'bin'}:{environment['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", script], env=environment, cwd=root, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def done(hub, root):
+    """The script, run once."""
+    return run(hub, root, SCRIPT)
+
+
+def artifact(root: Path, name: str):
+    return json.loads((root / "dsg-workspace" / f"{name}.json").read_text())
+
+
+def test_the_commands_work_word_for_word(done, hub, root):
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["features-001", "threshold-001", "guardrail-001", "eval-001", "eval-002"]
+    features = artifact(root, "features-001")
+    assert features["model"]["source"].startswith("google/gemma-2-2b-it@") and features["model"]["width"] == 2304
+    assert features["sae"]["source"] == "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_142"
+    assert len(features["sae"]["revision"]) == 40 and features["sae"]["n_features"] == 16384
+    assert "trained on gemma-2-2b, not on gemma-2-2b-it" in features["notes"][0] and "note: " in done.stderr
+    (forget,), (retain,) = features["settings"]["forget"], features["settings"]["retain"]
+    assert forget["name"] == "wmdp-bio" and len(forget["revision"]) == 40 and retain["name"] == "wikitext"
+    mmlu, wmdp = artifact(root, "eval-001"), artifact(root, "eval-002")
+    assert mmlu["results"]["mmlu"]["base"]["n"] == 228 and len(mmlu["results"]) == 62
+    assert mmlu["results"]["mmlu"]["unlearned"]["acc"] == mmlu["results"]["mmlu"]["base"]["acc"] == 1.0
+    assert wmdp["results"]["wmdp-bio"]["base"]["acc"] == 1.0 > wmdp["results"]["wmdp-bio"]["unlearned"]["acc"] + 0.3
+    assert wmdp["gate"]["wmdp-bio"]["rate"] > 0.5 > 0.1 > mmlu["gate"]["mmlu"]["rate"]
+
+
+def test_lm_evals_own_results_lie_beside_the_report(done, root):
+    from lm_eval.utils import make_table
+
+    assert done.returncode == 0, done.stderr
+    found = sorted((root / "dsg-workspace" / "eval-002").rglob("*"))
+    files = [path for path in found if path.is_file()]
+    assert [path.relative_to(root / "dsg-workspace" / "eval-002").parts[0] for path in files] == ["base", "unlearned"]
+    results = json.loads(files[1].read_text())
+    reported = artifact(root, "eval-002")["results"]["wmdp-bio"]["unlearned"]["acc"]
+    assert results["results"]["wmdp_bio"]["acc,none"] == reported and "wmdp_bio" in make_table(results)
+    assert not any("samples" in path.name for path in files)
+
+
+def test_after_one_run_all_of_it_works_offline(done, hub, root):
+    assert done.returncode == 0, done.stderr
+    warm = run(hub, root, f"{sys.executable} -c \"import datasets as d; d.load_dataset('cais/mmlu', 'all')\"")
+    assert warm.returncode == 0, warm.stderr
+    before = len(hub.requests)
+    again = run(hub, root, OFFLINE, HF_HUB_OFFLINE="1", DSG_WORKSPACE="offline")
+    assert again.returncode == 0, again.stderr
+    assert len(hub.requests) == before
+    selected = json.loads((root / "select.json").read_text())["settings"]["retain"]
+    assert [(corpus["name"], corpus["weight"]) for corpus in selected] == [("wikitext", 3.0), ("mmlu-chat", 1.0)]
+    samples = list((root / "offline" / "eval-001").rglob("samples_*"))
+    assert len(samples) == 2 and "<start_of_turn>" in samples[0].read_text()
+    # Another prompt, so nothing of the first evaluation answers for the second.
+    assert not json.loads((root / "again.json").read_text())["base_from"]
+    lost = run(hub, root, "dsg eval --bench wmdp-chem", HF_HUB_OFFLINE="1", DSG_WORKSPACE="offline")
+    assert lost.returncode == 1 and "wmdp-chem is not whole in the local cache" in lost.stderr.replace("\n", " ")
+
+
+def test_base_answers_of_an_earlier_evaluation_are_taken(done, hub, root):
+    assert done.returncode == 0, done.stderr
+    script = "dsg eval --bench wmdp-bio --bench wmdp-cyber --json > both.json"
+    again = run(hub, root, script)
+    assert again.returncode == 0, again.stderr
+    first, both = artifact(root, "eval-002"), json.loads((root / "both.json").read_text())
+    assert both["base_from"] == {"eval-002": 4 * 24}
+    for side in ("base", "unlearned"):
+        assert both["results"]["wmdp-bio"][side] == first["results"]["wmdp-bio"][side]
+    assert both["results"]["wmdp-cyber"]["unlearned"]["acc"] == 1.0
+
+
+WRONG = {
+    "select --forget wmdp-boi --retain wikitext": "Did you mean wmdp-bio",
+    "select --forget wmdp-bio --retain hf:acme/none": "There is no data set acme/none",
+    "select --forget wmdp-bio --retain hf:cais/wmdp-corpora:nope": "bio-retain-corpus",
+    "select --forget wmdp-bio --retain hf:cais/wmdp-corpora:bio-retain-corpus#nope": "train",
+    "select --forget wmdp-bio --retain hf:cais/wmdp-corpora:bio-retain-corpus@nope": "no text column nope",
+    "select --forget wmdp-bio --retain hf:wikitext": "hf:org/name",
+    "select --forget wmdp-bio --retain wikitext=0": "no positive number",
+    "select --forget wmdp-bio --retain mmlu-chat --model google/gemma-2-2b": "its tokenizer has none",
+    "select --forget wmdp-bio --retain wikitext --sae gemma-scope-2b-pt-res/layer_3": "Did you mean layer_3",
+    "select --forget wmdp-bio --retain wikitext --sae gemma-scope-2b-res/layer_3/x": "Did you mean gemma-scope-",
+    "select --forget wmdp-bio --retain wikitext --sae acme/none/x": "There is no repository acme/none",
+    "select --forget wmdp-bio --retain wikitext --sae lab": "width",
+    "select --forget lab-hexes --retain lab-retain": "Add --model lab",
+    "eval --bench wmpd-bio": "Did you mean wmdp",
+    "eval --bench wmdp-bio-paper --question-ids select.json": "question ids",
+}
+
+
+def test_what_is_wrong_is_said_in_one_message(done, hub, root):
+    assert done.returncode == 0, done.stderr
+    found = several(environment(hub, root), root, *(shlex.split(command) for command in WRONG))
+    for (code, out, message), (command, words) in zip(found, WRONG.items(), strict=True):
+        assert code == 1 and not out and message.startswith("error: ") and message.count("\n") <= 3, (command, message)
+        assert words in message, (command, message)
+
+
+def test_gated_data_says_where_to_ask_and_that_a_file_works(done, hub, root):
+    assert done.returncode == 0, done.stderr
+    hub.gated.add("cais/wmdp-bio-forget-corpus")
+    try:
+        fresh = {"HF_HOME": str(root / "fresh-cache")}
+        refused = run(hub, root, "dsg select --forget wmdp-bio --retain wikitext", **fresh)
+    finally:
+        hub.gated.clear()
+    assert refused.returncode == 1 and not refused.stdout
+    for words in ("is gated", "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus", "HF_TOKEN", "local copy"):
+        assert words in refused.stderr
