@@ -87,10 +87,10 @@ def locate_release(source: str) -> tuple[str, str]:
                 f"{alike}`dsg ls saes/{release}` lists its {len(paths)}.",
             )
         return releases()[release]["repo_id"], paths[sae_id]
-    alike = close_to(release, releases())
+    close = close_to(release, releases())
     repo, subfolder = _split_repository(source)
-    if alike or not REPOSITORY.fullmatch(repo):
-        hint = f"Did you mean {' or '.join(alike)}? " if alike else ""
+    if close or not REPOSITORY.fullmatch(repo):
+        hint = f"Did you mean {' or '.join(close)}? " if close else ""
         raise DsgError(
             f"There is no SAE {source}: no folder, no release of sae-lens, no repository on the hub.",
             f"{hint}`dsg ls saes` lists the releases; a folder needs {CONFIG_FILE} and {WEIGHTS_FILE}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -74,18 +75,26 @@ def progress(quiet: bool) -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bars:
-        task = bars.add_task("loading", total=None)
-        current = ""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("loading", total=None, rate="")
+        current, began = "", time.monotonic()
 
         def report(what: str, done: int, total: int) -> None:
-            nonlocal current
+            nonlocal current, began
             if what.split(",")[0] != current:
-                current = what.split(",")[0]
+                current, began = what.split(",")[0], time.monotonic()
                 bars.reset(task)
-            bars.update(task, description=what, completed=done, total=total or None)
+            seconds, is_tokens = time.monotonic() - began, what.endswith(", tokens")
+            rate = f"{done / seconds:,.0f} tokens/s" if is_tokens and seconds > 1 else ""
+            shown = what.removesuffix(", tokens")
+            bars.update(task, description=shown, completed=done, total=total or None, rate=rate)
 
         yield report
