@@ -18,7 +18,7 @@ from dsg_cli.artifacts import SaeIdentity
 from dsg_cli.errors import DsgError, close_to
 from dsg_cli.integrity import file_digest
 from dsg_cli.lab import data as lab
-from dsg_cli.releases import CONFIG_FILE, WEIGHTS_FILE, SaeFolder, find_sae, releases
+from dsg_cli.releases import CONFIG_FILE, WEIGHTS_FILE, SaeFolder, find_sae, locate_release, releases
 from dsg_cli.runtime.sites import HookSite, parse_hook_site
 
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
@@ -124,11 +124,14 @@ def read_sae(source: str) -> SaeSource:
     return SaeSource(folder=folder, config=config, identity=identity, site=site, write=write)
 
 
-def _locate(source: str) -> SaeFolder:
-    if source in lab.SAE_DIRS:
-        return SaeFolder(lab.SAE_DIRS[source], source)
-    if Path(source).is_dir():
-        return SaeFolder(Path(source), str(Path(source).resolve()))
+def check_name(source: str) -> None:
+    """Refuse an SAE whose name leads nowhere; nothing is fetched.
+
+    Raises:
+        DsgError: It is neither of the lab, nor a folder, nor a release with an id, nor of the form of a repository.
+    """
+    if source in lab.SAE_DIRS or Path(source).is_dir():
+        return
     if Path(source).is_absolute() or ("/" not in source and source not in releases()):
         close = close_to(source, [*lab.SAE_DIRS, *releases()])
         alike = f"Did you mean {' or '.join(close)}? " if close else ""
@@ -136,6 +139,15 @@ def _locate(source: str) -> SaeFolder:
             f"There is no SAE {source}.",
             f"{alike}Give RELEASE/ID (`dsg ls saes`), or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}.",
         )
+    locate_release(source)
+
+
+def _locate(source: str) -> SaeFolder:
+    check_name(source)
+    if source in lab.SAE_DIRS:
+        return SaeFolder(lab.SAE_DIRS[source], source)
+    if Path(source).is_dir():
+        return SaeFolder(Path(source), str(Path(source).resolve()))
     return find_sae(source)
 
 

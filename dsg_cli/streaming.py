@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dsg_cli.errors import DsgError
 from dsg_cli.tokens import BATCH_TOKENS, TokenBatch, batches, chunks, encode, packed
 
 TEXTS_AT_ONCE = 256
@@ -69,7 +70,14 @@ def _rows(
         for ids in encode(tokenizer, texts[start : start + TEXTS_AT_ONCE], bos=bos)
     )
     if is_packed:
-        yield from packed(documents, seq_len, bos=bos, eos=tokenizer.eos_token_id)
+        n_rows = 0
+        for row in packed(documents, seq_len, bos=bos, eos=tokenizer.eos_token_id):
+            n_rows += 1
+            yield row
+        if not n_rows:
+            raise DsgError(
+                f"The text does not fill one row of {seq_len} tokens.", "Give more, or lower select.seq_len."
+            )
         return
     for ids in documents:
         yield from chunks(ids, seq_len, bos=bos)

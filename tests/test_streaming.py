@@ -53,6 +53,8 @@ def test_packed_rows_are_full_and_joined_with_eos(tokenizer):
     assert {len(row) for row in rows} == {64}
     n_tokens = sum(len(ids) for ids in encode(tokenizer, TEXTS, bos=None)) + len(TEXTS)
     assert len(rows) == n_tokens // 63
+    with pytest.raises(DsgError, match="does not fill one row of 64"):
+        list(stream_batches(tokenizer, ["w1 w2"], bos=2, seq_len=64, is_packed=True))
 
 
 def statistics(model, folder, tokenizer, texts, limit=None):

@@ -57,6 +57,13 @@ def command(
     if what is not None:
         if what not in NAMES and what.partition("/")[0] != "saes":
             raise DsgError(f"dsg ls knows no {what}.", nearest(what, NAMES))
+        if what == "corpora" and not as_json and sys.stdout.isatty():
+            from rich.console import Console
+
+            from dsg_cli.report.tables import corpora_table
+
+            Console().print(corpora_table())
+            return
         print_names(NAMES[what]() if what in NAMES else _ids(what.removeprefix("saes/")), as_json=as_json)
         return
     from dsg_cli.workspace import Workspace

@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dsg_cli.artifacts import AttackReport, EvalReport, FeatureSet, Guardrail, Json, Threshold
+from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
+from dsg_cli.lab import data as lab
 from dsg_cli.workspace import Stored, Workspace
 
 
@@ -53,6 +55,17 @@ def list_table(workspace: Workspace) -> Table:
             continue
         made_from = ", ".join(item.id for item in stored.header.inputs) or "corpora"
         table.add_row(stored.id, headline(stored), made_from)
+    return table
+
+
+def corpora_table() -> Table:
+    """Names of corpora, and where each comes from."""
+    table = Table("corpus", "from", box=None, pad_edge=False)
+    for name in lab.CORPORA:
+        table.add_row(name, "the lab")
+    for name, hub in CATALOGUE.items():
+        table.add_row(name, f"{hub}{', in the chat template' if hub.is_chat else ''}")
+    table.caption = Text("Also hf:org/name[:config][#split][@column], files and folders.")
     return table
 
 

@@ -17,7 +17,7 @@ from dsg_cli.model import LoadedModel, context_length, load_model, load_tokenize
 from dsg_cli.progress import Report, silent
 from dsg_cli.prompting import check_chat, prompts
 from dsg_cli.recipe import Recipe
-from dsg_cli.sae import SaeSource, load_encoder, read_sae
+from dsg_cli.sae import SaeSource, check_name, load_encoder, read_sae
 from dsg_cli.selection import select_features
 from dsg_cli.settings import ModelSection, SelectSection
 from dsg_cli.stages.chain import identify, settle
@@ -41,8 +41,15 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
     check_disjoint(names.forget, names.retain)
     _check_world(recipe)
     workspace.check_writable()
+    check_name(recipe.sae.source)
+    recipe = settle(recipe)
     model_config = text_config(read_config(recipe.model.source))
     tokenizer = load_tokenizer(recipe.model.source)
+    # Small before large: gated text is found before an SAE of gigabytes is fetched.
+    forget = load_corpora(names.forget, role="forget", limit=names.limit, seed=recipe.seed)
+    retain = load_corpora(names.retain, role="retain", limit=names.limit, seed=recipe.seed)
+    check_no_shared_texts(forget, retain)
+    check_chat(tokenizer, [*forget, *retain])
     sae = read_sae(recipe.sae.source)
     notes = check_fits(sae, model_config, recipe.model.source, has_bos=tokenizer.bos_token_id is not None)
     if recipe.select.n_features > sae.identity.n_features:
@@ -50,11 +57,6 @@ def run(recipe: Recipe, workspace: Workspace, *, reuse: bool = False, report: Re
             f"{recipe.select.n_features} features were asked for; the SAE has {sae.identity.n_features}.",
             "Choose another number with -n.",
         )
-    recipe = settle(recipe)
-    forget = load_corpora(names.forget, role="forget", limit=names.limit, seed=recipe.seed)
-    retain = load_corpora(names.retain, role="retain", limit=names.limit, seed=recipe.seed)
-    check_no_shared_texts(forget, retain)
-    check_chat(tokenizer, [*forget, *retain])
 
     loaded = load_model(
         recipe.model.source, device=recipe.model.device, dtype=recipe.model.dtype, last_layer=sae.site.layer
