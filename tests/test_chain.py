@@ -58,12 +58,13 @@ def test_the_lab_recipe_reaches_its_targets(dsg, tmp_path):
             and header["sae"]["hook"] == "blocks.1.hook_resid_post"
         )
         assert dsg("show", artifact, "-w", "ws")[0] == 0
-    side_files = {path.name for path in (tmp_path / "ws").iterdir() if path.suffix != ".json"}
+    side_files = {path.name for path in (tmp_path / "ws").iterdir() if path.is_file() and path.suffix != ".json"}
     assert side_files == {
         "features-001.safetensors",
         "threshold-001.jsonl",
         "guardrail-001.safetensors",
         "eval-001.jsonl",
+        "eval-001.safetensors",
     }
     rows = [json.loads(line) for line in (tmp_path / "ws/eval-001.jsonl").read_text().splitlines()]
     assert len(rows) == 48 * 7 and not any(

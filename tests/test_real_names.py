@@ -133,6 +133,29 @@ def test_base_answers_of_an_earlier_evaluation_are_taken(done, hub, root):
     assert both["results"]["wmdp-cyber"]["unlearned"]["acc"] == 1.0
 
 
+SUBJECTS = ("high_school_us_history", "high_school_geography", "human_aging", "college_computer_science")
+
+
+def test_the_papers_recipe_prints_its_numbers_beside_ours(done, hub, root):
+    """The stand-in answers by its words, not by the order of options, so that the questions are named."""
+    assert done.returncode == 0, done.stderr
+    ids = {"wmdp-bio-paper": [f"wmdp-bio/{i}" for i in range(24)]}
+    ids["mmlu-paper"] = [f"{subject}/{i}" for subject in SUBJECTS for i in range(4)]
+    (root / "ids.json").write_text(json.dumps(ids))
+    short = "--set select.seq_len=64 --set 'calibrate.lengths=[20, 60]'"
+    found = run(hub, root, f"dsg run wmdp-bio -w paper --set eval.question_ids=ids.json {short}")
+    assert found.returncode == 0, found.stderr
+    lines = [line.split() for line in found.stdout.splitlines()]
+    (forget,) = (line for line in lines if line[:1] == ["wmdp-bio-paper"])
+    (utility,) = (line for line in lines if line[:1] == ["mmlu-paper"])
+    assert forget[-4] == "1.00" and float(forget[-3]) <= 0.6 and forget[-2:] == ["1.00", "0.2964"]
+    assert utility[-4:] == ["1.00", "1.00", "0.00", "0.9934"]
+    report = json.loads((root / "paper" / "eval-001.json").read_text())
+    assert report["question_ids"] == ids and report["results"]["wmdp-bio-paper"]["base"]["acc_count"] == 24
+    plan = run(hub, root, "dsg run wmdp-bio --dry-run")
+    assert plan.returncode == 0 and "size unknown" not in plan.stdout and " MB]" in plan.stdout
+
+
 WRONG = {
     "select --forget wmdp-boi --retain wikitext": "Did you mean wmdp-bio",
     "select --forget wmdp-bio --retain hf:acme/none": "There is no data set acme/none",
