@@ -269,11 +269,9 @@ def test_question_ids_from_a_file(tmp_path):
             paper.read_question_ids(path, [BIO, MMLU])
 
 
-# A bug of the package: IndexError from `nearest(benches[0], ...)`; `dsg eval --bench mmlu --question-ids F` crashes.
-@pytest.mark.xfail(raises=IndexError, strict=True)
 def test_question_ids_without_a_bench_that_takes_them(tmp_path):
     (tmp_path / "ids.json").write_text('{"wmdp-bio-paper": []}')
-    with pytest.raises(DsgError):
+    with pytest.raises(DsgError, match="of the paper's protocol"):
         paper.read_question_ids(tmp_path / "ids.json", [])
 
 
@@ -284,8 +282,6 @@ def test_a_tokenizer_without_letters_is_an_error():
         paper.Letters(tokenizer, bos=BOS)
 
 
-# A bug of the package: all letters become <unk>, one token, and every question is answered with A.
-@pytest.mark.xfail(strict=True)
 def test_the_unknown_token_is_no_letter(tokenizer):
     with pytest.raises(DsgError, match="letter A"):
         paper.Letters(tokenizer, bos=BOS)

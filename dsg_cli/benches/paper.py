@@ -92,6 +92,8 @@ def read_question_ids(path: Path | None, benches: Sequence[str]) -> dict[str, li
     """
     if path is None:
         return {}
+    if not benches:
+        raise DsgError("--question-ids is for benches of the paper's protocol.", f"Name one: {', '.join(PAPER)}.")
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -119,7 +121,8 @@ class Letters:
         self.ids: list[list[int]] = []
         for letter in LETTERS:
             spelled = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
-            single = list(dict.fromkeys(ids[0] for ids in spelled if len(ids) == 1))
+            unknown = tokenizer.unk_token_id
+            single = list(dict.fromkeys(ids[0] for ids in spelled if len(ids) == 1 and ids[0] != unknown))
             if not single:
                 raise DsgError(f"The tokenizer has no single token for the letter {letter}.", "Use lm-eval's benches.")
             self.ids.append(single)
