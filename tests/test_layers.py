@@ -20,7 +20,8 @@ ROWS = (
     ("statistics", "guardrail"),
     ("scorer", "benches"),
     ("evaluation",),
-    ("paper_evaluation", "lm_eval_files", "generation", "attacks", "lab.language_model", "lab.autoencoder", "lab.training", "lab.export"),
+    ("paper_evaluation", "lm_eval_files", "generation", "attacks"),
+    ("lab.language_model", "lab.autoencoder", "lab.training", "lab.export"),
     ("conversion", "settings"),
     ("recipe", "workspace"),
     ("export",),
@@ -72,7 +73,8 @@ def test_imports_run_one_way(module):
 
 
 def test_the_core_knows_no_recipe_workspace_or_terminal():
-    core = {name for row in ROWS[:9] for name in row}
+    first = next(number for number, row in enumerate(ROWS) if "settings" in row)
+    core = {name for row in ROWS[:first] for name in row}
     for module in MODULES:
         if module in core or module.split(".")[0] in core:
             assert not {name.split(".")[0] for name in imports_of(module)} & {"recipe", "workspace", "cli", "report"}
