@@ -28,6 +28,8 @@ class HubText:
     """Each text is what a user says: it is put in the model's chat template."""
     min_chars: int = 0
     """Shorter texts are left out."""
+    passage_chars: int = 0
+    """Longer texts are read as passages of about so many characters: MUSE-Books has four books to forget."""
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.repo}" + (f":{self.config}" if self.config else "") + f"#{self.split}"
@@ -45,7 +47,7 @@ CATALOGUE = {
     # Validation questions: those of the test split are what utility is measured on.
     "mmlu-chat": HubText("cais/mmlu", "all", "validation", template=_CHOICES, is_chat=True),
     **{
-        f"muse-{name}{suffix}": HubText(f"muse-bench/MUSE-{name.title()}", "raw", split, column="text")
+        f"muse-{name}{suffix}": HubText(f"muse-bench/MUSE-{name.title()}", "raw", split, "text", passage_chars=4000)
         for name in ("news", "books")
         for suffix, split in (("", "forget"), ("-retain1", "retain1"), ("-retain2", "retain2"))
     },

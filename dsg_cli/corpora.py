@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,17 +139,16 @@ def parse_name(name: str) -> Named:
 
 
 def _known(name: str) -> Named | None:
+    """A name of ours before a file that happens to be called so: `./wikitext` is the file."""
     if name in lab.CORPORA:
         return Named(name, path=lab.corpus_path(name))
-    if (path := _existing(name)) is not None:
-        return Named(str(path), path=path)
     if name in CATALOGUE or (name.startswith("hf:") and "=" not in name):
         return Named(name, hub=hub_text(name))
-    for mark in ("@", "#"):
-        stem, separator, value = name.rpartition(mark)
-        if separator and value and (path := _existing(stem)) is not None:
-            column, split = (value, None) if mark == "@" else (None, value)
-            return Named(f"{path}{mark}{value}", path=path, column=column, split=split)
+    if (path := _existing(name)) is not None:
+        return Named(str(path), path=path)
+    match = re.fullmatch(r"(?P<path>.+?)(?:#(?P<split>[^#@]+))?(?:@(?P<column>[^#@]+))?", name, flags=re.DOTALL)
+    if match is not None and (path := _existing(match["path"])) is not None:
+        return Named(f"{path}{name[len(match['path']) :]}", path=path, column=match["column"], split=match["split"])
     return None
 
 
@@ -167,11 +167,15 @@ def _load(named: Named, *, limit: int | None, seed: int, revision: str | None) -
     else:
         assert named.path is not None
         is_folder = named.path.is_dir()
+        if named.split and not is_folder:
+            raise DsgError(f"{named.name}: a file has no splits.", "Leave out what follows the #.")
         documents = (
             read_folder(named.path, named.column, named.split) if is_folder else read_file(named.path, named.column)
         )
     min_chars = named.hub.min_chars if named.hub else 0
     texts = _draw(documents, limit, seed, min_chars=min_chars)
+    if named.hub is not None and named.hub.passage_chars:
+        texts = [passage for text in texts for passage in passages(text, named.hub.passage_chars)][:limit]
     if not texts:
         raise DsgError(f"The corpus {named.name} is empty.")
     if len(set(texts)) < MIN_DOCUMENTS:
@@ -190,6 +194,17 @@ def _load(named: Named, *, limit: int | None, seed: int, revision: str | None) -
         weight=named.weight,
         is_chat=named.hub is not None and named.hub.is_chat,
     )
+
+
+def passages(text: str, n_chars: int) -> list[str]:
+    """A book in passages of about so many characters, cut at white space."""
+    found = []
+    while len(text) > n_chars:
+        cut = text.rfind(" ", n_chars // 2, n_chars)
+        cut = cut if cut > 0 else n_chars
+        found.append(text[:cut].strip())
+        text = text[cut:]
+    return [*found, text.strip()]
 
 
 def _draw(documents: Documents, limit: int | None, seed: int, *, min_chars: int) -> list[str]:
@@ -241,9 +256,17 @@ def check_no_shared_texts(forget: Sequence[Corpus], retain: Sequence[Corpus]) ->
 
 def _expanded(names: Sequence[str]) -> set[str]:
     """What each name stands for: a data set on the hub under all its names, the parts of a composed corpus."""
-    named = [parse_name(name) for name in names]
+    named = [_or_as_it_is(name) for name in names]
     parts = {part for one in named for part in COMPOSED.get(one.name, ())}
     return parts | {str(one.hub) if one.hub else one.name for one in named}
+
+
+def _or_as_it_is(name: str) -> Named:
+    """A later stage compares with names whose files may be gone by then."""
+    try:
+        return parse_name(name)
+    except DsgError:
+        return Named(name)
 
 
 def check_named(names: Sequence[str], *, role: str) -> None:

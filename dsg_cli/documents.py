@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from dsg_cli.errors import DsgError, nearest
 
 COLUMNS = ("text", "content", "document", "body", "article", "passage", "story")
 """Names of the column that holds the text, the likeliest first."""
-READERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+READERS = (*TABLES, ".txt", ".md")
 Take = Callable[[Sequence[int]], list[str]]
 
 
@@ -38,14 +40,17 @@ def read_file(path: Path, column: str | None = None) -> Documents:
     Raises:
         DsgError: Unreadable, not UTF-8, of another format, or without such a column.
     """
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind and kind not in READERS:
+        raise DsgError(f"{path} is of no kind that is known here.", f"Known files: {', '.join(READERS)}.")
+    if kind == ".parquet":
         return _parquet(path, column)
     content = _text_of(path)
-    if path.suffix not in READERS[:5]:
+    if kind not in TABLES:
         texts = content.split("\n\n")
-    elif path.suffix in (".csv", ".tsv"):
+    elif kind in (".csv", ".tsv"):
         texts = _csv(path, content, column)
-    elif path.suffix == ".json" and not _is_json_lines(content):
+    elif kind == ".json" and not _is_json_lines(content):
         texts = _json(path, content, column)
     else:
         texts = _json_lines(path, content, column)
@@ -60,11 +65,22 @@ def read_folder(folder: Path, column: str | None = None, split: str | None = Non
     """
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _saved(folder, column, split)
-    files = sorted(path for path in folder.rglob("*") if path.suffix in READERS and path.is_file())
+    if split is not None:
+        raise DsgError(f"{folder} was not saved by `datasets`; it has no split {split}.", "Name a file in it instead.")
+    files = _files_of(folder)
     if not files:
         raise DsgError(f"The folder {folder} holds no corpus.", f"Known files: {', '.join(READERS)}.")
     read = [read_file(path, column) for path in files]
     return _listed([text for one in read for text in one.take(range(one.n))])
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Tables, or text where there is none; nothing hidden, and not what only speaks about the rest."""
+    inside = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    known = [path for path in shown if path.suffix.lower() in READERS]
+    tables = [path for path in known if path.suffix.lower() in TABLES]
+    return tables or [path for path in known if path.stem.upper() not in ("README", "LICENSE", "LICENCE", "NOTICE")]
 
 
 def of_dataset(dataset: Any, wanted: HubText, *, where: str, revision: str = "") -> Documents:
@@ -156,6 +172,8 @@ def _json(path: Path, content: str, column: str | None) -> list[str]:
     if isinstance(rows, Mapping):
         lists = [value for value in rows.values() if isinstance(value, list)]
         rows = lists[0] if len(lists) == 1 else [rows]
+    if not isinstance(rows, list):
+        raise DsgError(f"{path} holds neither a list nor an object.")
     if rows and all(isinstance(row, str) for row in rows):
         return [_clean(row, str(path)) for row in rows]
     texts: list[str] = []
@@ -168,8 +186,8 @@ def _json(path: Path, content: str, column: str | None) -> list[str]:
 
 def _csv(path: Path, content: str, column: str | None) -> list[str]:
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    rows = csv.DictReader(content.splitlines(keepends=True), delimiter=delimiter)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter)
     column = _find_column(column, list(rows.fieldnames or []), str(path)) if content.strip() else None
     return [_field(row, column, f"{path}, line {rows.line_num}") for row in rows]
 
@@ -215,6 +233,8 @@ def _column_of(row: Any, wanted: str | None, where: str) -> str:
 
 def _field(row: Any, column: str | None, where: str) -> str:
     text = row.get(column) if isinstance(row, Mapping) else None
+    if text is None and isinstance(row, Mapping) and column in row:
+        return ""  # Nothing there, as in a table of Parquet.
     if not isinstance(text, str):
         found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise DsgError(f'{where} has no "{column}" string; found: {found}.')

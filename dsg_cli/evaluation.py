@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +105,7 @@ def evaluate(
         guardrails: What unlearned it.
         tasks: lm-eval's tasks and groups, as `benches.tasks.load_tasks` gives them.
         bos: Token that every sequence begins with.
-        batch_size: Sequences in a batch; no result depends on it.
+        batch_size: Sequences in a batch; results depend on it by rounding only.
         asking: How the questions are put.
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
@@ -173,8 +174,8 @@ def _metrics(found: Any, name: str) -> Json:
         if filter_name and isinstance(value, int | float):
             metrics[metric if filter_name == "none" else f"{metric}_{filter_name}"] = float(value)
     metrics["n"] = n = sum(found["n-samples"][task]["effective"] for task in _tasks_of(found, name))
-    for metric in COUNTED:
-        k = metrics.get(metric, 0.5) * n
+    for metric in (name for name in COUNTED if name in metrics):
+        k = metrics[metric] * n
         if n and abs(k - round(k)) < 1e-6:
             metrics |= counts(round(k), n, metric)
     return metrics
@@ -210,8 +211,8 @@ def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, str], Decision],
             decided = [decisions[key] for key in map(tuple, sample["arguments"]) if key in decisions]
             row: Json = {
                 "bench": bench,
-                "id": str(sample["doc"].get("id", sample["doc_id"])),
-                "group": str(sample["doc"].get("subject", bench)),
+                "id": _label(sample["doc"].get("id"), str(sample["doc_id"])),
+                "group": _label(sample["doc"].get("subject"), bench),
                 "length": max((d.n_tokens for d in decided), default=0),
                 "statistic": max((d.statistic for d in decided), default=0.0),
                 "gated": any(d.gated for d in decided),
@@ -224,6 +225,12 @@ def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, str], Decision],
                 row["choices"] = [argument[1] for argument in sample["arguments"]]
             rows.append(row)
     return rows
+
+
+def _label(value: Any, otherwise: str) -> str:
+    """A name in a task's document, unless it may be text: rows hold none."""
+    named = str(value) if isinstance(value, str | int) else ""
+    return named if named and len(named) <= 100 and not re.search(r"\s", named) else otherwise
 
 
 def _loglikelihoods(sample: Any) -> list[float]:

@@ -20,7 +20,6 @@ FAMILIES = (
     ("mistral", "mistral"),
     ("deepseek-r1-distill-llama", "llama"),
     ("deepseek-r1-distill-qwen", "qwen2"),
-    ("meta-llama", "llama"),
     ("llama", "llama"),
     ("qwen3.5", "qwen3_5"),
     ("qwen3", "qwen3"),
@@ -78,7 +77,8 @@ def _compare_names(sae: SaeSource, model_config: Any, model_source: str) -> list
     theirs = _bare(named)
     family = next((kind for start, kind in FAMILIES if theirs.startswith(start)), None)
     # A multimodal model's decoder has a type of its own, such as gemma3_text.
-    if family is not None and str(model_config.model_type).removesuffix("_text") != family:
+    kind = str(model_config.model_type).removesuffix("_text").removesuffix("_moe")
+    if family is not None and kind != family and theirs != _bare(model_source):
         raise DsgError(
             f"The SAE {sae.identity.source} was trained on {named}, a model of another family than {model_source} "
             f"({model_config.model_type}).",

@@ -6,11 +6,17 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from dsg_cli.errors import DsgError
 from dsg_cli.tokens import TokenBatch
 
 Result = TypeVar("Result")
+Work = TypeVar("Work")
+
+
+NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How it is said where it has no type of its own: on a CPU, and inside a library of the GPU."""
 
 
 class Fitting:
@@ -36,7 +42,7 @@ class Fitting:
                 pending += _halves(part)[::-1]
                 continue
             result = _attempt(part, compute)
-            if result:
+            if result is not None:
                 yield part, result[0]
                 continue
             if n_rows == 1:
@@ -50,14 +56,30 @@ class Fitting:
             pending += _halves(part)[::-1]
 
 
-def _attempt(batch: TokenBatch, compute: Callable[[TokenBatch], Result]) -> tuple[Result] | None:
+def in_halves(rows: Tensor, compute: Callable[[Tensor], Result]) -> Iterator[Result]:
+    """`compute` of rows of a tensor, or of their halves where memory runs out.
+
+    Raises:
+        DsgError: A single row does not fit.
+    """
+    result = _attempt(rows, compute)
+    if result is not None:
+        yield result[0]
+    elif len(rows) == 1:
+        raise DsgError("A single token does not fit in memory.", "Choose a smaller SAE, or another --device.")
+    else:
+        for half in torch.split(rows, (len(rows) + 1) // 2):
+            yield from in_halves(half, compute)
+
+
+def _attempt(batch: Work, compute: Callable[[Work], Result]) -> tuple[Result] | None:
     """None where memory ran out; the exception, which holds every tensor on its way, is gone on return."""
     try:
         return (compute(batch),)
     except torch.OutOfMemoryError:
         return None
     except RuntimeError as error:
-        if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # On a CPU it has no type.
+        if any(words in str(error) for words in NO_MEMORY):
             return None
         raise
 

@@ -36,8 +36,11 @@ def load_rows(repo: str, config: str | None, split: str, *, revision: str | None
     """
     from datasets import load_dataset
 
-    with data_errors(repo):
-        dataset = load_dataset(repo, config, split=split, revision=revision)
+    try:
+        with data_errors(repo):
+            dataset = load_dataset(repo, config, split=split, revision=revision)
+    except (RuntimeError, ValueError) as error:  # Such as a loading script, which is never run.
+        raise DsgError(f"The data set {repo} cannot be read: {_line(error)}") from error
     if revision and (read := commit_read(dataset)) != revision:
         raise DsgError(
             f"The data set {repo} is in the local cache at commit {read[:12]}, not at {revision[:12]}, which an "
@@ -64,6 +67,8 @@ def data_errors(repo: str) -> Iterator[None]:
     except exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise DsgError(f"The data set {repo} cannot be read: {_line(cause)}") from error
+    except exceptions.DatasetsError as error:
+        raise DsgError(f"The data set {repo} cannot be read: {_line(error)}") from error
     except ConnectionError as error:
         raise DsgError(
             f"The hub cannot be reached, and the data set {repo} is not in the local cache.",
@@ -86,7 +91,7 @@ def data_errors(repo: str) -> Iterator[None]:
 
 def commit_read(dataset: Any) -> str:
     """The commit that a split was read from, which its cache files are named after."""
-    for file in dataset.cache_files:
+    for file in getattr(dataset, "cache_files", []):
         if match := re.fullmatch(r"[0-9a-f]{40}", Path(file["filename"]).parent.name):
             return match[0]
     return ""

@@ -26,12 +26,21 @@ def results_files(found: Mapping[str, Json], *, model: str, created: str, sample
         name = model if side == "base" else f"{model}-guarded"
         folder = f"{side}/{sanitize_model_name(name)}"
         shown = {key: value for key, value in results.items() if key != "samples"}
+        if not samples:  # A task's own examples are prompts too.
+            shown["configs"] = {task: _without_examples(config) for task, config in shown.get("configs", {}).items()}
         shown |= {"model_source": "dsg", "model_name": name, "model_name_sanitized": sanitize_model_name(name)}
         files[f"{folder}/results_{stamp}.json"] = _dumped(_plain(shown), indent=2)
         for task, asked in results["samples"].items() if samples else ():
             lines = b"".join(_dumped(_plain(sample)) + b"\n" for sample in asked)
             files[f"{folder}/samples_{task}_{stamp}.jsonl"] = lines
     return files
+
+
+def _without_examples(config: Any) -> Any:
+    fewshot = config.get("fewshot_config") if isinstance(config, Mapping) else None
+    if not isinstance(fewshot, Mapping) or "samples" not in fewshot:
+        return config
+    return {**config, "fewshot_config": {key: value for key, value in fewshot.items() if key != "samples"}}
 
 
 def _dumped(value: Any, indent: int | None = None) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ __all__ = [
     "pinned",
     "read_config",
     "text_config",
+    "whole_digest",
 ]
 
+SAMPLED = 256
+"""Values of each tensor that `whole_digest` looks at."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 WEIGHT_FILES = ("model*.safetensors",)
 
@@ -163,6 +167,23 @@ def load_model(
     return LoadedModel(
         model=model.eval().to(device), tokenizer=tokenizer, source=pinned(source, folder), n_layers=n_layers
     )
+
+
+def whole_digest(model: PreTrainedModel) -> str:
+    """Of every tensor of a model (name, shape and evenly spaced values), its configuration and what it runs on.
+
+    Unlike `fingerprint` it covers the head and the last layers, and tells dtypes apart: two models with one digest
+    give the same answers.
+    """
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(SAMPLED, flat.numel()), dtype=torch.float64).long()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(flat[index.to(flat.device)].cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    if model.device.type == "cuda":
+        digest.update(torch.cuda.get_device_name(model.device).encode())
+    return digest.hexdigest()
 
 
 def _one_line(error: Exception) -> str:

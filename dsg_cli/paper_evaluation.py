@@ -35,8 +35,8 @@ def evaluate_paper(
         guardrails: What unlearned it.
         benches: Questions of each bench.
         bos: Token that every prompt begins with.
-        batch_size: Prompts in a batch; no result depends on it.
-        limit: Questions of each bench to begin with, at most.
+        batch_size: Prompts in a batch; results depend on it by rounding only.
+        limit: Questions of each data set of a bench to begin with, at most.
         question_ids: For a bench named here, these questions count, without a filter.
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
@@ -56,7 +56,7 @@ def evaluate_paper(
     kept_ids: dict[str, list[str]] = {}
     for bench, questions in benches.items():
         chosen = chosen_questions(bench, questions, question_ids or {})
-        asked = list(questions[:limit]) if chosen is None else chosen
+        asked = _first_of_each(questions, limit) if chosen is None else chosen
         before = _ask(base, letters, asked, ORDERS[0])
         right = [_is_right(found, question) for (found, _), question in zip(before, asked, strict=True)]
         kept = list(asked)
@@ -96,6 +96,18 @@ def evaluate_paper(
         n_known=base.n_known,
         question_ids=kept_ids,
     )
+
+
+def _first_of_each(questions: Sequence[PaperQuestion], limit: int | None) -> list[PaperQuestion]:
+    """The first questions of each data set, as lm-eval limits each task."""
+    seen: dict[str, int] = {}
+    kept = []
+    for question in questions:
+        name = question.id.partition("/")[0]
+        seen[name] = seen.get(name, 0) + 1
+        if limit is None or seen[name] <= limit:
+            kept.append(question)
+    return kept
 
 
 def _known_in_every_order(scorer: Scorer, letters: Letters, questions: Sequence[PaperQuestion]) -> list[PaperQuestion]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.calibration import cut_pieces
 from dsg_cli.corpora import Corpus, Part
+from dsg_cli.errors import DsgError
 from dsg_cli.prompting import prompts
 from dsg_cli.tokens import encode
 
@@ -62,6 +63,8 @@ def draw_pieces(
         for i, ids in documents:
             cut = [ids] if corpus.is_chat else _cut(ids, rng, lengths, n_head)
             pieces += [Piece(f"{corpus.name}/{part}/{i}/{j}", corpus.name, piece) for j, piece in enumerate(cut)]
+        if not pieces and corpus.weight is not None:
+            raise DsgError(f"The {part} part of {corpus.name} has no {lengths[0]} tokens in a row.", "Give more text.")
         found.append(pieces)
     return [piece for pieces in _in_proportion(found, corpora, rng) for piece in pieces]
 

@@ -6,7 +6,6 @@ a cache folder: one conversion, then every stage opens a safetensors file and ne
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -151,8 +150,14 @@ def _convert(release: str, sae_id: str, folder: Path) -> None:
         sae.save_model(partial)
         origin = {"release": release, "id": sae_id, "repository": repo, "revision": cached_commit(repo)}
         (partial / ORIGIN_FILE).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-        with contextlib.suppress(FileExistsError):  # Another process was faster, with the same.
+        partial.chmod(0o777 & ~_umask())  # Others may share the cache.
+        if folder.exists() and not (folder / ORIGIN_FILE).is_file():
+            shutil.rmtree(folder)  # It was never whole.
+        try:
             partial.rename(folder)
+        except OSError:
+            if not (folder / ORIGIN_FILE).is_file():  # Else another process was faster, with the same.
+                raise
     except (OSError, SafetensorError) as error:
         raise DsgError(
             f"The SAE {release}/{sae_id} cannot be kept in {folder.parent}: {' '.join(str(error).split())[:200]}.",
@@ -160,3 +165,9 @@ def _convert(release: str, sae_id: str, folder: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -5,12 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dsg_cli.errors import DsgError
-from dsg_cli.fitting import Fitting
+from dsg_cli.fitting import Fitting, in_halves
 from dsg_cli.progress import Report, silent
 from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.sites import HookSite
@@ -89,15 +90,10 @@ def feature_statistics(
     for resid_TD in (resid_TD for batch in batches for _, resid_TD in fit(batch, counted)):
         norms.extend(resid_TD[-n_tokens % stride :: stride].norm(dim=-1).tolist())
         for chunk_TD in torch.split(resid_TD, CHUNK_TOKENS):
-            acts_TF = encode(chunk_TD)
-            parts = (
-                acts_TF.square().sum(0, dtype=torch.float64),
-                acts_TF.sum(0, dtype=torch.float64),
-                (acts_TF != 0).sum(0).double(),
-            )
-            for total, part in zip(sums, parts, strict=True) if sums else ():
-                total.add_(part)
-            sums = sums or list(parts)
+            for parts in in_halves(chunk_TD, partial(_sums, encode)):
+                for total, part in zip(sums, parts, strict=True) if sums else ():
+                    total.add_(part)
+                sums = sums or list(parts)
         n_tokens += len(resid_TD)
         report(f"{what}, tokens", n_tokens, max(n_tokens, total_tokens))
     if not n_tokens:
@@ -114,6 +110,16 @@ def feature_statistics(
         mean_F=mean_F,
         rate_F=rate_F,
         norms=torch.tensor(norms),
+    )
+
+
+def _sums(encode: Callable[[Tensor], Tensor], resid_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Over tokens: of squares, of activations and of those that are not 0, float64, each [F]."""
+    acts_TF = encode(resid_TD)
+    return (
+        acts_TF.square().sum(0, dtype=torch.float64),
+        acts_TF.sum(0, dtype=torch.float64),
+        (acts_TF != 0).sum(0).double(),
     )
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dsg_cli.catalogue import CATALOGUE, hub_text
-from dsg_cli.corpora import check_disjoint, load_corpora, load_corpus, parse_name
+from dsg_cli.corpora import check_disjoint, load_corpora, load_corpus, parse_name, passages
 from dsg_cli.errors import DsgError
 
 TEXTS = [f"document number {i}, with a comma\nand a line" for i in range(9)]
@@ -64,7 +64,7 @@ def test_folders(tmp_path):
     mixed = tmp_path / "mixed"
     (mixed / "deeper").mkdir(parents=True)
     write(mixed / "a.csv")
-    (mixed / "deeper" / "b.txt").write_text("one more\n\nand another")
+    write(mixed / "deeper" / "b.jsonl", [{"text": "one more"}, {"text": "and another"}])
     (mixed / "notes.docx").write_bytes(b"\x00")
     assert load_corpus(str(mixed)).texts == [*TEXTS, "one more", "and another"]
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
@@ -109,3 +109,47 @@ def test_the_catalogue_and_the_spelling_of_the_hub():
 def test_a_weight_is_a_positive_number(weight):
     with pytest.raises(DsgError, match="no positive number"):
         parse_name(f"lab-near={weight}")
+
+
+def test_names_of_ours_come_before_files_that_are_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wikitext").mkdir()
+    write(tmp_path / "wikitext" / "a.csv")
+    assert parse_name("wikitext").hub is not None
+    assert load_corpus("./wikitext").texts == TEXTS
+
+
+def test_what_a_folder_is_read_for(tmp_path):
+    (tmp_path / ".git").mkdir()
+    for name in ("README.md", "LICENSE.txt", ".git/x.txt"):
+        (tmp_path / name).write_text("\n\n".join(f"not this {i}" for i in range(9)))
+    (tmp_path / "a.TXT").write_text("\n\n".join(f"text {i}" for i in range(9)))
+    assert load_corpus(str(tmp_path)).texts == [f"text {i}" for i in range(9)]
+    write(tmp_path / "b.csv")
+    assert load_corpus(str(tmp_path)).texts == TEXTS
+    for name, words in ((f"{tmp_path}#train", "no split train"), (f"{tmp_path / 'b.csv'}#x", "a file has no splits")):
+        with pytest.raises(DsgError, match=words):
+            load_corpus(name)
+    (tmp_path / "c.docx").write_bytes(b"x")
+    with pytest.raises(DsgError, match="of no kind"):
+        load_corpus(str(tmp_path / "c.docx"))
+
+
+def test_odd_rows(tmp_path):
+    texts = [f"hello\u2028world {i}" for i in range(9)]
+    path = tmp_path / "a.csv"
+    path.write_text("text,n\n" + "".join(f"{text},1\n" for text in texts) + ",2\n", encoding="utf-8")
+    assert load_corpus(str(path)).texts == texts
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + '{"text": null}\n')
+    assert load_corpus(str(lines)).texts == TEXTS
+    (tmp_path / "a.json").write_text("5")
+    with pytest.raises(DsgError, match="neither a list nor an object"):
+        load_corpus(str(tmp_path / "a.json"))
+
+
+def test_a_book_in_passages():
+    book = " ".join(f"word{i}" for i in range(3000))
+    cut = passages(book, 4000)
+    assert " ".join(cut) == book and len(cut) > 4 and all(2000 <= len(part) <= 4000 for part in cut[:-1])
+    assert passages("short", 4000) == ["short"] and passages("x" * 9000, 4000) == ["x" * 4000, "x" * 4000, "x" * 1000]

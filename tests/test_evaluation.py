@@ -106,6 +106,8 @@ def test_accuracies_equal_a_plain_loop(loaded, sae, hot_features):
         assert found.results[bench]["base"]["n"] == 24
         assert found.gate[bench]["rate"] == pytest.approx(rate)
         assert "acc_stderr" in found.results[bench]["unlearned"]
+        counted = {"acc_count", "acc_low", "acc_high"}
+        assert set(found.results[bench]["unlearned"]) == {"acc", "acc_stderr", "n"} | counted
     assert found.results["lab-hexes"]["unlearned"]["acc"] < 0.7 and found.gate["lab-hexes"]["rate"] > 0.5
     assert len(found.rows) == 48 and not any("context" in row for row in found.rows)
     assert {row["id"] for row in found.rows if row["bench"] == "lab-hexes"} >= {"hexes/Rahurk/binder/seen"}
@@ -271,3 +273,23 @@ def test_expectations():
             parse_expected(text, ["lab-hexes"])
     with pytest.raises(DsgError, match="no metric"):
         check_expected([parse_expected("lab-hexes.f_one<1", ["lab-hexes"])], results)
+
+
+def test_examples_in_front_of_questions(loaded, sae, tmp_path):
+    """--num-fewshot reaches the task, and every answer of the base model can be taken from an earlier run."""
+    rows = [{"q": f"Question {i}:", "c": [" home", " garlic"], "a": i % 2} for i in range(8)]
+    tasks = load_tasks(["mine"], **write_task(tmp_path / "tasks", rows))
+    options = {"bos": 2, "asking": Asking(num_fewshot=2), "samples": True}
+    first = evaluate(loaded, guards(loaded, sae, [1, 2], 0.9), tasks, **options)
+    assert all(row["context"].count("Question") == 3 for row in first.rows) and first.n_known == 0
+    again = evaluate(loaded, guards(loaded, sae, [1, 2], 0.9), tasks, known=first.answers, **options)
+    assert again.n_known == 16 and again.results == first.results and again.answers == first.answers
+
+
+def test_answers_survive_being_stored(tmp_path):
+    from dsg_cli.scorer import answers_from_tensors, answers_to_tensors, request_key
+
+    requests = [Request((2, 5), (6,)), Request((2, 5, 6), (7,)), Request((2,), (5, 6))]
+    answers = {request_key(request, 64): (-0.1 * i, bool(i % 2)) for i, request in enumerate(requests)}
+    assert len(answers) == 3 and answers_from_tensors(answers_to_tensors(answers)) == answers
+    assert answers_from_tensors(answers_to_tensors({})) == {}

@@ -63,6 +63,26 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, cache, monkeypatch):
         raise OSError(errno.EIO, "another")
 
 
+def test_another_process_that_was_faster_is_no_error(tmp_path, cache, monkeypatch):
+    """Of two conversions at once, the second finds the folder of the first; a folder without origin is replaced."""
+    sae = make_sae(tmp_path / "sae")
+    pretend(monkeypatch, sae)
+    folder = read_sae(NAME).folder
+    save, first = sae.save_model, (folder / "origin.json").read_text()
+
+    def slowly(partial):
+        save(partial)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "origin.json").write_text(first)
+
+    (folder / "origin.json").unlink()
+    monkeypatch.setattr(sae, "save_model", slowly)
+    assert read_sae(NAME).folder == folder
+    (folder / "origin.json").unlink()
+    monkeypatch.setattr(sae, "save_model", save)
+    assert read_sae(NAME).folder == folder and (folder / "sae_weights.safetensors").is_file()
+
+
 def test_what_sae_lens_cannot_read_is_said(cache, monkeypatch):
     import sae_lens
 

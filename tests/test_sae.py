@@ -122,6 +122,7 @@ NAMES = [
     ("meta-llama/Llama-3.1-8B", "acme/my-llama", "llama", "is not known"),
     ("something-new", "acme/my-llama", "llama", "is not known"),
     ("", "acme/my-llama", "llama", "does not say which model"),
+    ("Qwen/Qwen3-30B-A3B-Base", "Qwen/Qwen3-30B-A3B-Base", "qwen3_moe", None),
     ("gemma-2b", "google/gemma-2-2b", "gemma2", DsgError),
     ("gemma-2-2b", "meta-llama/Llama-3.1-8B", "llama", DsgError),
     ("qwen3-4b", "Qwen/Qwen2.5-7B-Instruct", "qwen2", DsgError),

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.benches.names import PAPER
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.hub_data import load_rows
+from dsg_cli.hub_data import commit_read, load_rows
 from dsg_cli.scoring import Request, Score
 from dsg_cli.tokens import as_chat, with_bos
 
@@ -36,6 +36,8 @@ class PaperQuestion:
     question: str
     options: tuple[str, ...]
     answer: int
+    revision: str = ""
+    """Commit that it was read from."""
 
     def prompt(self, order: Sequence[int]) -> str:
         """The question with its options in an order: position i shows option order[i]."""
@@ -56,12 +58,14 @@ def load_questions(bench: str) -> list[PaperQuestion]:
     """
     questions = []
     for repo, config, subject in PAPER[bench]:
-        for number, row in enumerate(load_rows(repo, config, "test")):
+        rows = load_rows(repo, config, "test")
+        commit = commit_read(rows)
+        for number, row in enumerate(rows):
             if len(row["choices"]) != len(LETTERS):
                 raise DsgError(f"{repo} {config}, row {number} has {len(row['choices'])} options, not four.")
-            questions.append(
-                PaperQuestion(f"{config}/{number}", subject, row["question"], tuple(row["choices"]), int(row["answer"]))
-            )
+            options = tuple(row["choices"])
+            found = PaperQuestion(f"{config}/{number}", subject, row["question"], options, int(row["answer"]), commit)
+            questions.append(found)
     return questions
 
 
@@ -75,6 +79,8 @@ def chosen_questions(
     """
     if bench not in wanted:
         return None
+    if not wanted[bench] or len(set(wanted[bench])) < len(wanted[bench]):
+        raise DsgError(f"The ids for {bench} are none, or one of them stands twice.", "Check the file of ids.")
     by_id = {question.id: question for question in questions}
     unknown = [name for name in wanted[bench] if name not in by_id]
     if unknown:

@@ -16,10 +16,12 @@ from typing import Any
 
 from dsg_cli.benches.names import QUICK, known_benches, task_name
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.hub_data import data_errors
+from dsg_cli.hub_data import commit_read, data_errors
 from dsg_cli.lab import data as lab
 
 LM_EVAL_TASKS = Path(str(importlib.util.find_spec("lm_eval").origin)).parent / "tasks"  # type: ignore[union-attr]
+DATA_OF = {"wmdp_bio": "cais/wmdp", "wmdp_cyber": "cais/wmdp", "wmdp_chem": "cais/wmdp", "mmlu": "cais/mmlu"}
+"""Task -> its data set, for what is said where it cannot be read."""
 SCORED = ("multiple_choice", "loglikelihood")
 """Output types whose requests hold whole sequences."""
 
@@ -81,15 +83,15 @@ def task_index(folders: tuple[str, ...], include_defaults: bool) -> Any:
 def _build(manager: Any, bench: str, split: str, can_generate: bool) -> list[Any]:
     name = task_name(bench)
     try:
-        with data_errors(f"of the bench {bench}"):
+        with data_errors(DATA_OF.get(name, name)):
             loaded = manager.load([_lab_task(bench, split) if bench in lab.bench_names() else name])
             for task in loaded["tasks"].values():
                 doc = next(iter(task.eval_docs))
                 task.doc_to_text(doc), task.doc_to_target(doc)
                 if task.get_config("output_type") == "multiple_choice":
                     task.doc_to_choice(doc)
-    except DsgError:
-        raise
+    except DsgError as error:
+        raise DsgError(f"The bench {bench} cannot be loaded. {error.message}", error.hint) from error
     except Exception as error:  # A task is a file of the user's: whatever it raises is told.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DsgError(f"The bench {bench} cannot be loaded: {reason[:300]}") from error
@@ -103,6 +105,13 @@ def _build(manager: Any, bench: str, split: str, can_generate: bool) -> list[Any
             )
     # A group, or the task itself; a tag stands for several tasks.
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+def commits(tasks: Sequence[Any]) -> dict[str, str]:
+    """Task -> the commit of the hub that its questions were read from, for those that come from it."""
+    single = [one for task in tasks for one in (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task])]
+    read = {one.config.task: commit_read(one.eval_docs) for one in single}
+    return {task: commit for task, commit in read.items() if commit}
 
 
 def _lab_task(bench: str, split: str) -> dict[str, Any]:

@@ -91,9 +91,11 @@ def meaning(summary: Json) -> str:
     if "dilution" in attacks:
         found = attacks["dilution"]["summary"]
         if found["forget_acc_worst"] > found["forget_acc_before"] + 0.1:
+            is_mean = summary.get("gate") == "mean"
+            why = ", because the paper's gate averages over the whole sequence" if is_mean else ""
             sentences.append(
                 f"It does not stop everyone: {found['worst_x']} harmless tokens in front of a question bring accuracy "
-                f"back to {found['forget_acc_worst']:.2f}, because the paper's gate averages over the whole sequence."
+                f"back to {found['forget_acc_worst']:.2f}{why}."
             )
     sentences.append(
         "The knowledge is still in the weights: whoever holds them can take the guardrail off. It protects an API, "

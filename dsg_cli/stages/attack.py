@@ -12,7 +12,7 @@ from typing import Any
 
 from dsg_cli.artifacts import AttackReport, Json
 from dsg_cli.attacks import dilution, relearn
-from dsg_cli.benches.names import known_benches
+from dsg_cli.benches.names import PAPER, known_benches
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.corpora import load_corpora
 from dsg_cli.errors import DsgError, nearest
@@ -152,7 +152,18 @@ def summarise(curve: list[Json]) -> Json:
     }
 
 
+def check_bench(bench: str) -> None:
+    """Refuse a bench of the paper's protocol, whose prompts attacks cannot change.
+
+    Raises:
+        DsgError: It is one.
+    """
+    if bench in PAPER:
+        raise DsgError(f"Attacks cannot ask {bench}.", f"Take {bench.partition('-paper')[0]}.")
+
+
 def _questions(recipe: Recipe, bench: str, split: str) -> list[Question]:
+    check_bench(bench)
     tasks = load_tasks([bench], split=split, include_path=recipe.eval.include_path)
     found = [question for task in tasks for question in questions_of(task, limit=recipe.eval.limit)]
     if not found:

@@ -61,7 +61,7 @@ def run(
         role="retain",
         limit=recipe.corpora.limit,
         seed=recipe.seed,
-        revisions={corpus["name"]: corpus.get("revision", "") for corpus in selected["retain"]},
+        revisions={corpus["name"]: corpus.get("revision") for corpus in selected["retain"]},
     )
     assert features.header.sae is not None
     sae = chain_sae(features.header.sae, features.id)

@@ -102,7 +102,7 @@ def chain_sae(wanted: SaeIdentity, made: str) -> SaeSource:
         DsgError: It cannot be read, or its weights are others.
     """
     sae = read_sae(wanted.source)
-    if sae.identity != wanted:
+    if replace(sae.identity, revision=wanted.revision) != wanted:
         changed = "weights" if sae.identity.sha256 != wanted.sha256 else "configuration"
         raise DsgError(
             f"The SAE in {wanted.source} is not the one that {made} was made with: its {changed} changed.",

@@ -14,11 +14,11 @@ from typing import Any
 from dsg_cli.artifacts import EvalReport, Header
 from dsg_cli.benches.names import PAPER
 from dsg_cli.benches.paper import load_questions, read_question_ids
-from dsg_cli.benches.tasks import load_tasks
+from dsg_cli.benches.tasks import commits, load_tasks
 from dsg_cli.errors import DsgError
 from dsg_cli.expect import check_expected, parse_expected
 from dsg_cli.lab import data as lab
-from dsg_cli.model import LoadedModel, fingerprint
+from dsg_cli.model import LoadedModel, whole_digest
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import find_guards, identify, load_guards, settle
@@ -61,7 +61,8 @@ def run(
         settings={
             **dataclasses.asdict(settings),
             "allow_mismatch": recipe.model.allow_mismatch,
-            "model_fingerprint": fingerprint(loaded.model, loaded.n_layers - 1),
+            "model_digest": whole_digest(loaded.model),
+            "commits": commits(tasks) | {bench: several[0].revision for bench, several in questions.items()},
         },
         model=identify(loaded, guards.header.model.last_layer),
         sae=guards.header.sae,
@@ -152,7 +153,9 @@ def _answers_count(one: Header, other: Header) -> bool:
     def key(header: Header) -> tuple[object, ...]:
         return (
             header.model,
-            header.settings.get("model_fingerprint"),
+            header.settings.get("model_digest"),
+            header.settings.get("batch_size"),
+            header.git,
             header.device,
             header.dtype,
             header.packages,

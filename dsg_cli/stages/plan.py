@@ -133,7 +133,7 @@ def _sae_size(source: str) -> str:
     if source in lab.SAE_DIRS or Path(source).is_dir():
         return _local_size(lab.SAE_DIRS.get(source, Path(source)))
     repo, folder = locate_release(source)
-    return _reached(lambda: download_size(repo, [f"{folder}*"]))
+    return _reached(lambda: download_size(repo, [f"{folder}/*"] if folder else ["*"]))
 
 
 def _corpus_size(name: str, limit: int | None) -> str:
@@ -143,8 +143,12 @@ def _corpus_size(name: str, limit: int | None) -> str:
         return at_most + _local_size(named.path)
     hub: HubText | None = named.hub
     assert hub is not None
-    patterns = [f"{hub.config}*"] if hub.config else ["*"]
-    return at_most + _reached(lambda: download_size(hub.repo, patterns, kind="dataset"))
+
+    def measure() -> int:
+        own = download_size(hub.repo, [f"{hub.config}*"], kind="dataset") if hub.config else 0
+        return own or download_size(hub.repo, ["*"], kind="dataset")
+
+    return at_most + _reached(measure)
 
 
 def _local_size(path: Path) -> str:

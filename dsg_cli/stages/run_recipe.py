@@ -35,6 +35,7 @@ def run(
         raise DsgError("The recipe names no bench.", "Add eval.benches.")
 
     from dsg_cli.benches.names import PAPER
+    from dsg_cli.benches.paper import load_questions
     from dsg_cli.benches.tasks import load_tasks
     from dsg_cli.expect import parse_expected
     from dsg_cli.stages import apply, attack, calibrate, evaluate, select
@@ -44,6 +45,8 @@ def run(
     apply.parse_strength(recipe.guardrail.strength, 1.0)
     for text in recipe.eval.expect:
         parse_expected(text, recipe.eval.benches)
+    for name in (recipe.attack.bench, recipe.attack.utility_bench):
+        attack.check_bench(name or "")
     asked_too = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
     benches = [*recipe.eval.benches, *sorted(asked_too - set(recipe.eval.benches))]
     load_tasks(
@@ -52,6 +55,9 @@ def run(
         include_path=recipe.eval.include_path,
         can_generate=recipe.calibrate.gate != "mean",
     )
+    for bench in recipe.eval.benches:
+        if bench in PAPER:
+            load_questions(bench)
     chain: list[Stored] = []
 
     def keep(stored: Stored) -> str:
