@@ -9,6 +9,7 @@ import platform
 import sys
 from pathlib import Path
 
+import evaluating
 import files
 import hook
 import layers
@@ -21,7 +22,7 @@ def main() -> None:
     """Measure everything and print a Markdown table."""
     out = sys.stdout.write
     out("| what | measured | target |\n|---|---|---|\n")
-    for part in (hook, layers, files, memory):
+    for part in (hook, layers, files, memory, evaluating):
         for what, measured, target in part.rows():
             out(f"| {what} | {measured} | {target} |\n")
             sys.stdout.flush()
