@@ -125,6 +125,7 @@ def _write(
     for one in found:
         if one.found:
             files |= results_files(one.found, model=loaded.source, created=header.created, samples=recipe.eval.samples)
+    header = dataclasses.replace(header, notes=[note for one in found for note in _unheeded(one, recipe)])
     return workspace.write(
         clock.close(header, n_tokens=sum(one.n_tokens for one in found)),
         body,
@@ -132,6 +133,13 @@ def _write(
         rows=[row for one in found for row in one.rows],
         folder=files,
     )
+
+
+def _unheeded(found: Any, recipe: Recipe) -> list[str]:
+    """Settings that a task overrules: lm-eval leaves a task that fixes its examples at 0 as it is."""
+    wanted = recipe.eval.num_fewshot
+    other = sorted({n for n in found.found.get("base", {}).get("n-shot", {}).values() if n != wanted})
+    return [f"Some tasks fix their number of examples: {other}, not {wanted}."] if wanted is not None and other else []
 
 
 def _earlier_answers(workspace: Workspace, header: Header) -> dict[str, Answers]:
