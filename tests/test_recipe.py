@@ -159,9 +159,7 @@ def test_a_plan_finds_what_is_wrong(tmp_path):
 
 
 def test_published_numbers_are_checked_for_their_type(tmp_path):
-    with pytest.raises(
-        DsgError, match="published.results must be a mapping of names to a mapping"
-    ):
+    with pytest.raises(DsgError, match="published.results must be a mapping of names to a mapping"):
         load_recipe(write(tmp_path, "published: {results: {mmlu: high}}"))
     recipe = load_recipe("wmdp-bio")
     assert recipe.published.results["wmdp-bio-paper"]["unlearned"] == 0.2964
