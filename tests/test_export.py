@@ -355,13 +355,14 @@ def test_lm_eval_without_this_package_agrees_question_for_question(dsg, workspac
     assert code == 0, err
     code, out, err = dsg("eval", "-w", workspace, *(word for bench in BENCHES for word in ("--bench", bench)), "--json")
     assert code == 0, err
-    results = json.loads(out)["results"]
+    report = json.loads(out)
+    results = report["results"]
     arguments = ["--model", "hf", "--model_args", "pretrained=model,trust_remote_code=True,dtype=float32"]
     arguments += ["--include_path", "lab/tasks", "--tasks", ",".join(BENCHES), "--batch_size", "7", "--device", "cpu"]
     arguments += ["--log_samples", "--output_path", "found"]
     done = python("-c", STRANGERS_EVALUATION, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (workspace / "eval-001.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (workspace / f"{report['id']}.jsonl").read_text().splitlines()]
     ours = {row["id"]: row["unlearned"] for row in rows}
     theirs = {}
     for path in (tmp_path / "found").rglob("samples_*.jsonl"):
