@@ -258,7 +258,7 @@ def to_json(header: Header, body: Body) -> Json:
 
 def header_from_json(data: Json) -> Header:
     """The header's part of an artifact's JSON object."""
-    values = {f.name: data[f.name] for f in dataclasses.fields(Header) if f.name != "notes" or "notes" in data}
+    values = {f.name: data[f.name] for f in dataclasses.fields(Header) if f.name in data}
     values["model"] = ModelIdentity(**values["model"])
     values["sae"] = SaeIdentity(**values["sae"]) if values["sae"] else None
     values["inputs"] = [InputArtifact(**item) for item in values["inputs"]]

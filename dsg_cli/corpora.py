@@ -17,7 +17,7 @@ from typing import Literal
 
 from dsg_cli.artifacts import Json
 from dsg_cli.catalogue import CATALOGUE, HubText, hub_text
-from dsg_cli.documents import READERS, Documents, read_file, read_folder
+from dsg_cli.documents import READERS, Documents, listed, read_file, read_folder
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.hub_data import read_hub
 from dsg_cli.lab import data as lab
@@ -175,7 +175,8 @@ def _load(named: Named, *, limit: int | None, seed: int, revision: str | None) -
     min_chars = named.hub.min_chars if named.hub else 0
     texts = _draw(documents, limit, seed, min_chars=min_chars)
     if named.hub is not None and named.hub.passage_chars:
-        texts = [passage for text in texts for passage in passages(text, named.hub.passage_chars)][:limit]
+        texts = [passage for text in texts for passage in passages(text, named.hub.passage_chars)]
+        texts = _draw(listed(texts), limit, seed, min_chars=0)
     if not texts:
         raise DsgError(f"The corpus {named.name} is empty.")
     if len(set(texts)) < MIN_DOCUMENTS:

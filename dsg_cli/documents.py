@@ -17,6 +17,7 @@ COLUMNS = ("text", "content", "document", "body", "article", "passage", "story")
 """Names of the column that holds the text, the likeliest first."""
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 READERS = (*TABLES, ".txt", ".md")
+STRINGS = ("string", "large_string")
 Take = Callable[[Sequence[int]], list[str]]
 
 
@@ -54,7 +55,7 @@ def read_file(path: Path, column: str | None = None) -> Documents:
         texts = _json(path, content, column)
     else:
         texts = _json_lines(path, content, column)
-    return _listed(texts)
+    return listed(texts)
 
 
 def read_folder(folder: Path, column: str | None = None, split: str | None = None) -> Documents:
@@ -71,7 +72,7 @@ def read_folder(folder: Path, column: str | None = None, split: str | None = Non
     if not files:
         raise DsgError(f"The folder {folder} holds no corpus.", f"Known files: {', '.join(READERS)}.")
     read = [read_file(path, column) for path in files]
-    return _listed([text for one in read for text in one.take(range(one.n))])
+    return listed([text for one in read for text in one.take(range(one.n))])
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -105,10 +106,8 @@ def of_dataset(dataset: Any, wanted: HubText, *, where: str, revision: str = "")
     return Documents(len(dataset), take, revision)
 
 
-STRINGS = ("string", "large_string")
-
-
-def _listed(texts: Sequence[str]) -> Documents:
+def listed(texts: Sequence[str]) -> Documents:
+    """Texts that are in memory already."""
     return Documents(len(texts), lambda indices: [texts[i] for i in indices])
 
 

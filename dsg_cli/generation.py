@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule, check_causal, guarded
 from dsg_cli.model import LoadedModel, context_length
-from dsg_cli.tokens import encode, special_ids
+from dsg_cli.tokens import as_chat, encode, special_ids
 
 Write = Callable[[str], None]
 
@@ -56,9 +56,7 @@ def prompt_ids(loaded: LoadedModel, prompt: str, *, bos: int | None, chat: bool,
     elif loaded.tokenizer.chat_template is None:
         raise DsgError(f"The tokenizer of {loaded.source} has no chat template.", "Leave --chat out.")
     else:
-        turns = [{"role": "user", "content": prompt}]
-        made: Any = loaded.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-        ids = list(made["input_ids"])
+        ids = encode(loaded.tokenizer, [as_chat(loaded.tokenizer, prompt)], bos=None)[0]
     room = context_length(loaded.model.config) - len(ids)
     if n_new > room:
         raise DsgError(

@@ -71,10 +71,16 @@ def fetch_snapshot(text: str, patterns: Sequence[str], *, kind: str = "model") -
     """
     from huggingface_hub import snapshot_download
 
+    repo, revision = _split(text)
+    with hub_errors(repo):
+        return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=list(patterns)))
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """org/name@revision as its parts."""
     match = REPOSITORY.fullmatch(text)
     assert match is not None
-    with hub_errors(match[1]):
-        return Path(snapshot_download(match[1], repo_type=kind, revision=match[2], allow_patterns=list(patterns)))
+    return match[1], match[2]
 
 
 def list_files(text: str, *, kind: str = "model") -> list[str]:
@@ -85,10 +91,9 @@ def list_files(text: str, *, kind: str = "model") -> list[str]:
     """
     from huggingface_hub import HfApi
 
-    match = REPOSITORY.fullmatch(text)
-    assert match is not None
-    with hub_errors(match[1]):
-        return sorted(HfApi().list_repo_files(match[1], repo_type=kind, revision=match[2]))
+    repo, revision = _split(text)
+    with hub_errors(repo):
+        return sorted(HfApi().list_repo_files(repo, repo_type=kind, revision=revision))
 
 
 def download_size(text: str, patterns: Sequence[str], *, kind: str = "model") -> int:
@@ -101,10 +106,9 @@ def download_size(text: str, patterns: Sequence[str], *, kind: str = "model") ->
 
     from huggingface_hub import HfApi
 
-    match = REPOSITORY.fullmatch(text)
-    assert match is not None
-    with hub_errors(match[1]):
-        info = HfApi().repo_info(match[1], repo_type=kind, revision=match[2], files_metadata=True)
+    repo, revision = _split(text)
+    with hub_errors(repo):
+        info = HfApi().repo_info(repo, repo_type=kind, revision=revision, files_metadata=True)
     listed = getattr(info, "siblings", None) or []
     wanted = [file for file in listed if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
     return sum(file.size or 0 for file in wanted)

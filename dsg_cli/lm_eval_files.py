@@ -28,6 +28,7 @@ def results_files(found: Mapping[str, Json], *, model: str, created: str, sample
         shown = {key: value for key, value in results.items() if key != "samples"}
         if not samples:  # A task's own examples are prompts too.
             shown["configs"] = {task: _without_examples(config) for task, config in shown.get("configs", {}).items()}
+        shown["config"] = {**shown.get("config", {}), "model": name}  # Not where it lies on this machine.
         shown |= {"model_source": "dsg", "model_name": name, "model_name_sanitized": sanitize_model_name(name)}
         files[f"{folder}/results_{stamp}.json"] = _dumped(_plain(shown), indent=2)
         for task, asked in results["samples"].items() if samples else ():

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dsg_cli.errors import DsgError
 from dsg_cli.hub import REPOSITORY, fetch_snapshot
 from dsg_cli.lab import data as lab
-from dsg_cli.runtime.identity import fingerprint
+from dsg_cli.runtime.identity import evenly_spaced, fingerprint
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 __all__ = [
@@ -172,15 +172,12 @@ def load_model(
 def whole_digest(model: PreTrainedModel) -> str:
     """Of every tensor of a model (name, shape and evenly spaced values), its configuration and what it runs on.
 
-    Unlike `fingerprint` it covers the head and the last layers, and tells dtypes apart: two models with one digest
-    give the same answers.
+    Unlike `fingerprint` it covers the head and the last layers, and tells dtypes apart.
     """
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(SAMPLED, flat.numel()), dtype=torch.float64).long()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(flat[index.to(flat.device)].cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(evenly_spaced(tensor, SAMPLED).view(torch.uint8).numpy().tobytes())
     if model.device.type == "cuda":
         digest.update(torch.cuda.get_device_name(model.device).encode())
     return digest.hexdigest()

@@ -5,11 +5,18 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .sites import decoder_layers
 
 N_SAMPLED_VALUES = 64
+
+
+def evenly_spaced(tensor: Tensor, n: int) -> Tensor:
+    """Up to `n` evenly spaced values of a tensor, on the CPU."""
+    flat = tensor.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, min(n, flat.numel()), dtype=torch.float64).long()
+    return flat[index.to(flat.device)].cpu()
 
 
 def fingerprint(model: nn.Module, last_layer: int) -> str:
@@ -27,8 +34,6 @@ def fingerprint(model: nn.Module, last_layer: int) -> str:
                 continue
         elif "embed" not in name and "wte" not in name and "wpe" not in name:
             continue
-        flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(N_SAMPLED_VALUES, flat.numel()), dtype=torch.float64).long()
-        values = flat[index.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
+        values = evenly_spaced(parameter, N_SAMPLED_VALUES).to(torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(parameter.shape)} {values.tolist()}\n".encode())
     return digest.hexdigest()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import statistics
 import time
 
 import torch
+from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from dsg_cli import scoring
 from dsg_cli.scoring import Request, score
+from dsg_cli.tokens import TokenBatch
 
 N_ROUNDS = 5
 VOCABULARY = 256_000
@@ -39,20 +40,25 @@ def positions_ratio() -> float:
         for _ in range(32)
         for letter in (11, 12, 13, 14)
     ]
-    # Without the parameter, all logits are computed and the positions picked afterwards.
-    real = inspect.signature
+    sparse = scoring._logits
     times: dict[bool, list[float]] = {True: [], False: []}
     found = {}
     for _ in range(N_ROUNDS):
         for is_sparse in times:
-            scoring.inspect.signature = real if is_sparse else lambda _function: inspect.Signature()
+            scoring._logits = sparse if is_sparse else all_logits
             start = time.perf_counter()
             found[is_sparse] = score(model, requests, pad=0, special=(0,), batch_size=32, max_length=1024)
             times[is_sparse].append(time.perf_counter() - start)
-    scoring.inspect.signature = real
+    scoring._logits = sparse
     differences = [abs(a.loglikelihood - b.loglikelihood) for a, b in zip(found[True], found[False], strict=True)]
     assert max(differences) < 1e-3
     return statistics.median(times[True]) / statistics.median(times[False])
+
+
+def all_logits(model: nn.Module, batch: TokenBatch, positions_P: Tensor) -> Tensor:
+    """Computed everywhere, and picked afterwards."""
+    out = model(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long(), use_cache=False)
+    return out.logits[:, positions_P]
 
 
 if __name__ == "__main__":
