@@ -53,6 +53,8 @@ class InputArtifact:
 
     id: str
     sha256: str
+    is_elsewhere: bool = False
+    """It did not lie in the same workspace; what is called so there is another one."""
 
 
 @dataclass(frozen=True)
@@ -254,22 +256,3 @@ def migrate(data: Json) -> Json:
 def to_json(header: Header, body: Body) -> Json:
     """Header and body as one JSON object."""
     return {**dataclasses.asdict(header), **dataclasses.asdict(body)}
-
-
-def header_from_json(data: Json) -> Header:
-    """The header's part of an artifact's JSON object."""
-    values = {f.name: data[f.name] for f in dataclasses.fields(Header) if f.name in data}
-    values["model"] = ModelIdentity(**values["model"])
-    values["sae"] = SaeIdentity(**values["sae"]) if values["sae"] else None
-    values["inputs"] = [InputArtifact(**item) for item in values["inputs"]]
-    return Header(**values)
-
-
-def body_from_json(data: Json) -> Body:
-    """The body's part of an artifact's JSON object."""
-    cls = KINDS[data["kind"]]
-    values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
-    if cls is FeatureSet:
-        values["features"] = [Feature(**item) for item in values["features"]]
-    body: Body = cls(**values)
-    return body

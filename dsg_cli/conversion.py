@@ -1,4 +1,4 @@
-"""Plain values from YAML and the command line to the typed fields of a recipe."""
+"""Plain values from YAML, JSON and the command line to the typed fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ def build_section(cls: type[Any], data: Mapping[str, Any], prefix: str, problems
                 problems.append(f"{name} must be {_describe(hints[key])}, not {value!r}.")
             else:
                 values[key] = found
-    return cls(**values)
+    required = [field.name for field in dataclasses.fields(cls) if _is_required(field)]
+    problems += [f"{prefix}{name} is missing." for name in required if name not in data]
+    return cls(**values) if all(name in values for name in required) else None
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 _WRONG = object()
@@ -58,6 +64,12 @@ def _convert(hint: Any, value: Any) -> Any:
             return _WRONG
         inner = {str(key): _convert(arguments[1], item) for key, item in value.items()}
         return _WRONG if any(item is _WRONG for item in inner.values()) else inner
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        problems: list[str] = []
+        made = build_section(hint, value, "", problems) if isinstance(value, Mapping) else None  # type: ignore[arg-type]
+        return _WRONG if problems or made is None else made
     if hint is types.NoneType:
         return None if value is None else _WRONG
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
@@ -75,6 +87,8 @@ def _convert(hint: Any, value: Any) -> Any:
 
 def _describe(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or dataclasses.is_dataclass(hint) or (origin is dict and arguments[1] is Any):
+        return "a mapping"
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is list:

@@ -1,7 +1,9 @@
-"""Digests of what is written down, and files that are either whole or not there."""
+"""Digests of what is written down, and files and folders that are either whole or not there."""
 
 from __future__ import annotations
 
+import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -10,9 +12,17 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from dsg_cli.artifacts import SCHEMAS, Json
+from dsg_cli.artifacts import KINDS, SCHEMAS, Body, Header, Json, migrate
+from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError
+from dsg_cli.locks import held, locked
+
+LARGEST_JSON = 256 * 2**20
+"""Bytes of an artifact's JSON file, at most."""
+IN_USE = "in-use"
+"""Lock in a scratch folder, held while it is filled."""
 
 
 def digest_of(data: Json) -> str:
@@ -21,18 +31,40 @@ def digest_of(data: Json) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def artifact_text(data: Json) -> str:
+    """How an artifact's JSON object is written: the one way, so that every byte of a file is vouched for."""
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def read_bounded(path: Path, largest: int) -> bytes:
+    """The content of a file that must not be larger.
+
+    Raises:
+        DsgError: It is, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except OSError as error:
+        raise DsgError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(content) > largest:
+        raise DsgError(f"{path} is larger than the {largest:,} bytes that such a file may have.")
+    return content
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_document(text: str, *, where: str) -> Json:
+def read_document(text: str, *, where: str, is_file: bool = False) -> Json:
     """An artifact's JSON object, verified against its own digest.
 
     Args:
         text: What was written.
         where: The file, for messages.
+        is_file: It is the whole file, of which every byte counts, white space too.
 
     Raises:
         DsgError: No artifact, altered, or of a newer schema.
@@ -41,13 +73,35 @@ def read_document(text: str, *, where: str) -> Json:
         data: Json = json.loads(text)
         schema, known = int(data["schema"]), SCHEMAS[data["kind"]]
         digest = digest_of(data)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DsgError(f"{where} is not an artifact of dsg, or is damaged.") from error
     if schema > known:
         raise DsgError(f"{where} has schema {schema}; this version reads up to {known}.", "Update dsg-cli.")
-    if data.get("sha256") != digest:
+    if data.get("sha256") != digest or (is_file and text != artifact_text(data)):
         raise DsgError(f"{where} was altered after it was written: its digest does not match.", "Make it again.")
     return data
+
+
+def parse_document(data: Json, *, where: str) -> tuple[Header, Body]:
+    """Header and body of an artifact's JSON object, in the newest schema of its kind.
+
+    Raises:
+        DsgError: A field is missing or of another type, as no version of dsg writes it.
+    """
+    problems: list[str] = []
+    try:
+        whole = migrate(data)
+        parts = [_part(cls, whole, problems) for cls in (Header, KINDS[whole["kind"]])]
+    except (KeyError, TypeError, RecursionError) as error:
+        raise DsgError(f"{where} is not an artifact of dsg, or is damaged.") from error
+    if problems:
+        raise DsgError(f"{where} is not an artifact of dsg: {problems[0]}")
+    return parts[0], parts[1]
+
+
+def _part(cls: type[Any], data: Json, problems: list[str]) -> Any:
+    names = {field.name for field in dataclasses.fields(cls)}
+    return build_section(cls, {key: value for key, value in data.items() if key in names}, "", problems)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -63,6 +117,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Have what was renamed in a folder outlast a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_new_folder(folder: Path) -> None:
     """Refuse a folder that holds something.
 
@@ -76,6 +139,8 @@ def check_new_folder(folder: Path) -> None:
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a scratch folder beside `folder` and rename it once it is whole.
 
+    Scratch folders that a killed process left there are removed.
+
     Args:
         folder: Where it shall be; new, or empty.
         fill: Makes the folder that it is given, and writes into it.
@@ -87,13 +152,23 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            fill(scratch / folder.name)
-            if folder.exists():
-                folder.rmdir()
-            (scratch / folder.name).rename(folder)
+            with locked(scratch / IN_USE):
+                fill(scratch / folder.name)
+                if folder.exists():
+                    folder.rmdir()
+                (scratch / folder.name).rename(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise DsgError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for scratch in folder.parent.glob(f".{glob.escape(folder.name)}-????????"):
+        if (scratch / IN_USE).is_file():
+            with held(scratch / IN_USE) as is_abandoned:
+                if is_abandoned:
+                    shutil.rmtree(scratch, ignore_errors=True)

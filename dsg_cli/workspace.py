@@ -1,43 +1,35 @@
 """A workspace: a flat folder of numbered, immutable artifacts that are either complete or not there.
 
-`<kind>-<NNN>.json`, with `<kind>-<NNN>.safetensors` (tensors) and `<kind>-<NNN>.jsonl` (rows) beside it. Side files
-are written first and the JSON last, each under a temporary name that is then renamed: a JSON file that exists is
-complete. It holds the digests of its side files and of itself; every read verifies them.
+`<kind>-<NNN>.json`, with `<kind>-<NNN>.safetensors` (tensors), `<kind>-<NNN>.jsonl` (rows) and a folder `<kind>-<NNN>/`
+(files of others) beside it. A JSON file that exists is complete (committing.py). It holds the digests of its side files
+and of itself; every read verifies them, and that what it was computed from is what lies beside it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import re
 import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsg_cli.artifacts import (
-    KINDS,
-    MADE_BY,
-    Body,
-    BodyT,
-    Header,
-    InputArtifact,
-    Json,
-    body_from_json,
-    header_from_json,
-    migrate,
-    to_json,
-)
+from dsg_cli.artifacts import KINDS, MADE_BY, Body, BodyT, Header, InputArtifact, Json, to_json
+from dsg_cli.committing import ID, check_side_file, commit, next_id, writing
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.integrity import digest_of, file_digest, read_document, write_atomically
+from dsg_cli.integrity import (
+    LARGEST_JSON,
+    artifact_text,
+    digest_of,
+    file_digest,
+    parse_document,
+    read_bounded,
+    read_document,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ID = re.compile(r"(" + "|".join(KINDS) + r")-(\d{3,})")
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,7 @@ class Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # Whoever writes sweeps.
         except OSError as error:
             raise DsgError(
                 f"The workspace {self.folder} cannot be written to: {error.strerror}.",
@@ -119,20 +111,61 @@ class Workspace:
         path = Path(wanted) if wanted.endswith(".json") else self.folder / f"{wanted}.json"
         if not path.is_file() or not (wanted.endswith(".json") or ID.fullmatch(wanted)):
             raise DsgError(f"There is no artifact {wanted} in {self.folder}.", nearest(wanted, self.ids()))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (ValueError, OSError) as error:
-            raise DsgError(f"{path} is not an artifact of dsg, or is damaged.") from error
-        data = read_document(text, where=str(path))
+        data = read_document(_text_of(path), where=str(path), is_file=True)
         if data["id"] != path.stem:
             raise DsgError(f"{path} was renamed: it is {data['id']}.", "Give it its name back.")
-        for name, side_digest in data["files"].items():
+        header, body = parse_document(data, where=str(path))
+        for name, side_digest in header.files.items():
+            check_side_file(name, header.id)
             side = path.parent / name
             if not side.is_file():
                 raise DsgError(f"{path} is incomplete: {name} is missing.", "Make it again.")
             if file_digest(side) != side_digest:
                 raise DsgError(f"{side} was altered after it was written: its digest does not match.", "Make it again.")
-        return Stored(header_from_json(data), body_from_json(migrate(data)), data, path)
+        stored = Stored(header, body, data, path)
+        self._check_inputs(stored)
+        return stored
+
+    def input_of(self, stored: Stored, kind: str) -> Stored:
+        """The artifact of a kind that this one was computed from; verified.
+
+        Raises:
+            DsgError: It is not there, or is another one.
+        """
+        named = next((one for one in stored.header.inputs if one.id.startswith(f"{kind}-")), None)
+        if named is None:
+            raise DsgError(
+                f"{stored.id} does not say which {kind} it was computed from.", f"Start with {MADE_BY[kind]}."
+            )
+        path = stored.path.with_name(f"{named.id}.json")
+        if not path.is_file():
+            raise DsgError(
+                f"{stored.id} was computed from {named.id}, which is not in {path.parent}.",
+                "Put it back, or start again with dsg select.",
+            )
+        return self.read(str(path))
+
+    def _has(self, named: InputArtifact) -> bool:
+        path = self.folder / f"{named.id}.json"
+        try:
+            return path.is_file() and _digest_said(path) == named.sha256
+        except DsgError:
+            return False
+
+    def _check_inputs(self, stored: Stored) -> None:
+        """An artifact may travel alone; but what lies beside it under the name of an input must be that input."""
+        for named in stored.header.inputs:
+            path = stored.path.with_name(f"{named.id}.json")
+            if (
+                not named.is_elsewhere
+                and ID.fullmatch(named.id)
+                and path.is_file()
+                and _digest_said(path) != named.sha256
+            ):
+                raise DsgError(
+                    f"{stored.id} was computed from another {named.id} than the one in {path.parent}.",
+                    f"It belongs to another chain: make it again with {MADE_BY[stored.header.kind]}.",
+                )
 
     def write(
         self,
@@ -156,67 +189,25 @@ class Workspace:
             DsgError: The workspace cannot be written to.
         """
         self.check_writable()
-        with self._number(header.kind) as artifact_id:
-            path = self.folder / f"{artifact_id}.json"
-            try:
-                files = dict(self._side_files(artifact_id, tensors, rows, folder or {}))
-                header = replace(header, id=artifact_id, files=files)
+        content = dict(_contents(tensors, rows, folder or {}))
+        try:
+            with writing(self.folder):
+                artifact_id = next_id(self.folder, header.kind)
+                files = {f"{artifact_id}{name}": what for name, what in content.items()}
+                for name in files:
+                    check_side_file(name, artifact_id)
+                digests = {name: hashlib.sha256(what).hexdigest() for name, what in files.items()}
+                inputs = [replace(one, is_elsewhere=not self._has(one)) for one in header.inputs]
+                header = replace(header, id=artifact_id, files=digests, inputs=inputs)
                 data = to_json(header, body)
                 data["sha256"] = digest_of(data)
-                write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
-            except BaseException as error:
-                # Without its JSON a side file is a leftover.
-                for suffix in (".safetensors", ".jsonl") if not path.exists() else ():
-                    path.with_suffix(suffix).unlink(missing_ok=True)
-                if folder and not path.exists():
-                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                if isinstance(error, OSError):
-                    raise DsgError(f"{path} cannot be written: {error.strerror}.") from error
-                raise
-            return Stored(header, body, data, path)
-
-    def _side_files(
-        self,
-        artifact_id: str,
-        tensors: dict[str, Tensor] | None,
-        rows: Iterable[Json] | None,
-        folder: Mapping[str, bytes],
-    ) -> Iterator[tuple[str, str]]:
-        if tensors is not None:
-            from safetensors.torch import save
-
-            yield self._side_file(f"{artifact_id}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
-        if rows is not None:
-            lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            yield self._side_file(f"{artifact_id}.jsonl", lines.encode())
-        for name, content in folder.items():
-            yield self._side_file(f"{artifact_id}/{name}", content)
-
-    def _side_file(self, name: str, content: bytes) -> tuple[str, str]:
-        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / name, content)
-        return name, hashlib.sha256(content).hexdigest()
-
-    @contextlib.contextmanager
-    def _number(self, kind: str) -> Iterator[str]:
-        """Hold the next free number: of two commands at once, only one can create the reservation."""
-        number = max((int(i.rsplit("-", 1)[1]) for i in self.ids(kind)), default=0)
-        while True:
-            number += 1
-            artifact_id = f"{kind}-{number:03d}"
-            reservation = self.folder / f"{artifact_id}.partial"
-            try:
-                reservation.touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            # Another command may have finished this number between our listing and our reservation.
-            if not (self.folder / f"{artifact_id}.json").exists():
-                break
-            reservation.unlink()
-        try:
-            yield artifact_id
-        finally:
-            reservation.unlink(missing_ok=True)
+                commit(self.folder, artifact_id, files, artifact_text(data))
+        except OSError as error:
+            raise DsgError(
+                f"The new {header.kind} cannot be written to {self.folder}: {error.strerror}.",
+                "Make room, or name another workspace with --workspace.",
+            ) from error
+        return Stored(header, body, data, self.folder / f"{artifact_id}.json")
 
     def tensors(self, stored: Stored) -> dict[str, Tensor]:
         """The tensors beside an artifact."""
@@ -231,19 +222,45 @@ class Workspace:
                 stored = self.read(artifact_id)
             except DsgError:  # A damaged artifact is no reason not to make a new one.
                 continue
-            if _reuse_key(stored.header) == _reuse_key(header):
+            if reuse_key(stored.header) == reuse_key(header):
                 return stored
         return None
 
 
-def _reuse_key(header: Header) -> tuple[object, ...]:
+def _text_of(path: Path) -> str:
+    try:
+        return read_bounded(path, LARGEST_JSON).decode()
+    except UnicodeDecodeError as error:
+        raise DsgError(f"{path} is not an artifact of dsg, or is damaged.") from error
+
+
+def _digest_said(path: Path) -> str:
+    return str(read_document(_text_of(path), where=str(path), is_file=True)["sha256"])
+
+
+def _contents(
+    tensors: dict[str, Tensor] | None, rows: Iterable[Json] | None, folder: Mapping[str, bytes]
+) -> Iterator[tuple[str, bytes]]:
+    """Side files, by what follows the id in their names."""
+    if tensors is not None:
+        from safetensors.torch import save
+
+        yield ".safetensors", save({k: v.contiguous() for k, v in tensors.items()})
+    if rows is not None:
+        yield ".jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+    for name, what in folder.items():
+        yield f"/{name}", what
+
+
+def reuse_key(header: Header) -> tuple[object, ...]:
+    """What must agree for two runs to give the same result."""
     return (
         header.schema,
         header.settings,
         header.seed,
         header.model,
         header.sae,
-        header.inputs,
+        [(named.id, named.sha256) for named in header.inputs],
         header.device,
         header.dtype,
         header.dsg_version,

@@ -10,7 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "dsg_cli"
 ROWS = (
     ("runtime",),
     ("errors", "progress", "artifacts", "lab.data", "lab.settings", "lab.words", "lab.world"),
+    ("interruption", "locks", "conversion"),
     ("integrity", "hub", "catalogue"),
+    ("committing",),
     ("releases", "documents"),
     ("hub_data",),
     ("corpora", "tokens", "model", "expect", "calibration", "selection"),
@@ -22,7 +24,7 @@ ROWS = (
     ("evaluation",),
     ("paper_evaluation", "lm_eval_files", "generation", "attacks"),
     ("lab.language_model", "lab.autoencoder", "lab.training", "lab.export"),
-    ("conversion", "settings"),
+    ("settings",),
     ("recipe", "workspace"),
     ("export",),
     ("loading",),

@@ -63,7 +63,7 @@ def test_write_then_read_is_equality(workspace):
     assert torch.equal(workspace.tensors(read)["W"], TENSORS["W"])
     assert workspace.read(str(written.path)).id == "guardrail-001"
     names = {path.name for path in workspace.folder.iterdir()}
-    assert names == {f"guardrail-001.{end}" for end in ("json", "safetensors", "jsonl")}
+    assert names == {".lock", *(f"guardrail-001.{end}" for end in ("json", "safetensors", "jsonl"))}
 
 
 def test_numbers_follow_and_the_newest_is_found(workspace):
@@ -137,7 +137,7 @@ def test_a_write_that_fails_between_side_file_and_json_leaves_nothing(workspace,
     monkeypatch.setattr(os, "fsync", second_fails)
     with pytest.raises(DsgError, match="No space left"):
         workspace.write(HEADER, BODY, tensors=TENSORS)
-    assert list(workspace.folder.iterdir()) == []
+    assert [path.name for path in workspace.folder.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,9 @@ def test_floats_survive_exactly(workspace):
     assert workspace.read("guardrail-001").body.threshold == 0.1 + 0.2
 
 
-def test_an_interrupt_after_the_last_rename_keeps_the_artifact_whole(workspace, monkeypatch):
-    from dsg_cli import workspace as module
+def test_an_interrupt_after_the_json_file_is_there_keeps_the_artifact_whole(workspace, monkeypatch):
+    """It is committed then: the next who writes to the workspace moves it to its place."""
+    from dsg_cli import committing as module
 
     real = module.write_atomically
 
@@ -205,6 +206,9 @@ def test_an_interrupt_after_the_last_rename_keeps_the_artifact_whole(workspace, 
     monkeypatch.setattr(module, "write_atomically", interrupted)
     with pytest.raises(KeyboardInterrupt):
         workspace.write(HEADER, BODY, tensors=TENSORS)
+    assert workspace.ids() == []
+    monkeypatch.undo()
+    assert workspace.write(HEADER, BODY).id == "guardrail-002"
     assert workspace.read("guardrail-001").body == BODY
 
 

@@ -6,9 +6,7 @@ Exit codes: 0 done; 1 an error the user can mend; 2 usage; 3 an expectation not 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -16,6 +14,7 @@ import typer
 from dsg_cli import __version__
 from dsg_cli.cli import apply, attack, calibrate, demo, evaluate, export, generate, lab, ls, run, select, show
 from dsg_cli.errors import DsgError
+from dsg_cli.interruption import Signalled, install
 
 app = typer.Typer(
     name="dsg",
@@ -36,13 +35,6 @@ app.command("run")(run.command)
 app.command("ls")(ls.command)
 app.command("show")(show.command)
 app.add_typer(lab.app, name="lab")
-
-
-class Signalled(BaseException):
-    """A signal asked the process to stop; not an Exception, so that nothing on the way swallows it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 def _version(wanted: bool) -> None:
@@ -67,8 +59,7 @@ def options(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     quiet_libraries()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    install()
     try:
         app(args=arguments, prog_name="dsg")
     except DsgError as error:
@@ -84,10 +75,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(0)
-
-
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    raise Signalled(number)
 
 
 def quiet_libraries() -> None:

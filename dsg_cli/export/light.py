@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dsg_cli.artifacts import Guardrail, Header, Json, body_from_json, header_from_json, migrate, to_json
+from dsg_cli.artifacts import Guardrail, Header, Json, migrate, to_json
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule, module_from_artifact
-from dsg_cli.integrity import digest_of, read_document
+from dsg_cli.integrity import digest_of, parse_document, read_document
 from dsg_cli.runtime.guardrail import tensors_digest
 
 LIGHT_FILE = "guardrail.safetensors"
@@ -72,7 +72,7 @@ def read_light(path: Path) -> LightGuardrail:
     if data["kind"] != "guardrail":
         raise DsgError(f"{path} holds no guardrail but {data['kind']}.")
     data = migrate(data)
-    header, body = header_from_json(data), body_from_json(data)
+    header, body = parse_document(data, where=str(path))
     assert isinstance(body, Guardrail)
     module = module_from_artifact(body, header.model, tensors, where=str(path))
     if tensors_digest(module.tensors()) != data.get(TENSORS_DIGEST):
