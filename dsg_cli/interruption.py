@@ -61,6 +61,11 @@ def safe_point() -> None:
         raise Signalled(number)
 
 
+def pending() -> bool:
+    """Whether a signal waits for a safe point."""
+    return _State.pending is not None
+
+
 def _handle(number: int, _frame: FrameType | None) -> None:
     if _State.depth and _State.pending is None:
         _State.pending = number
