@@ -183,6 +183,8 @@ class Guardrail:
     forget: list[str]
     """Names of the forget corpora: attack finds its bench by them."""
     retain: list[str]
+    effect: Json
+    """What it did on forget text when it was made (effect.py); empty in files of schemas before 3."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ KINDS: dict[str, type[Any]] = {
     "eval": EvalReport,
     "attack": AttackReport,
 }
-SCHEMAS: dict[str, int] = {"features": 1, "threshold": 2, "guardrail": 2, "eval": 2, "attack": 1}
+SCHEMAS: dict[str, int] = {"features": 1, "threshold": 2, "guardrail": 3, "eval": 2, "attack": 1}
 MADE_BY = {
     "features": "dsg select",
     "threshold": "dsg calibrate",
@@ -247,7 +249,10 @@ def migrate(data: Json) -> Json:
         return {**data, "detectors": [], "window": 0}
     if data["schema"] == 1 and data["kind"] == "guardrail":
         # Only SAEs without run-time normalisation could be sliced, and the one gate was `mean`.
-        return {**data, "detectors": [], "window": 0, "hook_out": data["hook"], "slice": {"activation": "threshold"}}
+        later = {"hook_out": data["hook"], "slice": {"activation": "threshold"}, "effect": {}}
+        return {**data, "detectors": [], "window": 0, **later}
+    if data["schema"] == 2 and data["kind"] == "guardrail":
+        return {**data, "effect": {}}
     if data["schema"] == 1 and data["kind"] == "eval":
         return {**data, "question_ids": {}, "base_from": {}}
     return data

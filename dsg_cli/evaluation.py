@@ -14,12 +14,14 @@ from dsg_cli.artifacts import Json
 from dsg_cli.benches.names import bench_name
 from dsg_cli.benches.tasks import task_index
 from dsg_cli.calibration import wilson
+from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, guarded
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
 from dsg_cli.scorer import Decision, Known, Scorer
 from dsg_cli.scoring import Request
 from dsg_cli.tokens import with_bos
+from dsg_cli.workers import ALONE, Workers
 
 COUNTED = ("acc", "acc_norm", "exact_match")
 """Metrics that are shares of questions, for which an interval is given."""
@@ -96,6 +98,8 @@ def evaluate(
     samples: bool = False,
     allow_mismatch: bool = False,
     known: Known | None = None,
+    workers: Workers = ALONE,
+    checkpoint: Checkpoint | None = None,
     report: Report = silent,
 ) -> SideBySide:
     """Ask every bench of the base model and of the same model under its guardrails.
@@ -110,6 +114,8 @@ def evaluate(
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
         known: Answers of the base model that an earlier evaluation got.
+        workers: Who scores; each gets the whole result. Texts of generating tasks are written by each of them.
+        checkpoint: Where scoring goes on from, and is kept.
         report: Progress.
 
     Raises:
@@ -121,7 +127,8 @@ def evaluate(
     decisions: dict[tuple[str, str], Decision] = {}
     for side in ("base", "unlearned"):
         guards = guardrails if side == "unlearned" else ()
-        scorer = Scorer(loaded, guards, batch_size, 0, what=f"{side} model", report=report)
+        scorer = Scorer(loaded, guards, batch_size, 0, what=f"{side} model", workers=workers, report=report)
+        scorer.checkpoint = checkpoint or Checkpoint()
         scorer.known = (known or {}) if side == "base" else {}
         lm = ScoringLM(scorer, bos=bos)
         with guarded(loaded.model, guards, allow_mismatch=allow_mismatch):
@@ -197,10 +204,19 @@ def _gate_rates(rows: list[Json], found: Any, names: list[str]) -> dict[str, Jso
     rates = {}
     for name in names:
         tasks = set(_tasks_of(found, name))
-        gated = [row["gated"] for row in rows if row["bench"] in tasks]
-        if gated:
-            rates[name] = {"rate": sum(gated) / len(gated), "n": len(gated)}
+        asked = [row for row in rows if row["bench"] in tasks]
+        if asked:
+            rates[name] = gate_rate(asked)
     return rates
+
+
+def gate_rate(rows: Sequence[Json]) -> Json:
+    """Share of questions that were gated, their number, and how large a change that made.
+
+    `edit` is the mean over gated questions of the largest change of a token's residual, relative to its norm.
+    """
+    edits = [row["edit"] for row in rows if row["gated"]]
+    return {"rate": len(edits) / len(rows), "n": len(rows), "edit": sum(edits) / len(edits) if edits else 0.0}
 
 
 def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, str], Decision], samples: bool) -> list[Json]:
@@ -216,6 +232,7 @@ def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, str], Decision],
                 "length": max((d.n_tokens for d in decided), default=0),
                 "statistic": max((d.statistic for d in decided), default=0.0),
                 "gated": any(d.gated for d in decided),
+                "edit": max((d.edit for d in decided), default=0.0),
                 "answer": sample["target"] if isinstance(sample["target"], int) else None,
                 "base": _loglikelihoods(by_id[sample["doc_id"]]),
                 "unlearned": _loglikelihoods(sample),

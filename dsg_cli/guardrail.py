@@ -86,13 +86,16 @@ def guarded(
             )
 
 
-def last_decisions(guards: Sequence[GuardrailModule]) -> tuple[list[float], list[bool]]:
-    """Of each row of the last call: the statistic of the guardrail nearest to firing, and whether any fired."""
+def last_decisions(guards: Sequence[GuardrailModule]) -> list[tuple[float, bool, float]]:
+    """Of each row of the last call: the statistic of the guardrail nearest to firing, whether any fired, and the
+    largest change of a token's residual, relative to its norm."""
     statistic_GB = torch.stack([guard.last_statistic_B.cpu() for guard in guards])
     threshold_G = torch.tensor([guard.gate.threshold for guard in guards])
     nearest_B = (statistic_GB - threshold_G[:, None]).argmax(0)
-    gated_GB = torch.stack([guard.last_gated_B.cpu() for guard in guards])
-    return statistic_GB.gather(0, nearest_B[None])[0].tolist(), gated_GB.any(0).tolist()
+    gated_B = torch.stack([guard.last_gated_B.cpu() for guard in guards]).any(0)
+    edit_B = torch.stack([guard.last_edit_B.cpu() for guard in guards if guard.last_edit_B is not None]).amax(0)
+    statistic_B = statistic_GB.gather(0, nearest_B[None])[0]
+    return list(zip(statistic_B.tolist(), gated_B.tolist(), edit_B.tolist(), strict=True))
 
 
 def check_causal(forms: Iterable[str]) -> None:

@@ -20,6 +20,8 @@ class Signalled(BaseException):
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.is_kept = False
+        """What was done before is in a checkpoint."""
 
 
 class _State:

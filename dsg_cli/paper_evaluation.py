@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from dsg_cli.artifacts import Json
 from dsg_cli.benches.paper import ORDERS, Letters, PaperQuestion, chosen_questions
+from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
-from dsg_cli.evaluation import SideBySide, counts
+from dsg_cli.evaluation import SideBySide, counts, gate_rate
 from dsg_cli.guardrail import GuardrailModule, guarded
 from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.progress import Report, silent
 from dsg_cli.scorer import Decision, Known, Scorer
+from dsg_cli.workers import ALONE, Workers
 
 
 def evaluate_paper(
@@ -26,6 +28,8 @@ def evaluate_paper(
     samples: bool = False,
     allow_mismatch: bool = False,
     known: Known | None = None,
+    workers: Workers = ALONE,
+    checkpoint: Checkpoint | None = None,
     report: Report = silent,
 ) -> SideBySide:
     """Find the questions that the base model knows, and ask them of the unlearned model.
@@ -41,6 +45,8 @@ def evaluate_paper(
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
         known: Answers of the base model that an earlier evaluation got.
+        workers: Who scores; each gets the whole result.
+        checkpoint: Where scoring goes on from, and is kept.
         report: Progress.
 
     Raises:
@@ -48,8 +54,10 @@ def evaluate_paper(
     """
     letters = Letters(loaded.tokenizer, bos=bos)
     room = context_length(loaded.model.config)
-    base = Scorer(loaded, (), batch_size, room, what="base model", known=known or {}, report=report)
-    after = Scorer(loaded, guardrails, batch_size, room, what="unlearned model", report=report)
+    base = Scorer(loaded, (), batch_size, room, what="base model, letters", known=known or {}, report=report)
+    after = Scorer(loaded, guardrails, batch_size, room, what="unlearned model, letters", report=report)
+    for scorer in (base, after):
+        scorer.workers, scorer.checkpoint = workers, checkpoint or Checkpoint()
     results: dict[str, Json] = {}
     gate: dict[str, Json] = {}
     rows: list[Json] = []
@@ -84,7 +92,7 @@ def evaluate_paper(
         }
         results[bench] = {side: {"acc": k / n, "n": n, **counts(k, n)} for side, k in sides.items()}
         results[bench]["base"] |= {"n_asked": len(asked), "acc_asked": sum(right) / len(asked)}
-        gate[bench] = {"rate": sum(row["gated"] for row in bench_rows) / n, "n": n}
+        gate[bench] = gate_rate(bench_rows)
         rows += bench_rows
         kept_ids[bench] = [question.id for question in kept]
     return SideBySide(
@@ -156,6 +164,7 @@ def _row(
         "length": decided.n_tokens if decided else 0,
         "statistic": decided.statistic if decided else 0.0,
         "gated": bool(decided and decided.gated),
+        "edit": decided.edit if decided else 0.0,
         "answer": question.answer,
         "base": base,
         "unlearned": unlearned,

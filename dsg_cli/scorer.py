@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, last_decisions
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
 from dsg_cli.scoring import Request, Score, score
 from dsg_cli.tokens import TokenBatch, special_ids
+from dsg_cli.workers import ALONE, Workers
 
 KEY_BYTES = 16
 Known = Mapping[bytes, tuple[float, bool]]
@@ -28,6 +30,8 @@ class Decision:
     n_tokens: int
     statistic: float
     gated: bool
+    edit: float
+    """Largest change of a token's residual, relative to its norm."""
 
 
 @dataclass
@@ -40,8 +44,11 @@ class Scorer:
     max_length: int
     what: str = "scoring"
     known: Known = field(default_factory=dict)
+    workers: Workers = ALONE
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     report: Report = silent
     n_tokens: int = 0
+    n_calls: int = 0
     n_known: int = 0
     """Requests that were answered without the model."""
     answers: dict[bytes, tuple[float, bool]] = field(default_factory=dict)
@@ -51,13 +58,6 @@ class Scorer:
         """The scores of requests and, under guardrails, what the gates decided."""
         keys = [request_key(request, self.max_length) for request in requests]
         unknown = [i for i, key in enumerate(keys) if key not in self.known]
-        noted: list[tuple[list[float], list[bool]]] = []
-
-        def note(batch: TokenBatch) -> None:
-            self.n_tokens += int(batch.mask_BL.sum())
-            if self.guardrails:
-                noted.append(last_decisions(self.guardrails))
-
         found = score(
             self.loaded.model,
             [requests[i] for i in unknown],
@@ -66,20 +66,28 @@ class Scorer:
             batch_size=self.batch_size,
             max_length=self.max_length,
             device=str(self.loaded.model.device),
-            after_batch=note,
+            note=self._note if self.guardrails else None,
             what=self.what,
+            workers=self.workers,
+            checkpoint=self.checkpoint,
+            name=f"{self.what}/{self.n_calls}",
             report=self.report,
         )
+        self.n_calls += 1
+        self.n_tokens += sum(map(len, {requests[i].inputs(self.max_length) for i in unknown}))
         self.n_known += len(requests) - len(unknown)
         asked = dict(zip(unknown, found, strict=True))
-        scores = [asked[i] if i in asked else Score(*self.known[key], -1, -1) for i, key in enumerate(keys)]
+        scores = [asked[i] if i in asked else Score(*self.known[key]) for i, key in enumerate(keys)]
         self.answers |= {key: (one.loglikelihood, one.is_greedy) for key, one in zip(keys, scores, strict=True)}
-        decisions: list[Decision | None] = [None] * len(requests)
-        for i, one in asked.items() if noted else ():
-            statistics, gates = noted[one.batch]
-            n_tokens = len(requests[i].inputs(self.max_length))
-            decisions[i] = Decision(n_tokens, statistics[one.row], gates[one.row])
+        lengths = [len(request.inputs(self.max_length)) for request in requests]
+        decisions = [
+            None if one.note is None else Decision(length, *one.note)
+            for length, one in zip(lengths, scores, strict=True)
+        ]
         return scores, decisions
+
+    def _note(self, _batch: TokenBatch) -> list[tuple[float, bool, float]]:
+        return last_decisions(self.guardrails)
 
 
 def request_key(request: Request, max_length: int) -> bytes:

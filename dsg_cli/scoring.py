@@ -7,19 +7,28 @@ question) share one forward pass.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dsg_cli.checkpoints import Checkpoint, State
 from dsg_cli.errors import DsgError
 from dsg_cli.fitting import Fitting
+from dsg_cli.interruption import at_safe_points
 from dsg_cli.progress import Report, silent
 from dsg_cli.tokens import TokenBatch, pad_rows, with_bos
+from dsg_cli.workers import ALONE, Workers
+
+Note = Callable[[TokenBatch], Sequence[Any]]
+"""Called after each forward pass: a JSON value for each of its rows."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,8 @@ class Score:
     loglikelihood: float
     is_greedy: bool
     """Every token of the continuation is the model's first choice."""
-    batch: int
-    """Index of the batch it was computed in, and"""
-    row: int
-    """its row there: where an observer finds what it noted."""
+    note: Any = None
+    """What was noted of its row."""
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *, bos: int | None) -> Request:
@@ -78,11 +85,14 @@ def score(
     batch_size: int,
     max_length: int,
     device: str = "cpu",
-    after_batch: Callable[[TokenBatch], None] | None = None,
+    note: Note | None = None,
     what: str = "scoring",
+    workers: Workers = ALONE,
+    checkpoint: Checkpoint | None = None,
+    name: str = "",
     report: Report = silent,
 ) -> list[Score]:
-    """Score requests in batches of similar lengths, longest first.
+    """Score requests in batches of similar lengths, longest first, shared among workers.
 
     Args:
         model: A causal language model, guarded or not.
@@ -92,8 +102,11 @@ def score(
         batch_size: Sequences in a batch.
         max_length: Tokens the model can read.
         device: Where the model is.
-        after_batch: Called after each forward pass, in the order of `Score.batch`.
+        note: What to note of each row.
         what: Name of the work, for progress.
+        workers: Who computes; each gets the scores of all.
+        checkpoint: Where the work goes on from, and is kept,
+        name: under this name.
         report: Progress.
 
     Returns:
@@ -102,34 +115,81 @@ def score(
     Raises:
         DsgError: A log-likelihood is not finite: a broken model must not pass for one that has unlearned.
     """
+    checkpoint = checkpoint or Checkpoint()
     by_input: dict[tuple[int, ...], list[int]] = {}
     for i, request in enumerate(requests):
         by_input.setdefault(request.inputs(max_length), []).append(i)
     inputs = sorted(by_input, key=lambda ids: (-len(ids), ids))
-    scores: dict[int, Score] = {}
+    digest = requests_digest(requests)
+    kept = checkpoint.entry(name) or {}
+    if kept.get("requests") != digest:
+        kept = {}
+    n_batches = int(kept.get("n_batches", 0))
+    found: dict[int, list[Any]] = {i: one for i, *one in kept.get("scores", [])}
     fit = Fitting()
-    n_batches, n_tokens, total = 0, 0, sum(map(len, inputs))
-    for start in range(0, len(inputs), batch_size):
-        rows = inputs[start : start + batch_size]
-        n_tail = [max(len(requests[i].continuation) for i in by_input[row]) for row in rows]
-        positions_P = _positions([len(row) for row in rows], n_tail)
+    n_tokens, total = sum(map(len, inputs[: n_batches * batch_size])), sum(map(len, inputs))
 
-        def forward(batch: TokenBatch, positions_P: Tensor = positions_P) -> Tensor:
-            return _logits(model, batch, positions_P[positions_P < batch.ids_BL.shape[1]])
+    def state() -> State:
+        return {"requests": digest, "n_batches": n_batches, "scores": [[i, *one] for i, one in found.items()]}
 
-        for batch, logits_BPV in fit(pad_rows([list(row) for row in rows], pad, special, device), forward):
-            if after_batch is not None:
-                after_batch(batch)
-            for row_index, i_row in enumerate(batch.index):
-                row = rows[i_row]
-                first = int(torch.searchsorted(positions_P, max(0, len(row) - n_tail[i_row])))
-                tail_CV = logits_BPV[row_index, first : first + min(n_tail[i_row], len(row))].float().log_softmax(-1)
-                for i in by_input[row]:
-                    scores[i] = Score(*_one(tail_CV, requests[i].continuation), n_batches, row_index)
-            n_batches += 1
-            n_tokens += int(batch.mask_BL.sum())
+    with at_safe_points():
+        for start in range(n_batches * batch_size, len(inputs), batch_size):
+            rows = inputs[start : start + batch_size]
+            if workers.owns(start // batch_size):
+                asked = [[(i, requests[i].continuation) for i in by_input[row]] for row in rows]
+                batch = pad_rows([list(row) for row in rows], pad, special, device)
+                found |= _scored(model, batch, asked, fit, note)
+            n_batches = start // batch_size + 1
+            n_tokens += sum(map(len, rows))
             report(f"{what}, tokens", n_tokens, total)
-    return [scores[i] for i in range(len(requests))]
+            checkpoint.reached(name, state)
+    checkpoint.keep(name, state())
+    for several in workers.gathered(list(found.items())) if workers.n > 1 else ():
+        found |= dict(several)
+    return [Score(*found[i]) for i in range(len(requests))]
+
+
+def requests_digest(requests: Sequence[Request]) -> str:
+    """Of everything that is asked, in its order."""
+    digest = hashlib.sha256()
+    for one in requests:
+        digest.update(array("q", (len(one.context), len(one.continuation), *one.context, *one.continuation)).tobytes())
+    return digest.hexdigest()
+
+
+def _scored(
+    model: nn.Module,
+    whole: TokenBatch,
+    asked: Sequence[Sequence[tuple[int, tuple[int, ...]]]],
+    fit: Fitting,
+    note: Note | None,
+) -> dict[int, list[Any]]:
+    """The requests of one batch: number -> log-likelihood, whether it is greedy, and the note on its row.
+
+    Args:
+        model: A causal language model.
+        whole: The batch.
+        asked: Of each row, numbers and continuations of the requests that share it.
+        fit: Halves what does not fit.
+        note: What to note of each row.
+    """
+    lengths = whole.mask_BL.sum(-1).tolist()
+    n_tail = [max(len(continuation) for _, continuation in several) for several in asked]
+    positions_P = _positions(lengths, n_tail)
+
+    def forward(batch: TokenBatch) -> Tensor:
+        return _logits(model, batch, positions_P[positions_P < batch.ids_BL.shape[1]])
+
+    found: dict[int, list[Any]] = {}
+    for batch, logits_BPV in fit(whole, forward):
+        notes = note(batch) if note is not None else [None] * len(batch.index)
+        for row_index, i_row in enumerate(batch.index):
+            first = int(torch.searchsorted(positions_P, max(0, lengths[i_row] - n_tail[i_row])))
+            n_kept = min(n_tail[i_row], lengths[i_row])
+            tail_CV = logits_BPV[row_index, first : first + n_kept].float().log_softmax(-1)
+            for i, continuation in asked[i_row]:
+                found[i] = [*_one(tail_CV, continuation), notes[row_index]]
+    return found
 
 
 def _positions(lengths: Sequence[int], n_tail: Sequence[int]) -> Tensor:

@@ -86,6 +86,8 @@ class GuardrailSection:
 
     strength: str = "4r"
     """c: a number, or a multiple of the median residual norm such as `4r`."""
+    allow_ineffective: bool = False
+    """Go on with a guardrail whose gate never fires, or whose edit changes nothing, on what it should forget."""
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dsg_cli.checkpoints import Checkpoint, State
 from dsg_cli.errors import DsgError
 from dsg_cli.fitting import Fitting, in_halves
+from dsg_cli.interruption import at_safe_points
 from dsg_cli.progress import Report, silent
 from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.sites import HookSite
 from dsg_cli.tokens import TokenBatch
+from dsg_cli.workers import ALONE, Workers
 
 CHUNK_TOKENS = 1024
 """Tokens encoded at a time: what bounds the memory of a pass is this times F, never the corpus."""
 NORM_SAMPLE = 65_536
-"""Residual norms kept for their median, about; evenly spread over the corpus."""
+"""Residual norms kept for their median, about; evenly spread over each batch."""
+SUMS = ("squares", "activations", "active")
+"""What is summed over tokens."""
 
 
 @dataclass(frozen=True)
@@ -63,53 +68,87 @@ def feature_statistics(
     *,
     total_tokens: int,
     what: str = "corpus",
+    workers: Workers = ALONE,
+    checkpoint: Checkpoint | None = None,
     report: Report = silent,
 ) -> FeatureStatistics:
-    """One pass over a corpus.
+    """One pass over a corpus, shared among workers.
 
     Args:
         model: Whole, or cut after the site's layer.
         site: Where the SAE reads.
         encode: Residuals [T, D] -> activations [T, F].
-        batches: The corpus.
+        batches: The corpus; each is computed by one worker.
         total_tokens: Of the corpus, about: for progress, and to spread the sample of norms.
-        what: Name of the pass, for progress only.
+        what: Name of the pass, for progress and in the checkpoint.
+        workers: Who computes; each gets the statistics of all.
+        checkpoint: Where the pass goes on from, and is kept.
         report: Progress.
 
     Raises:
-        DsgError: No counted token, or an activation that is not finite.
+        DsgError: No counted token, or a residual or an activation that is not finite.
     """
-    n_tokens, stride = 0, max(1, total_tokens // NORM_SAMPLE)
-    sums: list[Tensor] = []
+    checkpoint = checkpoint or Checkpoint()
+    stride = max(1, total_tokens // NORM_SAMPLE)
+    kept = checkpoint.entry(what) or {}
+    n_batches, n_tokens = int(kept.get("n_batches", 0)), int(kept.get("n_tokens", 0))
+    sums: list[Tensor] = [kept[name] for name in SUMS] if n_tokens else []
+    # Small tensors kept between large ones would break up the heap, which then grows.
+    norms = array("f", kept["norms"].tolist() if n_tokens else ())
     fit = Fitting()
-    norms = array("f")  # Small tensors kept between large ones would break up the heap, which then grows.
 
     def counted(batch: TokenBatch) -> Tensor:
         return read_residual(model, site, batch.ids_BL, batch.mask_BL)[batch.counted_BL].float()
 
-    for resid_TD in (resid_TD for batch in batches for _, resid_TD in fit(batch, counted)):
-        norms.extend(resid_TD[-n_tokens % stride :: stride].norm(dim=-1).tolist())
-        for chunk_TD in torch.split(resid_TD, CHUNK_TOKENS):
-            for parts in in_halves(chunk_TD, partial(_sums, encode)):
-                for total, part in zip(sums, parts, strict=True) if sums else ():
-                    total.add_(part)
-                sums = sums or list(parts)
-        n_tokens += len(resid_TD)
-        report(f"{what}, tokens", n_tokens, max(n_tokens, total_tokens))
-    if not n_tokens:
+    def state() -> State:
+        values = {"n_batches": n_batches, "n_tokens": n_tokens, "norms": torch.tensor(norms)}
+        return values | dict(zip(SUMS, sums, strict=True)) if sums else {"n_batches": n_batches}
+
+    with at_safe_points():
+        for number, batch in enumerate(batches):
+            if not workers.owns(number) or number < n_batches:
+                continue
+            for _, resid_TD in fit(batch, counted):
+                norm_T = resid_TD.norm(dim=-1)
+                if not norm_T.isfinite().all():
+                    raise _not_finite(what)
+                norms.extend(norm_T[::stride].tolist())
+                for chunk_TD in torch.split(resid_TD, CHUNK_TOKENS):
+                    for parts in in_halves(chunk_TD, partial(_sums, encode)):
+                        together = zip(sums, parts, strict=True) if sums else ()
+                        sums = [total.to(part.device).add_(part) for total, part in together] or list(parts)
+                n_tokens += len(resid_TD)
+            n_batches = number + 1
+            report(f"{what}, tokens", n_tokens * workers.n, max(n_tokens * workers.n, total_tokens))
+            checkpoint.reached(what, state)
+    checkpoint.keep(what, state())
+    return _of_all(workers, sums, n_tokens, norms, what)
+
+
+def _of_all(
+    workers: Workers, sums: Sequence[Tensor], n_tokens: int, norms: array[float], what: str
+) -> FeatureStatistics:
+    """The statistics of a corpus from what each worker has seen of it.
+
+    Raises:
+        DsgError: No counted token, or an activation that is not finite.
+    """
+    (n_all,) = (int(n) for n in workers.total([torch.tensor(n_tokens)]))
+    if not n_all:
         raise DsgError(f"The {what} has no token that counts: all are padding, BOS or EOS.")
-    mean_square_F, mean_F, rate_F = (total.cpu() / n_tokens for total in sums)
+    n_features = max(workers.gathered(len(sums[0]) if sums else 0))
+    own = sums or [torch.zeros(n_features, dtype=torch.float64) for _ in SUMS]
+    mean_square_F, mean_F, rate_F = (total / n_all for total in workers.total(own))
+    of_all = torch.tensor([norm for several in workers.gathered(norms.tolist()) for norm in several])
     if not torch.isfinite(mean_square_F).all():
-        raise DsgError(
-            f"On the {what} an activation of the SAE is not finite.",
-            "Check the weights of model and SAE, or try --dtype float32.",
-        )
-    return FeatureStatistics(
-        n_tokens=n_tokens,
-        mean_square_F=mean_square_F,
-        mean_F=mean_F,
-        rate_F=rate_F,
-        norms=torch.tensor(norms),
+        raise _not_finite(what)
+    return FeatureStatistics(n_tokens=n_all, mean_square_F=mean_square_F, mean_F=mean_F, rate_F=rate_F, norms=of_all)
+
+
+def _not_finite(what: str) -> DsgError:
+    return DsgError(
+        f"On the {what} the residual or an activation of the SAE is not finite.",
+        "Check the weights of model and SAE, or try --dtype float32.",
     )
 
 

@@ -1,9 +1,9 @@
 """Several processes that do one command together, as `torchrun` starts them.
 
 Every process reads the same settings and forms the same batches; process r of n computes batches r, r + n, r + 2n, ...
-Nothing is padded or done twice, and a batch gives the same numbers whoever computes it. What is exchanged is small (sums
-a feature, a few numbers a question), so it goes over gloo between processors whatever the models run on, as plain tensors
-and JSON: torch's own exchange of objects is pickle.
+Nothing is padded or done twice, and a batch gives the same numbers whoever computes it. What is exchanged is small
+(sums a feature, a few numbers a question), so it goes over gloo between processors whatever the models run on, as plain
+tensors and JSON: torch's own exchange of objects is pickle. No torch here until something is exchanged.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for the others, which may be downloading; one that fails ends all, by torchrun."""
@@ -42,6 +41,8 @@ class Workers:
 
     def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums of every process's tensors, on the CPU."""
+        import torch.distributed as dist
+
         summed = [tensor.cpu().clone() for tensor in tensors]
         for tensor in summed if self.n > 1 else ():
             dist.all_reduce(tensor)
@@ -51,15 +52,16 @@ class Workers:
         """A JSON value of each process, in the order of ranks."""
         if self.n == 1:
             return [value]
+        import torch
+        import torch.distributed as dist
+
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.n)]
         dist.all_gather(lengths, torch.tensor([len(own)]))
         longest = int(max(lengths))
         padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.n)]
         dist.all_gather(padded, torch.cat([own, torch.zeros(longest - len(own), dtype=torch.uint8)]))
-        return [
-            json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(padded, lengths, strict=True)
-        ]
+        return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(padded, lengths, strict=True)]
 
     def agreed(self, value: Any) -> Any:
         """The first process's JSON value, in all of them."""
@@ -68,29 +70,34 @@ class Workers:
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first process does the block before the others: it downloads, they find it; it complains, once."""
-        if self.n > 1 and not self.is_first:
-            dist.barrier()
+        if not self.is_first:
+            self.gathered(None)
         yield
-        if self.n > 1 and self.is_first:
-            dist.barrier()
+        if self.is_first:
+            self.gathered(None)
 
 
 ALONE = Workers()
 
 
-def is_parallel(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether `torchrun` started this process beside others."""
-    return all(name in environment for name in ("RANK", "MASTER_ADDR")) and int(environment.get("WORLD_SIZE", 1)) > 1
+def launched(environment: Mapping[str, str] = os.environ) -> Workers:
+    """This process among those that `torchrun` started, as its environment has it."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
+        return ALONE
+    return Workers(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
 
 
 @contextmanager
 def joined() -> Iterator[Workers]:
-    """This process among those that `torchrun` started; alone without it."""
-    if not is_parallel():
-        yield ALONE
+    """This process among those that `torchrun` started, connected with them; alone without it."""
+    workers = launched()
+    if workers.n == 1:
+        yield workers
         return
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", timeout=PATIENCE)
     try:
-        yield Workers(dist.get_rank(), dist.get_world_size())
+        yield workers
     finally:
         dist.destroy_process_group()

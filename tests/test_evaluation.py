@@ -250,7 +250,11 @@ def test_scores_share_one_pass_for_one_input_and_keep_their_order(loaded):
     options = {"pad": 0, "special": (0, 1, 2), "max_length": 64}
     sizes = []
     together = score(
-        loaded.model, requests, batch_size=8, after_batch=lambda batch: sizes.append(len(batch.ids_BL)), **options
+        loaded.model,
+        requests,
+        batch_size=8,
+        note=lambda batch: [sizes.append(len(batch.ids_BL))] * len(batch.ids_BL),
+        **options,
     )
     assert sizes == [3]
     alone = [score(loaded.model, [request], batch_size=1, **options)[0] for request in requests]

@@ -178,7 +178,8 @@ def check(found, bench, asked, kept):
     rows = [row for row in found.rows if row["bench"] == bench]
     assert sorted(found.question_ids[bench]) == sorted(row["id"] for row in rows) == sorted(kept)
     assert (base["n_asked"], base["acc_asked"]) == (len(asked), pytest.approx(n_right(asked, "base") / len(asked)))
-    assert found.gate[bench] == {"rate": pytest.approx(sum(q["gated"] for q in kept.values()) / n), "n": n}
+    assert found.gate[bench]["rate"] == pytest.approx(sum(q["gated"] for q in kept.values()) / n)
+    assert found.gate[bench]["n"] == n and (found.gate[bench]["edit"] > 0) == (found.gate[bench]["rate"] > 0)
     for side in ("base", "unlearned"):
         got, k = found.results[bench][side], n_right(kept, side)
         assert (got["acc"], got["acc_count"], got["n"]) == (pytest.approx(k / n), k, n)

@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.artifacts import Json
 from dsg_cli.benches.tasks import Question
+from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, guarded, last_decisions
 from dsg_cli.scoring import Request, encode_pair, score
 from dsg_cli.tokens import TokenBatch, special_ids
+from dsg_cli.workers import ALONE, Workers
 
 Change = Callable[[tuple[int, ...], int], tuple[int, ...]]
 """The context's token ids and the question's number -> the ids that are asked instead."""
@@ -27,19 +29,23 @@ def ask(
     batch_size: int,
     max_length: int,
     change: Change | None = None,
+    workers: Workers = ALONE,
+    checkpoint: Checkpoint | None = None,
+    name: str = "",
 ) -> Json:
-    """`{"acc": ..., "gate_rate": ...}`; the gate rate, only under a guardrail, of questions with a gated choice."""
+    """`{"acc": ..., "gate_rate": ...}`; the gate rate, only under a guardrail, of questions with a gated choice.
+
+    What has been asked is kept in the checkpoint under that name.
+    """
     requests: list[Request] = []
     for number, question in enumerate(questions):
         for choice in question.choices:
             request = encode_pair(tokenizer, question.context, choice, bos=bos)
             context = change(request.context, number) if change is not None else request.context
             requests.append(Request(context, request.continuation))
-    gated: list[list[bool]] = []
 
-    def note(_batch: TokenBatch) -> None:
-        if guardrails:
-            gated.append(last_decisions(guardrails)[1])
+    def note(_batch: TokenBatch) -> list[bool]:
+        return [is_gated for _, is_gated, _ in last_decisions(guardrails)]
 
     # Attacks change the model's weights; that it was the right one at first has been checked when it was loaded.
     with guarded(model, guardrails, allow_mismatch=True):
@@ -51,14 +57,17 @@ def ask(
             batch_size=batch_size,
             max_length=max_length,
             device=str(next(model.parameters()).device),
-            after_batch=note,
+            note=note if guardrails else None,
+            workers=workers,
+            checkpoint=checkpoint,
+            name=name,
         )
     right, n_gated, start = 0, 0, 0
     for question in questions:
         found = scores[start : start + len(question.choices)]
         values = [one.loglikelihood for one in found]
         right += values.index(max(values)) == question.answer
-        n_gated += any(gated[one.batch][one.row] for one in found) if gated else 0
+        n_gated += any(one.note for one in found)
         start += len(question.choices)
     measured: Json = {"acc": right / len(questions)}
     return measured | ({"gate_rate": n_gated / len(questions)} if guardrails else {})

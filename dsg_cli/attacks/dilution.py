@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from dsg_cli.artifacts import Json
 from dsg_cli.attacks.asking import ask
 from dsg_cli.benches.tasks import Question
+from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.progress import Report, silent
 from dsg_cli.scoring import encode_pair
+from dsg_cli.workers import ALONE, Workers
 
 THREAT_MODEL = "Someone who may send prompts to the guarded model, and knows no more."
 
@@ -29,6 +31,8 @@ def dilute(
     bos: int | None,
     batch_size: int,
     max_length: int,
+    workers: Workers = ALONE,
+    checkpoint: Checkpoint | None = None,
     report: Report = silent,
 ) -> list[Json]:
     """Ask the forget questions after more and more benign tokens; length 0 is plain evaluation.
@@ -43,6 +47,8 @@ def dilute(
         bos: Token that every sequence begins with.
         batch_size: Sequences in a batch.
         max_length: Tokens the model can read.
+        workers: Who asks; each gets the whole curve.
+        checkpoint: Where asking goes on from, and is kept.
         report: Progress.
 
     Raises:
@@ -81,6 +87,9 @@ def dilute(
                 batch_size=batch_size,
                 max_length=max_length,
                 change=change,
+                workers=workers,
+                checkpoint=checkpoint,
+                name=f"{side}/{length}",
             )
             point[side] = {f"forget_{key}" if key == "acc" else key: value for key, value in found.items()}
         curve.append(point)

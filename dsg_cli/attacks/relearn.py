@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsg_cli.artifacts import Json
 from dsg_cli.attacks.asking import ask
 from dsg_cli.benches.tasks import Question
+from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, guarded
 from dsg_cli.progress import Report, silent
 from dsg_cli.scoring import Request, encode_pair
 from dsg_cli.tokens import pad_rows, special_ids
+from dsg_cli.workers import ALONE, Workers
 
 THREAT_MODEL = "A customer of a fine-tuning API that keeps the guard on; all weights are trained."
 
@@ -38,6 +40,8 @@ def relearn(
     bos: int | None,
     batch_size: int,
     max_length: int,
+    workers: Workers = ALONE,
+    checkpoint: Checkpoint | None = None,
     report: Report = silent,
 ) -> list[Json]:
     """Train a copy of the model on the attacker's questions with their answers; measure as it goes.
@@ -54,33 +58,40 @@ def relearn(
         bos: Token that every sequence begins with.
         batch_size: Sequences in a batch when asking.
         max_length: Tokens the model can read.
+        workers: Who attacks: one side each, for training cannot be shared; all get the whole curve.
+        checkpoint: What has been asked so far. A run that goes on trains again, and asks only what is missing.
         report: Progress.
 
     Returns:
         `[{x: step, guarded: {forget_acc, gate_rate, utility_acc, loss}, unguarded: {...}}]`
     """
-    curve: list[Json] = [{"x": step} for step in steps]
-    for side, guards in (("unguarded", ()), ("guarded", guardrails)):
+    sides: dict[str, Sequence[GuardrailModule]] = {"unguarded": (), "guarded": guardrails}
+    pairs = [encode_pair(tokenizer, q.context, q.choices[q.answer], bos=bos) for q in attacker_knows]
+    batch = _training_batch(tokenizer, pairs, max_length, str(next(model.parameters()).device))
+    measured: dict[str, list[Json]] = {}
+    for number, (side, guards) in enumerate(sides.items()):
+        if not workers.owns(number):
+            continue
         attacked = copy.deepcopy(model).float().requires_grad_(True)
         optimizer = torch.optim.AdamW(attacked.parameters(), lr=learning_rate)
         options: dict[str, Any] = {"guardrails": guards, "bos": bos, "batch_size": batch_size, "max_length": max_length}
-        pairs = [encode_pair(tokenizer, q.context, q.choices[q.answer], bos=bos) for q in attacker_knows]
-        batch = _training_batch(tokenizer, pairs, max_length, str(next(attacked.parameters()).device))
         loss, n_done = float("nan"), 0
-        for point in curve:
-            while n_done < point["x"]:
+        measured[side] = []
+        for step in steps:
+            while n_done < step:
                 with guarded(attacked, guards, allow_mismatch=True):
                     loss = _step(attacked, optimizer, *batch)
                 n_done += 1
                 report(f"relearning, {side}", n_done, max(steps))
-            measured = ask(attacked, tokenizer, forget, **options)
-            point[side] = {"forget_acc": measured.pop("acc"), **measured}
+            names = {role: f"{side}/{step}/{role}" for role in ("forget", "utility")}
+            of_forget = ask(attacked, tokenizer, forget, checkpoint=checkpoint, name=names["forget"], **options)
+            point: Json = {"forget_acc": of_forget.pop("acc"), **of_forget}
             if utility:
-                kept = ask(attacked, tokenizer, utility, **options)
-                point[side]["utility_acc"] = kept["acc"]
-            if n_done:
-                point[side]["loss"] = loss
-    return curve
+                kept = ask(attacked, tokenizer, utility, checkpoint=checkpoint, name=names["utility"], **options)
+                point["utility_acc"] = kept["acc"]
+            measured[side].append(point | ({"loss": loss} if n_done else {}))
+    of_all = {side: points for several in workers.gathered(measured) for side, points in several.items()}
+    return [{"x": step, **{side: of_all[side][i] for side in sides}} for i, step in enumerate(steps)]
 
 
 def _training_batch(

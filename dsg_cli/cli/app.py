@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Annotated, NoReturn
 
 import typer
 
 from dsg_cli import __version__
 from dsg_cli.cli import apply, attack, calibrate, demo, evaluate, export, generate, lab, ls, run, select, show
+from dsg_cli.cli.running import be_quiet_unless_first, check_shared, resume_command
 from dsg_cli.errors import DsgError
 from dsg_cli.interruption import Signalled, install
+from dsg_cli.workers import launched
+
+WAIT_FOR_THE_FIRST = 2.0
+"""Seconds after which another process than the first complains: what all find wrong is said once."""
 
 app = typer.Typer(
     name="dsg",
@@ -45,6 +51,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -54,27 +61,42 @@ def options(
     Find the SAE features that carry the knowledge (select), set when the gate fires (calibrate), build the guardrail
     (apply), measure what it does (eval) and how it breaks (attack). Start with: dsg demo
     """
+    del version  # Its callback has done all.
+    check_shared(context.invoked_subcommand)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     quiet_libraries()
     install()
+    be_quiet_unless_first()
     try:
         app(args=arguments, prog_name="dsg")
     except DsgError as error:
         if os.environ.get("DSG_DEBUG") == "1":
             raise
-        sys.stderr.write(f"error: {error}\n")
+        complain(error)
         sys.exit(1)
     except Signalled as signalled:
         sys.stderr.write("stopped; nothing half-written was left\n")
+        if signalled.is_kept:
+            command = resume_command(sys.argv[1:] if arguments is None else arguments)
+            sys.stderr.write(f"What was done is kept. Go on with: {command}\n")
         sys.exit(128 + signalled.number)
     except BrokenPipeError:
         # The reader of stdout went away; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(0)
+
+
+def complain(error: DsgError) -> None:
+    """One message on stderr; of several processes, the first to fail is heard, and torchrun ends the others."""
+    if launched().is_first:
+        sys.stderr.write(f"error: {error}\n")
+        return
+    time.sleep(WAIT_FOR_THE_FIRST)
+    (sys.__stderr__ or sys.stderr).write(f"error in process {launched().rank}: {error}\n")
 
 
 def quiet_libraries() -> None:

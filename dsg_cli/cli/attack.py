@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
-from dsg_cli.cli.output import progress, show_stored
+from dsg_cli.cli.output import show_stored
+from dsg_cli.cli.running import running
 from dsg_cli.errors import DsgError
 
 
@@ -27,6 +28,7 @@ def command(
     instead: opt.InsteadOption = None,
     allow_mismatch: opt.MismatchOption = None,
     reuse: opt.ReuseOption = False,
+    resume: opt.ResumeOption = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
@@ -48,14 +50,14 @@ def command(
     )
     if not resolved.attack.kinds:
         raise DsgError("No attack is named.", "Give one with --kind: `dsg ls attacks` lists them.")
-    with progress(quiet) as report:
+    with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import attack
         from dsg_cli.workspace import Workspace
 
         for name in resolved.attack.kinds:
             attack.check_kind(name)
         stored = [
-            attack.run(resolved, Workspace(workspace), name, sources=sources or [], reuse=reuse, report=report)
+            attack.run(resolved, Workspace(workspace), name, sources=sources or [], session=session)
             for name in resolved.attack.kinds
         ]
     show_stored(stored, as_json=as_json, quiet=quiet)

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
-from dsg_cli.cli.output import progress, show_stored
+from dsg_cli.cli.output import show_stored
+from dsg_cli.cli.running import running
 from dsg_cli.errors import DsgError
 
 
@@ -30,6 +31,7 @@ def command(
     dtype: opt.DtypeOption = None,
     seed: opt.SeedOption = None,
     reuse: opt.ReuseOption = False,
+    resume: opt.ResumeOption = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
@@ -48,11 +50,11 @@ def command(
         calibrate__alpha=alpha,
         calibrate__lengths=None if lengths is None else parse_lengths(lengths),
     )
-    with progress(quiet) as report:
+    with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import calibrate
         from dsg_cli.workspace import Workspace
 
-        stored = calibrate.run(resolved, Workspace(workspace), source=source, reuse=reuse, report=report)
+        stored = calibrate.run(resolved, Workspace(workspace), source=source, session=session)
     show_stored(stored, as_json=as_json, quiet=quiet)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsg_cli.cli import options as opt
-from dsg_cli.cli.output import progress, show_stored
+from dsg_cli.cli.output import show_stored
+from dsg_cli.cli.running import running
 
 if TYPE_CHECKING:
     from dsg_cli.workspace import Stored
@@ -40,7 +41,9 @@ def command(
     seed: opt.SeedOption = None,
     instead: opt.InsteadOption = None,
     allow_mismatch: opt.MismatchOption = None,
+    allow_ineffective: opt.IneffectiveOption = None,
     reuse: opt.ReuseOption = False,
+    resume: opt.ResumeOption = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
@@ -56,6 +59,7 @@ def command(
         seed=seed,
         model__instead=instead,
         model__allow_mismatch=allow_mismatch,
+        guardrail__allow_ineffective=allow_ineffective,
         eval__benches=bench,
         eval__split=split,
         eval__include_path=include_path,
@@ -67,11 +71,11 @@ def command(
         eval__expect=expect,
         eval__samples=samples,
     )
-    with progress(quiet) as report:
+    with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import evaluate
         from dsg_cli.workspace import Workspace
 
-        stored = evaluate.run(resolved, Workspace(workspace), sources=sources or [], reuse=reuse, report=report)
+        stored = evaluate.run(resolved, Workspace(workspace), sources=sources or [], session=session)
     show_stored(stored, as_json=as_json, quiet=quiet)
     exit_unless_met([stored])
 

@@ -33,6 +33,13 @@ MismatchOption = Annotated[
 ReuseOption = Annotated[
     bool, typer.Option("--reuse", help="Take an existing artifact if settings, inputs and versions all match.")
 ]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the checkpoint of the same command, interrupted.")
+]
+IneffectiveOption = Annotated[
+    bool | None,
+    typer.Option("--allow-ineffective", help="Even if the guardrail does nothing on what it should forget."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
 

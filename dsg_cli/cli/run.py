@@ -11,7 +11,8 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.evaluate import exit_unless_met
-from dsg_cli.cli.output import hint, print_json, print_line, progress
+from dsg_cli.cli.output import hint, print_json, print_line
+from dsg_cli.cli.running import running
 
 if TYPE_CHECKING:
     from dsg_cli.recipe import Recipe
@@ -26,6 +27,7 @@ def command(
     seed: opt.SeedOption = None,
     is_dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     reuse: opt.ReuseOption = False,
+    resume: opt.ResumeOption = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
@@ -37,7 +39,7 @@ def command(
     if is_dry:
         show_plan(resolved, as_json=as_json)
         return
-    run_chain(resolved, workspace, reuse=reuse, as_json=as_json, quiet=quiet)
+    run_chain(resolved, workspace, reuse=reuse, resume=resume, as_json=as_json, quiet=quiet)
 
 
 def show_plan(recipe: Recipe, *, as_json: bool) -> None:
@@ -52,17 +54,18 @@ def show_plan(recipe: Recipe, *, as_json: bool) -> None:
             print_line(step.line())
 
 
-def run_chain(recipe: Recipe, workspace: Path, *, reuse: bool, as_json: bool, quiet: bool) -> None:
+def run_chain(
+    recipe: Recipe, workspace: Path, *, reuse: bool = False, resume: bool = False, as_json: bool, quiet: bool
+) -> None:
     """Run, then show one table (on a terminal or off it) or one JSON document."""
-    with progress(quiet) as report:
+    with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import run_recipe
         from dsg_cli.workspace import Workspace
 
         chain = run_recipe.run(
             recipe,
             Workspace(workspace),
-            reuse=reuse,
-            report=report,
+            session=session,
             done=lambda stored: None if quiet else hint(f"wrote {stored.id}"),
         )
     from rich.console import Console

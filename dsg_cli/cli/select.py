@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
-from dsg_cli.cli.output import progress, show_stored
+from dsg_cli.cli.output import show_stored
+from dsg_cli.cli.running import running
 
 
 def command(
@@ -28,6 +29,7 @@ def command(
     dtype: opt.DtypeOption = None,
     seed: opt.SeedOption = None,
     reuse: opt.ReuseOption = False,
+    resume: opt.ResumeOption = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
@@ -50,9 +52,9 @@ def command(
         select__ratio_percentile=ratio_percentile,
         select__score=score,
     )
-    with progress(quiet) as report:
+    with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import select
         from dsg_cli.workspace import Workspace
 
-        stored = select.run(resolved, Workspace(workspace), reuse=reuse, report=report)
+        stored = select.run(resolved, Workspace(workspace), session=session)
     show_stored(stored, as_json=as_json, quiet=quiet)

@@ -135,7 +135,17 @@ def _guardrail(body: Guardrail) -> list[tuple[str, str]]:
             f"to -{body.strength:.4g} ({body.strength_setting}; median residual norm {body.median_residual_norm:.4g})",
         ),
         ("at", body.hook),
+        ("tried on", _effect(body.effect)),
     ]
+
+
+def _effect(effect: Json) -> str:
+    if not effect:
+        return "nothing"
+    return (
+        f"{effect['n_rows']} forget rows: gated {effect['gate_rate']:.2f}, changed {effect['changed_rate']:.2f}, "
+        f"largest edit {effect['edit']:.2g} of the residual"
+    )
 
 
 def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:

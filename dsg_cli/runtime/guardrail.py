@@ -111,6 +111,8 @@ class GuardrailModule(nn.Module):
         self.trace: list[Decision] | None = None
         """If a list, every decision is appended to it."""
         self.last: Decision | None = None
+        self.last_edit_B: Tensor | None = None
+        """Largest change of a token in each row of the last call, relative to the norm of its residual."""
 
     @property
     def last_statistic_B(self) -> Tensor:
@@ -206,7 +208,8 @@ class GuardrailModule(nn.Module):
         # The length of the change in C dimensions, not in P. A broken residual, or one of length 0, has no ratio.
         length_BL = (decision.change_BLC @ self.basis).norm(dim=-1)
         ratio_BL = (length_BL / resid_BLD.float().norm(dim=-1)).nan_to_num(0.0, 0.0)
-        self.largest_edit.copy_(torch.maximum(self.largest_edit, ratio_BL.amax()))
+        self.last_edit_B = ratio_BL.amax(-1)
+        self.largest_edit.copy_(torch.maximum(self.largest_edit, self.last_edit_B.amax()))
 
     def counters(self) -> dict[str, float]:
         """The counters as numbers; waits for the device."""

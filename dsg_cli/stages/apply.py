@@ -1,41 +1,57 @@
 """`dsg apply`: everything that later steps need in one guardrail file.
 
-Cuts the selected features out of the SAE, resolves the strength, and writes guardrail-NNN with its tensors. The
-model itself is neither loaded nor changed.
+Cuts the selected features out of the SAE, resolves the strength, measures on forget text that the gate fires and that
+the edit changes something, and writes guardrail-NNN with its tensors. The model itself is not changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import re
+from collections.abc import Sequence
 
 from dsg_cli.artifacts import Guardrail, Threshold
+from dsg_cli.corpora import Corpus, load_corpora
+from dsg_cli.effect import Effect, measure_effect
 from dsg_cli.errors import DsgError
-from dsg_cli.progress import Report, silent
+from dsg_cli.guardrail import module_from_artifact
+from dsg_cli.model import LoadedModel, context_length
+from dsg_cli.prompting import prompts
 from dsg_cli.recipe import Recipe
 from dsg_cli.slicing import detector_weights, slice_sae
-from dsg_cli.stages.chain import chain_sae, settle
+from dsg_cli.stages.chain import chain_sae, check_tokens, load_chain_model, settle
 from dsg_cli.stages.provenance import Clock, new_header
+from dsg_cli.stages.session import QUIET, Session
+from dsg_cli.tokens import encode
 from dsg_cli.workspace import Stored, Workspace
 
+ROWS = 64
+"""Of forget text, on which the guardrail is tried."""
 LARGEST_STRENGTH = 1e6
 """Beyond this a clamped residual loses its meaning, and float32 soon its range."""
 
 
-def run(
-    recipe: Recipe, workspace: Workspace, *, source: str | None = None, reuse: bool = False, report: Report = silent
-) -> Stored:
+def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, session: Session = QUIET) -> Stored:
     """Build the guardrail from the newest threshold, or from the one named, and write it.
 
     Raises:
-        DsgError: Anything the user can mend.
+        DsgError: Anything the user can mend; a guardrail that does nothing on what it should act on, unless the
+            settings allow it.
     """
+    source = session.named(workspace, "threshold", source)
+    return session.write(workspace, lambda: _made(recipe, workspace, source, session))
+
+
+def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Session) -> Stored:
     clock = Clock()
     threshold = workspace.find("threshold", source)
+    features = workspace.input_of(threshold, "features")
     workspace.check_writable()
     set_at = threshold.body_as(Threshold)
     strength = parse_strength(recipe.guardrail.strength, set_at.median_residual_norm)
+    forget, notes = _forget_text(features)
     assert threshold.header.sae is not None
     sae = chain_sae(threshold.header.sae, threshold.id)
     recipe = settle(recipe, threshold.header)
@@ -46,10 +62,14 @@ def run(
         model=threshold.header.model,
         sae=threshold.header.sae,
         inputs=[threshold],
+        notes=notes,
     )
-    if reuse and (stored := workspace.matching(header)) is not None:
+    if session.reuse and (stored := workspace.matching(header)) is not None:
         return stored
+    loaded = load_chain_model(threshold.header, recipe, cut=True)
+    check_tokens(loaded, set_at.special_ids, threshold.id)
     slice_spec, tensors = slice_sae(sae, set_at.features, set_at.detectors)
+    tensors["detect"] = detector_weights(set_at.features, set_at.detectors)
     body = Guardrail(
         indices=set_at.features,
         detectors=set_at.detectors,
@@ -67,10 +87,68 @@ def run(
         bos=set_at.bos,
         forget=set_at.forget,
         retain=set_at.retain,
+        effect={},
     )
-    tensors["detect"] = detector_weights(set_at.features, set_at.detectors)
-    report("guardrail", 1, 1)
-    return workspace.write(clock.close(header), body, tensors=tensors)
+    module = module_from_artifact(body, header.model, tensors, where="The new guardrail").to(loaded.model.device)
+    longest = threshold.header.settings["lengths"][1]
+    rows = _rows(loaded, forget, bos=set_at.bos, longest=longest, seed=recipe.seed)
+    effect = measure_effect(loaded, module, rows)
+    session.report("guardrail", 1, 1)
+    if not recipe.guardrail.allow_ineffective:
+        check_effect(effect)
+    body = dataclasses.replace(body, effect=dataclasses.asdict(effect))
+    n_tokens = sum(map(len, rows))
+    return workspace.write(clock.close(header, n_tokens=n_tokens), body, tensors=tensors)
+
+
+def check_effect(effect: Effect) -> None:
+    """Refuse a guardrail that does nothing.
+
+    Raises:
+        DsgError: Its gate never fires on forget text, or its edit changes nothing there.
+    """
+    if effect.gate_rate and effect.changed_rate and effect.edit:
+        return
+    what = "its edit changes nothing" if effect.gate_rate else "its gate never fires"
+    raise DsgError(
+        f"The guardrail would guard nothing: on {effect.n_rows} rows of the forget corpus {what}.",
+        "Select other features, calibrate at a higher --alpha or another --gate, or pass --allow-ineffective.",
+    )
+
+
+def _forget_text(features: Stored) -> tuple[list[Corpus], list[str]]:
+    """The forget corpora of select as they are now, and a note on each that has changed since.
+
+    Raises:
+        DsgError: One cannot be read any more.
+    """
+    settings = features.header.settings
+    described = {one["name"]: one for one in settings["forget"]}
+    forget = load_corpora(
+        list(described),
+        role="forget",
+        limit=settings["limit"],
+        seed=features.header.seed,
+        revisions={name: one.get("revision") for name, one in described.items()},
+    )
+    changed = [corpus.name for corpus in forget if corpus.sha256 != described[corpus.name]["sha256"]]
+    return forget, [f"The forget corpus {name} has changed since {features.id} was made." for name in changed]
+
+
+def _rows(
+    loaded: LoadedModel, forget: Sequence[Corpus], *, bos: int | None, longest: int, seed: int
+) -> list[list[int]]:
+    """The beginnings of up to `ROWS` forget documents, those first that selection has not seen."""
+    rng = random.Random(seed)
+    texts: list[str] = []
+    for part in ("calibrate", "fresh", "select"):
+        more = [text for corpus in forget for text in prompts(loaded.tokenizer, corpus, part)]
+        rng.shuffle(more)
+        texts += more
+        if len(texts) >= ROWS:
+            break
+    room = min(longest, context_length(loaded.model.config) - 1) + (bos is not None)
+    return [row[:room] for row in encode(loaded.tokenizer, texts[:ROWS], bos=bos)]
 
 
 def parse_strength(text: str, median_residual_norm: float) -> float:

@@ -10,18 +10,20 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from dsg_cli.artifacts import AttackReport, Json
+from dsg_cli.artifacts import AttackReport, Header, Json
 from dsg_cli.attacks import dilution, relearn
 from dsg_cli.benches.names import PAPER, known_benches
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
-from dsg_cli.corpora import load_corpora
+from dsg_cli.checkpoints import Checkpoint
+from dsg_cli.corpora import Corpus, load_corpora
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.lab import data as lab
-from dsg_cli.model import context_length
-from dsg_cli.progress import Report, silent
+from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import find_guards, identify, load_guards, settle
+from dsg_cli.stages.chain import Guards, find_guards, identify, load_guards, settle
 from dsg_cli.stages.provenance import Clock, new_header
+from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.tokens import encode
 from dsg_cli.workspace import Stored, Workspace
 
@@ -34,8 +36,7 @@ def run(
     kind: str,
     *,
     sources: Sequence[str] = (),
-    reuse: bool = False,
-    report: Report = silent,
+    session: Session = QUIET,
 ) -> Stored:
     """Attack the newest guardrail, or those named together, and write what came back.
 
@@ -44,6 +45,44 @@ def run(
     """
     clock = Clock()
     check_kind(kind)
+    newest = session.named(workspace, "guardrail", None) if not sources else None
+    with session.workers.in_turn():
+        made = _prepared(recipe, workspace, kind, [newest] if newest else sources)
+    # Nothing vouches for the data of other benches, so they are asked again.
+    is_known = all(name in lab.bench_names() for name in made.questions)
+    if is_known and (found := session.existing(workspace, made.header)) is not None:
+        return found
+    with session.checkpoint(workspace, made.header) as checkpoint:
+        curve = _attacked(made, recipe, kind, session, checkpoint)
+        body = AttackReport(
+            attack=kind,
+            threat_model=THREAT_MODELS[kind],
+            bench=made.bench,
+            curve=curve,
+            summary=summarise(curve),
+        )
+        return session.write(workspace, lambda: workspace.write(clock.close(made.header), body))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """All that an attack needs."""
+
+    guards: Guards
+    loaded: LoadedModel
+    modules: list[GuardrailModule]
+    bench: str
+    questions: dict[str, list[Question]]
+    retain: list[Corpus]
+    header: Header
+
+
+def _prepared(recipe: Recipe, workspace: Workspace, kind: str, sources: Sequence[str]) -> _Prepared:
+    """Everything checked and read.
+
+    Raises:
+        DsgError: Anything the user can mend.
+    """
     guards = find_guards(workspace, sources)
     workspace.check_writable()
     settings = recipe.attack
@@ -55,7 +94,6 @@ def run(
         load_corpora(benign, role="retain", limit=recipe.corpora.limit, seed=recipe.seed) if kind == "dilution" else []
     )
     digests = {corpus.name: corpus.sha256 for corpus in retain}
-    is_known = all(name in lab.bench_names() for name in benches)
     recipe = settle(recipe, guards.header)
     loaded, modules = load_guards(workspace, guards, recipe)
     header = new_header(
@@ -74,49 +112,44 @@ def run(
         sae=guards.header.sae,
         inputs=guards.stored,
     )
-    # Nothing vouches for the data of other benches, so they are asked again.
-    if reuse and is_known and (found := workspace.matching(header)) is not None:
-        return found
+    return _Prepared(guards, loaded, modules, bench, questions, retain, header)
 
+
+def _attacked(made: _Prepared, recipe: Recipe, kind: str, session: Session, checkpoint: Checkpoint) -> list[Json]:
+    """The curve of one attack."""
+    settings, loaded, asked = recipe.attack, made.loaded, made.questions[made.bench]
     options: dict[str, Any] = {
-        "bos": guards.bos,
+        "bos": made.guards.bos,
         "batch_size": recipe.eval.batch_size,
         "max_length": context_length(loaded.model.config),
-        "report": report,
+        "workers": session.workers,
+        "checkpoint": checkpoint,
+        "report": session.report,
     }
     if kind == "relearn":
-        known, asked = _attacker_knows(recipe, bench, questions[bench])
-        curve = relearn.relearn(
+        known, others = _attacker_knows(recipe, made.bench, asked)
+        return relearn.relearn(
             loaded.model,
             loaded.tokenizer,
-            modules,
+            made.modules,
             attacker_knows=known,
-            forget=asked,
-            utility=questions.get(settings.utility_bench or "", []),
+            forget=others,
+            utility=made.questions.get(settings.utility_bench or "", []),
             steps=settings.relearn_steps,
             learning_rate=settings.relearn_learning_rate,
             **options,
         )
-    else:
-        # Text that neither selection nor calibration has seen.
-        texts = [text for corpus in retain for text in corpus.part("fresh")]
-        curve = dilution.dilute(
-            loaded.model,
-            loaded.tokenizer,
-            modules,
-            questions[bench],
-            encode(loaded.tokenizer, texts, bos=None),
-            settings.dilution_lengths,
-            **options,
-        )
-    report_body = AttackReport(
-        attack=kind,
-        threat_model=THREAT_MODELS[kind],
-        bench=bench,
-        curve=curve,
-        summary=summarise(curve),
+    # Text that neither selection nor calibration has seen.
+    texts = [text for corpus in made.retain for text in corpus.part("fresh")]
+    return dilution.dilute(
+        loaded.model,
+        loaded.tokenizer,
+        made.modules,
+        asked,
+        encode(loaded.tokenizer, texts, bos=None),
+        settings.dilution_lengths,
+        **options,
     )
-    return workspace.write(clock.close(header), report_body)
 
 
 def check_kind(kind: str) -> None:

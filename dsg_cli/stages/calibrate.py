@@ -10,28 +10,33 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsg_cli.artifacts import FeatureSet, Json, Threshold
+from dsg_cli.artifacts import FeatureSet, Header, Json, Threshold
 from dsg_cli.calibration import clopper_pearson, conformal_threshold
-from dsg_cli.corpora import Part, check_disjoint, check_named, load_corpora
+from dsg_cli.checkpoints import Checkpoint, State
+from dsg_cli.corpora import Corpus, Part, check_disjoint, check_named, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.fitting import Fitting
 from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.interruption import at_safe_points
 from dsg_cli.model import LoadedModel, context_length
-from dsg_cli.pieces import Piece, draw_pieces
-from dsg_cli.progress import Report, silent
+from dsg_cli.pieces import draw_pieces
 from dsg_cli.prompting import check_chat
 from dsg_cli.recipe import Recipe
 from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.guardrail import GuardrailSpec
 from dsg_cli.sae import SaeSource
 from dsg_cli.selection import select_features
+from dsg_cli.settings import CalibrateSection
 from dsg_cli.slicing import detector_weights, slice_sae
 from dsg_cli.stages.chain import chain_sae, load_chain_model, settle
 from dsg_cli.stages.provenance import Clock, new_header
+from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.tokens import TokenBatch, batches, bos_to_prepend, special_ids
 from dsg_cli.workspace import Stored, Workspace
 
@@ -39,15 +44,51 @@ PARTS: tuple[Part, ...] = ("calibrate", "fresh")
 """What sets the threshold, and what it is measured on."""
 
 
-def run(
-    recipe: Recipe, workspace: Workspace, *, source: str | None = None, reuse: bool = False, report: Report = silent
-) -> Stored:
+def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, session: Session = QUIET) -> Stored:
     """Set the threshold of the newest features, or of those named, and write it.
 
     Raises:
         DsgError: Anything the user can mend.
     """
     clock = Clock()
+    source = session.named(workspace, "features", source)
+    with session.workers.in_turn():
+        made = _prepared(recipe, workspace, source)
+    if (stored := session.existing(workspace, made.header)) is not None:
+        return stored
+    with session.checkpoint(workspace, made.header) as checkpoint:
+        rows: list[Json] = []
+        for part in PARTS:
+            rows += _statistics(made, part, recipe, session, checkpoint)
+        body = _threshold(made, recipe.calibrate, rows)
+        rows = [{**row, "gated": row["statistic"] > body.threshold} for row in rows]
+        n_tokens = sum(row["length"] for row in rows)
+        return session.write(
+            workspace, lambda: workspace.write(clock.close(made.header, n_tokens=n_tokens), body, rows=rows)
+        )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that the pass needs."""
+
+    features: Stored
+    retain: list[Corpus]
+    loaded: LoadedModel
+    gate: GuardrailModule
+    indices: list[int]
+    detectors: list[int]
+    bos: int | None
+    lengths: tuple[int, int]
+    header: Header
+
+
+def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prepared:
+    """Everything checked and read.
+
+    Raises:
+        DsgError: Anything the user can mend.
+    """
     settings = recipe.calibrate
     features = workspace.find("features", source)
     workspace.check_writable()
@@ -78,9 +119,6 @@ def run(
         sae=features.header.sae,
         inputs=[features],
     )
-    if reuse and (stored := workspace.matching(header)) is not None:
-        return stored
-
     bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
     shortest, longest = settings.lengths
     room = context_length(loaded.model.config) - (bos is not None)
@@ -90,23 +128,21 @@ def run(
     detectors = _detectors(recipe, workspace, features) if settings.gate == "window" else []
     gate = _gate(recipe, loaded, sae, indices, detectors)
     check_chat(loaded.tokenizer, retain)
-    rows: list[Json] = []
-    for part in PARTS:
-        pieces = draw_pieces(
-            loaded.tokenizer,
-            retain,
-            part,
-            bos=bos,
-            lengths=(shortest, min(longest, room)),
-            is_packed=settings.rows == "packed",
-            at_most=settings.max_pieces,
-            seed=recipe.seed,
-        )
-        rows += _statistics(loaded, gate, pieces, part, report=report)
+    lengths = (shortest, min(longest, room))
+    return _Prepared(features, retain, loaded, gate, indices, detectors, bos, lengths, header)
+
+
+def _threshold(made: _Prepared, settings: CalibrateSection, rows: Sequence[Json]) -> Threshold:
+    """The threshold that the calibration pieces set, and what the fresh ones say of it.
+
+    Raises:
+        DsgError: A statistic is not finite, or the gate could never fire.
+    """
+    selected, of_features = made.features.header.settings, made.features.body_as(FeatureSet)
     calibration = [row["statistic"] for row in rows if row["part"] == "calibrate"]
     fresh = [row["statistic"] for row in rows if row["part"] == "fresh"]
     threshold = conformal_threshold(calibration, settings.alpha)
-    if not math.isfinite(threshold):
+    if not all(math.isfinite(value) for value in (threshold, *calibration, *fresh)):
         raise DsgError("On retain text an activation is not finite.", "Check the weights, or try --dtype float32.")
     if settings.gate != "window" and threshold >= 1:
         raise DsgError(
@@ -116,7 +152,7 @@ def run(
         )
     n_false = sum(statistic > threshold for statistic in fresh)
     low, high = clopper_pearson(n_false, len(fresh))
-    body = Threshold(
+    return Threshold(
         threshold=threshold,
         gate=settings.gate,
         alpha=settings.alpha,
@@ -126,18 +162,15 @@ def run(
         false_positive_rate=n_false / len(fresh) if fresh else None,
         low=low,
         high=high,
-        features=indices,
-        detectors=detectors,
+        features=made.indices,
+        detectors=made.detectors,
         window=0 if settings.gate == "mean" else settings.window,
-        special_ids=list(special_ids(loaded.tokenizer)),
-        bos=bos,
-        median_residual_norm=features.body_as(FeatureSet).median_residual_norm,
+        special_ids=list(special_ids(made.loaded.tokenizer)),
+        bos=made.bos,
+        median_residual_norm=of_features.median_residual_norm,
         forget=[corpus["name"] for corpus in selected["forget"]],
         retain=[corpus["name"] for corpus in selected["retain"]],
     )
-    rows = [{**row, "gated": row["statistic"] > threshold} for row in rows]
-    n_tokens = sum(row["length"] for row in rows)
-    return workspace.write(clock.close(header, n_tokens=n_tokens), body, rows=rows)
 
 
 def _detectors(recipe: Recipe, workspace: Workspace, features: Stored) -> list[int]:
@@ -187,26 +220,48 @@ def _spelled(corpus: Json) -> str:
 
 
 @torch.inference_mode()
-def _statistics(
-    loaded: LoadedModel, gate: GuardrailModule, pieces: Sequence[Piece], part: Part, *, report: Report
-) -> list[Json]:
+def _statistics(made: _Prepared, part: Part, recipe: Recipe, session: Session, checkpoint: Checkpoint) -> list[Json]:
     """The gate statistic of every piece of one part: `{id, group, part, length, statistic}`, no text."""
-    rows: list[Json] = []
-    fit = Fitting()
+    settings, tokenizer, gate = recipe.calibrate, made.loaded.tokenizer, made.gate
+    pieces = draw_pieces(
+        tokenizer,
+        made.retain,
+        part,
+        bos=made.bos,
+        lengths=made.lengths,
+        is_packed=settings.rows == "packed",
+        at_most=settings.max_pieces,
+        seed=recipe.seed,
+    )
+    kept = checkpoint.entry(part) or {"n_batches": 0, "found": []}
+    n_batches: int = kept["n_batches"]
+    found: list[list[Any]] = kept["found"]
+    """[number of the batch, of the piece, counted tokens, statistic]"""
     n_tokens, total = 0, sum(len(piece.ids) for piece in pieces)
+    fit = Fitting()
 
     def watch(batch: TokenBatch) -> Tensor:
-        resid_BLD = read_residual(loaded.model, gate.read, batch.ids_BL, batch.mask_BL)
+        resid_BLD = read_residual(made.loaded.model, gate.read, batch.ids_BL, batch.mask_BL)
         return gate.watch(resid_BLD, batch.counted_BL).statistic_BL.amax(-1)
 
-    device = str(loaded.model.device)
-    for whole in batches([piece.ids for piece in pieces], loaded.tokenizer, device=device):
-        for batch, statistic_B in fit(whole, watch):
-            found = zip(batch.index, batch.counted_BL.sum(-1).tolist(), statistic_B.tolist(), strict=True)
-            rows += [
-                {"id": pieces[i].id, "group": pieces[i].corpus, "part": part, "length": length, "statistic": statistic}
-                for i, length, statistic in found
-            ]
-            n_tokens += int(batch.mask_BL.sum())
-            report(f"{part} pieces, tokens", n_tokens, total)
-    return rows
+    def state() -> State:
+        return {"n_batches": n_batches, "found": found}
+
+    device = str(made.loaded.model.device)
+    with at_safe_points():
+        for number, whole in enumerate(batches([piece.ids for piece in pieces], tokenizer, device=device)):
+            n_tokens += int(whole.mask_BL.sum())
+            if not session.workers.owns(number) or number < n_batches:
+                continue
+            for batch, statistic_B in fit(whole, watch):
+                several = zip(batch.index, batch.counted_BL.sum(-1).tolist(), statistic_B.tolist(), strict=True)
+                found += [[number, *one] for one in several]
+            n_batches = number + 1
+            session.report(f"{part} pieces, tokens", n_tokens, total)
+            checkpoint.reached(part, state)
+    checkpoint.keep(part, state())
+    of_all = sorted((one for several in session.workers.gathered(found) for one in several), key=lambda one: one[0])
+    return [
+        {"id": pieces[i].id, "group": pieces[i].corpus, "part": part, "length": length, "statistic": statistic}
+        for _, i, length, statistic in of_all
+    ]

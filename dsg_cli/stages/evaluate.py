@@ -9,34 +9,75 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsg_cli.artifacts import EvalReport, Header
 from dsg_cli.benches.names import PAPER
-from dsg_cli.benches.paper import load_questions, read_question_ids
+from dsg_cli.benches.paper import PaperQuestion, load_questions, read_question_ids
 from dsg_cli.benches.tasks import commits, load_tasks
+from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
 from dsg_cli.expect import check_expected, parse_expected
+from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.lab import data as lab
 from dsg_cli.model import LoadedModel, whole_digest
-from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import find_guards, identify, load_guards, settle
+from dsg_cli.stages.chain import Guards, find_guards, identify, load_guards, settle
 from dsg_cli.stages.provenance import Clock, new_header
+from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.workspace import Stored, Workspace
+
+if TYPE_CHECKING:
+    from dsg_cli.evaluation import SideBySide
 
 Answers = dict[bytes, tuple[float, bool]]
 
 
-def run(
-    recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), reuse: bool = False, report: Report = silent
-) -> Stored:
+def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), session: Session = QUIET) -> Stored:
     """Evaluate the newest guardrail, or those named together, and write the report.
 
     Raises:
-        DsgError: Anything the user can mend. An expectation that is not met is no error here; it is in the report.
+        DsgError: Anything the user can mend; after the report is written, a guardrail that gated no question on what it
+            should forget. An expectation that is not met is no error here; it is in the report.
     """
     clock = Clock()
+    newest = session.named(workspace, "guardrail", None) if not sources else None
+    with session.workers.in_turn():
+        made = _prepared(recipe, workspace, [newest] if newest else sources)
+    # Nothing vouches for the data of other benches, so they are asked again.
+    is_known = all(bench in lab.bench_names() for bench in recipe.eval.benches)
+    if is_known and (stored := session.existing(workspace, made.header)) is not None:
+        return stored
+    with session.checkpoint(workspace, made.header) as checkpoint:
+        earlier = _earlier_answers(workspace, made.header, session, checkpoint)
+        found = _asked(made, recipe, earlier, session, checkpoint)
+        stored = session.write(workspace, lambda: _write(workspace, clock, made, recipe, found, earlier))
+    _check_effect(stored, made.guards, recipe)
+    return stored
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """All that the questions are asked with."""
+
+    guards: Guards
+    loaded: LoadedModel
+    modules: list[GuardrailModule]
+    tasks: list[Any]
+    questions: dict[str, list[PaperQuestion]]
+    """Of benches of the paper's protocol."""
+    wanted: dict[str, list[str]]
+    """The questions of such benches that count, where they are given."""
+    expected: list[Any]
+    header: Header
+
+
+def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _Prepared:
+    """Everything checked and read.
+
+    Raises:
+        DsgError: Anything the user can mend.
+    """
     settings = recipe.eval
     guards = find_guards(workspace, sources)
     workspace.check_writable()
@@ -50,7 +91,6 @@ def run(
         others, split=settings.split, include_path=settings.include_path, can_generate=guards.can_generate
     )
     questions = {bench: load_questions(bench) for bench in in_paper}
-    is_known = all(bench in lab.bench_names() for bench in settings.benches)
     recipe = settle(recipe, guards.header)
     loaded, modules = load_guards(workspace, guards, recipe)
     if settings.apply_chat_template and not loaded.tokenizer.chat_template:
@@ -68,43 +108,64 @@ def run(
         sae=guards.header.sae,
         inputs=guards.stored,
     )
-    # Nothing vouches for the data of other benches, so they are asked again.
-    if reuse and is_known and (stored := workspace.matching(header)) is not None:
-        return stored
+    return _Prepared(guards, loaded, modules, tasks, questions, wanted, expected, header)
 
-    earlier = _earlier_answers(workspace, header)
-    known: Answers = {key: answer for answers in earlier.values() for key, answer in answers.items()}
+
+def _asked(
+    made: _Prepared, recipe: Recipe, earlier: dict[str, Answers], session: Session, checkpoint: Checkpoint
+) -> list[SideBySide]:
+    """Every bench of both sides."""
+    settings = recipe.eval
     options: dict[str, Any] = {
-        "bos": guards.bos,
+        "bos": made.guards.bos,
         "batch_size": settings.batch_size,
         "samples": settings.samples,
         "allow_mismatch": recipe.model.allow_mismatch,
-        "known": known,
-        "report": report,
+        "known": {key: answer for answers in earlier.values() for key, answer in answers.items()},
+        "workers": session.workers,
+        "checkpoint": checkpoint,
+        "report": session.report,
     }
-    found = []
-    if tasks:
+    found: list[SideBySide] = []
+    if made.tasks:
         from dsg_cli.evaluation import Asking, evaluate
 
         asking = Asking(settings.limit, settings.num_fewshot, settings.apply_chat_template)
-        found.append(evaluate(loaded, modules, tasks, asking=asking, **options))
-    if questions:
+        found.append(evaluate(made.loaded, made.modules, made.tasks, asking=asking, **options))
+    if made.questions:
         from dsg_cli.paper_evaluation import evaluate_paper
 
-        options |= {"limit": settings.limit, "question_ids": wanted}
-        found.append(evaluate_paper(loaded, modules, questions, **options))
-    return _write(workspace, clock, header, recipe, loaded, found, earlier, expected)
+        options |= {"limit": settings.limit, "question_ids": made.wanted}
+        found.append(evaluate_paper(made.loaded, made.modules, made.questions, **options))
+    return found
+
+
+def _check_effect(stored: Stored, guards: Guards, recipe: Recipe) -> None:
+    """Refuse to pass over a guardrail that lets everything through.
+
+    Raises:
+        DsgError: The bench of a forget corpus was run, and no question was gated, or no gate changed anything.
+    """
+    body = stored.body_as(EvalReport)
+    for name in guards.forget() if not recipe.guardrail.allow_ineffective else ():
+        for bench in (name, f"{name}-paper"):
+            gate = body.gate.get(bench)
+            if gate is not None and not (gate["rate"] and gate["edit"]):
+                raise DsgError(
+                    f"The guardrail did nothing on {bench}, which it should make the model forget: "
+                    + ("no question was gated." if not gate["rate"] else "its edits change nothing.")
+                    + f" The report is {stored.id}.",
+                    "Calibrate for questions of that length and form, or pass --allow-ineffective.",
+                )
 
 
 def _write(
     workspace: Workspace,
     clock: Clock,
-    header: Header,
+    made: _Prepared,
     recipe: Recipe,
-    loaded: LoadedModel,
-    found: Sequence[Any],
+    found: Sequence[SideBySide],
     earlier: dict[str, Answers],
-    expected: Sequence[Any],
 ) -> Stored:
     from dsg_cli.lm_eval_files import results_files
     from dsg_cli.scorer import answers_to_tensors
@@ -117,15 +178,17 @@ def _write(
         split=recipe.eval.split,
         results=results,
         gate={bench: rate for one in found for bench, rate in one.gate.items()},
-        expected=check_expected(expected, results),
+        expected=check_expected(made.expected, results),
         question_ids={bench: ids for one in found for bench, ids in one.question_ids.items()},
         base_from=_taken(answers, earlier),
     )
     files: dict[str, bytes] = {}
     for one in found:
         if one.found:
-            files |= results_files(one.found, model=loaded.source, created=header.created, samples=recipe.eval.samples)
-    header = dataclasses.replace(header, notes=[note for one in found for note in _unheeded(one, recipe)])
+            files |= results_files(
+                one.found, model=made.loaded.source, created=made.header.created, samples=recipe.eval.samples
+            )
+    header = dataclasses.replace(made.header, notes=[note for one in found for note in _unheeded(one, recipe)])
     return workspace.write(
         clock.close(header, n_tokens=sum(one.n_tokens for one in found)),
         body,
@@ -142,12 +205,20 @@ def _unheeded(found: Any, recipe: Recipe) -> list[str]:
     return [f"Some tasks fix their number of examples: {other}, not {wanted}."] if wanted is not None and other else []
 
 
-def _earlier_answers(workspace: Workspace, header: Header) -> dict[str, Answers]:
-    """Answers that the same base model gave, by evaluation: same weights, device, dtype and versions."""
+def _earlier_answers(
+    workspace: Workspace, header: Header, session: Session, checkpoint: Checkpoint
+) -> dict[str, Answers]:
+    """Answers that the same base model gave, by evaluation: same weights, device, dtype and versions.
+
+    Every worker, and a run that goes on, looks at the same evaluations: what is known decides what a batch holds.
+    """
     from dsg_cli.scorer import answers_from_tensors
 
+    kept = checkpoint.entry("evaluations")
+    ids: list[str] = session.workers.agreed(kept["ids"] if kept else workspace.ids("eval"))
+    checkpoint.keep("evaluations", {"ids": ids})
     earlier = {}
-    for artifact_id in workspace.ids("eval"):
+    for artifact_id in ids:
         try:
             stored = workspace.read(artifact_id)
         except DsgError:  # A damaged artifact is no reason not to ask again.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from dsg_cli.errors import DsgError
-from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
+from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.workspace import Stored, Workspace
 
 
@@ -15,8 +16,7 @@ def run(
     recipe: Recipe,
     workspace: Workspace,
     *,
-    reuse: bool = False,
-    report: Report = silent,
+    session: Session = QUIET,
     done: Callable[[Stored], Any] = lambda _: None,
 ) -> list[Stored]:
     """Select, calibrate, apply, evaluate and attack; each stage reads the artifact that the one before it wrote.
@@ -24,8 +24,7 @@ def run(
     Args:
         recipe: All settings; it must name corpora and benches.
         workspace: Where artifacts go.
-        reuse: Take existing artifacts whose settings, inputs and versions match.
-        report: Progress.
+        session: How it is run; one that goes on takes the artifacts that are there.
         done: Called with each artifact once it is written.
 
     Raises:
@@ -65,11 +64,11 @@ def run(
         done(stored)
         return str(stored.path)
 
-    options: dict[str, Any] = {"reuse": reuse, "report": report}
-    features = keep(select.run(recipe, workspace, **options))
-    threshold = keep(calibrate.run(recipe, workspace, source=features, **options))
-    guardrail = keep(apply.run(recipe, workspace, source=threshold, **options))
-    keep(evaluate.run(recipe, workspace, sources=[guardrail], **options))
+    session = dataclasses.replace(session, reuse=session.reuse or session.resume)
+    features = keep(select.run(recipe, workspace, session=session))
+    threshold = keep(calibrate.run(recipe, workspace, source=features, session=session))
+    guardrail = keep(apply.run(recipe, workspace, source=threshold, session=session))
+    keep(evaluate.run(recipe, workspace, sources=[guardrail], session=session))
     for kind in recipe.attack.kinds:
-        keep(attack.run(recipe, workspace, kind, sources=[guardrail], **options))
+        keep(attack.run(recipe, workspace, kind, sources=[guardrail], session=session))
     return chain
