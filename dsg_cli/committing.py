@@ -39,7 +39,7 @@ def writing(folder: Path) -> Iterator[None]:
             if scratch.is_dir():
                 _finish(folder, scratch)
             else:
-                scratch.unlink()
+                scratch.unlink(missing_ok=True)  # A probe, which its owner may have taken away.
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -165,11 +166,15 @@ def _simple_evaluate(**options: Any) -> Any:
     Both cost a second and print to the terminal; our header has what is needed of them.
     """
     nothing = {name: getattr(evaluator, name) for name in ("add_env_info", "get_git_commit_hash")}
+    # It returns nothing to other processes than the first of a machine; ours all ask everything, in shared batches.
+    local_rank = os.environ.pop("LOCAL_RANK", None)
     try:
         for name in nothing:
             setattr(evaluator, name, lambda *_arguments: None)
         return evaluator.simple_evaluate(**options)
     finally:
+        if local_rank is not None:
+            os.environ["LOCAL_RANK"] = local_rank
         for name, original in nothing.items():
             setattr(evaluator, name, original)
 

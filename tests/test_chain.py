@@ -58,7 +58,9 @@ def test_the_lab_recipe_reaches_its_targets(dsg, tmp_path):
             and header["sae"]["hook"] == "blocks.1.hook_resid_post"
         )
         assert dsg("show", artifact, "-w", "ws")[0] == 0
-    side_files = {path.name for path in (tmp_path / "ws").iterdir() if path.is_file() and path.suffix != ".json"}
+    side_files = {
+        path.name for path in (tmp_path / "ws").iterdir() if path.is_file() and path.suffix not in (".json", "")
+    }
     assert side_files == {
         "features-001.safetensors",
         "threshold-001.jsonl",

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 an error the user can mend; 2 usage; 3 an expectation not 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -13,12 +14,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from dsg_cli import __version__
-from dsg_cli.cli import apply, attack, calibrate, demo, evaluate, export, generate, lab, ls, run, select, show
+from dsg_cli.cli import apply, attack, calibrate, demo, evaluate, export, generate, lab, ls, run, select, show, verify
 from dsg_cli.cli.running import be_quiet_unless_first, check_shared, resume_command
 from dsg_cli.errors import DsgError
 from dsg_cli.interruption import Signalled, install
 from dsg_cli.workers import launched
 
+NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
+"""How libraries say it."""
 WAIT_FOR_THE_FIRST = 2.0
 """Seconds after which another process than the first complains: what all find wrong is said once."""
 
@@ -40,6 +43,7 @@ app.command("demo")(demo.command)
 app.command("run")(run.command)
 app.command("ls")(ls.command)
 app.command("show")(show.command)
+app.command("verify")(verify.command)
 app.add_typer(lab.app, name="lab")
 
 
@@ -87,7 +91,28 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # The reader of stdout went away; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        sys.stderr = sys.__stderr__  # A traceback is shown, whichever process it is in.
+        if (known := in_plain_words(error)) is None:
+            raise
+        complain(known)
+        sys.exit(1)
     sys.exit(0)
+
+
+def in_plain_words(error: Exception) -> DsgError | None:
+    """What happened to the machine rather than in the program: no memory, a full disk, a process that is gone."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        return DsgError(
+            f"There is not enough memory: {text[:200] or 'none could be had'}.",
+            "Read fewer documents (corpora.limit), choose a smaller model or SAE, or --dtype bfloat16.",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DsgError(f"There is no room left on the disk of {error.filename or 'a temporary file'}.", "Make room.")
+    if launched().n > 1 and "by peer" in text:
+        return DsgError("Another of the processes failed or was ended.", "Its own message says why.")
+    return None
 
 
 def complain(error: DsgError) -> None:

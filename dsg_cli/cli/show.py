@@ -19,6 +19,7 @@ def command(
     """Show one artifact: what it found and where it came from."""
     from rich.console import Console
 
+    from dsg_cli.report.provenance import provenance_tree
     from dsg_cli.report.tables import artifact_table
     from dsg_cli.workspace import Workspace
 
@@ -26,4 +27,6 @@ def command(
     if as_json:
         print_json(stored.json)
     else:
-        Console(width=None if sys.stdout.isatty() else 80).print(artifact_table(stored))
+        console = Console(width=None if sys.stdout.isatty() else 80)
+        console.print(artifact_table(stored))
+        console.print(provenance_tree(stored))

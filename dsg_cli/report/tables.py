@@ -13,6 +13,7 @@ from dsg_cli.artifacts import AttackReport, EvalReport, FeatureSet, Guardrail, J
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
+from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
 
 
@@ -56,6 +57,16 @@ def list_table(workspace: Workspace) -> Table:
         made_from = ", ".join(item.id for item in stored.header.inputs) or "corpora"
         table.add_row(stored.id, headline(stored), made_from)
     return table
+
+
+def verify_table(findings: Sequence[Finding]) -> Group:
+    """What was verified, and in one line whether all is well."""
+    table = Table("", "state", "", box=None, pad_edge=False, show_header=False)
+    styles = {"ok": "green", "broken": "red", "unfinished": "yellow"}
+    for finding in findings:
+        table.add_row(finding.name, Text(finding.state, style=styles[finding.state]), finding.remark)
+    counts = {state: sum(finding.state == state for finding in findings) for state in styles}
+    return Group(table, Text(", ".join(f"{n} {state}" for state, n in counts.items() if n) or "nothing there"))
 
 
 def corpora_table() -> Table:

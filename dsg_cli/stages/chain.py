@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,8 @@ def settle(recipe: Recipe, made: Header | None = None) -> Recipe:
     device = recipe.model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # Each process that torchrun starts on a machine has its own.
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
