@@ -85,6 +85,8 @@ class Header:
     peak_memory_mb: float = 0.0
     notes: list[str] = field(default_factory=list)
     """What a person should know before trusting it."""
+    trust_remote_code: bool = False
+    """Python files that came with the model were run."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def measure_effect(loaded: LoadedModel, guard: GuardrailModule, rows: Sequence[l
 
     def run(batch: TokenBatch) -> Tensor:
         options = {"input_ids": batch.ids_BL, "attention_mask": batch.mask_BL.long(), "use_cache": False}
-        return decoder(**options).last_hidden_state
+        return decoder(**options).last_hidden_state.to(batch.ids_BL.device)
 
     def both(batch: TokenBatch) -> tuple[Tensor, Tensor]:
         plain_BLD = run(batch)

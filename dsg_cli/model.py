@@ -33,6 +33,7 @@ SAMPLED = 256
 """Values of each tensor that `whole_digest` looks at."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 WEIGHT_FILES = ("model*.safetensors",)
+CODE_FILES = ("*.py",)
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ class LoadedModel:
     """Decoder layers of the whole model, however many were loaded."""
 
 
-def model_folder(source: str, *, weights: bool = True) -> Path:
+def model_folder(source: str, *, weights: bool = True, with_code: bool = False) -> Path:
     """The folder of `lab`, of a local model, or of a repository on the hub, which is downloaded as needed.
 
     Args:
         source: `lab`, a folder, org/name or org/name@revision.
         weights: Without them only configuration and tokenizer are fetched.
+        with_code: Fetch the repository's Python files too.
 
     Raises:
         DsgError: No such folder or repository, no access, no network, or no model in it.
@@ -62,7 +64,8 @@ def model_folder(source: str, *, weights: bool = True) -> Path:
     elif Path(source).is_dir():
         folder = Path(source)
     elif REPOSITORY.fullmatch(source):
-        folder = fetch_snapshot(source, (*SMALL_FILES, *WEIGHT_FILES) if weights else SMALL_FILES)
+        patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ()), *(CODE_FILES if with_code else ())]
+        folder = fetch_snapshot(source, patterns)
     else:
         raise DsgError(
             f"No model folder at {source}.", "Give --model a Hugging Face model folder, org/name on the hub, or `lab`."
@@ -79,17 +82,21 @@ def pinned(source: str, folder: Path) -> str:
     return str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
 
 
-def read_config(source: str) -> Any:
+def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration, without its weights.
+
+    Args:
+        source: `lab`, a folder, org/name or org/name@revision.
+        trust_remote_code: Run Python files of the model's repository.
 
     Raises:
         DsgError: The configuration is unreadable, or its architecture unknown.
     """
-    folder = model_folder(source, weights=False)
+    folder = model_folder(source, weights=False, with_code=trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # A file of the user's: libraries raise anything on a bad one.
-        raise DsgError(f"{folder / 'config.json'} cannot be read: {_one_line(error)}") from error
+        raise _unreadable(str(folder / "config.json"), "read", error) from error
 
 
 def text_config(config: Any) -> Any:
@@ -102,13 +109,13 @@ def context_length(config: Any) -> int:
     return int(getattr(text_config(config), "max_position_embeddings", None) or 2048)
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, without its weights.
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, without its weights; arguments as for `read_config`.
 
     Raises:
         DsgError: It has none, or it cannot be read.
     """
-    folder = model_folder(source, weights=False)
+    folder = model_folder(source, weights=False, with_code=trust_remote_code)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise DsgError(
             f"{source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
@@ -116,15 +123,21 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # The same.
-        raise DsgError(f"The tokenizer in {source} cannot be loaded: {_one_line(error)}") from error
+        raise _unreadable(f"The tokenizer in {source}", "loaded", error) from error
     return tokenizer
 
 
 def load_model(
-    source: str, *, device: str = "cpu", dtype: str = "float32", last_layer: int | None = None
+    source: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    last_layer: int | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model folder for inference.
 
@@ -134,13 +147,15 @@ def load_model(
         dtype: Torch dtype name.
         last_layer: If given, only decoder layers 0..last_layer are built and read from disk: their outputs are
             bit-identical to the whole model's, the weights above are never touched.
+        device_map: Spread the layers over all GPUs, as accelerate does it, instead of `device`.
+        trust_remote_code: Run Python files of the model's repository.
 
     Raises:
-        DsgError: Missing or unreadable folder, or weights that lack a tensor.
+        DsgError: Missing or unreadable folder, weights that lack a tensor, or more than the GPUs hold.
     """
-    folder = model_folder(source)
-    tokenizer = load_tokenizer(str(folder))
-    config = read_config(str(folder))
+    folder = model_folder(source, with_code=trust_remote_code)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    config = read_config(str(folder), trust_remote_code=trust_remote_code)
     decoder = text_config(config)
     n_layers = int(decoder.num_hidden_layers)
     if last_layer is not None and last_layer + 1 < n_layers:
@@ -153,20 +168,45 @@ def load_model(
             config=config,
             dtype=getattr(torch, dtype),
             attn_implementation=_attention(decoder),
+            device_map=device_map,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
     except Exception as error:  # The same.
-        raise DsgError(f"The model in {source} cannot be loaded: {_one_line(error)}") from error
+        raise _unreadable(f"The model in {source}", "loaded", error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise DsgError(f"The weights in {source} lack {len(missing)} tensors, among them {missing[0]}.")
     model.requires_grad_(False)
-    return LoadedModel(
-        model=model.eval().to(device), tokenizer=tokenizer, source=pinned(source, folder), n_layers=n_layers
-    )
+    model = model.eval()
+    if device_map is None:
+        model = model.to(device)
+    else:
+        _check_spread(model)
+    return LoadedModel(model=model, tokenizer=tokenizer, source=pinned(source, folder), n_layers=n_layers)
+
+
+def devices_of(model: Any) -> list[str]:
+    """The devices that a model's layers lie on."""
+    placed = getattr(model, "hf_device_map", None) or {"": model.device}
+    return sorted({str(torch.device(where)) if where != "disk" else "disk" for where in placed.values()})
+
+
+def _check_spread(model: Any) -> None:
+    found = devices_of(model)
+    if len(found) > 1 and {"cpu", "disk"} & set(found):
+        raise DsgError(
+            f"The model does not fit on the GPUs that are there ({', '.join(found)}).",
+            "Use more or larger ones, or --dtype bfloat16; what lies on the processor or on disk cannot be checked.",
+        )
+
+
+def _unreadable(what: str, done: str, error: Exception) -> DsgError:
+    needs_code = "trust_remote_code" in str(error)
+    hint = "It brings Python files of its own. Read them; --trust-remote-code runs them." if needs_code else ""
+    return DsgError(f"{what} cannot be {done}: {_one_line(error)}", hint)
 
 
 def whole_digest(model: PreTrainedModel) -> str:

@@ -24,7 +24,7 @@ def read_residual(model: nn.Module, site: HookSite, ids_BL: Tensor, mask_BL: Ten
         mask_BL: 1 for tokens, 0 for padding.
 
     Returns:
-        resid_BLD in the model's dtype.
+        resid_BLD in the model's dtype, on the device of the ids wherever the layer lies.
     """
     found: list[Tensor] = []
 
@@ -34,7 +34,7 @@ def read_residual(model: nn.Module, site: HookSite, ids_BL: Tensor, mask_BL: Ten
 
     with replace_residual(model, site, keep), suppress(_ReachedError):
         model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False)
-    return found[0]
+    return found[0].to(ids_BL.device)
 
 
 @contextmanager

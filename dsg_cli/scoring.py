@@ -23,6 +23,7 @@ from dsg_cli.checkpoints import Checkpoint, State
 from dsg_cli.errors import DsgError
 from dsg_cli.fitting import Fitting
 from dsg_cli.interruption import at_safe_points
+from dsg_cli.model import devices_of
 from dsg_cli.progress import Report, silent
 from dsg_cli.tokens import TokenBatch, pad_rows, with_bos
 from dsg_cli.workers import ALONE, Workers
@@ -201,8 +202,13 @@ def _positions(lengths: Sequence[int], n_tail: Sequence[int]) -> Tensor:
 def _logits(model: nn.Module, batch: TokenBatch, positions_P: Tensor) -> Tensor:
     """Logits at those positions only: with a vocabulary of 256k they cost more than many layers."""
     options = {"input_ids": batch.ids_BL, "attention_mask": batch.mask_BL.long(), "use_cache": False}
+    has_choice = "logits_to_keep" in inspect.signature(model.forward).parameters
+    if has_choice and len(devices_of(model)) > 1:
+        # Positions would lie on another device than the last layer; a number of last ones lies nowhere.
+        first = int(positions_P.min())
+        return model(**options, logits_to_keep=batch.ids_BL.shape[1] - first).logits[:, positions_P - first]
     positions_P = positions_P.to(batch.ids_BL.device)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if has_choice:
         return model(**options, logits_to_keep=positions_P).logits
     return model(**options).logits[:, positions_P]
 

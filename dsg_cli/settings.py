@@ -16,6 +16,10 @@ class ModelSection:
     """`auto` takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto` is float32 on a CPU, bfloat16 on a GPU that has it, and after select what select took."""
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    """Spread a model that is larger than one GPU over all of them, as accelerate does it."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model; recorded in the artifact, and asked for by every stage anew."""
     instead: str | None = None
     """For a guardrail: the model to put it on, if the one that it was made for now lies elsewhere."""
     allow_mismatch: bool = False

@@ -266,4 +266,5 @@ def reuse_key(header: Header) -> tuple[object, ...]:
         header.dsg_version,
         header.packages,
         header.git,
+        header.trust_remote_code,
     )

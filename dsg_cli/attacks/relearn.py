@@ -18,7 +18,9 @@ from dsg_cli.artifacts import Json
 from dsg_cli.attacks.asking import ask
 from dsg_cli.benches.tasks import Question
 from dsg_cli.checkpoints import Checkpoint
+from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule, guarded
+from dsg_cli.model import devices_of
 from dsg_cli.progress import Report, silent
 from dsg_cli.scoring import Request, encode_pair
 from dsg_cli.tokens import pad_rows, special_ids
@@ -65,6 +67,8 @@ def relearn(
     Returns:
         `[{x: step, guarded: {forget_acc, gate_rate, utility_acc, loss}, unguarded: {...}}]`
     """
+    if len(devices_of(model)) > 1:
+        raise DsgError("A model that is spread over several devices cannot be fine-tuned here.", "Take a larger one.")
     sides: dict[str, Sequence[GuardrailModule]] = {"unguarded": (), "guarded": guardrails}
     pairs = [encode_pair(tokenizer, q.context, q.choices[q.answer], bos=bos) for q in attacker_knows]
     batch = _training_batch(tokenizer, pairs, max_length, str(next(model.parameters()).device))

@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 import time
+from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
@@ -18,6 +19,7 @@ from dsg_cli.cli import apply, attack, calibrate, demo, evaluate, export, genera
 from dsg_cli.cli.running import be_quiet_unless_first, check_shared, resume_command
 from dsg_cli.errors import DsgError
 from dsg_cli.interruption import Signalled, install
+from dsg_cli.secrets import redacted
 from dsg_cli.workers import launched
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
@@ -73,6 +75,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     quiet_libraries()
     install()
+    sys.excepthook = _show_traceback
     be_quiet_unless_first()
     try:
         app(args=arguments, prog_name="dsg")
@@ -117,11 +120,19 @@ def in_plain_words(error: Exception) -> DsgError | None:
 
 def complain(error: DsgError) -> None:
     """One message on stderr; of several processes, the first to fail is heard, and torchrun ends the others."""
+    text = redacted(str(error))
     if launched().is_first:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {text}\n")
         return
     time.sleep(WAIT_FOR_THE_FIRST)
-    (sys.__stderr__ or sys.stderr).write(f"error in process {launched().rank}: {error}\n")
+    (sys.__stderr__ or sys.stderr).write(f"error in process {launched().rank}: {text}\n")
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does it, without secrets."""
+    import traceback
+
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
 
 def quiet_libraries() -> None:

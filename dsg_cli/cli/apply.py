@@ -28,6 +28,8 @@ def command(
     sets: opt.SetOption = None,
     device: opt.DeviceOption = None,
     dtype: opt.DtypeOption = None,
+    device_map: opt.DeviceMapOption = None,
+    trust_remote_code: opt.TrustOption = None,
     seed: opt.SeedOption = None,
     reuse: opt.ReuseOption = False,
     as_json: opt.JsonOption = False,
@@ -45,6 +47,8 @@ def command(
         device=device,
         dtype=dtype,
         seed=seed,
+        model__device_map=device_map,
+        model__trust_remote_code=trust_remote_code,
         guardrail__strength=strength,
         guardrail__allow_ineffective=allow_ineffective,
     )

@@ -17,6 +17,12 @@ RecipeOption = Annotated[str | None, typer.Option("--recipe", help="YAML file, o
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, for any setting; repeatable.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; a GPU if there is one.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+DeviceMapOption = Annotated[
+    str | None, typer.Option("--device-map", help="auto: spread a model over all GPUs, if it is larger than one.")
+]
+TrustOption = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run Python files that come with the model. Read them first.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
 FromOption = Annotated[str | None, typer.Option("--from", help="Artifact to start from; the newest by default.")]
 FromManyOption = Annotated[

@@ -20,6 +20,7 @@ from dsg_cli.recipe import Recipe
 from dsg_cli.runtime.gates import CAUSAL_FORMS
 from dsg_cli.sae import SaeSource, read_sae
 from dsg_cli.tokens import special_ids
+from dsg_cli.workers import launched
 from dsg_cli.workspace import Stored, Workspace
 
 
@@ -27,9 +28,11 @@ def settle(recipe: Recipe, made: Header | None = None) -> Recipe:
     """The recipe with `auto` replaced: the GPU if there is one, and the dtype of the artifact that is gone on from.
 
     Raises:
-        DsgError: The device is unknown or absent.
+        DsgError: The device is unknown or absent, or processes share out what a device map does.
     """
     device = recipe.model.device
+    if recipe.model.device_map is not None and launched().n > 1:
+        raise DsgError("--device-map and torchrun both share out the GPUs.", "Take one of them.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -77,6 +80,8 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
         device=recipe.model.device,
         dtype=recipe.model.dtype,
         last_layer=wanted.last_layer if cut else None,
+        device_map=recipe.model.device_map,
+        trust_remote_code=recipe.model.trust_remote_code,
     )
     if not recipe.model.allow_mismatch:
         check_identity(loaded, header)

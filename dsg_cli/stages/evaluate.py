@@ -188,7 +188,9 @@ def _write(
             files |= results_files(
                 one.found, model=made.loaded.source, created=made.header.created, samples=recipe.eval.samples
             )
-    header = dataclasses.replace(made.header, notes=[note for one in found for note in _unheeded(one, recipe)])
+    header = dataclasses.replace(
+        made.header, notes=[*made.header.notes, *(note for one in found for note in _unheeded(one, recipe))]
+    )
     return workspace.write(
         clock.close(header, n_tokens=sum(one.n_tokens for one in found)),
         body,

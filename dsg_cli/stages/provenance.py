@@ -63,7 +63,11 @@ def new_header(
         model=model,
         sae=sae,
         inputs=[stored.as_input() for stored in inputs],
-        notes=list(notes),
+        notes=[
+            *notes,
+            *(["Python files that came with the model were run."] if recipe.model.trust_remote_code else []),
+        ],
+        trust_remote_code=recipe.model.trust_remote_code,
     )
 
 

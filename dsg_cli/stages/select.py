@@ -94,8 +94,8 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
     workspace.check_writable()
     check_name(recipe.sae.source)
     recipe = settle(recipe)
-    model_config = text_config(read_config(recipe.model.source))
-    tokenizer = load_tokenizer(recipe.model.source)
+    model_config = text_config(read_config(recipe.model.source, trust_remote_code=recipe.model.trust_remote_code))
+    tokenizer = load_tokenizer(recipe.model.source, trust_remote_code=recipe.model.trust_remote_code)
     # Small before large: gated text is found before an SAE of gigabytes is fetched.
     forget = load_corpora(names.forget, role="forget", limit=names.limit, seed=recipe.seed)
     retain = load_corpora(names.retain, role="retain", limit=names.limit, seed=recipe.seed)
@@ -110,7 +110,12 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
         )
 
     loaded = load_model(
-        recipe.model.source, device=recipe.model.device, dtype=recipe.model.dtype, last_layer=sae.site.layer
+        recipe.model.source,
+        device=recipe.model.device,
+        dtype=recipe.model.dtype,
+        last_layer=sae.site.layer,
+        device_map=recipe.model.device_map,
+        trust_remote_code=recipe.model.trust_remote_code,
     )
     header = new_header(
         "features",
