@@ -7,6 +7,7 @@ Two runs share a checkpoint only if all that determines the result agrees: it is
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -83,9 +84,9 @@ class Checkpoint:
         safe_point()
 
     def keep(self, name: str, state: State) -> None:
-        """Have an entry in the next write."""
+        """Have an entry, as it is now, in the next write."""
         if self.path is not None:
-            self.entries[name] = state
+            self.entries[name] = copy.deepcopy(state)
 
     def write(self) -> None:
         """Write the file.

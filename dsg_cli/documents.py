@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,8 @@ class Documents:
 def read_file(path: Path, column: str | None = None) -> Documents:
     """A .jsonl, .json, .csv, .tsv, .parquet file, or a text file whose documents are parted by blank lines.
 
+    Of .jsonl and .parquet only what is taken is in memory; others are read whole.
+
     Args:
         path: Of the file.
         column: Which field holds the text; found by its name otherwise.
@@ -46,15 +51,17 @@ def read_file(path: Path, column: str | None = None) -> Documents:
         raise DsgError(f"{path} is of no kind that is known here.", f"Known files: {', '.join(READERS)}.")
     if kind == ".parquet":
         return _parquet(path, column)
+    if kind in (".jsonl", ".ndjson"):
+        return _lines(path, column)
     content = _text_of(path)
     if kind not in TABLES:
         texts = content.split("\n\n")
     elif kind in (".csv", ".tsv"):
         texts = _csv(path, content, column)
-    elif kind == ".json" and not _is_json_lines(content):
-        texts = _json(path, content, column)
+    elif _is_json_lines(content):
+        return _lines(path, column)
     else:
-        texts = _json_lines(path, content, column)
+        texts = _json(path, content, column)
     return listed(texts)
 
 
@@ -148,19 +155,49 @@ def _is_json_lines(content: str) -> bool:
         return False
 
 
-def _json_lines(path: Path, content: str, column: str | None) -> list[str]:
-    texts: list[str] = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DsgError(f"{where} is not JSON: {error.msg}.") from error
-        column = column if texts else _column_of(row, column, where)
-        texts.append(_field(row, column, where))
-    return texts
+def _lines(path: Path, column: str | None) -> Documents:
+    """JSON lines, of which only positions stay in memory: 16 bytes a line."""
+    starts, numbers = array("q"), array("q")
+    at = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                    starts.append(at)
+                    numbers.append(number)
+                at += len(line)
+    except OSError as error:
+        raise DsgError(f"{path} cannot be read: {error.strerror}.") from error
+
+    def take(indices: Sequence[int]) -> list[str]:
+        nonlocal column
+        texts = []
+        with path.open("rb") as file:
+            for i in indices:
+                file.seek(starts[i])
+                where = f"{path}, line {numbers[i]}"
+                row = _row(path, file.readline(), starts[i], where)
+                if i == 0:
+                    column = _column_of(row, column, where)
+                texts.append(_field(row, column, where))
+        return texts
+
+    if starts:
+        take([0])  # The first line says which column holds the text.
+    return Documents(len(starts), take)
+
+
+def _row(path: Path, line: bytes, start: int, where: str) -> Any:
+    if b"\x00" in line:
+        raise DsgError(f"{path} is not a text file: it has NUL bytes.", f"Known files: {', '.join(READERS)}.")
+    try:
+        return json.loads(line.decode("utf-8-sig" if start == 0 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise DsgError(
+            f"{path} is not UTF-8 text (byte {start + error.start}).", f"Known files: {', '.join(READERS)}."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DsgError(f"{where} is not JSON: {error.msg}.") from error
 
 
 def _json(path: Path, content: str, column: str | None) -> list[str]:
@@ -196,13 +233,27 @@ def _parquet(path: Path, column: str | None) -> Documents:
     from pyarrow import parquet
 
     try:
-        schema = parquet.read_schema(path)
+        file = parquet.ParquetFile(path)
+        schema = file.schema_arrow
         strings = [field.name for field in schema if pyarrow.types.is_string(field.type) or str(field.type) in STRINGS]
         column = _find_column(column, strings, str(path))
-        values = parquet.read_table(path, columns=[column])[column]
+        ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
     except (OSError, pyarrow.ArrowException) as error:
         raise DsgError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    return Documents(len(values), lambda indices: [text or "" for text in values.take(list(indices)).to_pylist()])
+
+    def take(indices: Sequence[int]) -> list[str]:
+        texts: dict[int, str] = {}
+        for group, several in groupby(sorted(indices), key=lambda i: bisect_right(ends, i)):
+            rows, first = list(several), ends[group - 1] if group else 0
+            try:
+                values = file.read_row_group(group, columns=[column])[column]
+                found = values.take([i - first for i in rows]).to_pylist()
+            except (OSError, pyarrow.ArrowException) as error:
+                raise DsgError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+            texts |= {i: text or "" for i, text in zip(rows, found, strict=True)}
+        return [texts[i] for i in indices]
+
+    return Documents(ends[-1] if ends else 0, take)
 
 
 def _saved(folder: Path, column: str | None, split: str | None) -> Documents:

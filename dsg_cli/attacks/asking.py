@@ -11,6 +11,7 @@ from dsg_cli.artifacts import Json
 from dsg_cli.benches.tasks import Question
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, guarded, last_decisions
+from dsg_cli.progress import Report, silent
 from dsg_cli.scoring import Request, encode_pair, score
 from dsg_cli.tokens import TokenBatch, special_ids
 from dsg_cli.workers import ALONE, Workers
@@ -32,10 +33,11 @@ def ask(
     workers: Workers = ALONE,
     checkpoint: Checkpoint | None = None,
     name: str = "",
+    report: Report = silent,
 ) -> Json:
     """`{"acc": ..., "gate_rate": ...}`; the gate rate, only under a guardrail, of questions with a gated choice.
 
-    What has been asked is kept in the checkpoint under that name.
+    What has been asked is kept in the checkpoint under that name, by which progress is reported too.
     """
     requests: list[Request] = []
     for number, question in enumerate(questions):
@@ -60,7 +62,9 @@ def ask(
             note=note if guardrails else None,
             workers=workers,
             checkpoint=checkpoint,
+            what=f"asking {name}",
             name=name,
+            report=report,
         )
     right, n_gated, start = 0, 0, 0
     for question in questions:

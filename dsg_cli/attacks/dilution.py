@@ -69,7 +69,7 @@ def dilute(
             "Lower attack.dilution_lengths.",
         )
     curve = []
-    for done, length in enumerate(lengths):
+    for length in lengths:
 
         def change(context: tuple[int, ...], number: int, length: int = length) -> tuple[int, ...]:
             n_head = int(bos is not None and context[:1] == (bos,))
@@ -90,8 +90,8 @@ def dilute(
                 workers=workers,
                 checkpoint=checkpoint,
                 name=f"{side}/{length}",
+                report=report,
             )
             point[side] = {f"forget_{key}" if key == "acc" else key: value for key, value in found.items()}
         curve.append(point)
-        report("dilution", done + 1, len(lengths))
     return curve

@@ -79,6 +79,7 @@ def relearn(
         attacked = copy.deepcopy(model).float().requires_grad_(True)
         optimizer = torch.optim.AdamW(attacked.parameters(), lr=learning_rate)
         options: dict[str, Any] = {"guardrails": guards, "bos": bos, "batch_size": batch_size, "max_length": max_length}
+        options |= {"checkpoint": checkpoint, "report": report}
         loss, n_done = float("nan"), 0
         measured[side] = []
         for step in steps:
@@ -88,10 +89,10 @@ def relearn(
                 n_done += 1
                 report(f"relearning, {side}", n_done, max(steps))
             names = {role: f"{side}/{step}/{role}" for role in ("forget", "utility")}
-            of_forget = ask(attacked, tokenizer, forget, checkpoint=checkpoint, name=names["forget"], **options)
+            of_forget = ask(attacked, tokenizer, forget, name=names["forget"], **options)
             point: Json = {"forget_acc": of_forget.pop("acc"), **of_forget}
             if utility:
-                kept = ask(attacked, tokenizer, utility, checkpoint=checkpoint, name=names["utility"], **options)
+                kept = ask(attacked, tokenizer, utility, name=names["utility"], **options)
                 point["utility_acc"] = kept["acc"]
             measured[side].append(point | ({"loss": loss} if n_done else {}))
     of_all = {side: points for several in workers.gathered(measured) for side, points in several.items()}

@@ -58,6 +58,7 @@ class Session:
         try:
             yield made
         except Signalled as stopped:
+            made.write()
             stopped.is_kept = path.is_file()
             raise
         made.remove()
