@@ -14,6 +14,7 @@ import files
 import hook
 import layers
 import memory
+import scaling
 import torch
 import transformers
 
@@ -22,7 +23,7 @@ def main() -> None:
     """Measure everything and print a Markdown table."""
     out = sys.stdout.write
     out("| what | measured | target |\n|---|---|---|\n")
-    for part in (hook, layers, files, memory, evaluating):
+    for part in (hook, layers, files, memory, evaluating, scaling):
         for what, measured, target in part.rows():
             out(f"| {what} | {measured} | {target} |\n")
             sys.stdout.flush()
