@@ -14,9 +14,9 @@ from typing import Any
 from dsg_cli.artifacts import EvalReport, Header
 from dsg_cli.benches.names import PAPER
 from dsg_cli.benches.paper import load_questions, read_question_ids
-from dsg_cli.benches.tasks import commits, load_tasks
+from dsg_cli.benches.tasks import commits, load_tasks, metrics_of
 from dsg_cli.errors import DsgError
-from dsg_cli.expect import check_expected, parse_expected
+from dsg_cli.expect import Expected, check_expected, check_metrics, parse_expected
 from dsg_cli.lab import data as lab
 from dsg_cli.model import LoadedModel, whole_digest
 from dsg_cli.progress import Report, silent
@@ -38,17 +38,18 @@ def run(
     """
     clock = Clock()
     settings = recipe.eval
-    guards = find_guards(workspace, sources)
-    workspace.check_writable()
     if not settings.benches:
         raise DsgError("No bench is named.", "Give one with --bench: `dsg ls benches` lists them.")
     expected = [parse_expected(text, settings.benches) for text in settings.expect]
+    guards = find_guards(workspace, sources)
+    workspace.check_writable()
     in_paper = [bench for bench in settings.benches if bench in PAPER]
     wanted = read_question_ids(Path(settings.question_ids) if settings.question_ids else None, in_paper)
     others = [bench for bench in settings.benches if bench not in PAPER]
     tasks = load_tasks(
         others, split=settings.split, include_path=settings.include_path, can_generate=guards.can_generate
     )
+    check_metrics(expected, metrics_of(tasks))
     questions = {bench: load_questions(bench) for bench in in_paper}
     is_known = all(bench in lab.bench_names() for bench in settings.benches)
     recipe = settle(recipe, guards.header)
@@ -104,7 +105,7 @@ def _write(
     loaded: LoadedModel,
     found: Sequence[Any],
     earlier: dict[str, Answers],
-    expected: Sequence[Any],
+    expected: Sequence[Expected],
 ) -> Stored:
     from dsg_cli.lm_eval_files import results_files
     from dsg_cli.scorer import answers_to_tensors
@@ -113,11 +114,12 @@ def _write(
     first = [bench for bench in recipe.eval.benches if bench in results]
     results = {bench: results[bench] for bench in (*first, *(name for name in results if name not in first))}
     answers: Answers = {key: answer for one in found for key, answer in one.answers.items()}
+    gate = {bench: rate for one in found for bench, rate in one.gate.items()}
     body = EvalReport(
         split=recipe.eval.split,
         results=results,
-        gate={bench: rate for one in found for bench, rate in one.gate.items()},
-        expected=check_expected(expected, results),
+        gate=gate,
+        expected=check_expected(expected, results, gate),
         question_ids={bench: ids for one in found for bench, ids in one.question_ids.items()},
         base_from=_taken(answers, earlier),
     )
