@@ -20,7 +20,6 @@ app = typer.Typer(
     name="dsg",
     help="Unlearning in language models with dynamic SAE guardrails.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("select")(select.command)
@@ -48,17 +47,21 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Let libraries log, warn and show their progress.")
+    ] = False,
 ) -> None:
     """Unlearning in language models with dynamic SAE guardrails.
 
     Find the SAE features that carry the knowledge (select), set when the gate fires (calibrate), build the guardrail
     (apply), measure what it does (eval) and how it breaks (attack). Start with: dsg demo
     """
+    if not verbose:
+        quiet_libraries()
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    quiet_libraries()
     install()
     try:
         app(args=arguments, prog_name="dsg")
@@ -78,7 +81,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def quiet_libraries() -> None:
-    """Other people's progress bars and warnings are off; ours report the same work."""
+    """Other people's progress bars, logs and warnings are off; ours report the same work."""
     if os.environ.get("DSG_DEBUG") == "1":
         return
     for name, value in (
@@ -89,9 +92,12 @@ def quiet_libraries() -> None:
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
         ("DATASETS_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
+        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
         ("PYTHONWARNINGS", "ignore"),
     ):
         os.environ.setdefault(name, value)
+    import logging
     import warnings
 
+    logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
