@@ -11,7 +11,7 @@ from dsg_cli.cli.output import progress, show_stored
 
 
 def command(
-    source: opt.FromOption = None,
+    source: opt.FromThresholdOption = None,
     strength: Annotated[
         str | None,
         typer.Option(

@@ -7,14 +7,24 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import progress, show_stored
+from dsg_cli.cli.verdict import summary_to
 from dsg_cli.errors import DsgError
 
 
 def command(
-    kind: Annotated[list[str] | None, typer.Option("--kind", help="relearn or dilution; repeatable.")] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--kind", help="relearn or dilution; repeatable.", autocompletion=complete("attacks")),
+    ] = None,
     bench: Annotated[
-        str | None, typer.Option("--bench", help="Forget questions; by default the bench named like the corpus.")
+        str | None,
+        typer.Option(
+            "--bench",
+            help="Forget questions; by default the bench named like the corpus.",
+            autocompletion=complete("benches"),
+        ),
     ] = None,
     sources: opt.FromManyOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Questions, at most.")] = None,
@@ -26,6 +36,7 @@ def command(
     seed: opt.SeedOption = None,
     instead: opt.InsteadOption = None,
     allow_mismatch: opt.MismatchOption = None,
+    summary: opt.SummaryOption = None,
     reuse: opt.ReuseOption = False,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
@@ -48,6 +59,7 @@ def command(
     )
     if not resolved.attack.kinds:
         raise DsgError("No attack is named.", "Give one with --kind: `dsg ls attacks` lists them.")
+    write_summary = summary_to(summary)
     with progress(quiet) as report:
         from dsg_cli.stages import attack
         from dsg_cli.workspace import Workspace
@@ -58,4 +70,5 @@ def command(
             attack.run(resolved, Workspace(workspace), name, sources=sources or [], reuse=reuse, report=report)
             for name in resolved.attack.kinds
         ]
+    write_summary(stored)
     show_stored(stored, as_json=as_json, quiet=quiet)
