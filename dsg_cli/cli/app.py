@@ -42,13 +42,19 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _verbose(wanted: bool) -> None:
+    if not wanted:
+        quiet_libraries()
+
+
 @app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Let libraries log, warn and show their progress.")
+        bool,
+        typer.Option("--verbose", "-v", callback=_verbose, help="Let libraries log, warn and show their progress."),
     ] = False,
 ) -> None:
     """Unlearning in language models with dynamic SAE guardrails.
@@ -56,8 +62,6 @@ def options(
     Find the SAE features that carry the knowledge (select), set when the gate fires (calibrate), build the guardrail
     (apply), measure what it does (eval) and how it breaks (attack). Start with: dsg demo
     """
-    if not verbose:
-        quiet_libraries()
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
