@@ -199,7 +199,7 @@ class EvalReport:
     gate: dict[str, Json]
     """bench -> rate of questions with a gated choice, number of questions."""
     expected: list[Json]
-    """Each --expect, its value and whether it was met."""
+    """[{expect, value, bound, met}]; evaluations of 0.1 have no bound."""
     question_ids: dict[str, list[str]]
     """bench -> the questions that the base model knows; of benches of the paper's protocol."""
     base_from: dict[str, int]

@@ -106,7 +106,7 @@ class EvalSection:
     batch_size: int = 32
     limit: int | None = None
     expect: list[str] = field(default_factory=list)
-    """Conditions on the unlearned model, such as `lab-hexes<=0.30`."""
+    """Conditions such as `lab-hexes<=0.30`, `lab-near>=0.99*base` or `lab-near.gate<=0.05` (expect.py)."""
     samples: bool = False
     """Keep question texts in the rows."""
     num_fewshot: int | None = None

@@ -270,13 +270,13 @@ def test_inputs_that_are_too_long_are_cut_on_the_left():
 def test_expectations():
     results = {"lab-hexes": {"unlearned": {"acc": 0.3, "acc_stderr": 0.1}}}
     conditions = ["lab-hexes<=0.30", "lab-hexes.acc_stderr > 0.2", "lab-hexes>=0.31"]
-    checked = check_expected([parse_expected(text, ["lab-hexes"]) for text in conditions], results)
+    checked = check_expected([parse_expected(text, ["lab-hexes"]) for text in conditions], results, {})
     assert [one["met"] for one in checked] == [True, False, False]
     for text, words in (("lab-hexes", "not a condition"), ("lab-hexes<=x", "not a condition"), ("lab-x<1", "not run")):
         with pytest.raises(DsgError, match=words):
             parse_expected(text, ["lab-hexes"])
     with pytest.raises(DsgError, match="no metric"):
-        check_expected([parse_expected("lab-hexes.f_one<1", ["lab-hexes"])], results)
+        check_expected([parse_expected("lab-hexes.f_one<1", ["lab-hexes"])], results, {})
 
 
 def test_examples_in_front_of_questions(loaded, sae, tmp_path):

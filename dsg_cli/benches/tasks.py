@@ -8,13 +8,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsg_cli.benches.names import QUICK, known_benches, task_name
+from dsg_cli.benches.names import PAPER, QUICK, bench_name, known_benches, task_name
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.hub_data import commit_read, data_errors
 from dsg_cli.lab import data as lab
@@ -74,7 +73,6 @@ def load_tasks(
 @functools.cache
 def task_index(folders: tuple[str, ...], include_defaults: bool) -> Any:
     """lm-eval's index of the tasks in folders; that of its own thousands takes seconds, so it is read where needed."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(folders) or None, include_defaults=include_defaults)
@@ -105,6 +103,17 @@ def _build(manager: Any, bench: str, split: str, can_generate: bool) -> list[Any
             )
     # A group, or the task itself; a tag stands for several tasks.
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+def metrics_of(tasks: Sequence[Any]) -> dict[str, set[str]]:
+    """Bench -> names of what it measures, of these tasks and of every bench of the paper's protocol."""
+    measured = {bench: {"acc"} for bench in PAPER}
+    for task in tasks:
+        if hasattr(task, "aggregate_metric_list"):  # A group.
+            measured[bench_name(task.name)] = {one.metric for one in task.aggregate_metric_list or ()}
+        else:
+            measured[bench_name(task.config.task)] = set(task.aggregation())
+    return measured
 
 
 def commits(tasks: Sequence[Any]) -> dict[str, str]:

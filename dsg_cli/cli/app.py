@@ -31,7 +31,6 @@ app = typer.Typer(
     name="dsg",
     help="Unlearning in language models with dynamic SAE guardrails.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("select")(select.command)
@@ -55,11 +54,20 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _verbose(wanted: bool) -> None:
+    if not wanted:
+        quiet_libraries()
+
+
 @app.callback()
 def options(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", callback=_verbose, help="Let libraries log, warn and show their progress."),
     ] = False,
 ) -> None:
     """Unlearning in language models with dynamic SAE guardrails.
@@ -67,13 +75,12 @@ def options(
     Find the SAE features that carry the knowledge (select), set when the gate fires (calibrate), build the guardrail
     (apply), measure what it does (eval) and how it breaks (attack). Start with: dsg demo
     """
-    del version  # Its callback has done all.
+    del version, verbose  # Their callbacks have done all.
     check_shared(context.invoked_subcommand)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    quiet_libraries()
     install()
     sys.excepthook = _show_traceback
     be_quiet_unless_first()
@@ -136,7 +143,7 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def quiet_libraries() -> None:
-    """Other people's progress bars and warnings are off; ours report the same work."""
+    """Other people's progress bars, logs and warnings are off; ours report the same work."""
     if os.environ.get("DSG_DEBUG") == "1":
         return
     for name, value in (
@@ -147,9 +154,12 @@ def quiet_libraries() -> None:
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
         ("DATASETS_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
+        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
         ("PYTHONWARNINGS", "ignore"),
     ):
         os.environ.setdefault(name, value)
+    import logging
     import warnings
 
+    logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from dsg_cli.cli.running import running
 
 
 def command(
-    source: opt.FromOption = None,
+    source: opt.FromThresholdOption = None,
     strength: Annotated[
         str | None,
         typer.Option(

@@ -7,15 +7,25 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import show_stored
 from dsg_cli.cli.running import running
+from dsg_cli.cli.verdict import summary_to
 from dsg_cli.errors import DsgError
 
 
 def command(
-    kind: Annotated[list[str] | None, typer.Option("--kind", help="relearn or dilution; repeatable.")] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--kind", help="relearn or dilution; repeatable.", autocompletion=complete("attacks")),
+    ] = None,
     bench: Annotated[
-        str | None, typer.Option("--bench", help="Forget questions; by default the bench named like the corpus.")
+        str | None,
+        typer.Option(
+            "--bench",
+            help="Forget questions; by default the bench named like the corpus.",
+            autocompletion=complete("benches"),
+        ),
     ] = None,
     sources: opt.FromManyOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Questions, at most.")] = None,
@@ -29,6 +39,7 @@ def command(
     seed: opt.SeedOption = None,
     instead: opt.InsteadOption = None,
     allow_mismatch: opt.MismatchOption = None,
+    summary: opt.SummaryOption = None,
     reuse: opt.ReuseOption = False,
     resume: opt.ResumeOption = False,
     as_json: opt.JsonOption = False,
@@ -54,6 +65,7 @@ def command(
     )
     if not resolved.attack.kinds:
         raise DsgError("No attack is named.", "Give one with --kind: `dsg ls attacks` lists them.")
+    write_summary = summary_to(summary)
     with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import attack
         from dsg_cli.workspace import Workspace
@@ -64,4 +76,5 @@ def command(
             attack.run(resolved, Workspace(workspace), name, sources=sources or [], session=session)
             for name in resolved.attack.kinds
         ]
+    write_summary(stored)
     show_stored(stored, as_json=as_json, quiet=quiet)

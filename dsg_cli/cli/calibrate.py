@@ -7,18 +7,27 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import show_stored
 from dsg_cli.cli.running import running
 from dsg_cli.errors import DsgError
 
 
 def command(
-    source: opt.FromOption = None,
+    source: opt.FromFeaturesOption = None,
     retain: Annotated[
-        list[str] | None, typer.Option("--retain", help="Other retain corpora than those of select; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--retain",
+            help="Other retain corpora than those of select; repeatable.",
+            autocompletion=complete("corpora"),
+        ),
     ] = None,
     gate: Annotated[
-        str | None, typer.Option("--gate", help="window (default), causal-mean, or the paper's mean.")
+        str | None,
+        typer.Option(
+            "--gate", help="window (default), causal-mean, or the paper's mean.", autocompletion=complete("gates")
+        ),
     ] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="Promised rate of false positives.")] = None,
     lengths: Annotated[

@@ -13,6 +13,7 @@ DEMO_WORKSPACE = Path("dsg-demo")
 
 def command(
     workspace: opt.WorkspaceOption = DEMO_WORKSPACE,
+    summary: opt.SummaryOption = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
@@ -23,4 +24,4 @@ def command(
     from dsg_cli.recipe import RECIPES
 
     resolved = opt.settings(str(RECIPES / "lab.yaml"), None, device=None, dtype=None, seed=None)
-    run_chain(resolved, workspace, reuse=False, as_json=as_json, quiet=quiet)
+    run_chain(resolved, workspace, summary=summary, reuse=False, as_json=as_json, quiet=quiet)

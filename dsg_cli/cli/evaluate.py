@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import show_stored
 from dsg_cli.cli.running import running
-
-if TYPE_CHECKING:
-    from dsg_cli.workspace import Stored
-
-EXPECTATION_NOT_MET = 3
+from dsg_cli.cli.verdict import exit_unless_met, summary_to
 
 
 def command(
-    bench: Annotated[list[str] | None, typer.Option("--bench", help="`dsg ls benches`, or of lm-eval.")] = None,
+    bench: Annotated[
+        list[str] | None,
+        typer.Option("--bench", help="`dsg ls benches`, or of lm-eval.", autocompletion=complete("benches")),
+    ] = None,
     sources: opt.FromManyOption = None,
     split: Annotated[str | None, typer.Option("--split", help="dev or test questions of a lab bench.")] = None,
     include_path: Annotated[str | None, typer.Option("--include-path", help="Folder of lm-eval tasks.")] = None,
@@ -30,7 +29,7 @@ def command(
         str | None, typer.Option("--question-ids", help="Questions that count: an eval-NNN.json, or a file of ids.")
     ] = None,
     expect: Annotated[
-        list[str] | None, typer.Option("--expect", help="Condition such as 'lab-hexes<=0.30'; exit 3 if not met.")
+        list[str] | None, typer.Option("--expect", help="'lab-hexes<=0.30', 'mmlu>=0.99*base'; exit 3 if not met.")
     ] = None,
     samples: Annotated[bool | None, typer.Option("--samples", help="Keep the questions' texts.")] = None,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
@@ -44,6 +43,7 @@ def command(
     instead: opt.InsteadOption = None,
     allow_mismatch: opt.MismatchOption = None,
     allow_ineffective: opt.IneffectiveOption = None,
+    summary: opt.SummaryOption = None,
     reuse: opt.ReuseOption = False,
     resume: opt.ResumeOption = False,
     as_json: opt.JsonOption = False,
@@ -75,22 +75,12 @@ def command(
         eval__expect=expect,
         eval__samples=samples,
     )
+    write_summary = summary_to(summary)
     with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import evaluate
         from dsg_cli.workspace import Workspace
 
         stored = evaluate.run(resolved, Workspace(workspace), sources=sources or [], session=session)
+    write_summary([stored])
     show_stored(stored, as_json=as_json, quiet=quiet)
     exit_unless_met([stored])
-
-
-def exit_unless_met(chain: list[Stored]) -> None:
-    """Exit 3 if an expectation of any evaluation was not met."""
-    from dsg_cli.artifacts import EvalReport
-
-    reports = [stored.body for stored in chain if isinstance(stored.body, EvalReport)]
-    missed = [one for report in reports for one in report.expected if not one["met"]]
-    for one in missed:
-        sys.stderr.write(f"not met: {one['expect']} (it is {one['value']:.4g})\n")
-    if missed:
-        raise typer.Exit(EXPECTATION_NOT_MET)

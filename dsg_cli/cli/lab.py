@@ -14,7 +14,10 @@ app = typer.Typer(help="The embedded lab: write it out, or train it again.", no_
 
 
 @app.command("export")
-def export(folder: Annotated[Path, typer.Argument(help="New folder to write to.")]) -> None:
+def export(
+    folder: Annotated[Path, typer.Argument(help="New folder to write to.")],
+    as_json: opt.JsonOption = False,
+) -> None:
     """Write the lab's model, SAEs, corpora, questions and lm-eval tasks in plain formats.
 
     Others can recompute every number from it without this package.
@@ -22,7 +25,12 @@ def export(folder: Annotated[Path, typer.Argument(help="New folder to write to."
     from dsg_cli.lab.export import export_lab
 
     export_lab(folder)
-    print_line(str(folder))
+    if as_json:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        listed = [{"path": str(path.relative_to(folder)), "bytes": path.stat().st_size} for path in files]
+        print_json({"to": str(folder), "files": listed})
+    else:
+        print_line(str(folder))
 
 
 @app.command("train")

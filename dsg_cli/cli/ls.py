@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
-from dsg_cli.artifacts import Gate
-from dsg_cli.benches.names import known_benches
-from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.names import NAMES, complete_kind, ids_of
 from dsg_cli.cli.output import print_json, print_names
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.lab import data as lab
-
-
-def _recipes() -> list[str]:
-    from dsg_cli.recipe import recipe_names
-
-    return recipe_names()
-
-
-def _saes() -> list[str]:
-    from dsg_cli.releases import releases
-
-    return [*lab.SAE_DIRS, *sorted(releases())]
-
-
-def _ids(release: str) -> list[str]:
-    from dsg_cli.releases import releases
-
-    if release not in releases():
-        raise DsgError(f"There is no SAE release {release}.", nearest(release, releases()))
-    return [f"{release}/{one['id']}" for one in releases()[release]["saes"]]
-
-
-NAMES = {
-    "corpora": lambda: [*lab.CORPORA, *CATALOGUE],
-    "benches": known_benches,
-    "saes": _saes,
-    "gates": lambda: list(get_args(Gate)),
-    "attacks": lambda: ["relearn", "dilution"],
-    "recipes": _recipes,
-}
 
 
 def command(
     what: Annotated[
-        str | None, typer.Argument(help=f"{', '.join(NAMES)}, saes/RELEASE; by default the artifacts.")
+        str | None,
+        typer.Argument(
+            help=f"{', '.join(NAMES)}, saes/RELEASE; by default the artifacts.", autocompletion=complete_kind
+        ),
     ] = None,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     as_json: opt.JsonOption = False,
@@ -58,13 +28,12 @@ def command(
         if what not in NAMES and what.partition("/")[0] != "saes":
             raise DsgError(f"dsg ls knows no {what}.", nearest(what, NAMES))
         if what == "corpora" and not as_json and sys.stdout.isatty():
-            from rich.console import Console
-
+            from dsg_cli.report.console import console
             from dsg_cli.report.tables import corpora_table
 
-            Console().print(corpora_table())
+            console().print(corpora_table())
             return
-        print_names(NAMES[what]() if what in NAMES else _ids(what.removeprefix("saes/")), as_json=as_json)
+        print_names(NAMES[what]() if what in NAMES else ids_of(what.removeprefix("saes/")), as_json=as_json)
         return
     from dsg_cli.workspace import Workspace
 
@@ -72,10 +41,9 @@ def command(
     if as_json:
         print_json([found.read(artifact_id).json for artifact_id in found.ids()])
     elif sys.stdout.isatty() and found.ids():
-        from rich.console import Console
-
+        from dsg_cli.report.console import console
         from dsg_cli.report.tables import list_table
 
-        Console().print(list_table(found))
+        console().print(list_table(found))
     else:
         print_names(found.ids(), as_json=False)

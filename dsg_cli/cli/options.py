@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsg_cli.cli.names import complete, complete_artifact
+
 if TYPE_CHECKING:
     from dsg_cli.recipe import Recipe
 
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", envvar="DSG_WORKSPACE", help="Folder of artifacts.", show_default=True)
 ]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="YAML file, or the name of a shipped recipe.")]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", help="YAML file, or the name of a shipped recipe.", autocompletion=complete("recipes")),
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, for any setting; repeatable.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; a GPU if there is one.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
@@ -24,10 +29,17 @@ TrustOption = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run Python files that come with the model. Read them first.")
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
-FromOption = Annotated[str | None, typer.Option("--from", help="Artifact to start from; the newest by default.")]
+FEATURES, THRESHOLD, GUARDRAIL = map(complete_artifact, ("features", "threshold", "guardrail"))
+FROM_HELP = "Artifact to start from; the newest by default."
+FromFeaturesOption = Annotated[str | None, typer.Option("--from", help=FROM_HELP, autocompletion=FEATURES)]
+FromThresholdOption = Annotated[str | None, typer.Option("--from", help=FROM_HELP, autocompletion=THRESHOLD)]
 FromManyOption = Annotated[
     list[str] | None,
-    typer.Option("--from", help="Guardrail, the newest by default; repeatable, each decides by its own gate."),
+    typer.Option(
+        "--from",
+        help="Guardrail, the newest by default; repeatable, each decides by its own gate.",
+        autocompletion=GUARDRAIL,
+    ),
 ]
 InsteadOption = Annotated[
     str | None, typer.Option("--model", help="Model to put it on; by default where the guardrail's model was.")
@@ -45,6 +57,9 @@ ResumeOption = Annotated[
 IneffectiveOption = Annotated[
     bool | None,
     typer.Option("--allow-ineffective", help="Even if the guardrail does nothing on what it should forget."),
+]
+SummaryOption = Annotated[
+    str | None, typer.Option("--summary", metavar="FILE", help="Append a Markdown section on what was found to a file.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from dsg_cli.progress import Report, silent
@@ -24,12 +24,11 @@ def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool
         documents = [one.json for one in several]
         print_json(documents[0] if len(documents) == 1 else documents)
     elif sys.stdout.isatty():
-        from rich.console import Console
-
+        from dsg_cli.report.console import console
         from dsg_cli.report.tables import artifact_table
 
         for one in several:
-            Console().print(artifact_table(one))
+            console().print(artifact_table(one))
     else:
         for one in several:
             print_line(one.id)
@@ -61,18 +60,25 @@ def print_names(names: Sequence[str], *, as_json: bool) -> None:
 def hint(text: str) -> None:
     """A word to the person at the terminal, on stderr."""
     if sys.stderr.isatty():
-        from rich.console import Console
+        from dsg_cli.report.console import console
 
-        Console(stderr=True).print(text, style="dim", highlight=False)
+        console(sys.stderr).print(text, style="dim", highlight=False)
 
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """A progress bar on stderr, only on a terminal."""
-    if quiet or not sys.stderr.isatty():
+    """A progress bar on stderr, only on a terminal. Whatever libraries print meanwhile goes to stderr too."""
+    with redirect_stdout(sys.stderr), _bars(quiet) as report:
+        yield report
+
+
+@contextmanager
+def _bars(quiet: bool) -> Iterator[Report]:
+    from dsg_cli.report.console import can_redraw, console
+
+    if quiet or not can_redraw():
         yield silent
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
@@ -83,7 +89,7 @@ def progress(quiet: bool) -> Iterator[Report]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Progress(*columns, console=console(sys.stderr), transient=True) as bars:
         task = bars.add_task("loading", total=None, rate="")
         current, began = "", time.monotonic()
 

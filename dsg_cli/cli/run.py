@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsg_cli.cli import options as opt
-from dsg_cli.cli.evaluate import exit_unless_met
+from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import hint, print_json, print_line
 from dsg_cli.cli.running import running
+from dsg_cli.cli.verdict import exit_unless_met, summary_to
 
 if TYPE_CHECKING:
     from dsg_cli.recipe import Recipe
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str, typer.Argument(help="YAML file, or the name of a shipped recipe.", autocompletion=complete("recipes"))
+    ],
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     sets: opt.SetOption = None,
     device: opt.DeviceOption = None,
     dtype: opt.DtypeOption = None,
     seed: opt.SeedOption = None,
     is_dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    summary: opt.SummaryOption = None,
     reuse: opt.ReuseOption = False,
     resume: opt.ResumeOption = False,
     as_json: opt.JsonOption = False,
@@ -39,7 +42,7 @@ def command(
     if is_dry:
         show_plan(resolved, as_json=as_json)
         return
-    run_chain(resolved, workspace, reuse=reuse, resume=resume, as_json=as_json, quiet=quiet)
+    run_chain(resolved, workspace, summary=summary, reuse=reuse, resume=resume, as_json=as_json, quiet=quiet)
 
 
 def show_plan(recipe: Recipe, *, as_json: bool) -> None:
@@ -55,9 +58,17 @@ def show_plan(recipe: Recipe, *, as_json: bool) -> None:
 
 
 def run_chain(
-    recipe: Recipe, workspace: Path, *, reuse: bool = False, resume: bool = False, as_json: bool, quiet: bool
+    recipe: Recipe,
+    workspace: Path,
+    *,
+    summary: str | None,
+    reuse: bool = False,
+    resume: bool = False,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Run, then show one table (on a terminal or off it) or one JSON document."""
+    write_summary = summary_to(summary)
     with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import run_recipe
         from dsg_cli.workspace import Workspace
@@ -68,14 +79,14 @@ def run_chain(
             session=session,
             done=lambda stored: None if quiet else hint(f"wrote {stored.id}"),
         )
-    from rich.console import Console
-
+    write_summary(chain)
+    from dsg_cli.report.console import console
     from dsg_cli.report.demo import chain_summary, chain_table
 
     if as_json:
         print_json(chain_summary(chain, recipe.published))
     else:
-        Console(width=None if sys.stdout.isatty() else 80).print(chain_table(chain, recipe.published))
+        console().print(chain_table(chain, recipe.published))
         print_line(f"Artifacts in {workspace}: {', '.join(stored.id for stored in chain)}")
     if not quiet:
         hint(f"Next: dsg show {chain[0].id}, or dsg ls")

@@ -7,13 +7,20 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import show_stored
 from dsg_cli.cli.running import running
 
 
 def command(
-    forget: Annotated[list[str] | None, typer.Option("--forget", help="Corpus to forget (`dsg ls corpora`).")] = None,
-    retain: Annotated[list[str] | None, typer.Option("--retain", help="Corpus to retain; NAME=WEIGHT mixes.")] = None,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option("--forget", help="Corpus to forget (`dsg ls corpora`).", autocompletion=complete("corpora")),
+    ] = None,
+    retain: Annotated[
+        list[str] | None,
+        typer.Option("--retain", help="Corpus to retain; NAME=WEIGHT mixes.", autocompletion=complete("corpora")),
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Hub name, folder or `lab`.")] = None,
     sae: Annotated[str | None, typer.Option("--sae", help="RELEASE/ID, folder or `lab`.")] = None,
     n_features: Annotated[int | None, typer.Option("-n", "--n-features", help="Features to select.")] = None,

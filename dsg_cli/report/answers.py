@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from dsg_cli.report.console import console
+
 if TYPE_CHECKING:
     from dsg_cli.generation import GateTrace
     from dsg_cli.stages.generate import Answers
@@ -16,7 +18,8 @@ class Screen:
     def __init__(self, side: str, *, is_silent: bool) -> None:
         self.is_alone = side != "both"
         self.is_silent = is_silent
-        self.is_live = sys.stdout.isatty() and not is_silent
+        self.out = sys.stdout
+        self.is_live = self.out.isatty() and not is_silent
         self.current = ""
 
     def write(self, side: str, piece: str) -> None:
@@ -40,13 +43,11 @@ class Screen:
             self._show("\n")
         elif not self.is_silent:
             for side, one in done.sides.items():
-                sys.stdout.write((one.text if self.is_alone else f"{side}: {one.text}") + "\n")
+                self.out.write((one.text if self.is_alone else f"{side}: {one.text}") + "\n")
         self.current = ""
 
     def _show(self, text: str, style: str | None = None) -> None:
-        from rich.console import Console
-
-        Console().print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+        console(self.out).print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _told(name: str, gate: GateTrace, tokens: list[str]) -> str:

@@ -13,8 +13,12 @@ from dsg_cli.artifacts import AttackReport, EvalReport, FeatureSet, Guardrail, J
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
+from dsg_cli.report.expectations import verdicts
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
+
+ATTACK_UNITS = {"relearn": "steps", "dilution": "benign tokens"}
+"""What the x of an attack's curve counts."""
 
 
 def artifact_table(stored: Stored) -> Group:
@@ -101,6 +105,11 @@ def percent(sides: Json, side: str) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def shown_benches(body: EvalReport, named: Sequence[str]) -> list[str]:
+    """Of an evaluation's benches those that were named, not their parts."""
+    return [bench for bench in body.results if bench in named] or list(body.results)
+
+
 def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in rows:
@@ -161,7 +170,7 @@ def _effect(effect: Json) -> str:
 
 def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:
     table = Table("bench", "questions", "base", "guarded", "95 %", "gated", box=None, pad_edge=False)
-    shown = [bench for bench in body.results if bench in named] or list(body.results)
+    shown = shown_benches(body, named)
     for bench in shown:
         sides, gate = body.results[bench], body.gate.get(bench)
         after = sides["unlearned"]
@@ -176,8 +185,8 @@ def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:
             interval,
             f"{gate['rate']:.2f}" if gate else "-",
         )
-    for one in body.expected:
-        table.add_row(one["expect"], "", "", f"{one['value']:.2f}", "", "met" if one["met"] else "NOT MET")
+    for one in verdicts(body):
+        table.add_row(Text(one.expect), "", "", one.unlearned, one.bound, "met" if one.is_met else "NOT MET")
     remarks = []
     if len(shown) < len(body.results):
         remarks.append(f"{len(body.results) - len(shown)} parts more with --json")
@@ -187,7 +196,7 @@ def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:
 
 
 def _attack(body: AttackReport) -> Table:
-    x = {"relearn": "steps", "dilution": "benign tokens"}.get(body.attack, "x")
+    x = ATTACK_UNITS.get(body.attack, "x")
     has_utility = any("utility_acc" in point["guarded"] for point in body.curve)
     columns = [x, "guarded", "gated", "unguarded", *(["utility"] if has_utility else [])]
     table = Table(*columns, box=None, pad_edge=False)

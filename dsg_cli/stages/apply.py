@@ -47,11 +47,10 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, sess
 def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Session) -> Stored:
     clock = Clock()
     threshold = workspace.find("threshold", source)
-    features = workspace.input_of(threshold, "features")
     workspace.check_writable()
     set_at = threshold.body_as(Threshold)
     strength = parse_strength(recipe.guardrail.strength, set_at.median_residual_norm)
-    forget, notes = _forget_text(features)
+    forget, notes = _forget_text(workspace, threshold)
     assert threshold.header.sae is not None
     sae = chain_sae(threshold.header.sae, threshold.id)
     recipe = settle(recipe, threshold.header)
@@ -116,23 +115,26 @@ def check_effect(effect: Effect) -> None:
     )
 
 
-def _forget_text(features: Stored) -> tuple[list[Corpus], list[str]]:
+def _forget_text(workspace: Workspace, threshold: Stored) -> tuple[list[Corpus], list[str]]:
     """The forget corpora of select as they are now, and a note on each that has changed since.
 
     Raises:
         DsgError: One cannot be read any more.
     """
-    settings = features.header.settings
+    settings = threshold.header.settings
+    if "forget" not in settings:  # Made before thresholds said so.
+        features = workspace.input_of(threshold, "features").header
+        settings = features.settings | {"forget_limit": features.settings["limit"], "forget_seed": features.seed}
     described = {one["name"]: one for one in settings["forget"]}
     forget = load_corpora(
         list(described),
         role="forget",
-        limit=settings["limit"],
-        seed=features.header.seed,
+        limit=settings["forget_limit"],
+        seed=settings["forget_seed"],
         revisions={name: one.get("revision") for name, one in described.items()},
     )
     changed = [corpus.name for corpus in forget if corpus.sha256 != described[corpus.name]["sha256"]]
-    return forget, [f"The forget corpus {name} has changed since {features.id} was made." for name in changed]
+    return forget, [f"The forget corpus {name} has changed since select." for name in changed]
 
 
 def _rows(

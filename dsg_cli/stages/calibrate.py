@@ -114,6 +114,10 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
             **dataclasses.asdict(settings),
             "retain": [corpus.described() for corpus in retain],
             "limit": recipe.corpora.limit,
+            # What apply tries the guardrail on, wherever the features lie by then.
+            "forget": selected["forget"],
+            "forget_limit": selected["limit"],
+            "forget_seed": features.header.seed,
         },
         model=features.header.model,
         sae=features.header.sae,

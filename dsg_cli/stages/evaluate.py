@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from dsg_cli.artifacts import EvalReport, Header
 from dsg_cli.benches.names import PAPER
 from dsg_cli.benches.paper import PaperQuestion, load_questions, read_question_ids
-from dsg_cli.benches.tasks import commits, load_tasks
+from dsg_cli.benches.tasks import commits, load_tasks, metrics_of
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
-from dsg_cli.expect import check_expected, parse_expected
+from dsg_cli.expect import Expected, check_expected, check_metrics, parse_expected
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.lab import data as lab
 from dsg_cli.model import LoadedModel, whole_digest
@@ -68,7 +68,7 @@ class _Prepared:
     """Of benches of the paper's protocol."""
     wanted: dict[str, list[str]]
     """The questions of such benches that count, where they are given."""
-    expected: list[Any]
+    expected: list[Expected]
     header: Header
 
 
@@ -79,17 +79,18 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
         DsgError: Anything the user can mend.
     """
     settings = recipe.eval
-    guards = find_guards(workspace, sources)
-    workspace.check_writable()
     if not settings.benches:
         raise DsgError("No bench is named.", "Give one with --bench: `dsg ls benches` lists them.")
     expected = [parse_expected(text, settings.benches) for text in settings.expect]
+    guards = find_guards(workspace, sources)
+    workspace.check_writable()
     in_paper = [bench for bench in settings.benches if bench in PAPER]
     wanted = read_question_ids(Path(settings.question_ids) if settings.question_ids else None, in_paper)
     others = [bench for bench in settings.benches if bench not in PAPER]
     tasks = load_tasks(
         others, split=settings.split, include_path=settings.include_path, can_generate=guards.can_generate
     )
+    check_metrics(expected, metrics_of(tasks))
     questions = {bench: load_questions(bench) for bench in in_paper}
     recipe = settle(recipe, guards.header)
     loaded, modules = load_guards(workspace, guards, recipe)
@@ -174,11 +175,12 @@ def _write(
     first = [bench for bench in recipe.eval.benches if bench in results]
     results = {bench: results[bench] for bench in (*first, *(name for name in results if name not in first))}
     answers: Answers = {key: answer for one in found for key, answer in one.answers.items()}
+    gate = {bench: rate for one in found for bench, rate in one.gate.items()}
     body = EvalReport(
         split=recipe.eval.split,
         results=results,
-        gate={bench: rate for one in found for bench, rate in one.gate.items()},
-        expected=check_expected(made.expected, results),
+        gate=gate,
+        expected=check_expected(made.expected, results, gate),
         question_ids={bench: ids for one in found for bench, ids in one.question_ids.items()},
         base_from=_taken(answers, earlier),
     )

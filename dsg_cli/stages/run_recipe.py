@@ -35,25 +35,25 @@ def run(
 
     from dsg_cli.benches.names import PAPER
     from dsg_cli.benches.paper import load_questions
-    from dsg_cli.benches.tasks import load_tasks
-    from dsg_cli.expect import parse_expected
+    from dsg_cli.benches.tasks import load_tasks, metrics_of
+    from dsg_cli.expect import check_metrics, parse_expected
     from dsg_cli.stages import apply, attack, calibrate, evaluate, select
 
     for kind in recipe.attack.kinds:
         attack.check_kind(kind)
     apply.parse_strength(recipe.guardrail.strength, 1.0)
-    for text in recipe.eval.expect:
-        parse_expected(text, recipe.eval.benches)
+    expected = [parse_expected(text, recipe.eval.benches) for text in recipe.eval.expect]
     for name in (recipe.attack.bench, recipe.attack.utility_bench):
         attack.check_bench(name or "")
     asked_too = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
     benches = [*recipe.eval.benches, *sorted(asked_too - set(recipe.eval.benches))]
-    load_tasks(
+    tasks = load_tasks(
         [bench for bench in benches if bench not in PAPER],
         split=recipe.eval.split,
         include_path=recipe.eval.include_path,
         can_generate=recipe.calibrate.gate != "mean",
     )
+    check_metrics(expected, metrics_of(tasks))
     for bench in recipe.eval.benches:
         if bench in PAPER:
             load_questions(bench)

@@ -30,7 +30,9 @@ def rows() -> list[tuple[str, str, str]]:
 def _measured(n: int) -> dict[str, float]:
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *run, __file__, "measure"], check=True, stdout=subprocess.PIPE, env=environment)
+    done = subprocess.run(
+        [sys.executable, *run, __file__, "measure"], check=True, stdout=subprocess.PIPE, env=environment
+    )
     return json.loads(done.stdout)
 
 

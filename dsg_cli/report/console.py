@@ -1,0 +1,24 @@
+"""Where tables are printed: in colour on a terminal that wants it, plain and 80 columns wide off one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+from rich.console import Console
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """A console on a stream, by default stdout; `NO_COLOR` means no styles at all."""
+    out = stream or sys.stdout
+    return Console(
+        file=out,
+        width=None if out.isatty() else 80,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+    )
+
+
+def can_redraw() -> bool:
+    """Whether stderr is a terminal on which a line can be drawn over: a progress bar needs that."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")

@@ -1,0 +1,112 @@
+"""What a run found as one section of Markdown, for the page of a CI job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsg_cli.artifacts import AttackReport, EvalReport, Header, Json
+from dsg_cli.report.expectations import verdicts
+from dsg_cli.report.tables import ATTACK_UNITS, shown_benches
+from dsg_cli.workspace import Stored
+
+
+def markdown(chain: Sequence[Stored]) -> str:
+    """A heading, what was evaluated, its results, expectations and attacks, and the ids of all artifacts.
+
+    Args:
+        chain: Artifacts of one guardrail, or of several that were put on one model together; at least one evaluation
+            or attack.
+    """
+    guardrails = dict.fromkeys(_guardrails(chain))
+    parts = [
+        f"## dsg: {', '.join(guardrails) or 'no guardrail'}",
+        _provenance(chain[-1].header, list(guardrails)),
+        *(_evaluation(stored) for stored in chain if isinstance(stored.body, EvalReport)),
+        *(_expectations(stored.body) for stored in chain if isinstance(stored.body, EvalReport)),
+        _attacks([stored.body for stored in chain if isinstance(stored.body, AttackReport)]),
+        f"Artifacts: {', '.join(code(stored.id) for stored in chain)}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def code(text: str, *, in_table: bool = False) -> str:
+    """A name as Markdown code, which nothing in it can break out of; a table wants its bars escaped even there."""
+    plain = " ".join(text.split()).replace("`", "'")
+    return f"`{plain.replace('|', chr(92) + '|') if in_table else plain}`"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; cells that hold names are `code`."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _guardrails(chain: Sequence[Stored]) -> list[str]:
+    """Ids of the guardrails that were evaluated or attacked."""
+    judged = [stored for stored in chain if stored.header.kind in ("eval", "attack")]
+    return [item.id for stored in judged for item in stored.header.inputs]
+
+
+def _provenance(header: Header, guardrails: Sequence[str]) -> str:
+    sae = f"; SAE {code(header.sae.source)} at {code(header.sae.hook)}" if header.sae else ""
+    commit = header.git.get("commit", "")[:10]
+    built = f" ({commit}{', changed' if header.git.get('dirty') else ''})" if commit else ""
+    return (
+        f"Guardrail {', '.join(map(code, guardrails))} on model {code(header.model.source)}{sae}; "
+        f"dsg {header.dsg_version}{built}; {header.device}, {header.dtype}, seed {header.seed}; {header.created}."
+    )
+
+
+def _evaluation(stored: Stored) -> str:
+    body = stored.body_as(EvalReport)
+    shown = shown_benches(body, stored.header.settings.get("benches", []))
+    rows = [_bench(bench, body.results[bench], body.gate.get(bench)) for bench in shown]
+    text = table(["bench", "base", "unlearned", "95 % interval", "gated", "n"], rows)
+    n_more = len(body.results) - len(shown)
+    return text + (f"\n\n{n_more} parts more in {code(stored.id)}." if n_more else "")
+
+
+def _bench(bench: str, sides: Json, gate: Json | None) -> list[str]:
+    after = sides["unlearned"]
+    names = [name for name in after if name != "n" and not name.endswith("_stderr")]
+    metric = "acc" if "acc" in after or not names else names[0]
+    has_interval = f"{metric}_low" in after
+    asked = sides["base"].get("n_asked")
+    return [
+        code(bench if metric == "acc" else f"{bench}.{metric}", in_table=True),
+        _share(sides["base"].get(metric)),
+        _share(after.get(metric)),
+        f"{after[f'{metric}_low']:.3f} to {after[f'{metric}_high']:.3f}" if has_interval else "-",
+        _share(gate["rate"] if gate else None),
+        str(after["n"]) + (f" of {asked}" if asked else ""),
+    ]
+
+
+def _expectations(body: EvalReport) -> str:
+    if not body.expected:
+        return ""
+    rows = [
+        ["✅" if one.is_met else "❌", code(one.expect, in_table=True), one.base, one.unlearned, one.bound, one.n]
+        for one in verdicts(body)
+    ]
+    return table(["", "expected", "base", "unlearned", "bound", "n"], rows)
+
+
+def _attacks(attacks: Sequence[AttackReport]) -> str:
+    """The point of each attack at which most came back."""
+    rows = [
+        [
+            one.attack,
+            code(one.bench, in_table=True),
+            _share(one.summary["forget_acc_before"]),
+            _share(one.summary["forget_acc_worst"]),
+            f"{one.summary['worst_x']} {ATTACK_UNITS.get(one.attack, '')}".strip(),
+            _share(one.summary["unguarded_at_worst"]),
+        ]
+        for one in attacks
+    ]
+    return table(["attack", "bench", "before", "worst", "at", "unguarded there"], rows) if rows else ""
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,62 @@
+"""An evaluation and an attack made by hand: for tables, summaries and what the command line does with them."""
+
+from dataclasses import replace
+
+from test_workspace import BODY
+from test_workspace import HEADER as GUARDRAIL
+
+from dsg_cli.artifacts import AttackReport, EvalReport, InputArtifact, ModelIdentity, SaeIdentity
+from dsg_cli.expect import check_expected, parse_expected
+from dsg_cli.workspace import Stored, Workspace
+
+HEADER = replace(
+    GUARDRAIL,
+    kind="eval",
+    dsg_version="0.1.0",
+    git={"commit": "0123456789abcdef", "dirty": True},
+    settings={"benches": ["lab-hexes", "a|b", "gsm"]},
+    model=ModelIdentity("org/mo|del", "X", 4, 8, 1, "f"),
+    sae=SaeIdentity("lab", "jumprelu", "blocks.1.hook_resid_post", 8, 16, True, "c", "s"),
+    inputs=[InputArtifact("guardrail-001", "0" * 64)],
+)
+RESULTS = {
+    "lab-hexes": {
+        "base": {"acc": 0.8, "acc_stderr": 0.1, "n": 50, "n_asked": 60},
+        "unlearned": {"acc": 0.7, "acc_stderr": 0.1, "n": 50, "acc_count": 35, "acc_low": 0.56, "acc_high": 0.81},
+    },
+    "a|b": {"base": {"acc": 1.0, "n": 1000}, "unlearned": {"acc": 0.5, "n": 1000}},
+    "gsm": {"base": {"exact_match": 0.25, "n": 4}, "unlearned": {"exact_match": 0.5, "n": 4}},
+    "part-of-gsm": {"base": {"exact_match": 0.25, "n": 4}, "unlearned": {"exact_match": 0.5, "n": 4}},
+}
+GATE = {"lab-hexes": {"rate": 0.98, "n": 50}, "a|b": {"rate": 0.25, "n": 900}}
+CONDITIONS = ["lab-hexes<=0.75", "a|b>=0.99*base-0.01", "a|b.gate<=0.05", "gsm.exact_match>=base"]
+
+
+def judged(*conditions):
+    return check_expected([parse_expected(text, list(RESULTS)) for text in conditions], RESULTS, GATE)
+
+
+def report(*conditions):
+    return EvalReport("test", RESULTS, GATE, judged(*conditions), {}, {})
+
+
+def attack(kind="dilution"):
+    curve = [
+        {"x": x, "guarded": {"forget_acc": x / 100, "gate_rate": 1.0}, "unguarded": {"forget_acc": 0.9}}
+        for x in (0, 48)
+    ]
+    summary = {"forget_acc_before": 0.0, "forget_acc_worst": 0.48, "worst_x": 48, "unguarded_at_worst": 0.9}
+    return AttackReport(kind, "anyone", "a|b", curve, summary)
+
+
+def write(workspace: Workspace) -> list[Stored]:
+    """An evaluation that misses two conditions, and an attack."""
+    return [
+        workspace.write(HEADER, report(*CONDITIONS)),
+        workspace.write(replace(HEADER, kind="attack", schema=1), attack()),
+    ]
+
+
+def chain(workspace: Workspace) -> list[Stored]:
+    """The same with the guardrail before them, as a run leaves it."""
+    return [workspace.write(GUARDRAIL, BODY), *write(workspace)]
