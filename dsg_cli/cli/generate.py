@@ -11,6 +11,7 @@ import typer
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json, progress
 from dsg_cli.cli.prompts import read_prompts
+from dsg_cli.report.answers import Screen
 
 
 def command(
@@ -65,12 +66,11 @@ def command(
         generate__refusal=refusal,
     )
     asked = read_prompts(prompts or [], file)
+    screen = Screen(resolved.generate.side, is_silent=as_json)  # Takes hold of stdout, which libraries do not get.
     with progress(quiet or (sys.stdout.isatty() and not as_json)) as report:
-        from dsg_cli.report.answers import Screen
         from dsg_cli.stages import generate
         from dsg_cli.workspace import Workspace
 
-        screen = Screen(resolved.generate.side, is_silent=as_json)
         written = []
         for done in generate.run(resolved, Workspace(workspace), asked, sources=sources or [], write=screen.write):
             written.append(done.as_json())

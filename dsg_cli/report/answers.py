@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from dsg_cli.report.console import console
-
 if TYPE_CHECKING:
     from dsg_cli.generation import GateTrace
     from dsg_cli.stages.generate import Answers
 
 
 class Screen:
-    """Where answers go. One side alone stands without its name."""
+    """Where answers go: stdout as it was when this was made. One side alone stands without its name."""
 
     def __init__(self, side: str, *, is_silent: bool) -> None:
         self.is_alone = side != "both"
@@ -47,6 +45,8 @@ class Screen:
         self.current = ""
 
     def _show(self, text: str, style: str | None = None) -> None:
+        from dsg_cli.report.console import console
+
         console(self.out).print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
