@@ -5,13 +5,14 @@ from dataclasses import replace
 from test_workspace import BODY
 from test_workspace import HEADER as GUARDRAIL
 
-from dsg_cli.artifacts import AttackReport, EvalReport, InputArtifact, ModelIdentity, SaeIdentity
+from dsg_cli.artifacts import SCHEMAS, AttackReport, EvalReport, InputArtifact, ModelIdentity, SaeIdentity
 from dsg_cli.expect import check_expected, parse_expected
 from dsg_cli.workspace import Stored, Workspace
 
 HEADER = replace(
     GUARDRAIL,
     kind="eval",
+    schema=SCHEMAS["eval"],
     dsg_version="0.1.0",
     git={"commit": "0123456789abcdef", "dirty": True},
     settings={"benches": ["lab-hexes", "a|b", "gsm"]},

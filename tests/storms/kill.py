@@ -125,7 +125,8 @@ def storm(n_kills: int, *, seed: int = 0, out=sys.stdout) -> dict[str, float]:
             usual[kind] = time.monotonic() - start
         per_stage = -(-n_kills // len(STAGES))
         for kind, arguments in STAGES.items():
-            for _ in range(per_stage):
+            n_killed = counts["killed"]
+            while counts["killed"] < n_killed + per_stage:
                 resume = ["--resume"] if kind != "guardrail" and rng.random() < 0.5 else []
                 pid = child([*arguments, *resume, "-w", str(stormy)], log)
                 time.sleep(rng.uniform(0, 1.1 * usual[kind]))
