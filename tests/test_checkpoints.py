@@ -25,7 +25,7 @@ def handlers(monkeypatch):
     """Our handlers while a test runs, Python's after it."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     install()
-    monkeypatch.setattr("dsg_cli.tokens.BATCH_TOKENS", 2048)
+    monkeypatch.setattr("dsg_cli.tokens.batches.__kwdefaults__", {"batch_tokens": 2048, "device": "cpu"})
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
