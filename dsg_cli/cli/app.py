@@ -102,7 +102,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        sys.stderr = sys.__stderr__  # A traceback is shown, whichever process it is in.
+        if not launched().is_first:
+            sys.stderr = sys.__stderr__  # A traceback is shown, whichever process it is in.
         if (known := in_plain_words(error)) is None:
             raise
         complain(known)
