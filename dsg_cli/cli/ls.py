@@ -11,7 +11,7 @@ from dsg_cli.artifacts import Gate
 from dsg_cli.benches.names import known_benches
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.cli import options as opt
-from dsg_cli.cli.output import print_json, print_names
+from dsg_cli.cli.output import console, print_json, print_names
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
 
@@ -58,11 +58,9 @@ def command(
         if what not in NAMES and what.partition("/")[0] != "saes":
             raise DsgError(f"dsg ls knows no {what}.", nearest(what, NAMES))
         if what == "corpora" and not as_json and sys.stdout.isatty():
-            from rich.console import Console
-
             from dsg_cli.report.tables import corpora_table
 
-            Console().print(corpora_table())
+            console().print(corpora_table())
             return
         print_names(NAMES[what]() if what in NAMES else _ids(what.removeprefix("saes/")), as_json=as_json)
         return
@@ -72,10 +70,8 @@ def command(
     if as_json:
         print_json([found.read(artifact_id).json for artifact_id in found.ids()])
     elif sys.stdout.isatty() and found.ids():
-        from rich.console import Console
-
         from dsg_cli.report.tables import list_table
 
-        Console().print(list_table(found))
+        console().print(list_table(found))
     else:
         print_names(found.ids(), as_json=False)

@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dsg_cli.progress import Report, silent
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from dsg_cli.workspace import Stored
 
 
@@ -24,12 +26,10 @@ def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool
         documents = [one.json for one in several]
         print_json(documents[0] if len(documents) == 1 else documents)
     elif sys.stdout.isatty():
-        from rich.console import Console
-
         from dsg_cli.report.tables import artifact_table
 
         for one in several:
-            Console().print(artifact_table(one))
+            console().print(artifact_table(one))
     else:
         for one in several:
             print_line(one.id)
@@ -37,6 +37,14 @@ def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool
         sys.stderr.write(f"note: {note}\n")
     if not quiet:
         hint(f"Next: {NEXT_COMMAND[several[-1].header.kind]}")
+
+
+def console(file: TextIO | None = None) -> Console:
+    """For tables: 80 columns off a terminal, and every name as it is, brackets and colons too."""
+    from rich.console import Console
+
+    width = None if (file or sys.stdout).isatty() else 80
+    return Console(file=file, width=width, markup=False, emoji=False)
 
 
 def print_json(document: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.evaluate import exit_unless_met
-from dsg_cli.cli.output import hint, print_json, print_line
+from dsg_cli.cli.output import console, hint, print_json, print_line
 from dsg_cli.cli.running import running
 
 if TYPE_CHECKING:
@@ -68,14 +67,12 @@ def run_chain(
             session=session,
             done=lambda stored: None if quiet else hint(f"wrote {stored.id}"),
         )
-    from rich.console import Console
-
     from dsg_cli.report.demo import chain_summary, chain_table
 
     if as_json:
         print_json(chain_summary(chain, recipe.published))
     else:
-        Console(width=None if sys.stdout.isatty() else 80).print(chain_table(chain, recipe.published))
+        console().print(chain_table(chain, recipe.published))
         print_line(f"Artifacts in {workspace}: {', '.join(stored.id for stored in chain)}")
     if not quiet:
         hint(f"Next: dsg show {chain[0].id}, or dsg ls")

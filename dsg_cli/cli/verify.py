@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import typer
 
 from dsg_cli.cli import options as opt
-from dsg_cli.cli.output import print_json
+from dsg_cli.cli.output import console, print_json
 
 
 def command(
@@ -19,8 +18,6 @@ def command(
 
     Exits with 1 if anything is broken.
     """
-    from rich.console import Console
-
     from dsg_cli.report.tables import verify_table
     from dsg_cli.stages import verify
     from dsg_cli.workspace import Workspace
@@ -29,6 +26,6 @@ def command(
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     else:
-        Console(width=None if sys.stdout.isatty() else 80).print(verify_table(findings))
+        console().print(verify_table(findings))
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)
