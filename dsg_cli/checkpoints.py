@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dsg_cli.errors import DsgError
-from dsg_cli.integrity import read_bounded, write_atomically
+from dsg_cli.integrity import parse_json, read_bounded, write_atomically
 from dsg_cli.interruption import pending, safe_point
 
 State = dict[str, Any]
@@ -138,10 +138,10 @@ def _read(path: Path) -> dict[str, State]:
         if head != MAGIC + hashlib.sha256(content).hexdigest().encode():
             raise ValueError
         # The header of a safetensors file: its length in eight bytes, then JSON.
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
         entries: dict[str, State] = {}
         tensors = load(content)
-        for number, one in enumerate(json.loads(header["__metadata__"]["entries"])):
+        for number, one in enumerate(parse_json(header["__metadata__"]["entries"])):
             prefix = f"{number}."
             inner = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             entries[one["name"]] = {**one["values"], **inner}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from dsg_cli.errors import nearest
+
+WHOLE_NUMBERS = range(-(2**63), 2**63)
+"""What fits where numbers go: into tensors, and seeds."""
 
 
 def build_section(cls: type[Any], data: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -23,18 +27,18 @@ def build_section(cls: type[Any], data: Mapping[str, Any], prefix: str, problems
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key}" if isinstance(key, str) else f"{prefix}{shown(key)}"
         if key not in hints:
-            problems.append(f"unknown key {name}. {nearest(str(key), hints)}")
+            problems.append(f"unknown key {name[:200]}. {nearest(name.removeprefix(prefix)[:200], hints)}")
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, Mapping):
                 values[key] = build_section(typing.cast(type, hints[key]), value, f"{name}.", problems)
             else:
-                problems.append(f"{name} must be a section (key: value), not {value!r}.")
+                problems.append(f"{name} must be a section (key: value), not {shown(value)}.")
         else:
             found = _convert(hints[key], value)
             if found is _WRONG:
-                problems.append(f"{name} must be {_describe(hints[key])}, not {value!r}.")
+                problems.append(f"{name} must be {_describe(hints[key])}, not {shown(value)}.")
             else:
                 values[key] = found
     required = [field.name for field in dataclasses.fields(cls) if _is_required(field)]
@@ -58,18 +62,20 @@ def _convert(hint: Any, value: Any) -> Any:
         return value if value in arguments else _WRONG
     if origin is list:
         items = [_convert(arguments[0], item) for item in (value if isinstance(value, list | tuple) else [value])]
-        return _WRONG if _WRONG in items else items
+        return _WRONG if any(item is _WRONG for item in items) else items
     if origin is dict:
         if not isinstance(value, Mapping):
             return _WRONG
-        inner = {str(key): _convert(arguments[1], item) for key, item in value.items()}
-        return _WRONG if any(item is _WRONG for item in inner.values()) else inner
+        inner = {_convert(str, key): _convert(arguments[1], item) for key, item in value.items()}
+        return _WRONG if any(item is _WRONG for item in (*inner, *inner.values())) else inner
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
         problems: list[str] = []
         made = build_section(hint, value, "", problems) if isinstance(value, Mapping) else None  # type: ignore[arg-type]
         return _WRONG if problems or made is None else made
+    if isinstance(value, int) and value not in WHOLE_NUMBERS:
+        return _WRONG
     if hint is types.NoneType:
         return None if value is None else _WRONG
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
@@ -83,6 +89,16 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value if type(value) is hint else _WRONG
+
+
+def shown(value: Any) -> str:
+    """A value for a message, shortened; of a number with thousands of digits, that it is one."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 200, 200
+    try:
+        return short.repr(value)
+    except ValueError:
+        return "a number with too many digits"
 
 
 def _describe(hint: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from dsg_cli.catalogue import HubText
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.integrity import parse_json
 
 COLUMNS = ("text", "content", "document", "body", "article", "passage", "story")
 """Names of the column that holds the text, the likeliest first."""
@@ -150,7 +150,7 @@ def _text_of(path: Path) -> str:
 def _is_json_lines(content: str) -> bool:
     first = content.lstrip().partition("\n")[0]
     try:
-        return isinstance(json.loads(first), dict) and "\n" in content.strip()
+        return isinstance(parse_json(first), dict) and "\n" in content.strip()
     except ValueError:
         return False
 
@@ -191,20 +191,20 @@ def _row(path: Path, line: bytes, start: int, where: str) -> Any:
     if b"\x00" in line:
         raise DsgError(f"{path} is not a text file: it has NUL bytes.", f"Known files: {', '.join(READERS)}.")
     try:
-        return json.loads(line.decode("utf-8-sig" if start == 0 else "utf-8"))
+        return parse_json(line.decode("utf-8-sig" if start == 0 else "utf-8"))
     except UnicodeDecodeError as error:
         raise DsgError(
             f"{path} is not UTF-8 text (byte {start + error.start}).", f"Known files: {', '.join(READERS)}."
         ) from error
-    except json.JSONDecodeError as error:
-        raise DsgError(f"{where} is not JSON: {error.msg}.") from error
+    except ValueError as error:
+        raise DsgError(f"{where} is not JSON: {getattr(error, 'msg', error)}.") from error
 
 
 def _json(path: Path, content: str, column: str | None) -> list[str]:
     try:
-        rows = json.loads(content) if content.strip() else []
-    except json.JSONDecodeError as error:
-        raise DsgError(f"{path} is not JSON: {error.msg} (line {error.lineno}).") from error
+        rows = parse_json(content) if content.strip() else []
+    except ValueError as error:
+        raise DsgError(f"{path} is not JSON: {' '.join(str(error).split())[:200]}.") from error
     if isinstance(rows, Mapping):
         lists = [value for value in rows.values() if isinstance(value, list)]
         rows = lists[0] if len(lists) == 1 else [rows]
@@ -238,7 +238,7 @@ def _parquet(path: Path, column: str | None) -> Documents:
         strings = [field.name for field in schema if pyarrow.types.is_string(field.type) or str(field.type) in STRINGS]
         column = _find_column(column, strings, str(path))
         ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, LookupError, ValueError, pyarrow.ArrowException) as error:
         raise DsgError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
     def take(indices: Sequence[int]) -> list[str]:
@@ -248,7 +248,7 @@ def _parquet(path: Path, column: str | None) -> Documents:
             try:
                 values = file.read_row_group(group, columns=[column])[column]
                 found = values.take([i - first for i in rows]).to_pylist()
-            except (OSError, pyarrow.ArrowException) as error:
+            except (OSError, LookupError, ValueError, pyarrow.ArrowException) as error:
                 raise DsgError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
             texts |= {i: text or "" for i, text in zip(rows, found, strict=True)}
         return [texts[i] for i in indices]

@@ -18,6 +18,7 @@ from dsg_cli.artifacts import KINDS, SCHEMAS, Body, Header, Json, migrate
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError
 from dsg_cli.locks import held, locked
+from dsg_cli.shapes import misfits
 
 LARGEST_JSON = 256 * 2**20
 """Bytes of an artifact's JSON file, at most."""
@@ -34,6 +35,34 @@ def digest_of(data: Json) -> str:
 def artifact_text(data: Json) -> str:
     """How an artifact's JSON object is written: the one way, so that every byte of a file is vouched for."""
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; there is none where a name is too long for one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON holds; text that is nested too deeply for this machine is no JSON either.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_bounded(path: Path, largest: int) -> bytes:
@@ -58,26 +87,27 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_document(text: str, *, where: str, is_file: bool = False) -> Json:
+def read_document(text: str, *, where: str, is_whole: bool = False) -> Json:
     """An artifact's JSON object, verified against its own digest.
 
     Args:
         text: What was written.
         where: The file, for messages.
-        is_file: It is the whole file, of which every byte counts, white space too.
+        is_whole: It is the whole file, of which every byte counts, white space too.
 
     Raises:
         DsgError: No artifact, altered, or of a newer schema.
     """
     try:
-        data: Json = json.loads(text)
+        data: Json = parse_json(text)
         schema, known = int(data["schema"]), SCHEMAS[data["kind"]]
         digest = digest_of(data)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        is_as_written = not is_whole or text == artifact_text(data)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DsgError(f"{where} is not an artifact of dsg, or is damaged.") from error
     if schema > known:
         raise DsgError(f"{where} has schema {schema}; this version reads up to {known}.", "Update dsg-cli.")
-    if data.get("sha256") != digest or (is_file and text != artifact_text(data)):
+    if data.get("sha256") != digest or not is_as_written:
         raise DsgError(f"{where} was altered after it was written: its digest does not match.", "Make it again.")
     return data
 
@@ -92,6 +122,7 @@ def parse_document(data: Json, *, where: str) -> tuple[Header, Body]:
     try:
         whole = migrate(data)
         parts = [_part(cls, whole, problems) for cls in (Header, KINDS[whole["kind"]])]
+        problems += [f"{name} is not as any version writes it." for name in misfits(whole["kind"], whole)]
     except (KeyError, TypeError, RecursionError) as error:
         raise DsgError(f"{where} is not an artifact of dsg, or is damaged.") from error
     if problems:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dsg_cli.errors import DsgError
 from dsg_cli.hub import REPOSITORY, fetch_snapshot
+from dsg_cli.integrity import is_folder
 from dsg_cli.lab import data as lab
 from dsg_cli.runtime.identity import evenly_spaced, fingerprint
 
@@ -61,14 +62,15 @@ def model_folder(source: str, *, weights: bool = True, with_code: bool = False) 
     """
     if source == "lab":
         folder = lab.MODEL_DIR
-    elif Path(source).is_dir():
+    elif is_folder(Path(source)):
         folder = Path(source)
     elif REPOSITORY.fullmatch(source):
         patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ()), *(CODE_FILES if with_code else ())]
         folder = fetch_snapshot(source, patterns)
     else:
         raise DsgError(
-            f"No model folder at {source}.", "Give --model a Hugging Face model folder, org/name on the hub, or `lab`."
+            f"No model folder at {source[:200]}.",
+            "Give --model a Hugging Face model folder, org/name on the hub, or `lab`.",
         )
     if not (folder / "config.json").is_file():
         raise DsgError(f"{source} is not a Hugging Face model folder: it has no config.json.")

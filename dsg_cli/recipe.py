@@ -14,6 +14,7 @@ import yaml
 
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.integrity import is_file
 from dsg_cli.settings import Recipe
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "recipe_names"]
@@ -36,13 +37,14 @@ def find_recipe(name: str) -> Path:
         DsgError: There is none.
     """
     path = Path(name)
-    if path.is_file():
+    if is_file(path):
         return path
     shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    if shipped.is_file() and path.parent in (Path(), Path("recipes")):
+    if is_file(shipped) and path.parent in (Path(), Path("recipes")):
         return shipped
     raise DsgError(
-        f"There is no recipe {name}.", f"{nearest(path.stem, recipe_names())} Or give the path of a YAML file."
+        f"There is no recipe {name[:200]}.",
+        f"{nearest(path.stem[:200], recipe_names())} Or give the path of a YAML file.",
     )
 
 
@@ -63,19 +65,18 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
         path = find_recipe(name)
         where = str(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DsgError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+            data = _parsed(path.read_text(encoding="utf-8"), f"{path} is") or {}
+        except UnicodeDecodeError as error:
+            raise DsgError(f"{path} is not valid YAML: {error}.") from error
+        except OSError as error:
+            raise DsgError(f"{path} cannot be read: {error.strerror}.") from error
         if not isinstance(data, dict):
             raise DsgError(f"{path} must hold sections (key: value), not a {type(data).__name__}.")
     for item in sets:
         key, separator, text = item.partition("=")
         if not separator:
-            raise DsgError(f"--set {item}: expected section.key=value.")
-        try:
-            _put(data, key, yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise DsgError(f"--set {item}: the value is not valid YAML.") from error
+            raise DsgError(f"--set {item[:200]}: expected section.key=value.")
+        _put(data, key, _parsed(text, f"--set {item[:200]}: the value is"))
     for key, value in (flags or {}).items():
         if value is not None:
             _put(data, key, value)
@@ -87,6 +88,18 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
     if problems:
         raise DsgError(f"In {where}:\n  " + "\n  ".join(problems))
     return recipe
+
+
+def _parsed(text: str, what: str) -> Any:
+    """What YAML holds.
+
+    Raises:
+        DsgError: It is no YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # Of a text of the user's: the 45th of May is a ValueError, deep nesting another.
+        raise DsgError(f"{what} not valid YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def _out_of_range(recipe: Recipe) -> list[str]:

@@ -5,7 +5,6 @@ sae-lens is imported only to run a whole encoder (`select`); everything after wo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from dsg_cli.artifacts import SaeIdentity
 from dsg_cli.errors import DsgError, close_to
-from dsg_cli.integrity import file_digest
+from dsg_cli.integrity import file_digest, is_folder, parse_json
 from dsg_cli.lab import data as lab
 from dsg_cli.releases import CONFIG_FILE, WEIGHTS_FILE, SaeFolder, find_sae, locate_release, releases
 from dsg_cli.runtime.sites import HookSite, parse_hook_site
@@ -79,7 +78,8 @@ class SaeSource:
 
 def _is_centred(config: dict[str, Any]) -> bool:
     settings = config | (config.get("metadata") or {})
-    return bool((settings.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"))
+    loaded_with = settings.get("model_from_pretrained_kwargs")
+    return isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights"))
 
 
 def read_sae(source: str) -> SaeSource:
@@ -99,15 +99,12 @@ def read_sae(source: str) -> SaeSource:
         if not (folder / name).is_file():
             raise DsgError(f"{source} is not an SAE in sae-lens's format: it has no {name}.")
     config, metadata = _read_config(folder / CONFIG_FILE)
+    _check_numbers(config, str(folder / CONFIG_FILE))
     _check_sliceable(config, source)
     site = _site({**config, **metadata}, "", where=str(folder / CONFIG_FILE))
     is_transcoder = "transcoder" in config["architecture"]
     write = _site({**config, **metadata}, "_out", where=str(folder / CONFIG_FILE)) if is_transcoder else site
-    width, n_features = config.get("d_in"), config.get("d_sae")
-    if not isinstance(width, int) or not isinstance(n_features, int):
-        raise DsgError(
-            f"{folder / CONFIG_FILE}: d_in and d_sae must be whole numbers, not {width!r} and {n_features!r}."
-        )
+    width, n_features = config["d_in"], config["d_sae"]
     _check_weights(folder / WEIGHTS_FILE, config["architecture"], width, n_features, config.get("d_out", width))
     identity = SaeIdentity(
         source=found.source,
@@ -130,13 +127,13 @@ def check_name(source: str) -> None:
     Raises:
         DsgError: It is neither of the lab, nor a folder, nor a release with an id, nor of the form of a repository.
     """
-    if source in lab.SAE_DIRS or Path(source).is_dir():
+    if source in lab.SAE_DIRS or is_folder(Path(source)):
         return
     if Path(source).is_absolute() or ("/" not in source and source not in releases()):
         close = close_to(source, [*lab.SAE_DIRS, *releases()])
         alike = f"Did you mean {' or '.join(close)}? " if close else ""
         raise DsgError(
-            f"There is no SAE {source}.",
+            f"There is no SAE {source[:200]}.",
             f"{alike}Give RELEASE/ID (`dsg ls saes`), or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}.",
         )
     locate_release(source)
@@ -146,7 +143,7 @@ def _locate(source: str) -> SaeFolder:
     check_name(source)
     if source in lab.SAE_DIRS:
         return SaeFolder(lab.SAE_DIRS[source], source)
-    if Path(source).is_dir():
+    if is_folder(Path(source)):
         return SaeFolder(Path(source), str(Path(source).resolve()))
     return find_sae(source)
 
@@ -165,13 +162,19 @@ def _site(settings: dict[str, Any], suffix: str, *, where: str) -> HookSite:
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration and its metadata."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise DsgError(f"{path} is not valid JSON: {error}.") from error
     metadata = (config.get("metadata") or {}) if isinstance(config, dict) else None
     if not isinstance(metadata, dict):
         raise DsgError(f"{path} is not the configuration of an SAE: it, and its metadata, must be JSON objects.")
     return config, metadata
+
+
+def _check_numbers(config: dict[str, Any], where: str) -> None:
+    width, n_features = config.get("d_in"), config.get("d_sae")
+    if type(width) is not int or type(n_features) is not int:
+        raise DsgError(f"{where}: d_in and d_sae must be whole numbers, not {width!r} and {n_features!r}.")
 
 
 def _check_weights(path: Path, architecture: str, width: int, n_features: int, width_out: int) -> None:
@@ -188,7 +191,7 @@ def _check_weights(path: Path, architecture: str, width: int, n_features: int, w
                 shape = list(file.get_slice(name).get_shape())
                 if shape != expected:
                     raise DsgError(f"{path}: {name} has shape {shape}; by {CONFIG_FILE} it should be {expected}.")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise DsgError(f"{path} cannot be read: {error}.") from error
 
 
@@ -212,7 +215,7 @@ def _check_sliceable(config: dict[str, Any], source: str) -> None:
             raise DsgError(f"The SAE {source} has {key}={config[key]!r}, which this version cannot slice exactly.")
     if normalization == "constant_norm_rescale" and _is_centred(config):
         raise DsgError(f"The SAE {source} rescales centred activations, which this version cannot slice exactly.")
-    if "topk" in architecture and not (isinstance(config.get("k"), int) and 0 < config["k"] <= config.get("d_sae", 0)):
+    if "topk" in architecture and not (type(config.get("k")) is int and 0 < config["k"] <= config["d_sae"]):
         raise DsgError(f"The SAE {source} has k={config.get('k')!r}; it must be a whole number of features.")
     if config.get("reshape_activations") not in ("none", "hook_z", None):
         raise DsgError(

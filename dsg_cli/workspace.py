@@ -23,6 +23,8 @@ from dsg_cli.integrity import (
     artifact_text,
     digest_of,
     file_digest,
+    is_file,
+    is_folder,
     parse_document,
     read_bounded,
     read_document,
@@ -81,7 +83,7 @@ class Workspace:
 
     def ids(self, kind: str | None = None) -> list[str]:
         """Ids of all artifacts, or of those of one kind, oldest number first."""
-        names = [path.stem for path in self.folder.glob("*.json")] if self.folder.is_dir() else []
+        names = [path.stem for path in self.folder.glob("*.json")] if is_folder(self.folder) else []
         matches = [match for match in map(ID.fullmatch, names) if match and kind in (None, match[1])]
         order = list(KINDS)
         return [m[0] for m in sorted(matches, key=lambda m: (order.index(m[1]), int(m[2])))]
@@ -109,16 +111,19 @@ class Workspace:
             DsgError: Missing, altered, incomplete, or of a newer schema.
         """
         path = Path(wanted) if wanted.endswith(".json") else self.folder / f"{wanted}.json"
-        if not path.is_file() or not (wanted.endswith(".json") or ID.fullmatch(wanted)):
-            raise DsgError(f"There is no artifact {wanted} in {self.folder}.", nearest(wanted, self.ids()))
-        data = read_document(_text_of(path), where=str(path), is_file=True)
-        if data["id"] != path.stem:
-            raise DsgError(f"{path} was renamed: it is {data['id']}.", "Give it its name back.")
+        if not is_file(path) or not (wanted.endswith(".json") or ID.fullmatch(wanted)):
+            raise DsgError(f"There is no artifact {wanted[:200]} in {self.folder}.", nearest(wanted[:200], self.ids()))
+        data = read_document(_text_of(path), where=str(path), is_whole=True)
         header, body = parse_document(data, where=str(path))
+        if header.id != path.stem:
+            raise DsgError(f"{path} was renamed: it is {header.id[:200]}.", "Give it its name back.")
+        for one in header.inputs:
+            if not ID.fullmatch(one.id):
+                raise DsgError(f"{path} names an input {one.id[:200]!r}, which is no artifact's name.")
         for name, side_digest in header.files.items():
             check_side_file(name, header.id)
             side = path.parent / name
-            if not side.is_file():
+            if not is_file(side):
                 raise DsgError(f"{path} is incomplete: {name} is missing.", "Make it again.")
             if file_digest(side) != side_digest:
                 raise DsgError(f"{side} was altered after it was written: its digest does not match.", "Make it again.")
@@ -156,12 +161,7 @@ class Workspace:
         """An artifact may travel alone; but what lies beside it under the name of an input must be that input."""
         for named in stored.header.inputs:
             path = stored.path.with_name(f"{named.id}.json")
-            if (
-                not named.is_elsewhere
-                and ID.fullmatch(named.id)
-                and path.is_file()
-                and _digest_said(path) != named.sha256
-            ):
+            if not named.is_elsewhere and path.is_file() and _digest_said(path) != named.sha256:
                 raise DsgError(
                     f"{stored.id} was computed from another {named.id} than the one in {path.parent}.",
                     f"It belongs to another chain: make it again with {MADE_BY[stored.header.kind]}.",
@@ -235,7 +235,7 @@ def _text_of(path: Path) -> str:
 
 
 def _digest_said(path: Path) -> str:
-    return str(read_document(_text_of(path), where=str(path), is_file=True)["sha256"])
+    return str(read_document(_text_of(path), where=str(path), is_whole=True)["sha256"])
 
 
 def _contents(

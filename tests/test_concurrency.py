@@ -160,6 +160,7 @@ def test_a_workspace_that_can_only_be_read(tmp_path):
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """A stage whose artifact does not fit says so and leaves nothing; with room it succeeds."""
     done = in_own_mounts(

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dsg_cli"
 ROWS = (
     ("runtime",),
-    ("errors", "progress", "artifacts", "lab.data", "lab.settings", "lab.words", "lab.world"),
+    ("errors", "progress", "artifacts", "shapes", "lab.data", "lab.settings", "lab.words", "lab.world"),
     ("interruption", "locks", "conversion", "secrets"),
     ("integrity", "hub", "catalogue"),
     ("committing", "workers", "checkpoints"),

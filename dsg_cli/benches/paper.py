@@ -8,7 +8,6 @@ lm-eval asks the same questions with another prompt and no filter: the two perce
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dsg_cli.benches.names import PAPER
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.hub_data import commit_read, load_rows
+from dsg_cli.integrity import parse_json
 from dsg_cli.scoring import Request, Score
 from dsg_cli.tokens import as_chat, with_bos
 
@@ -101,7 +101,7 @@ def read_question_ids(path: Path | None, benches: Sequence[str]) -> dict[str, li
     if not benches:
         raise DsgError("--question-ids is for benches of the paper's protocol.", f"Name one: {', '.join(PAPER)}.")
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DsgError(f"The question ids in {path} cannot be read: {error}.") from error
     held = held.get("question_ids", held) if isinstance(held, dict) else None

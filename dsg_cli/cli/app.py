@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 an error the user can mend; 2 usage; 3 an expectation not 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import time
@@ -83,6 +84,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     install()
     sys.excepthook = _show_traceback
+    _write_anything()
     be_quiet_unless_first()
     try:
         app(args=arguments, prog_name="dsg")
@@ -109,6 +111,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         complain(known)
         sys.exit(1)
     sys.exit(0)
+
+
+def _write_anything() -> None:
+    """What stdout cannot spell, such as a file's name in another encoding, is escaped as stderr does it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def in_plain_words(error: Exception) -> DsgError | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dsg_cli.errors import DsgError
+from dsg_cli.integrity import parse_json
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
@@ -24,7 +24,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
         raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
     try:
         text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DsgError(f"The prompts in {file or 'stdin'} cannot be read: {reason}.") from error
     lines = [line for line in text.split("\n") if line.strip()]
@@ -35,9 +35,9 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
 
 def _prompt_of(line: str, where: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
+        prompt = parse_json(line)["prompt"]
     except (ValueError, KeyError, TypeError) as error:
         raise DsgError(f'{where} is not of the form {{"prompt": ...}}.') from error
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or any("\ud800" <= character <= "\udfff" for character in prompt):
         raise DsgError(f"{where}: the prompt is no text.")
     return prompt

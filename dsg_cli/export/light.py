@@ -16,7 +16,7 @@ from torch import Tensor
 from dsg_cli.artifacts import Guardrail, Header, Json, migrate, to_json
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule, module_from_artifact
-from dsg_cli.integrity import digest_of, parse_document, read_document
+from dsg_cli.integrity import digest_of, is_file, parse_document, read_document
 from dsg_cli.runtime.guardrail import tensors_digest
 
 LIGHT_FILE = "guardrail.safetensors"
@@ -53,8 +53,8 @@ def read_light(path: Path) -> LightGuardrail:
     Raises:
         DsgError: Missing, no guardrail, truncated, altered, of a newer schema, or with values that are not finite.
     """
-    if not path.is_file():
-        raise DsgError(f"There is no file {path}.")
+    if not is_file(path):
+        raise DsgError(f"There is no file {str(path)[:200]}.")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA)
@@ -74,9 +74,9 @@ def read_light(path: Path) -> LightGuardrail:
     data = migrate(data)
     header, body = parse_document(data, where=str(path))
     assert isinstance(body, Guardrail)
-    module = module_from_artifact(body, header.model, tensors, where=str(path))
-    if tensors_digest(module.tensors()) != data.get(TENSORS_DIGEST):
+    if tensors_digest(tensors) != data.get(TENSORS_DIGEST):
         raise DsgError(f"{path} was altered after it was written: its tensors do not match their digest.")
+    module = module_from_artifact(body, header.model, tensors, where=str(path))
     return LightGuardrail(header, body, data, module)
 
 

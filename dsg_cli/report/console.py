@@ -16,6 +16,9 @@ def console(stream: TextIO | None = None) -> Console:
         file=out,
         width=None if out.isatty() else 80,
         color_system=None if os.environ.get("NO_COLOR") else "auto",
+        # Every name as it is, brackets and colons too.
+        markup=False,
+        emoji=False,
     )
 
 

@@ -59,4 +59,5 @@ def _made_with(header: Header) -> dict[str, str]:
 def _corpora(described: dict[str, str] | list[Json]) -> str:
     if isinstance(described, dict):
         return ", ".join(f"{name} ({digest[:12]})" for name, digest in described.items())
-    return ", ".join(f"{one['name']} ({one['documents']} documents, {one['sha256'][:12]})" for one in described)
+    counts = [f"{one['documents']} documents, " if "documents" in one else "" for one in described]
+    return ", ".join(f"{one['name']} ({n}{one['sha256'][:12]})" for one, n in zip(described, counts, strict=True))

@@ -174,7 +174,7 @@ def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:
     for bench in shown:
         sides, gate = body.results[bench], body.gate.get(bench)
         after = sides["unlearned"]
-        interval = f"{after['acc_low']:.2f}-{after['acc_high']:.2f}" if "acc_low" in after else "-"
+        interval = f"{after['acc_low']:.2f}-{after['acc_high']:.2f}" if {"acc_low", "acc_high"} <= set(after) else "-"
         guarded = percent(sides, "unlearned")
         asked = sides["base"].get("n_asked")
         table.add_row(
@@ -208,5 +208,7 @@ def _attack(body: AttackReport) -> Table:
             f"{guard['gate_rate']:.2f}",
             f"{point['unguarded']['forget_acc']:.2f}",
         ]
-        table.add_row(*cells, *([f"{guard['utility_acc']:.2f}"] if has_utility else []))
+        table.add_row(
+            *cells, *([f"{guard['utility_acc']:.2f}" if "utility_acc" in guard else "-"] if has_utility else [])
+        )
     return table

@@ -239,7 +239,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -247,6 +247,25 @@ def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of everything that a guardrail is."""
     text = json.dumps(dataclasses.asdict(spec), sort_keys=True, allow_nan=False)
     return hashlib.sha256(f"{text}\n{tensors_digest(tensors)}".encode()).hexdigest()
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], spec: GuardrailSpec, where: str) -> None:
+    """Refuse tensors that no SAE gives: of the wrong shapes, or with the index of a feature that is not there."""
+    W_enc, W_dec, index = tensors["W_enc"], tensors["W_dec"], tensors.get("index")
+    is_matrix = W_enc.ndim == W_dec.ndim == 2 and W_enc.numel() > 0 and W_dec.numel() > 0
+    n_columns = W_enc.shape[-1] if is_matrix else 0
+    n_features = n_columns if index is None else index.numel()
+    wrong = [
+        name
+        for name, tensor in tensors.items()
+        if name not in ("W_enc", "W_dec")
+        and tensor.shape != (n_features if name in ("index", "detect") else n_columns,)
+    ]
+    if not is_matrix or wrong or len(W_dec) > n_features:
+        raise DsgError(f"{where}: the shapes of its tensors do not agree.", "Make the guardrail again with dsg apply.")
+    is_index = index is None or (index.dtype == torch.int64 and 0 <= int(index.min()) <= int(index.max()) < n_columns)
+    if not is_index or not 0 <= SliceSpec(**spec.slice).k <= n_columns:
+        raise DsgError(f"{where} names features that it does not hold.", "Make the guardrail again with dsg apply.")
 
 
 def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where: str) -> GuardrailModule:
@@ -258,6 +277,7 @@ def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where
     for name in tensor_names(SliceSpec(**spec.slice).activation):
         if name not in tensors:
             raise DsgError(f"{where} has no tensor {name}.", "Make the guardrail again with dsg apply.")
+    _check_shapes(tensors, spec, where)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise DsgError(f"{where} holds values that are not finite.", "Make the guardrail again with dsg apply.")
     module = GuardrailModule(spec, tensors)

@@ -62,12 +62,13 @@ def parse_hook_site(name: object, *, where: str) -> HookSite:
             f"{where} does not say which hook it was trained on (metadata.hook_name).",
             "Add it to cfg.json, for example blocks.3.hook_resid_post; a wrong guess would silently do nothing.",
         )
-    if (match := re.fullmatch(r"blocks\.(\d+)\.(\S+)", name)) and match[2] in POINTS:
+    if (match := re.fullmatch(r"blocks\.([0-9]{1,9})\.(\S+)", name)) and match[2] in POINTS:
         return HookSite(int(match[1]), POINTS[match[2]])
-    match = re.fullmatch(r"(?:[A-Za-z_]\w*\.)+(\d+)((?:\.\w+)*?)(?:\.(input|output))?", name)
+    match = re.fullmatch(r"(?:[A-Za-z_]\w*\.)+([0-9]{1,9})((?:\.\w+)*?)(?:\.(input|output))?", name)
     if match is None or name.startswith("blocks."):
         raise DsgError(
-            f"{where} was trained on {name}, which no module of a Hugging Face model holds as its input or output.",
+            f"{where} was trained on {name[:200]}, which no module of a Hugging Face model holds as its input or "
+            "output.",
             f"Supported: blocks.N. and one of {', '.join(POINTS)}; or the path of a module, such as "
             "model.layers.N.mlp.output (metadata.hf_hook_name).",
         )

@@ -12,6 +12,7 @@ from dsg_cli.artifacts import KINDS
 from dsg_cli.checkpoints import SUFFIX, check_checkpoint
 from dsg_cli.committing import ID, SIDE_FILES, leftovers
 from dsg_cli.errors import DsgError
+from dsg_cli.integrity import is_folder
 from dsg_cli.workspace import Workspace
 
 State = Literal["ok", "broken", "unfinished"]
@@ -35,8 +36,8 @@ def run(workspace: Workspace) -> list[Finding]:
     Raises:
         DsgError: There is no such folder.
     """
-    if not workspace.folder.is_dir():
-        raise DsgError(f"There is no workspace {workspace.folder}.", "Name another with --workspace.")
+    if not is_folder(workspace.folder):
+        raise DsgError(f"There is no workspace {str(workspace.folder)[:200]}.", "Name another with --workspace.")
     return [*_artifacts(workspace), *_strays(workspace), *_unfinished(workspace.folder)]
 
 

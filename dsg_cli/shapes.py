@@ -1,0 +1,96 @@
+"""What the parts of an artifact that are free JSON (settings, results, curves) must hold, for all who read them.
+
+A shape is a type, a list of one shape, a mapping of keys to shapes, a tuple of alternatives, a text that it must be, or
+a test of one's own. A key that ends with `?` may be missing; the key `*` stands for any. What a shape does not name may
+be there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**63
+
+
+def _is_empty(value: Any) -> bool:
+    return value in ({}, None)
+
+
+def _is_pair(value: Any) -> bool:
+    return fits(value, [int]) and len(value) == 2
+
+
+def _is_slice(value: Any) -> bool:
+    """A `SliceSpec`, which the runtime makes of it."""
+    return fits(value, _SLICE) and all(key in _SLICE or f"{key}?" in _SLICE for key in value)
+
+
+NUMBER = _is_number
+OR_NOTHING = _is_empty
+_SLICE = {
+    "activation": ("threshold", "gated", "topk", "abstopk"),
+    "normalization?": ("none", "layer_norm", "constant_norm_rescale"),
+    "is_rescaled_back?": bool,
+    "k?": int,
+}
+_CORPORA = [{"name": str, "sha256": str, "documents?": int, "revision?": str, "weight?": NUMBER}]
+_ACCURACY = {"acc?": (NUMBER, OR_NOTHING), "acc_low?": NUMBER, "acc_high?": NUMBER}
+_POINT = {
+    "x": NUMBER,
+    "guarded": {"forget_acc": NUMBER, "gate_rate": NUMBER, "utility_acc?": NUMBER},
+    "unguarded": {"forget_acc": NUMBER},
+}
+GIT = ({"commit": str, "dirty": bool}, OR_NOTHING)
+SETTINGS: dict[str, Any] = {
+    "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NOTHING)},
+    "threshold": {"retain": _CORPORA, "lengths": _is_pair},
+    "guardrail": {},
+    "eval": {"benches": [str]},
+    "attack": {},
+}
+BODY: dict[str, Any] = {
+    "features": {},
+    "threshold": {},
+    "guardrail": {
+        "slice": _is_slice,
+        "effect": ({"n_rows": int, "gate_rate": NUMBER, "changed_rate": NUMBER, "edit": NUMBER}, OR_NOTHING),
+    },
+    "eval": {
+        "results": {"*": {"base": {**_ACCURACY, "n": int, "n_asked?": int}, "unlearned": _ACCURACY}},
+        "gate": {"*": {"rate": NUMBER}},
+        "expected": [{"expect": str, "value": NUMBER, "met": bool}],
+    },
+    "attack": {"curve": [_POINT], "summary": {"forget_acc_worst": NUMBER, "worst_x": NUMBER}},
+}
+"""By kind of artifact."""
+
+
+def misfits(kind: str, data: Mapping[str, Any]) -> list[str]:
+    """Fields of an artifact's JSON object that do not have their shape."""
+    shapes = {"git": GIT, "settings": SETTINGS[kind], **BODY[kind]}
+    return [name for name, shape in shapes.items() if not fits(data.get(name), shape)]
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a value has a shape."""
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(_has(value, key, inner) for key, inner in shape.items())
+    if isinstance(shape, str):
+        return bool(value == shape)
+    if shape is int:
+        return type(value) is int and NUMBER(value)
+    return type(value) is shape if isinstance(shape, type) else bool(shape(value))
+
+
+def _has(value: dict[str, Any], key: str, shape: Any) -> bool:
+    if key == "*":
+        return all(fits(item, shape) for item in value.values())
+    name = key.removesuffix("?")
+    return fits(value[name], shape) if name in value else name != key

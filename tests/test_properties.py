@@ -1,0 +1,370 @@
+"""Whatever a recipe, an artifact or an argument holds: a result, or one DsgError; never another exception."""
+
+import dataclasses
+import io
+import itertools
+import json
+import shutil
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from anything import ODD_TEXT, PLAIN, TEXT, VALUES, changed, mutated, places, refused, tries
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dsg_cli.recipe import RECIPES, load_recipe, recipe_names
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("properties")
+
+
+# Recipes.
+
+YAML_TEXT = st.text(alphabet="&*a:- \n\t[]{}!|>'\"#%019.,?~<=x_nby", max_size=60)
+YAML_VALUES = st.recursive(
+    PLAIN | st.dates() | st.datetimes() | st.binary(max_size=9) | st.just(float("nan")) | st.just(float("-inf")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN | st.dates(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def write_recipe(root, content):
+    path = root / "recipe.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    return str(path)
+
+
+HOSTILE = (
+    "corpora: {forget: &a [*a]}",
+    "corpora: &a {forget: *a}",
+    "&a [*a]",
+    "&a {*a : 1}",
+    "model: &a\n  <<: *a",
+    "[" * 1000,
+    "{a: " * 1000,
+    "seed: " + "9" * 5000,
+    "seed: 0x" + "f" * 5000,
+    "? 0x" + "f" * 5000 + "\n: 1",
+    "seed: 99999999999999999999999",
+    "select: {ratio_percentile: " + "9" * 400 + "}",
+    "seed: 2024-13-45",
+    "? 2024-01-01\n: 1",
+    "seed: !!int ''",
+    "seed: !!float x",
+    "seed: !!bool x",
+    "seed: !!timestamp x",
+    "seed: !!binary x",
+    "seed: !!set {1, 2}",
+    "seed: !!python/object:os.system x",
+    "seed: 0b_",
+    "seed: 0x_",
+    "seed: 1:99:99",
+    "seed: !!int 0b",
+    "seed: .nan",
+    "calibrate: {alpha: .nan}",
+    "published: {results: {a: {base: .nan}}}",
+    "seed: 1\nseed: 2",
+    "\tseed: 1",
+    "1: 2\nnull: 3\ntrue: 4\n[1]: 5",
+    "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijk")),
+    "model: {source: &a [x,x,x,x,x,x,x,x,x]}\nsae: &b {source: [*a,*a,*a,*a]}\neval: *b",
+    "\x00",
+    "\ufeffseed: 1",
+    "--- 1\n--- 2",
+    "%YAML 9.9\n---\nseed: 1",
+    'model: {source: "\\ud800\\0"}',
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_recipe_is_read_or_refused(root, text):
+    refused(load_recipe, write_recipe(root, text))
+    refused(load_recipe, sets=[f"model.source={text}", f"{text}=1"])
+
+
+@tries(80)
+@given(st.binary(max_size=60) | YAML_TEXT)
+def test_any_bytes_as_a_recipe(root, content):
+    refused(load_recipe, write_recipe(root, content))
+
+
+SECTIONS = yaml.safe_load((RECIPES / "lab.yaml").read_text())
+
+
+@tries(80)
+@given(st.data())
+def test_any_values_in_a_recipe(root, data):
+    if data.draw(st.booleans()):
+        held = data.draw(YAML_VALUES)
+    else:
+        held = changed(SECTIONS, data.draw(st.sampled_from(list(places(SECTIONS)))), data.draw(PLAIN | VALUES))
+    refused(load_recipe, write_recipe(root, yaml.dump(held, allow_unicode=True)))
+
+
+@tries(60)
+@given(st.data())
+def test_mutations_of_shipped_recipes(root, data):
+    content = (RECIPES / f"{data.draw(st.sampled_from(recipe_names()))}.yaml").read_bytes()
+    refused(load_recipe, write_recipe(root, data.draw(mutated(content))))
+
+
+@tries(100)
+@given(st.lists(TEXT | YAML_TEXT | st.builds("{}={}".format, TEXT | st.just("select.score"), TEXT | YAML_TEXT)))
+def test_any_set(sets):
+    refused(load_recipe, sets=sets)
+
+
+@tries(40)
+@given(TEXT)
+def test_any_name_of_a_recipe(name):
+    refused(load_recipe, name)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_that_is_written_out_reads_as_itself(root, name):
+    recipe = load_recipe(name)
+    assert load_recipe(write_recipe(root, yaml.safe_dump(dataclasses.asdict(recipe)))) == recipe
+
+
+# Artifacts.
+
+
+def shown(stored):
+    """As `dsg show` and `dsg ls` print it."""
+    from dsg_cli.cli.output import console
+    from dsg_cli.report.provenance import provenance_tree
+    from dsg_cli.report.tables import artifact_table, list_table
+    from dsg_cli.workspace import Workspace
+
+    out = console(io.StringIO())
+    for part in (artifact_table(stored), provenance_tree(stored), list_table(Workspace(stored.path.parent))):
+        out.print(part)
+
+
+def artifacts():
+    """One of each kind and schema."""
+    found = {}
+    for path in sorted(DATA.glob("schema-*/*-001.json")):
+        found[f"{path.parent.name}/{path.stem}"] = json.loads(path.read_text())
+    return found
+
+
+ARTIFACTS = artifacts()
+
+
+@pytest.fixture(scope="module")
+def workspaces(root):
+    """A workspace for each, alone: those of one schema are not all of one chain."""
+    from dsg_cli.workspace import Workspace
+
+    found = {}
+    for name in ARTIFACTS:
+        schema, _, artifact_id = name.partition("/")
+        found[name] = Workspace(root / name.replace("/", "-"))
+        found[name].folder.mkdir()
+        for path in (DATA / schema).glob(f"{artifact_id}*"):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, found[name].folder / path.name)
+    return found
+
+
+def read_changed(workspace, data, artifact_id):
+    """Write an artifact's JSON with the digest that it should have, and read it, with what shows it."""
+    from dsg_cli.integrity import artifact_text, digest_of
+    from dsg_cli.workspace import Workspace
+
+    if isinstance(data, dict):
+        data = data | {"sha256": digest_of(data)}
+    folder = workspace.folder.parent / f"{workspace.folder.name}-changed"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{artifact_id}.json").write_text(artifact_text(data), encoding="utf-8", errors="surrogatepass")
+    for name in data.get("files") or () if isinstance(data, dict) else ():
+        if isinstance(name, str) and name.startswith(artifact_id) and (workspace.folder / name[:200]).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(workspace.folder / name, folder / name)
+    stored = refused(Workspace(folder).read, artifact_id)
+    if stored is not None:
+        shown(stored)
+    return stored
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_what_every_version_wrote_is_shown(workspaces, name):
+    shown(workspaces[name].read(name.partition("/")[2]))
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_an_artifact_without_one_of_its_fields(workspaces, name):
+    data = {key: value for key, value in ARTIFACTS[name].items() if key != "sha256"}
+    for path in places(data):
+        if not isinstance(path[-1], int) or path[-1] == 0:
+            read_changed(workspaces[name], changed(data, path), name.partition("/")[2])
+
+
+@tries(400)
+@given(st.data())
+def test_an_artifact_with_another_value_in_a_field(workspaces, data):
+    name = data.draw(st.sampled_from(list(ARTIFACTS)))
+    path = data.draw(st.sampled_from([path for path in places(ARTIFACTS[name]) if path != ("sha256",)]))
+    read_changed(workspaces[name], changed(ARTIFACTS[name], path, data.draw(VALUES)), name.partition("/")[2])
+
+
+@tries(80)
+@given(st.data(), ODD_TEXT | st.builds("{}-{}".format, st.sampled_from(["eval-001", "features-001"]), TEXT))
+def test_any_names_of_files_and_inputs(workspaces, data, odd):
+    name = data.draw(st.sampled_from(list(ARTIFACTS)))
+    artifact_id = name.partition("/")[2]
+    odd = data.draw(st.sampled_from([odd, f"{artifact_id}/{odd}", f"{artifact_id}{odd}"]))
+    files = ARTIFACTS[name]["files"] | {odd: "0" * 64}
+    read_changed(workspaces[name], ARTIFACTS[name] | {"files": files}, artifact_id)
+    inputs = [{"id": odd, "sha256": "0" * 64, "is_elsewhere": data.draw(st.booleans())}]
+    read_changed(workspaces[name], ARTIFACTS[name] | {"inputs": inputs}, artifact_id)
+
+
+@tries(60)
+@given(st.binary(max_size=60) | st.builds(json.dumps, VALUES).map(str.encode))
+@example(b"[" * 100_000)
+@example(b'{"schema": 1e999, "kind": "eval"}')
+@example(b'{"schema": ' + b"9" * 5000 + b', "kind": "eval"}')
+def test_any_bytes_as_an_artifact(root, content):
+    from dsg_cli.workspace import Workspace
+
+    folder = root / "any"
+    folder.mkdir(exist_ok=True)
+    (folder / "eval-001.json").write_bytes(content)
+    assert refused(Workspace(folder).read, "eval-001") is None
+
+
+@tries(40)
+@given(TEXT)
+def test_any_id(workspaces, name):
+    assert refused(next(iter(workspaces.values())).read, name) is None
+
+
+def test_an_artifact_nested_too_deeply(workspaces):
+    data = ARTIFACTS["schema-1/eval-001"]
+    for depth in (50, 300, 600):
+        deep = data
+        for _ in range(depth):
+            deep = {"x": deep}
+        try:
+            read_changed(workspaces["schema-1/eval-001"], data | {"settings": deep}, "eval-001")
+        except RecursionError:
+            pytest.fail("nested")
+
+
+@pytest.mark.parametrize("kind", ["features", "threshold", "guardrail", "eval", "attack"])
+def test_what_is_written_reads_as_itself(root, workspaces, kind):
+    from dataclasses import fields, replace
+
+    from dsg_cli.artifacts import KINDS, SCHEMAS
+    from dsg_cli.workspace import Workspace
+
+    name = f"schema-{1 if kind in ('features', 'attack') else 2}/{kind}-001"
+    old = workspaces[name].read(f"{kind}-001")
+    words = st.text(max_size=8)
+    numbers = st.floats(allow_nan=False, allow_infinity=False)
+    made = {"float": numbers, "int": st.integers(-(2**63), 2**63 - 1), "str": words}
+    made |= {f"list[{name}]": st.lists(one, max_size=3) for name, one in made.items()}
+    free = {field.name: made[field.type] for field in fields(KINDS[kind]) if field.type in made}
+    workspace = Workspace(root / f"round-{kind}")
+
+    @tries(12)
+    @given(st.fixed_dictionaries(free), words, st.lists(words, max_size=3), st.dictionaries(words, words, max_size=3))
+    def check(values, device, notes, packages):
+        header = replace(old.header, schema=SCHEMAS[kind], id="", files={}, inputs=[], device=device)
+        body = replace(old.body, **values)
+        written = workspace.write(replace(header, notes=notes, packages=packages), body)
+        read = workspace.read(written.id)
+        assert read == written and read.body == body
+
+    check()
+
+
+# Arguments.
+
+COMMANDS = ("ls", "show", "verify", "select", "calibrate", "apply", "eval", "attack", "export", "generate", "run")
+WORDS = st.sampled_from(["1", "-1", "lab", "lab-hexes", "lab-near", "--", "mean", "eval-001", "saes/gpt2-small-res-jb"])
+
+
+def options_of(command):
+    """The options of a command, as they are spelled."""
+    import importlib
+
+    module = importlib.import_module(f"dsg_cli.cli.{ {'eval': 'evaluate'}.get(command, command) }")
+    hints = typing.get_type_hints(module.command, include_extras=True).values()
+    found = [one for hint in hints for one in typing.get_args(hint)[1:]]
+    found += [part for hint in hints for arg in typing.get_args(hint) for part in typing.get_args(arg)[1:]]
+    return sorted({name for one in found for name in getattr(one, "param_decls", None) or () if name.startswith("-")})
+
+
+def is_argument(text):
+    """Whether the system can pass it on."""
+    return "\x00" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+OPTIONS = {command: options_of(command) for command in COMMANDS}
+
+
+def run(arguments):
+    """Exit code and stderr of `dsg ...`; streams are as a terminal's are."""
+    from dsg_cli.cli.app import main
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=how) for how in ("strict", "backslashreplace")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.StringIO("a prompt\n"))
+        patch.setattr("sys.stdout", streams[0])
+        patch.setattr("sys.stderr", streams[1])
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        for stream in streams:
+            stream.flush()
+    return int(stop.value.code or 0), streams[1].buffer.getvalue().decode()
+
+
+@pytest.fixture
+def no_work(tmp_path, monkeypatch):
+    """A folder with artifacts, no network, and nothing that takes long: models are not loaded."""
+    import huggingface_hub.constants
+
+    from dsg_cli.benches import tasks
+    from dsg_cli.errors import DsgError
+    from dsg_cli.stages import chain, select
+
+    index = tasks.task_index
+
+    def stop(*_, **__):
+        raise DsgError("It would be loaded now.")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(tasks, "task_index", lambda folders, _: index(folders, False))  # Thousands take seconds.
+    monkeypatch.setattr(select, "load_model", stop)
+    monkeypatch.setattr(chain, "load_model", stop)
+    shutil.copytree(DATA / "schema-1", tmp_path / "dsg-workspace")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_any_arguments(no_work, command):
+    texts = (
+        st.just("\udcff") | TEXT.filter(is_argument) | WORDS | st.floats(width=16).map(str) | st.integers().map(str)
+    ).filter(lambda text: not text.startswith(("/", "..")))
+    given_option = st.tuples(st.sampled_from(OPTIONS[command]), texts)
+    flags = st.sampled_from(OPTIONS[command]).map(lambda option: (option,))
+    listed = st.lists(st.tuples(texts) | given_option | flags, max_size=4)
+    last = {"run": ["lab", "--dry-run"], "show": ["eval-001"]}.get(command, [])
+
+    @tries(20)
+    @given(listed)
+    def check(parts):
+        code, err = run([command, *last, *(word for part in parts for word in part)])
+        assert code in (0, 1, 2, 3) and "Traceback" not in err
+
+    check()
