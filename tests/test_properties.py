@@ -138,7 +138,7 @@ def test_a_recipe_that_is_written_out_reads_as_itself(root, name):
 
 def shown(stored):
     """As `dsg show` and `dsg ls` print it."""
-    from dsg_cli.cli.output import console
+    from dsg_cli.report.console import console
     from dsg_cli.report.provenance import provenance_tree
     from dsg_cli.report.tables import artifact_table, list_table
     from dsg_cli.workspace import Workspace

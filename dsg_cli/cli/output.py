@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from dsg_cli.progress import Report, silent
 
 if TYPE_CHECKING:
-
     from dsg_cli.workspace import Stored
 
 
