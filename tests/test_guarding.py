@@ -24,13 +24,14 @@ from dsg_cli.stages import apply, calibrate, select
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = ["calibrate.max_pieces=512", "corpora.limit=240"]
 TOKEN = "hf_" + "Aa1" * 11
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("chain") / "ws")
-    recipe = load_recipe("lab", sets=["calibrate.max_pieces=1024"])
+    recipe = load_recipe("lab", sets=SMALL)
     for stage in (select, calibrate, apply):
         stage.run(recipe, workspace)
     return workspace
@@ -99,6 +100,7 @@ def test_results_do_not_depend_on_the_size_of_batches(tmp_path, monkeypatch):
     for tokens, n_questions in ((8192, 32), (700, 5)):
         monkeypatch.setattr("dsg_cli.tokens.batches.__kwdefaults__", {"batch_tokens": tokens, "device": "cpu"})
         sets = ["calibrate.gate=window", "eval.benches=[lab-hexes]", "eval.limit=24", f"eval.batch_size={n_questions}"]
+        sets += SMALL
         recipe, workspace = load_recipe("lab", sets=sets), Workspace(tmp_path / str(tokens))
         from dsg_cli.stages import evaluate
 
@@ -110,7 +112,7 @@ def test_results_do_not_depend_on_the_size_of_batches(tmp_path, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_files_apart_from_times(tmp_path, chain):
-    recipe = load_recipe("lab", sets=["calibrate.max_pieces=1024"])
+    recipe = load_recipe("lab", sets=SMALL)
     workspace = Workspace(tmp_path / "ws")
     for stage in (select, calibrate, apply):
         stage.run(recipe, workspace)
