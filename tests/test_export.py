@@ -20,7 +20,9 @@ from dsg_cli.artifacts import Guardrail
 from dsg_cli.errors import DsgError
 from dsg_cli.export.folder import GUARD_SHARD, export_folder
 from dsg_cli.export.light import light_file, read_light
+from dsg_cli.integrity import digest_of
 from dsg_cli.lab import data as lab
+from dsg_cli.runtime.guardrail import tensors_digest
 from dsg_cli.sae import read_sae
 from dsg_cli.workspace import Workspace
 
@@ -74,7 +76,12 @@ class TestLightFile:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_values_that_are_not_finite(self, light, value):
-        rewrite(light, lambda _, tensors: tensors["W_enc"][0, 0].fill_(value))
+        def broken(data, tensors):
+            tensors["W_enc"][0, 0].fill_(value)
+            data["tensors_sha256"] = tensors_digest(tensors)
+            data["sha256"] = digest_of(data)
+
+        rewrite(light, broken)
         with pytest.raises(DsgError, match="not finite"):
             load_guardrail(light)
 

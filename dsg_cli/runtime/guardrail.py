@@ -252,7 +252,7 @@ def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
 def _check_shapes(tensors: Mapping[str, Tensor], spec: GuardrailSpec, where: str) -> None:
     """Refuse tensors that no SAE gives: of the wrong shapes, or with the index of a feature that is not there."""
     W_enc, W_dec, index = tensors["W_enc"], tensors["W_dec"], tensors.get("index")
-    is_matrix = W_enc.ndim == W_dec.ndim == 2 and W_enc.numel() > 0 and W_dec.numel() > 0
+    is_matrix = W_enc.ndim == W_dec.ndim == 2 and len(W_enc) > 0 and W_dec.shape[1] > 0
     n_columns = W_enc.shape[-1] if is_matrix else 0
     n_features = n_columns if index is None else index.numel()
     wrong = [
