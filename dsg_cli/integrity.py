@@ -45,6 +45,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_taken(path: Path) -> bool:
+    """Whether there is anything of that name."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is such a folder."""
     try:
@@ -163,7 +171,7 @@ def check_new_folder(folder: Path) -> None:
     Raises:
         DsgError: It does, or is no folder.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise DsgError(f"{folder} exists and is not empty.", "Name a new folder.")
 
 
@@ -194,7 +202,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise DsgError(f"{folder} cannot be written: {error.strerror or error}.") from error
+        raise DsgError(
+            f"{str(folder)[:200]} cannot be written: {error.strerror or error}.", "Make room, or name another folder."
+        ) from error
 
 
 def _remove_abandoned(folder: Path) -> None:

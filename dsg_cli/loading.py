@@ -9,6 +9,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.export.light import LIGHT_FILE, read_light
 from dsg_cli.guardrail import GuardrailModule, module_from_artifact
 from dsg_cli.hub import SCHEME, fetch_file, parse_address
+from dsg_cli.integrity import is_folder
 from dsg_cli.workspace import Workspace
 
 
@@ -23,7 +24,7 @@ def load_guardrail(source: str | Path) -> GuardrailModule:
         DsgError: Missing, altered, incomplete, of a newer schema, no guardrail, or with values that are not finite.
     """
     path = Path(source)
-    if str(source).startswith(SCHEME) or path.suffix == ".safetensors" or path.is_dir():
+    if str(source).startswith(SCHEME) or path.suffix == ".safetensors" or is_folder(path):
         return read_light(light_path(source)).module
     workspace = Workspace(path.parent)
     stored = workspace.read(str(path))
@@ -41,4 +42,4 @@ def light_path(source: str | Path) -> Path:
     if str(source).startswith(SCHEME):
         address = parse_address(str(source))
         return fetch_file(address, address.file or LIGHT_FILE)
-    return Path(source) / LIGHT_FILE if Path(source).is_dir() else Path(source)
+    return Path(source) / LIGHT_FILE if is_folder(Path(source)) else Path(source)

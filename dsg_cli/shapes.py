@@ -15,8 +15,12 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 2**63
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 def _is_empty(value: Any) -> bool:
-    return value in ({}, None)
+    return bool(value == {})
 
 
 def _is_pair(value: Any) -> bool:
@@ -29,7 +33,7 @@ def _is_slice(value: Any) -> bool:
 
 
 NUMBER = _is_number
-OR_NOTHING = _is_empty
+OR_NONE, OR_EMPTY = _is_none, _is_empty
 _SLICE = {
     "activation": ("threshold", "gated", "topk", "abstopk"),
     "normalization?": ("none", "layer_norm", "constant_norm_rescale"),
@@ -37,15 +41,15 @@ _SLICE = {
     "k?": int,
 }
 _CORPORA = [{"name": str, "sha256": str, "documents?": int, "revision?": str, "weight?": NUMBER}]
-_ACCURACY = {"acc?": (NUMBER, OR_NOTHING), "acc_low?": NUMBER, "acc_high?": NUMBER}
+_ACCURACY = {"acc?": (NUMBER, OR_NONE), "acc_low?": NUMBER, "acc_high?": NUMBER}
 _POINT = {
     "x": NUMBER,
     "guarded": {"forget_acc": NUMBER, "gate_rate": NUMBER, "utility_acc?": NUMBER},
     "unguarded": {"forget_acc": NUMBER},
 }
-GIT = ({"commit": str, "dirty": bool}, OR_NOTHING)
+GIT = ({"commit": str, "dirty": bool}, OR_EMPTY)
 SETTINGS: dict[str, Any] = {
-    "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NOTHING)},
+    "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NONE)},
     "threshold": {"retain": _CORPORA, "lengths": _is_pair},
     "guardrail": {},
     "eval": {"benches": [str]},
@@ -56,7 +60,7 @@ BODY: dict[str, Any] = {
     "threshold": {},
     "guardrail": {
         "slice": _is_slice,
-        "effect": ({"n_rows": int, "gate_rate": NUMBER, "changed_rate": NUMBER, "edit": NUMBER}, OR_NOTHING),
+        "effect": ({"n_rows": int, "gate_rate": NUMBER, "changed_rate": NUMBER, "edit": NUMBER}, OR_EMPTY),
     },
     "eval": {
         "results": {"*": {"base": {**_ACCURACY, "n": int, "n_asked?": int}, "unlearned": _ACCURACY}},

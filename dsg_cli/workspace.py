@@ -210,10 +210,19 @@ class Workspace:
         return Stored(header, body, data, self.folder / f"{artifact_id}.json")
 
     def tensors(self, stored: Stored) -> dict[str, Tensor]:
-        """The tensors beside an artifact."""
+        """The tensors beside an artifact.
+
+        Raises:
+            DsgError: There are none.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(stored.path.with_suffix(".safetensors"))
+        path = stored.path.with_suffix(".safetensors")
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise DsgError(f"{path} cannot be read: {error}.", "Make the artifact again.") from error
 
     def matching(self, header: Header) -> Stored | None:
         """The newest artifact with the same settings, inputs, model, SAE and versions, for `--reuse`."""

@@ -208,7 +208,7 @@ def test_an_artifact_without_one_of_its_fields(workspaces, name):
             read_changed(workspaces[name], changed(data, path), name.partition("/")[2])
 
 
-@tries(400)
+@tries(250)
 @given(st.data())
 def test_an_artifact_with_another_value_in_a_field(workspaces, data):
     name = data.draw(st.sampled_from(list(ARTIFACTS)))
@@ -246,6 +246,29 @@ def test_any_bytes_as_an_artifact(root, content):
 @given(TEXT)
 def test_any_id(workspaces, name):
     assert refused(next(iter(workspaces.values())).read, name) is None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"x" * 99])
+def test_a_guardrail_whose_tensors_are_none(root, workspaces, content):
+    from dsg_cli import load_guardrail
+    from dsg_cli.integrity import artifact_text, digest_of
+
+    data = ARTIFACTS["schema-2/guardrail-001"] | {"files": {}}
+    folder = root / f"no-tensors-{content is None}"
+    folder.mkdir(exist_ok=True)
+    if content is not None:
+        (folder / "guardrail-001.safetensors").write_bytes(content)
+    (folder / "guardrail-001.json").write_text(artifact_text(data | {"sha256": digest_of(data)}))
+    assert refused(load_guardrail, folder / "guardrail-001.json") is None
+
+
+@tries(40)
+@given(TEXT | st.builds("{}.{}".format, TEXT, st.sampled_from(["json", "safetensors"])))
+def test_any_name_of_a_guardrail(name):
+    from dsg_cli import load_guardrail
+
+    if not name.startswith("hf://"):
+        assert refused(load_guardrail, name) is None
 
 
 def test_an_artifact_nested_too_deeply(workspaces):
@@ -361,7 +384,7 @@ def test_any_arguments(no_work, command):
     listed = st.lists(st.tuples(texts) | given_option | flags, max_size=4)
     last = {"run": ["lab", "--dry-run"], "show": ["eval-001"]}.get(command, [])
 
-    @tries(20)
+    @tries(14)
     @given(listed)
     def check(parts):
         code, err = run([command, *last, *(word for part in parts for word in part)])

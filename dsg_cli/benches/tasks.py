@@ -16,6 +16,7 @@ from typing import Any
 from dsg_cli.benches.names import PAPER, QUICK, bench_name, known_benches, task_name
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.hub_data import commit_read, data_errors
+from dsg_cli.integrity import is_folder
 from dsg_cli.lab import data as lab
 
 LM_EVAL_TASKS = Path(str(importlib.util.find_spec("lm_eval").origin)).parent / "tasks"  # type: ignore[union-attr]
@@ -52,7 +53,7 @@ def load_tasks(
     twice = sorted({name for name in benches if list(benches).count(name) > 1})
     if twice:
         raise DsgError(f"The bench {twice[0]} is named twice.")
-    if include_path is not None and not Path(include_path).is_dir():
+    if include_path is not None and not is_folder(Path(include_path)):
         raise DsgError(f"There is no folder {include_path} (--include-path).")
     own = task_index((include_path,) if include_path else (), False).all_tasks
     taken = sorted(set(own) & set(known_benches()))

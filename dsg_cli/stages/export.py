@@ -18,7 +18,7 @@ from dsg_cli.export.folder import export_folder, light_name
 from dsg_cli.export.light import LIGHT_FILE, light_file
 from dsg_cli.guardrail import check_causal
 from dsg_cli.hub import SCHEME, parse_address, push_folder
-from dsg_cli.integrity import check_new_folder, write_atomically
+from dsg_cli.integrity import check_new_folder, is_taken, write_atomically
 from dsg_cli.model import model_folder
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
@@ -146,7 +146,7 @@ def check_target(to: str, form: str | None = None) -> str:
             raise DsgError(f"{to} names a revision or a file.", f"Push to {SCHEME}{address.repo}.")
     elif form == "model" and is_file:
         raise DsgError(f"{to} is one file, but a model is a folder.", "Name a folder, or leave --form out.")
-    elif is_file and Path(to).exists():
+    elif is_file and is_taken(Path(to)):
         raise DsgError(f"{to} exists.", "Name a new file.")
     elif not is_file:
         check_new_folder(Path(to))
@@ -165,7 +165,9 @@ def _write_light(to: Path, lights: Sequence[bytes]) -> None:
         for path, content in zip(paths, lights, strict=True):
             write_atomically(path, content)
     except OSError as error:
-        raise DsgError(f"{to} cannot be written: {error.strerror}.") from error
+        raise DsgError(
+            f"{str(to)[:200]} cannot be written: {error.strerror}.", "Make room, or name another place."
+        ) from error
 
 
 def _sizes(written: Path) -> list[Json]:

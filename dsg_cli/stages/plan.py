@@ -12,6 +12,7 @@ from dsg_cli.catalogue import HubText
 from dsg_cli.corpora import check_disjoint, check_named, parse_name
 from dsg_cli.errors import DsgError, close_to
 from dsg_cli.hub import REPOSITORY, download_size
+from dsg_cli.integrity import is_folder
 from dsg_cli.lab import data as lab
 from dsg_cli.recipe import Recipe
 from dsg_cli.releases import locate_release
@@ -122,7 +123,7 @@ def _attack(recipe: Recipe) -> Iterator[Step]:
 def _model_size(source: str) -> str:
     from dsg_cli.model import SMALL_FILES, WEIGHT_FILES
 
-    if source == "lab" or Path(source).is_dir():
+    if source == "lab" or is_folder(Path(source)):
         return _local_size(lab.MODEL_DIR if source == "lab" else Path(source))
     if not REPOSITORY.fullmatch(source):
         raise DsgError(f"No model folder at {source}.", "Give a folder, org/name on the hub, or `lab`.")
@@ -130,7 +131,7 @@ def _model_size(source: str) -> str:
 
 
 def _sae_size(source: str) -> str:
-    if source in lab.SAE_DIRS or Path(source).is_dir():
+    if source in lab.SAE_DIRS or is_folder(Path(source)):
         return _local_size(lab.SAE_DIRS.get(source, Path(source)))
     repo, folder = locate_release(source)
     return _reached(lambda: download_size(repo, [f"{folder}/*"] if folder else ["*"]))
