@@ -9,8 +9,9 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 from anything import TEXT, VALUES, changed, mutated, places, refused, tries
-from conftest import make_sae
+from conftest import WIDTH, make_guardrail, make_sae
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -189,7 +190,6 @@ def test_any_bytes_as_a_light_file(root, light):
 
 def test_a_light_file_whose_digests_agree_and_whose_parts_do_not(root, light):
     """Other tensors, or another JSON object, with the digests that they should have."""
-    import torch
     from safetensors.torch import save
 
     from dsg_cli.export.light import TENSORS_DIGEST, read_light
@@ -229,10 +229,19 @@ def test_a_light_file_whose_digests_agree_and_whose_parts_do_not(root, light):
             check(changed(data, path_of, *replacement), tensors)
 
 
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
+def test_a_guardrail_of_no_features_is_one(root, architecture):
+    from dsg_cli.sae import read_sae
+
+    make_sae(root / architecture, architecture, **({"k": 5} if architecture == "topk" else {}))
+    sae = read_sae(str(root / architecture))
+    module = make_guardrail(sae, [], threshold=0.0, strength=9.0)
+    resid = torch.randn(2, 3, WIDTH)
+    assert torch.equal(module(resid, torch.ones(2, 3, dtype=torch.bool)), resid)
+
+
 def test_any_bytes_as_a_checkpoint(root):
     import hashlib
-
-    import torch
 
     from dsg_cli.checkpoints import MAGIC, Checkpoint, check_checkpoint
 

@@ -263,7 +263,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], spec: GuardrailSpec, where: str
     ]
     if not is_matrix or wrong or len(W_dec) > n_features:
         raise DsgError(f"{where}: the shapes of its tensors do not agree.", "Make the guardrail again with dsg apply.")
-    is_index = index is None or (index.dtype == torch.int64 and 0 <= int(index.min()) <= int(index.max()) < n_columns)
+    is_index = index is None or (index.dtype == torch.int64 and bool(((index >= 0) & (index < n_columns)).all()))
     if not is_index or not 0 <= SliceSpec(**spec.slice).k <= n_columns:
         raise DsgError(f"{where} names features that it does not hold.", "Make the guardrail again with dsg apply.")
 
