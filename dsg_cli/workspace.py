@@ -131,25 +131,6 @@ class Workspace:
         self._check_inputs(stored)
         return stored
 
-    def input_of(self, stored: Stored, kind: str) -> Stored:
-        """The artifact of a kind that this one was computed from; verified.
-
-        Raises:
-            DsgError: It is not there, or is another one.
-        """
-        named = next((one for one in stored.header.inputs if one.id.startswith(f"{kind}-")), None)
-        if named is None:
-            raise DsgError(
-                f"{stored.id} does not say which {kind} it was computed from.", f"Start with {MADE_BY[kind]}."
-            )
-        path = stored.path.with_name(f"{named.id}.json")
-        if not path.is_file():
-            raise DsgError(
-                f"{stored.id} was computed from {named.id}, which is not in {path.parent}.",
-                "Put it back, or start again with dsg select.",
-            )
-        return self.read(str(path))
-
     def _has(self, named: InputArtifact) -> bool:
         path = self.folder / f"{named.id}.json"
         try:

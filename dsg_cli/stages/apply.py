@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from dsg_cli.artifacts import Guardrail, Threshold
+from dsg_cli.artifacts import Guardrail, Json, Threshold
 from dsg_cli.corpora import Corpus, load_corpora
 from dsg_cli.effect import Effect, measure_effect
 from dsg_cli.errors import DsgError
@@ -50,7 +50,7 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Ses
     workspace.check_writable()
     set_at = threshold.body_as(Threshold)
     strength = parse_strength(recipe.guardrail.strength, set_at.median_residual_norm)
-    forget, notes = _forget_text(workspace, threshold)
+    forget, notes = _forget_text(threshold)
     assert threshold.header.sae is not None
     sae = chain_sae(threshold.header.sae, threshold.id)
     recipe = settle(recipe, threshold.header)
@@ -115,25 +115,24 @@ def check_effect(effect: Effect) -> None:
     )
 
 
-def _forget_text(workspace: Workspace, threshold: Stored) -> tuple[list[Corpus], list[str]]:
+def _forget_text(threshold: Stored) -> tuple[list[Corpus], list[str]]:
     """The forget corpora of select as they are now, and a note on each that has changed since.
 
     Raises:
         DsgError: One cannot be read any more.
     """
     settings = threshold.header.settings
-    if "forget" not in settings:  # Made before thresholds said so.
-        features = workspace.input_of(threshold, "features").header
-        settings = features.settings | {"forget_limit": features.settings["limit"], "forget_seed": features.seed}
-    described = {one["name"]: one for one in settings["forget"]}
+    # Earlier thresholds have only the names.
+    described: dict[str, Json] = {name: {} for name in threshold.body_as(Threshold).forget}
+    described |= {one["name"]: one for one in settings.get("forget", [])}
     forget = load_corpora(
         list(described),
         role="forget",
-        limit=settings["forget_limit"],
-        seed=settings["forget_seed"],
+        limit=settings.get("forget_limit", settings["limit"]),
+        seed=settings.get("forget_seed", threshold.header.seed),
         revisions={name: one.get("revision") for name, one in described.items()},
     )
-    changed = [corpus.name for corpus in forget if corpus.sha256 != described[corpus.name]["sha256"]]
+    changed = [one.name for one in forget if one.sha256 != described[one.name].get("sha256", one.sha256)]
     return forget, [f"The forget corpus {name} has changed since select." for name in changed]
 
 
