@@ -130,7 +130,7 @@ def _forget_text(threshold: Stored) -> tuple[list[Corpus], list[str]]:
         role="forget",
         limit=settings.get("forget_limit", settings["limit"]),
         seed=settings.get("forget_seed", threshold.header.seed),
-        revisions={name: one.get("revision") for name, one in described.items()},
+        revisions={name: one["revision"] for name, one in described.items() if "revision" in one},
     )
     changed = [one.name for one in forget if one.sha256 != described[one.name].get("sha256", one.sha256)]
     return forget, [f"The forget corpus {name} has changed since select." for name in changed]
