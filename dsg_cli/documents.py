@@ -135,16 +135,22 @@ def _find_column(wanted: str | None, strings: Sequence[str], where: str) -> str:
 
 def _text_of(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DsgError(
-            f"{path} is not UTF-8 text (byte {error.start}).", f"Known files: {', '.join(READERS)}."
-        ) from error
+        content = path.read_bytes()
     except OSError as error:
         raise DsgError(f"{path} cannot be read: {error.strerror}.") from error
-    if "\x00" in content:
-        raise DsgError(f"{path} is not a text file: it has NUL bytes.", f"Known files: {', '.join(READERS)}.")
-    return content
+    return _decoded(path, content).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(path: Path, content: bytes, start: int = 0) -> str:
+    """The text of a file, or of a part of it that begins at that byte; an error if it is none."""
+    known = f"Known files: {', '.join(READERS)}."
+    try:
+        text = content.decode("utf-8-sig" if start == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DsgError(f"{path} is not UTF-8 text (byte {start + error.start}).", known) from error
+    if "\x00" in text:
+        raise DsgError(f"{path} is not a text file: it has NUL bytes.", known)
+    return text
 
 
 def _is_json_lines(content: str) -> bool:
@@ -188,14 +194,9 @@ def _lines(path: Path, column: str | None) -> Documents:
 
 
 def _row(path: Path, line: bytes, start: int, where: str) -> Any:
-    if b"\x00" in line:
-        raise DsgError(f"{path} is not a text file: it has NUL bytes.", f"Known files: {', '.join(READERS)}.")
+    text = _decoded(path, line, start)
     try:
-        return parse_json(line.decode("utf-8-sig" if start == 0 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise DsgError(
-            f"{path} is not UTF-8 text (byte {start + error.start}).", f"Known files: {', '.join(READERS)}."
-        ) from error
+        return parse_json(text)
     except ValueError as error:
         raise DsgError(f"{where} is not JSON: {getattr(error, 'msg', error)}.") from error
 

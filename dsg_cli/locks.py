@@ -22,7 +22,13 @@ def locked(path: Path) -> Iterator[None]:
         OSError: The file cannot be made.
     """
     with path.open("ab") as file:
-        _lock(file.fileno(), fcntl.LOCK_EX, path)
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        except OSError as error:
+            raise DsgError(
+                f"The file system of {path.parent} has no file locks ({error.strerror}).",
+                "Put the workspace elsewhere with --workspace or DSG_WORKSPACE.",
+            ) from error
         yield
 
 
@@ -40,13 +46,3 @@ def held(path: Path) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def _lock(descriptor: int, how: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError as error:
-        raise DsgError(
-            f"The file system of {path.parent} has no file locks ({error.strerror}).",
-            "Put the workspace elsewhere with --workspace or DSG_WORKSPACE.",
-        ) from error
