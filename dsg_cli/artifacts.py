@@ -213,9 +213,14 @@ class AttackReport:
     attack: str
     threat_model: str
     bench: str
+    before: Json
+    """{guarded: {forget_acc, ...}, unguarded: {forget_acc, ...}} without any attack."""
     curve: list[Json]
-    """[{x, guarded: {forget_acc, ...}, unguarded: {forget_acc, ...}}]"""
+    """[{x, variant, guarded: {forget_acc, forget_low, forget_high, n, gate_rate, ...}, unguarded: {...}}]"""
     summary: Json
+    """Where most came back; nulls if the unguarded model answers nowhere on the curve."""
+    expected: list[Json]
+    """[{expect, value, bound, met}]"""
 
 
 Body = FeatureSet | Threshold | Guardrail | EvalReport | AttackReport
@@ -228,7 +233,7 @@ KINDS: dict[str, type[Any]] = {
     "eval": EvalReport,
     "attack": AttackReport,
 }
-SCHEMAS: dict[str, int] = {"features": 1, "threshold": 2, "guardrail": 3, "eval": 2, "attack": 1}
+SCHEMAS: dict[str, int] = {"features": 1, "threshold": 2, "guardrail": 3, "eval": 2, "attack": 2}
 MADE_BY = {
     "features": "dsg select",
     "threshold": "dsg calibrate",
@@ -257,7 +262,18 @@ def migrate(data: Json) -> Json:
         return {**data, "effect": {}}
     if data["schema"] == 1 and data["kind"] == "eval":
         return {**data, "question_ids": {}, "base_from": {}}
+    if data["schema"] == 1 and data["kind"] == "attack":
+        curve = [{"variant": "", **point} for point in data["curve"]]
+        before = {side: curve[0][side] for side in ("guarded", "unguarded")}
+        return {**data, "curve": curve, "before": before, "expected": [], "summary": _later_summary(data, before)}
     return data
+
+
+def _later_summary(data: Json, before: Json) -> Json:
+    """The summary of an attack of schema 1 as schema 2 has it."""
+    n_points = len(data["curve"])
+    of_base = {"base_acc": before["unguarded"]["forget_acc"], "n_points": n_points, "n_measurable": n_points}
+    return {**of_base, "worst_variant": "", "gate_rate_at_worst": None, **data["summary"]}
 
 
 def to_json(header: Header, body: Body) -> Json:

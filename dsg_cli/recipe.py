@@ -140,7 +140,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             0 <= written.temperature < math.inf,
             f"generate.temperature is {written.temperature:g}; it must be 0 or a positive number.",
         ),
-        (attack.relearn_questions >= 1, "attack.relearn_questions must be at least 1."),
+        (attack.known_questions >= 1, "attack.known_questions must be at least 1."),
         (
             0 < attack.relearn_learning_rate < math.inf,
             f"attack.relearn_learning_rate is {attack.relearn_learning_rate}; it must be a positive number.",

@@ -141,10 +141,13 @@ class AttackSection:
     """Questions on the forgotten knowledge; by default the bench named like the forget corpus."""
     utility_bench: str | None = None
     """Questions that must stay answered, shown beside the attack."""
+    known_questions: int = 16
+    """Forget questions whose answers the attacker knows; others are asked. For attacks that learn from examples."""
+    expect: list[str] = field(default_factory=list)
+    """Conditions such as `dilution<=0.35` on the accuracy that an attack brings back at most (expect.py)."""
     dilution_lengths: list[int] = field(default_factory=lambda: [0, 4, 16, 48, 96])
-    """Benign tokens put in front of each question."""
-    relearn_questions: int = 16
-    """Forget questions that the attacker fine-tunes on; the others are asked."""
+    """Benign tokens put around each question."""
+    dilution_places: list[Literal["before", "after", "around"]] = field(default_factory=lambda: ["before"])
     relearn_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20, 40])
     relearn_learning_rate: float = 3e-4
 

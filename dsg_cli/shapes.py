@@ -42,11 +42,10 @@ _SLICE = {
 }
 _CORPORA = [{"name": str, "sha256": str, "documents?": int, "revision?": str, "weight?": NUMBER}]
 _ACCURACY = {"acc?": (NUMBER, OR_NONE), "acc_low?": NUMBER, "acc_high?": NUMBER}
-_POINT = {
-    "x": NUMBER,
-    "guarded": {"forget_acc": NUMBER, "gate_rate": NUMBER, "utility_acc?": NUMBER},
-    "unguarded": {"forget_acc": NUMBER},
-}
+_SIDE = {"forget_acc": NUMBER, "forget_low?": NUMBER, "forget_high?": NUMBER, "n?": int, "utility_acc?": NUMBER}
+_GUARDED = {**_SIDE, "gate_rate?": NUMBER}
+_POINT = {"x": (NUMBER, str), "variant": str, "guarded": _GUARDED, "unguarded": _SIDE}
+_EXPECTED = {"expect": str, "value": (NUMBER, OR_NONE), "met": bool}
 GIT = ({"commit": str, "dirty": bool}, OR_EMPTY)
 SETTINGS: dict[str, Any] = {
     "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NONE)},
@@ -65,9 +64,21 @@ BODY: dict[str, Any] = {
     "eval": {
         "results": {"*": {"base": {**_ACCURACY, "n": int, "n_asked?": int}, "unlearned": _ACCURACY}},
         "gate": {"*": {"rate": NUMBER}},
-        "expected": [{"expect": str, "value": NUMBER, "met": bool}],
+        "expected": [_EXPECTED],
     },
-    "attack": {"curve": [_POINT], "summary": {"forget_acc_worst": NUMBER, "worst_x": NUMBER}},
+    "attack": {
+        "before": {"guarded": _GUARDED, "unguarded": _SIDE},
+        "curve": [_POINT],
+        "summary": {
+            "base_acc": NUMBER,
+            "forget_acc_before": NUMBER,
+            "forget_acc_worst": (NUMBER, OR_NONE),
+            "worst_x": (NUMBER, str, OR_NONE),
+            "worst_variant": str,
+            "unguarded_at_worst": (NUMBER, OR_NONE),
+        },
+        "expected": [_EXPECTED],
+    },
 }
 """By kind of artifact."""
 

@@ -7,6 +7,7 @@ from test_workspace import HEADER as GUARDRAIL
 
 from dsg_cli.artifacts import SCHEMAS, AttackReport, EvalReport, InputArtifact, ModelIdentity, SaeIdentity
 from dsg_cli.expect import check_expected, parse_expected
+from dsg_cli.stages.attack import summarise
 from dsg_cli.workspace import Stored, Workspace
 
 HEADER = replace(
@@ -43,18 +44,18 @@ def report(*conditions):
 
 def attack(kind="dilution"):
     curve = [
-        {"x": x, "guarded": {"forget_acc": x / 100, "gate_rate": 1.0}, "unguarded": {"forget_acc": 0.9}}
+        {"x": x, "variant": "", "guarded": {"forget_acc": x / 100, "gate_rate": 1.0}, "unguarded": {"forget_acc": 0.9}}
         for x in (0, 48)
     ]
-    summary = {"forget_acc_before": 0.0, "forget_acc_worst": 0.48, "worst_x": 48, "unguarded_at_worst": 0.9}
-    return AttackReport(kind, "anyone", "a|b", curve, summary)
+    before = {side: curve[0][side] for side in ("guarded", "unguarded")}
+    return AttackReport(kind, "anyone", "a|b", before, curve, summarise(before, curve, on_prompts=True), [])
 
 
 def write(workspace: Workspace) -> list[Stored]:
     """An evaluation that misses two conditions, and an attack."""
     return [
         workspace.write(HEADER, report(*CONDITIONS)),
-        workspace.write(replace(HEADER, kind="attack", schema=1), attack()),
+        workspace.write(replace(HEADER, kind="attack", schema=2), attack()),
     ]
 
 

@@ -59,8 +59,8 @@ def stages(workspace, recipe):
         "threshold": lambda where, **options: calibrate.run(recipe, where, source=source("features"), **options),
         "eval": lambda where, **options: evaluate.run(recipe, where, sources=[source("guardrail")], **options),
         "attack": lambda where, **options: attack.run(
-            recipe, where, "dilution", sources=[source("guardrail")], **options
-        ),
+            recipe, where, ["dilution"], sources=[source("guardrail")], **options
+        )[0],
     }
 
 

@@ -157,7 +157,7 @@ def chain(dsg, folders):
         (["attack", "--kind", "dilution"], "No bench is named like the forget corpus"),
         (["attack", "--kind", "relearn", "--bench", "lab-hexes", "--set", "attack.relearn_steps=[3, 1]"], "ascending"),
         (
-            ["attack", "--kind", "relearn", "--bench", "lab-far", "--set", "attack.relearn_questions=999"],
+            ["attack", "--kind", "relearn", "--bench", "lab-far", "--set", "attack.known_questions=999"],
             "144 questions",
         ),
         (["attack", "--kind", "relearn", "--bench", "lab-far", "--limit", "0"], "eval.limit is 0"),

@@ -106,7 +106,7 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch):
         "calibrate.lengths=[9, 8]",
         "eval.batch_size=0",
         "eval.limit=0",
-        "attack.relearn_questions=0",
+        "attack.known_questions=0",
         "attack.relearn_learning_rate=.nan",
         "attack.dilution_lengths=[4, 8]",
         "attack.relearn_steps=[0, 2, 2]",

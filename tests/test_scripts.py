@@ -121,7 +121,7 @@ def test_bad_conditions_come_before_everything(dsg, monkeypatch):
 def returns(monkeypatch, written):
     """`dsg eval` and `dsg run` without their work: what the stages would return is there."""
     monkeypatch.setattr("dsg_cli.stages.evaluate.run", lambda *_, **__: written[0])
-    monkeypatch.setattr("dsg_cli.stages.attack.run", lambda *_, **__: written[1])
+    monkeypatch.setattr("dsg_cli.stages.attack.run", lambda *_, **__: [written[1]])
     run = chain(Workspace("of-a-run"))
     monkeypatch.setattr("dsg_cli.stages.run_recipe.run", lambda *_, **__: run)
 
@@ -253,7 +253,7 @@ def test_json_is_one_document_and_nothing_else(dsg, written, monkeypatch):
 def test_what_libraries_print_does_not_reach_stdout(dsg, written, monkeypatch):
     def chatty(*_, **__):
         sys.stdout.write("Welcome to a library!\n")
-        return written[1]
+        return [written[1]]
 
     monkeypatch.setattr("dsg_cli.stages.attack.run", chatty)
     code, out, err = dsg("attack", "--kind", "dilution", "--json")

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.artifacts import Json
 from dsg_cli.benches.tasks import Question
+from dsg_cli.calibration import wilson
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, guarded, last_decisions
 from dsg_cli.progress import Report, silent
@@ -35,7 +36,8 @@ def ask(
     name: str = "",
     report: Report = silent,
 ) -> Json:
-    """`{"acc": ..., "gate_rate": ...}`; the gate rate, only under a guardrail, of questions with a gated choice.
+    """`{"acc", "low", "high", "n", "gate_rate"}`: accuracy with its 95 % Wilson interval, of n questions; under a
+    guardrail also the share of questions with a gated choice.
 
     What has been asked is kept in the checkpoint under that name, by which progress is reported too.
     """
@@ -73,5 +75,6 @@ def ask(
         right += values.index(max(values)) == question.answer
         n_gated += any(one.note for one in found)
         start += len(question.choices)
-    measured: Json = {"acc": right / len(questions)}
+    low, high = wilson(right, len(questions))
+    measured: Json = {"acc": right / len(questions), "low": low, "high": high, "n": len(questions)}
     return measured | ({"gate_rate": n_gated / len(questions)} if guardrails else {})

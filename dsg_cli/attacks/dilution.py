@@ -1,97 +1,98 @@
-"""Dilution: harmless text in front of a question lowers the share of hot tokens until the gate stays shut."""
+"""Dilution: harmless text around a question lowers the share of hot tokens until the gate stays shut."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from typing import Literal, get_args
 
 from dsg_cli.artifacts import Json
-from dsg_cli.attacks.asking import ask
+from dsg_cli.attacks.asking import Change
+from dsg_cli.attacks.target import Material, Target
 from dsg_cli.benches.tasks import Question
-from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import GuardrailModule
-from dsg_cli.progress import Report, silent
 from dsg_cli.scoring import encode_pair
-from dsg_cli.workers import ALONE, Workers
 
-THREAT_MODEL = "Someone who may send prompts to the guarded model, and knows no more."
+Place = Literal["before", "after", "around"]
+PLACES: tuple[Place, ...] = get_args(Place)
 
 
-def dilute(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    guardrails: Sequence[GuardrailModule],
-    questions: Sequence[Question],
-    benign: Sequence[list[int]],
-    lengths: Sequence[int],
-    *,
-    bos: int | None,
-    batch_size: int,
-    max_length: int,
-    workers: Workers = ALONE,
-    checkpoint: Checkpoint | None = None,
-    report: Report = silent,
-) -> list[Json]:
-    """Ask the forget questions after more and more benign tokens; length 0 is plain evaluation.
+def attack(target: Target, material: Material, *, lengths: Sequence[int], places: Sequence[Place]) -> list[Json]:
+    """Ask the forget questions among more and more benign tokens; length 0 is plain evaluation.
 
     Args:
-        model: The model, unguarded.
-        tokenizer: Its tokenizer.
-        guardrails: What guards it.
-        questions: On the forgotten knowledge.
-        benign: Token ids, without BOS, of texts on something else; question i is put behind text i.
-        lengths: How many tokens are put in front, a point of the curve each.
-        bos: Token that every sequence begins with.
-        batch_size: Sequences in a batch.
-        max_length: Tokens the model can read.
-        workers: Who asks; each gets the whole curve.
-        checkpoint: Where asking goes on from, and is kept.
-        report: Progress.
+        target: What is attacked.
+        material: Its `forget` is asked; question i is put among the tokens of benign text i.
+        lengths: How many benign tokens are added, a point of the curve each.
+        places: `before` the question, `after` it (before the words with which every question ends, such as
+            `Answer:`), or half of them at either place: a variant each.
 
     Raises:
         DsgError: The benign texts are too short for the longest dilution, or it does not fit the model.
     """
-    longest = max(lengths)
-    usable = [text for text in benign if len(text) >= longest]
-    if not usable:
-        raise DsgError(
-            f"No benign text has {longest} tokens; the longest has {max(map(len, benign), default=0)}.",
-            "Lower attack.dilution_lengths.",
-        )
-    pairs = [encode_pair(tokenizer, q.context, choice, bos=bos) for q in questions for choice in q.choices]
-    n_asked = max(len(pair.context) + len(pair.continuation) - 1 for pair in pairs)
-    if longest + n_asked > max_length:
-        raise DsgError(
-            f"{longest} benign tokens and a question of {n_asked} do not fit in the {max_length} that the model reads.",
-            "Lower attack.dilution_lengths.",
-        )
-    curve = []
-    for length in lengths:
-
-        def change(context: tuple[int, ...], number: int, length: int = length) -> tuple[int, ...]:
-            n_head = int(bos is not None and context[:1] == (bos,))
-            prefix = usable[number % len(usable)][:length]
-            return (*context[:n_head], *prefix, *context[n_head:])
-
-        point: Json = {"x": length}
-        for side, guards in (("guarded", guardrails), ("unguarded", ())):
-            found = ask(
-                model,
-                tokenizer,
-                questions,
-                guardrails=guards,
-                bos=bos,
-                batch_size=batch_size,
-                max_length=max_length,
-                change=change,
-                workers=workers,
-                checkpoint=checkpoint,
-                name=f"{side}/{length}",
-                report=report,
-            )
-            point[side] = {f"forget_{key}" if key == "acc" else key: value for key, value in found.items()}
-        curve.append(point)
+    check_room(target, material.forget, max(lengths), "attack.dilution_lengths")
+    usable = long_texts(material.benign, max(lengths), "attack.dilution_lengths")
+    n_cue = cue_length(target, material.forget)
+    curve: list[Json] = []
+    for place in places:
+        for length in lengths:
+            if length == 0 and place != places[0]:
+                curve.append({**curve[0], "variant": place})
+                continue
+            change = _insert(target.bos, usable, length, place, n_cue)
+            curve.append(target.point(length, material.forget, variant=place, change=change))
     return curve
+
+
+def _insert(bos: int | None, texts: Sequence[list[int]], length: int, place: Place, n_cue: int) -> Change:
+    """Benign tokens around the token ids of a context."""
+    n_before = {"before": length, "after": 0, "around": length // 2}[place]
+
+    def change(context: tuple[int, ...], number: int) -> tuple[int, ...]:
+        n_head = int(bos is not None and context[:1] == (bos,))
+        benign = texts[number % len(texts)][:length]
+        cut = len(context) - n_cue
+        return (*context[:n_head], *benign[:n_before], *context[n_head:cut], *benign[n_before:], *context[cut:])
+
+    return change
+
+
+def cue_length(target: Target, questions: Sequence[Question]) -> int:
+    """Tokens with which every context ends: what tells the model to answer now."""
+    tails = [contexts[::-1] for contexts in _contexts(target, questions)]
+    shortest = min(map(len, tails)) - 1
+    return next((i for i in range(shortest) if len({tail[i] for tail in tails}) > 1), shortest)
+
+
+def long_texts(benign: Sequence[list[int]], length: int, setting: str) -> list[list[int]]:
+    """The benign texts of at least so many tokens.
+
+    Raises:
+        DsgError: There is none.
+    """
+    usable = [text for text in benign if len(text) >= length]
+    if not usable:
+        longest = max(map(len, benign), default=0)
+        raise DsgError(f"No benign text has {length} tokens; the longest has {longest}.", f"Lower {setting}.")
+    return usable
+
+
+def check_room(target: Target, questions: Sequence[Question], n_more: int, setting: str) -> None:
+    """Refuse to make questions longer than the model can read.
+
+    Raises:
+        DsgError: One would be.
+    """
+    pairs = [
+        encode_pair(target.tokenizer, q.context, choice, bos=target.bos) for q in questions for choice in q.choices
+    ]
+    n_asked = max(len(pair.context) + len(pair.continuation) - 1 for pair in pairs)
+    if n_more + n_asked > target.max_length:
+        raise DsgError(
+            f"{n_more} further tokens and a question of {n_asked} do not fit in the {target.max_length} that the "
+            "model reads.",
+            f"Lower {setting}.",
+        )
+
+
+def _contexts(target: Target, questions: Sequence[Question]) -> list[tuple[int, ...]]:
+    return [encode_pair(target.tokenizer, q.context, q.choices[0], bos=target.bos).context for q in questions]

@@ -8,16 +8,15 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.names import complete
-from dsg_cli.cli.output import show_stored
+from dsg_cli.cli.output import show_ranking, show_stored
 from dsg_cli.cli.running import running
-from dsg_cli.cli.verdict import summary_to
-from dsg_cli.errors import DsgError
+from dsg_cli.cli.verdict import exit_unless_met, summary_to
 
 
 def command(
     kind: Annotated[
         list[str] | None,
-        typer.Option("--kind", help="relearn or dilution; repeatable.", autocompletion=complete("attacks")),
+        typer.Option("--kind", help="What to try, or `all`; repeatable.", autocompletion=complete("attacks")),
     ] = None,
     bench: Annotated[
         str | None,
@@ -28,6 +27,10 @@ def command(
         ),
     ] = None,
     sources: opt.FromManyOption = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option("--expect", help="Condition such as 'dilution<=0.35' on what came back; exit 3 if not met."),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Questions, at most.")] = None,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     recipe: opt.RecipeOption = None,
@@ -47,7 +50,7 @@ def command(
 ) -> None:
     """Try to get the knowledge back.
 
-    Example: dsg attack --kind dilution
+    Example: dsg attack --kind dilution --kind relearn --expect 'dilution<=0.35'
     """
     resolved = opt.settings(
         recipe,
@@ -61,20 +64,23 @@ def command(
         model__allow_mismatch=allow_mismatch,
         attack__kinds=kind,
         attack__bench=bench,
+        attack__expect=expect,
         eval__limit=limit,
     )
-    if not resolved.attack.kinds:
-        raise DsgError("No attack is named.", "Give one with --kind: `dsg ls attacks` lists them.")
+    from dsg_cli.attacks.names import expanded
+    from dsg_cli.expect import parse_expected
+
+    kinds = expanded(resolved.attack.kinds)
+    for text in resolved.attack.expect:
+        parse_expected(text, kinds)
     write_summary = summary_to(summary)
     with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import attack
         from dsg_cli.workspace import Workspace
 
-        for name in resolved.attack.kinds:
-            attack.check_kind(name)
-        stored = [
-            attack.run(resolved, Workspace(workspace), name, sources=sources or [], session=session)
-            for name in resolved.attack.kinds
-        ]
+        stored = attack.run(resolved, Workspace(workspace), kinds, sources=sources or [], session=session)
     write_summary(stored)
     show_stored(stored, as_json=as_json, quiet=quiet)
+    if len(stored) > 1 and not as_json:
+        show_ranking(stored)
+    exit_unless_met(stored)

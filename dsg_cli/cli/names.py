@@ -8,12 +8,11 @@ from typing import get_args
 import typer
 
 from dsg_cli.artifacts import Gate
+from dsg_cli.attacks.names import ALL, KINDS
 from dsg_cli.benches.names import known_benches
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
-
-ATTACKS = ("relearn", "dilution")
 
 
 def _recipes() -> list[str]:
@@ -46,7 +45,7 @@ NAMES: dict[str, Callable[[], list[str]]] = {
     "benches": known_benches,
     "saes": _saes,
     "gates": lambda: list(get_args(Gate)),
-    "attacks": lambda: list(ATTACKS),
+    "attacks": lambda: [*KINDS, ALL],
     "recipes": _recipes,
 }
 

@@ -38,6 +38,17 @@ def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool
         hint(f"Next: {NEXT_COMMAND[several[-1].header.kind]}")
 
 
+def show_ranking(stored: Sequence[Stored]) -> None:
+    """Several attacks in one table, on a terminal."""
+    from dsg_cli.artifacts import AttackReport
+
+    if sys.stdout.isatty():
+        from dsg_cli.report.attacks import ranking_table
+        from dsg_cli.report.console import console
+
+        console().print(ranking_table([one.body_as(AttackReport) for one in stored]))
+
+
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     print_line(json.dumps(document, indent=1, ensure_ascii=False))

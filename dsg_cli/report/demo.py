@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsg_cli.artifacts import AttackReport, EvalReport, Guardrail, Json, Threshold
+from dsg_cli.report.attacks import share
 from dsg_cli.report.tables import percent
 from dsg_cli.settings import PublishedSection
 from dsg_cli.workspace import Stored
@@ -66,12 +67,8 @@ def chain_table(chain: Sequence[Stored], published: PublishedSection | None = No
     for name, label in (("relearn", "relearned, {x} steps"), ("dilution", "diluted, {x} benign tokens")):
         if name in attacks:
             last = attacks[name]["curve"][-1]
-            table.add_row(
-                label.format(x=last["x"]),
-                f"{last['unguarded']['forget_acc']:.2f}",
-                f"{last['guarded']['forget_acc']:.2f}",
-                f"{last['guarded']['gate_rate']:.2f}",
-            )
+            values = (last["unguarded"]["forget_acc"], last["guarded"]["forget_acc"], last["guarded"].get("gate_rate"))
+            table.add_row(label.format(x=last["x"]), *map(share, values))
     cut = f"Gate: {summary['gate']} > {summary['threshold']:.3f}" if "threshold" in summary else ""
     rate = summary.get("false_positive_rate")
     found = f"{cut}; false positives on fresh retain text {rate:.3f}." if cut and rate is not None else cut
@@ -90,11 +87,11 @@ def meaning(summary: Json) -> str:
         )
     if "dilution" in attacks:
         found = attacks["dilution"]["summary"]
-        if found["forget_acc_worst"] > found["forget_acc_before"] + 0.1:
+        if (found["forget_acc_worst"] or 0) > found["forget_acc_before"] + 0.1:
             is_mean = summary.get("gate") == "mean"
             why = ", because the paper's gate averages over the whole sequence" if is_mean else ""
             sentences.append(
-                f"It does not stop everyone: {found['worst_x']} harmless tokens in front of a question bring accuracy "
+                f"It does not stop everyone: {found['worst_x']} harmless tokens around a question bring accuracy "
                 f"back to {found['forget_acc_worst']:.2f}{why}."
             )
     sentences.append(

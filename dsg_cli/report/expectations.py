@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.artifacts import EvalReport
+from dsg_cli.artifacts import AttackReport, EvalReport
 from dsg_cli.expect import GATE, parse_expected
 from dsg_cli.workspace import Stored
 
@@ -46,10 +46,29 @@ def verdicts(body: EvalReport) -> list[Verdict]:
     return shown
 
 
+def verdicts_of_attack(body: AttackReport) -> list[Verdict]:
+    """Every expectation of an attack; `unlearned` is what came back where most did."""
+    base, n = body.before["unguarded"]["forget_acc"], body.before["guarded"].get("n")
+    return [
+        Verdict(
+            expect=one["expect"].strip(),
+            is_met=one["met"],
+            base=number(base),
+            unlearned=number(one["value"]),
+            bound=number(one.get("bound")),
+            n="-" if n is None else f"{n:,}",
+        )
+        for one in body.expected
+    ]
+
+
 def missed_table(chain: Sequence[Stored]) -> Table | None:
     """The expectations that were not met, if there are any."""
-    reports = [stored.body for stored in chain if isinstance(stored.body, EvalReport)]
-    missed = [one for body in reports for one in verdicts(body) if not one.is_met]
+    of_evaluations = [one for stored in chain if isinstance(stored.body, EvalReport) for one in verdicts(stored.body)]
+    of_attacks = [
+        one for stored in chain if isinstance(stored.body, AttackReport) for one in verdicts_of_attack(stored.body)
+    ]
+    missed = [one for one in (*of_evaluations, *of_attacks) if not one.is_met]
     table = Table(box=None, pad_edge=False)
     table.add_column("not met", overflow="fold")
     for name in ("base", "unlearned", "bound", "n"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsg_cli.artifacts import AttackReport, EvalReport, Header, Json
-from dsg_cli.report.expectations import verdicts
-from dsg_cli.report.tables import ATTACK_UNITS, shown_benches
+from dsg_cli.report.attacks import place, ranking
+from dsg_cli.report.expectations import verdicts, verdicts_of_attack
+from dsg_cli.report.tables import shown_benches
 from dsg_cli.workspace import Stored
 
 
@@ -22,7 +23,7 @@ def markdown(chain: Sequence[Stored]) -> str:
         f"## dsg: {', '.join(guardrails) or 'no guardrail'}",
         _provenance(chain[-1].header, list(guardrails)),
         *(_evaluation(stored) for stored in chain if isinstance(stored.body, EvalReport)),
-        *(_expectations(stored.body) for stored in chain if isinstance(stored.body, EvalReport)),
+        *(_expectations(stored.body) for stored in chain if isinstance(stored.body, EvalReport | AttackReport)),
         _attacks([stored.body for stored in chain if isinstance(stored.body, AttackReport)]),
         f"Artifacts: {', '.join(code(stored.id) for stored in chain)}.",
     ]
@@ -82,12 +83,12 @@ def _bench(bench: str, sides: Json, gate: Json | None) -> list[str]:
     ]
 
 
-def _expectations(body: EvalReport) -> str:
+def _expectations(body: EvalReport | AttackReport) -> str:
     if not body.expected:
         return ""
     rows = [
         ["✅" if one.is_met else "❌", code(one.expect, in_table=True), one.base, one.unlearned, one.bound, one.n]
-        for one in verdicts(body)
+        for one in (verdicts(body) if isinstance(body, EvalReport) else verdicts_of_attack(body))
     ]
     return table(["", "expected", "base", "unlearned", "bound", "n"], rows)
 
@@ -100,10 +101,10 @@ def _attacks(attacks: Sequence[AttackReport]) -> str:
             code(one.bench, in_table=True),
             _share(one.summary["forget_acc_before"]),
             _share(one.summary["forget_acc_worst"]),
-            f"{one.summary['worst_x']} {ATTACK_UNITS.get(one.attack, '')}".strip(),
+            place(one),
             _share(one.summary["unguarded_at_worst"]),
         ]
-        for one in attacks
+        for one in ranking(attacks)
     ]
     return table(["attack", "bench", "before", "worst", "at", "unguarded there"], rows) if rows else ""
 

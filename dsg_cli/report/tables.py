@@ -9,16 +9,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.artifacts import AttackReport, EvalReport, FeatureSet, Guardrail, Json, Threshold
+from dsg_cli.artifacts import EvalReport, FeatureSet, Guardrail, Json, Threshold
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
+from dsg_cli.report.attacks import curve_table, place, share
 from dsg_cli.report.expectations import verdicts
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
-
-ATTACK_UNITS = {"relearn": "steps", "dilution": "benign tokens"}
-"""What the x of an attack's curve counts."""
 
 
 def artifact_table(stored: Stored) -> Group:
@@ -33,7 +31,7 @@ def artifact_table(stored: Stored) -> Group:
     elif isinstance(body, EvalReport):
         table = _evaluation(body, stored.header.settings.get("benches", []))
     else:
-        table = _attack(body)
+        table = curve_table(body)
     notes = [Text(f"note: {note}") for note in stored.header.notes]
     return Group(Text(stored.id, style="bold"), table, *notes, Text(provenance_line(stored), style="dim"))
 
@@ -96,7 +94,7 @@ def headline(stored: Stored) -> str:
     if isinstance(body, EvalReport):
         shown = [f"{bench} {percent(sides, 'unlearned')}" for bench, sides in body.results.items()]
         return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
-    return f"{body.attack} on {body.bench}: {body.summary['forget_acc_worst']:.2f} at {body.summary['worst_x']}"
+    return f"{body.attack} on {body.bench}: {share(body.summary['forget_acc_worst'])} at {place(body)}"
 
 
 def percent(sides: Json, side: str) -> str:
@@ -192,23 +190,4 @@ def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:
         remarks.append(f"{len(body.results) - len(shown)} parts more with --json")
     remarks += [f"{n} answers of the base model are from {name}" for name, n in body.base_from.items()]
     table.caption = "; ".join(remarks) or None
-    return table
-
-
-def _attack(body: AttackReport) -> Table:
-    x = ATTACK_UNITS.get(body.attack, "x")
-    has_utility = any("utility_acc" in point["guarded"] for point in body.curve)
-    columns = [x, "guarded", "gated", "unguarded", *(["utility"] if has_utility else [])]
-    table = Table(*columns, box=None, pad_edge=False)
-    for point in body.curve:
-        guard = point["guarded"]
-        cells = [
-            str(point["x"]),
-            f"{guard['forget_acc']:.2f}",
-            f"{guard['gate_rate']:.2f}",
-            f"{point['unguarded']['forget_acc']:.2f}",
-        ]
-        table.add_row(
-            *cells, *([f"{guard['utility_acc']:.2f}" if "utility_acc" in guard else "-"] if has_utility else [])
-        )
     return table

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dsg_cli.attacks.names import expanded
 from dsg_cli.benches.names import PAPER, known_benches, task_name
 from dsg_cli.catalogue import HubText
 from dsg_cli.corpora import check_disjoint, check_named, parse_name
@@ -45,14 +46,15 @@ def plan(recipe: Recipe) -> list[Step]:
             the hub does not have or does not give to this account.
     """
     from dsg_cli.expect import parse_expected
-    from dsg_cli.stages import apply, attack
+    from dsg_cli.stages import apply
 
     for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
         check_named(names, role=role)
     check_disjoint(recipe.corpora.forget, recipe.corpora.retain)
     _check_benches(recipe)
-    for kind in recipe.attack.kinds:
-        attack.check_kind(kind)
+    kinds = expanded(recipe.attack.kinds) if recipe.attack.kinds else []
+    for text in recipe.attack.expect:
+        parse_expected(text, kinds)
     apply.parse_strength(recipe.guardrail.strength, 1.0)
     for text in recipe.eval.expect:
         parse_expected(text, recipe.eval.benches)
@@ -114,9 +116,8 @@ def _evaluate(recipe: Recipe) -> Iterator[Step]:
 
 
 def _attack(recipe: Recipe) -> Iterator[Step]:
-    for kind in recipe.attack.kinds:
-        points = recipe.attack.relearn_steps if kind == "relearn" else recipe.attack.dilution_lengths
-        yield Step("attack", "compute", f"{kind}, guarded and unguarded", f"{len(points)} points")
+    for kind in expanded(recipe.attack.kinds) if recipe.attack.kinds else ():
+        yield Step("attack", "compute", f"{kind}, guarded and unguarded", "every forget question at every point")
         yield Step("attack", "write", "attack-NNN", "a few kB")
 
 

@@ -33,14 +33,16 @@ def run(
     if not recipe.eval.benches:
         raise DsgError("The recipe names no bench.", "Add eval.benches.")
 
+    from dsg_cli.attacks.names import expanded
     from dsg_cli.benches.names import PAPER
     from dsg_cli.benches.paper import load_questions
     from dsg_cli.benches.tasks import load_tasks, metrics_of
     from dsg_cli.expect import check_metrics, parse_expected
     from dsg_cli.stages import apply, attack, calibrate, evaluate, select
 
-    for kind in recipe.attack.kinds:
-        attack.check_kind(kind)
+    kinds = expanded(recipe.attack.kinds) if recipe.attack.kinds else []
+    for text in recipe.attack.expect:
+        parse_expected(text, kinds)
     apply.parse_strength(recipe.guardrail.strength, 1.0)
     expected = [parse_expected(text, recipe.eval.benches) for text in recipe.eval.expect]
     for name in (recipe.attack.bench, recipe.attack.utility_bench):
@@ -69,6 +71,6 @@ def run(
     threshold = keep(calibrate.run(recipe, workspace, source=features, session=session))
     guardrail = keep(apply.run(recipe, workspace, source=threshold, session=session))
     keep(evaluate.run(recipe, workspace, sources=[guardrail], session=session))
-    for kind in recipe.attack.kinds:
-        keep(attack.run(recipe, workspace, kind, sources=[guardrail], session=session))
+    for stored in attack.run(recipe, workspace, kinds, sources=[guardrail], session=session) if kinds else ():
+        keep(stored)
     return chain

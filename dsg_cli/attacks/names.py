@@ -1,0 +1,59 @@
+"""Every attack by its name: who could do it, and what the x of its curve counts. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsg_cli.errors import DsgError, nearest
+
+PROMPTS = "Someone who may send prompts to the guarded model, and knows no more."
+LOGITS = "Someone who may send prompts, and sees the log-probabilities of answers and whether the gate opened."
+FINE_TUNING = "A customer of a fine-tuning API."
+WEIGHTS = "Whoever holds the weights."
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One attack; its code is the module of that name in this package."""
+
+    threat_model: str
+    unit: str
+    """What x counts; empty where it is a name."""
+    needs: tuple[str, ...] = ()
+    """Of the material: `known` questions, whose answers the attacker has and which are not asked; `benign` text."""
+    on_prompts: bool = False
+    """It only changes what is asked: it says nothing where the unguarded model cannot answer that either."""
+
+
+KINDS = {
+    "dilution": Kind(PROMPTS, "benign tokens", ("benign",), on_prompts=True),
+    "relearn": Kind(FINE_TUNING, "steps", ("known",)),
+}
+"""In the order in which `--kind all` runs them."""
+ALL = "all"
+
+
+def module_name(kind: str) -> str:
+    """The module that holds an attack."""
+    return f"dsg_cli.attacks.{kind.replace('-', '_')}"
+
+
+def options_of(kind: str, settings: dict[str, object]) -> dict[str, object]:
+    """The settings of one attack: those whose names begin with its own, without that beginning."""
+    prefix = f"{kind.replace('-', '_')}_"
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+
+
+def expanded(kinds: Sequence[str]) -> list[str]:
+    """The attacks that are meant, each once; `all` stands for every one.
+
+    Raises:
+        DsgError: One is unknown, or none is named.
+    """
+    if not kinds:
+        raise DsgError("No attack is named.", "Give one with --kind: `dsg ls attacks` lists them.")
+    for kind in kinds:
+        if kind not in (*KINDS, ALL):
+            raise DsgError(f"There is no attack named {kind}.", nearest(kind, [*KINDS, ALL]))
+    return list(KINDS) if ALL in kinds else list(dict.fromkeys(kinds))

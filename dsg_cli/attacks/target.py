@@ -1,0 +1,125 @@
+"""What is attacked, and what an attacker has in hand: what every attack begins with.
+
+An attack is a module of this package with one function, `attack(target, material, *, ...) -> curve`. Its further
+arguments are the settings that begin with its name. A point of a curve is
+
+    {"x": ..., "variant": ..., "guarded": {"forget_acc", "forget_low", "forget_high", "n", "gate_rate", ...},
+     "unguarded": {"forget_acc", ...}}
+
+with the same attack on the guarded model and on the model without its guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dsg_cli.artifacts import Json
+from dsg_cli.attacks.asking import Change, ask
+from dsg_cli.benches.tasks import Question
+from dsg_cli.checkpoints import Checkpoint
+from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.progress import Report, silent
+from dsg_cli.workers import ALONE, Workers
+
+SIDES = ("guarded", "unguarded")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an attacker has; every list may be empty, and an attack says what it needs."""
+
+    forget: Sequence[Question] = ()
+    """What is asked: questions on the forgotten knowledge."""
+    known: Sequence[Question] = ()
+    """Other such questions, whose answers the attacker knows."""
+    utility: Sequence[Question] = ()
+    """Questions that must stay answered."""
+    benign: Sequence[list[int]] = ()
+    """Token ids, without BOS, of texts on something else that neither selection nor calibration has seen."""
+    rephrased: dict[str, Sequence[Question]] = field(default_factory=dict)
+    """The same knowledge asked in other words, by where the words are from."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A guarded model and how it is asked."""
+
+    model: PreTrainedModel
+    """Unguarded; no attack changes it."""
+    tokenizer: PreTrainedTokenizerBase
+    guardrails: Sequence[GuardrailModule]
+    bos: int | None
+    """Token that every sequence begins with."""
+    batch_size: int
+    max_length: int
+    """Tokens the model can read."""
+    seed: int = 0
+    workers: Workers = ALONE
+    """Who asks; each gets the whole curve."""
+    checkpoint: Checkpoint | None = None
+    """Where asking goes on from, and is kept."""
+    report: Report = silent
+
+    @property
+    def device(self) -> str:
+        return str(next(self.model.parameters()).device)
+
+    def ask(
+        self,
+        questions: Sequence[Question],
+        *,
+        name: str,
+        is_guarded: bool,
+        model: PreTrainedModel | None = None,
+        change: Change | None = None,
+        workers: Workers | None = None,
+    ) -> Json:
+        """`{acc, low, high, n}` and, if guarded, `gate_rate`, of some questions.
+
+        Args:
+            questions: What is asked.
+            name: Under which the checkpoint keeps it: another for everything that is asked.
+            is_guarded: Whether the guardrails are on.
+            model: Another model than the target's own, such as a copy that was trained.
+            change: What becomes of each context's token ids.
+            workers: Who asks; all of the target's, unless one of them asks something of its own.
+        """
+        return ask(
+            model if model is not None else self.model,
+            self.tokenizer,
+            questions,
+            guardrails=self.guardrails if is_guarded else (),
+            bos=self.bos,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            change=change,
+            workers=self.workers if workers is None else workers,
+            checkpoint=self.checkpoint,
+            name=name,
+            report=self.report,
+        )
+
+    def point(
+        self,
+        x: float | str,
+        questions: Sequence[Question],
+        *,
+        variant: str = "",
+        change: Change | None = None,
+    ) -> Json:
+        """A point of a curve: the same questions of the guarded and of the unguarded model."""
+        sides = {
+            side: of_forget(
+                self.ask(questions, name=f"{variant}/{x}/{side}", is_guarded=side == "guarded", change=change)
+            )
+            for side in SIDES
+        }
+        return {"x": x, "variant": variant, **sides}
+
+
+def of_forget(found: Json) -> Json:
+    """What was found on forget questions, as a curve names it."""
+    return {f"forget_{key}" if key in ("acc", "low", "high") else key: value for key, value in found.items()}
