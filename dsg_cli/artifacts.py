@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-Gate = Literal["mean", "causal-mean", "window"]
+Gate = Literal["mean", "causal-mean", "window", "cusum", "probe"]
 """Gate forms, see runtime/gates.py."""
 Json = dict[str, Any]
 
@@ -119,6 +119,8 @@ class FeatureSet:
     retain_tokens: int
     median_residual_norm: float
     """Of retain tokens at the hook; the unit `r` of a strength."""
+    probe: Json
+    """A sparse probe of a token (probe.py): `features: [{index, weight}]`, `bias`, ...; empty where none was fitted."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,20 @@ class Threshold:
     features: list[int]
     """Clamped when the gate fires."""
     detectors: list[int]
-    """Watched by a `window` gate; empty where the gate watches the clamped features."""
+    """Watched by the gate; empty where it watches the clamped features."""
+    weights: list[float]
+    """Of the detectors in the token score; empty where each has 1."""
+    bias: float
+    clip: float
+    """Of the token score, see runtime/gates.py."""
     window: int
-    """Counted tokens in a window, or in the shortest prefix of `causal-mean`; 0 for `mean`."""
+    """Counted tokens in a window, or in the shortest prefix of `causal-mean`; 0 for `mean` and `cusum`."""
+    guarantee: Literal["each", "pooled"]
+    """Whether alpha holds for each retain corpus by itself, or for all of them together."""
+    percentile: float | None
+    """The plain percentile of all pieces, which the paper takes; without a guarantee for few of them."""
+    rates: list[Json]
+    """Share gated of fresh text of each kind: [{what, is_forget, n, rate, low, high}]"""
     special_ids: list[int]
     """Tokens that are never counted: BOS, EOS and pad."""
     bos: int | None
@@ -163,7 +176,9 @@ class Guardrail:
     indices: list[int]
     """Features that are clamped, the first columns of the tensors."""
     detectors: list[int]
-    """Features that a `window` gate watches; empty for the other gates."""
+    """Features that the gate watches, with the weights in `detect`; empty where it watches the clamped ones."""
+    bias: float
+    clip: float
     gate: Gate
     window: int
     threshold: float
@@ -185,6 +200,8 @@ class Guardrail:
     forget: list[str]
     """Names of the forget corpora: attack finds its bench by them."""
     retain: list[str]
+    strength_trials: list[Json]
+    """Of `--strength auto`: [{strength, setting, acc, gate_rate}] on the questions that it was chosen on."""
     effect: Json
     """What it did on forget text when it was made (effect.py); empty in files of schemas before 3."""
 
@@ -233,7 +250,7 @@ KINDS: dict[str, type[Any]] = {
     "eval": EvalReport,
     "attack": AttackReport,
 }
-SCHEMAS: dict[str, int] = {"features": 1, "threshold": 2, "guardrail": 3, "eval": 2, "attack": 2}
+SCHEMAS: dict[str, int] = {"features": 2, "threshold": 3, "guardrail": 4, "eval": 2, "attack": 2}
 MADE_BY = {
     "features": "dsg select",
     "threshold": "dsg calibrate",
@@ -248,32 +265,6 @@ NEXT_COMMAND = {
     "eval": "dsg attack",
     "attack": "dsg ls",
 }
-
-
-def migrate(data: Json) -> Json:
-    """An artifact's JSON object in the newest schema of its kind."""
-    if data["schema"] == 1 and data["kind"] == "threshold":
-        return {**data, "detectors": [], "window": 0}
-    if data["schema"] == 1 and data["kind"] == "guardrail":
-        # Only SAEs without run-time normalisation could be sliced, and the one gate was `mean`.
-        later = {"hook_out": data["hook"], "slice": {"activation": "threshold"}, "effect": {}}
-        return {**data, "detectors": [], "window": 0, **later}
-    if data["schema"] == 2 and data["kind"] == "guardrail":
-        return {**data, "effect": {}}
-    if data["schema"] == 1 and data["kind"] == "eval":
-        return {**data, "question_ids": {}, "base_from": {}}
-    if data["schema"] == 1 and data["kind"] == "attack":
-        curve = [{"variant": "", **point} for point in data["curve"]]
-        before = {side: curve[0][side] for side in ("guarded", "unguarded")}
-        return {**data, "curve": curve, "before": before, "expected": [], "summary": _later_summary(data, before)}
-    return data
-
-
-def _later_summary(data: Json, before: Json) -> Json:
-    """The summary of an attack of schema 1 as schema 2 has it."""
-    n_points = len(data["curve"])
-    of_base = {"base_acc": before["unguarded"]["forget_acc"], "n_points": n_points, "n_measurable": n_points}
-    return {**of_base, "worst_variant": "", "gate_rate_at_worst": None, **data["summary"]}
 
 
 def to_json(header: Header, body: Body) -> Json:

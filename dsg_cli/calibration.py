@@ -6,10 +6,12 @@ import math
 import random
 from collections.abc import Sequence
 
+import torch
+
 from dsg_cli.errors import DsgError
 
 
-def cut_pieces(row: list[int], rng: random.Random, *, shortest: int, longest: int, n_head: int) -> list[list[int]]:
+def cut_pieces(row: list[int], rng: random.Random, *, lengths: Sequence[int], n_head: int) -> list[list[int]]:
     """Cut a document into consecutive pieces of random lengths.
 
     A threshold holds for texts of the lengths it was set on: rows of 1024 tokens say little about a question of 30.
@@ -17,20 +19,26 @@ def cut_pieces(row: list[int], rng: random.Random, *, shortest: int, longest: in
     Args:
         row: Token ids of a document.
         rng: Where lengths come from.
-        shortest: Fewest tokens of a piece, `n_head` not counted; a shorter rest is dropped.
-        longest: Most tokens of a piece.
+        lengths: Of pieces, `n_head` not counted, each as likely as the others; a rest shorter than all is dropped.
         n_head: Leading tokens (BOS) that every piece repeats.
     """
     head, body = row[:n_head], row[n_head:]
-    pieces, start = [], 0
+    pieces, start, shortest = [], 0, min(lengths)
     while len(body) - start >= shortest:
-        length = rng.randint(shortest, longest)
+        length = rng.choice(lengths)
         pieces.append(head + body[start : start + length])
         start += length
     return pieces
 
 
-def conformal_threshold(statistics: Sequence[float], alpha: float) -> float:
+def percentile_threshold(statistics: Sequence[float], alpha: float) -> float:
+    """The plain (1 - alpha)-quantile, interpolated, as the paper takes it: it promises nothing where n is small."""
+    if not statistics:
+        raise DsgError("There is no piece of retain text to set a threshold on.", "Give more retain text.")
+    return float(torch.quantile(torch.tensor(sorted(statistics), dtype=torch.float64), 1 - alpha))
+
+
+def conformal_threshold(statistics: Sequence[float], alpha: float, *, what: str = "retain text") -> float:
     """The smallest threshold that a further statistic, drawn like these, exceeds with probability at most `alpha`.
 
     The ceil((n + 1)(1 - alpha))-th smallest of n (split conformal prediction), whatever their distribution; the plain
@@ -47,11 +55,48 @@ def conformal_threshold(statistics: Sequence[float], alpha: float) -> float:
     rank = math.ceil(round((n + 1) * (1 - alpha), 9))
     if rank > n:
         raise DsgError(
-            f"{n} pieces of retain text cannot set a threshold at alpha {alpha:g}; "
-            f"at least {math.ceil(1 / alpha) - 1} are needed.",
-            "Give more retain text, or a larger --alpha.",
+            f"{n} pieces of {what} cannot set a threshold at alpha {alpha:g}; "
+            f"at least {pieces_needed(alpha)} are needed.",
+            "Give more of it, a larger --alpha, or take all retain text together (--set calibrate.guarantee=pooled).",
         )
     return sorted(statistics)[rank - 1]
+
+
+def threshold_of(
+    statistics: Sequence[tuple[str, float]], alpha: float, *, is_each: bool, is_conformal: bool = True
+) -> float:
+    """A threshold from the statistics of several corpora.
+
+    Args:
+        statistics: Corpus and statistic of each piece.
+        alpha: Rate of false positives.
+        is_each: Whether the rate is to hold for each corpus, which takes the largest of their thresholds, or for all
+            pieces together, where text near the forgotten domain may have most of the false positives.
+        is_conformal: With the guarantee, or the plain percentile.
+
+    Raises:
+        DsgError: alpha out of range, or too few pieces.
+    """
+    groups: dict[str, list[float]] = {} if statistics else {"retain text": []}
+    for corpus, value in statistics:
+        groups.setdefault(corpus if is_each else "retain text", []).append(value)
+    if not is_conformal:
+        return max(percentile_threshold(values, alpha) for values in groups.values())
+    return max(
+        conformal_threshold(values, alpha, what=name) for name, values in groups.items() or [("retain text", [])]
+    )
+
+
+def rate_above(threshold: float, statistics: Sequence[float]) -> dict[str, float]:
+    """`{n, rate, low, high}`: share of statistics above a threshold, with its exact 95 % interval."""
+    n_above = sum(value > threshold for value in statistics)
+    low, high = clopper_pearson(n_above, len(statistics))
+    return {"n": len(statistics), "rate": n_above / max(len(statistics), 1), "low": low, "high": high}
+
+
+def pieces_needed(alpha: float) -> int:
+    """The fewest pieces that can set a threshold."""
+    return math.ceil(round(1 / alpha, 9)) - 1
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -31,6 +31,8 @@ def spec_of(body: Guardrail, model: ModelIdentity) -> GuardrailSpec:
         write=body.hook_out,
         slice=body.slice,
         special_ids=body.special_ids,
+        bias=body.bias,
+        clip=body.clip,
         model={key: value for key, value in dataclasses.asdict(model).items() if key != "source"},
     )
 
@@ -108,7 +110,7 @@ def check_causal(forms: Iterable[str]) -> None:
         if form not in CAUSAL_FORMS:
             raise DsgError(
                 f"The gate `{form}` needs whole sequences; it cannot guard text while it is written.",
-                "Name another guardrail with --from, or calibrate with --gate window and apply.",
+                "Name another guardrail with --from, or calibrate with another --gate and apply.",
             )
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsg_cli.artifacts import KINDS, SCHEMAS, Body, Header, Json, migrate
+from dsg_cli.artifacts import KINDS, SCHEMAS, Body, Header, Json
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError
 from dsg_cli.locks import held, locked
+from dsg_cli.migrations import migrate
 from dsg_cli.shapes import misfits
 
 LARGEST_JSON = 256 * 2**20

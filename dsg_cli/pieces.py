@@ -31,7 +31,7 @@ def draw_pieces(
     part: Part,
     *,
     bos: int | None,
-    lengths: tuple[int, int],
+    lengths: Sequence[int],
     is_packed: bool = False,
     at_most: int,
     seed: int,
@@ -43,7 +43,7 @@ def draw_pieces(
         corpora: Retain text. What a user says in a chat is one piece, whole.
         part: Of each corpus.
         bos: Token that every piece begins with.
-        lengths: Fewest and most tokens of a piece, BOS not counted.
+        lengths: Of pieces in tokens, BOS not counted, each as likely as the others.
         is_packed: Join the documents with EOS before they are cut, as the paper does.
         at_most: So many pieces of all corpora together, about; the documents they come from are drawn at random.
         seed: Of everything that is drawn.
@@ -61,23 +61,20 @@ def draw_pieces(
             documents = [(0, ([] if bos is None else [bos]) + joined)]
         pieces: list[Piece] = []
         for i, ids in documents:
-            cut = [ids] if corpus.is_chat else _cut(ids, rng, lengths, n_head)
+            cut = [ids] if corpus.is_chat else cut_pieces(ids, rng, lengths=lengths, n_head=n_head)
             pieces += [Piece(f"{corpus.name}/{part}/{i}/{j}", corpus.name, piece) for j, piece in enumerate(cut)]
         if not pieces and corpus.weight is not None:
-            raise DsgError(f"The {part} part of {corpus.name} has no {lengths[0]} tokens in a row.", "Give more text.")
+            reason = f"The {part} part of {corpus.name} has no {min(lengths)} tokens in a row."
+            raise DsgError(reason, "Give more text.")
         found.append(pieces)
     return [piece for pieces in _in_proportion(found, corpora, rng) for piece in pieces]
 
 
-def _cut(ids: list[int], rng: random.Random, lengths: tuple[int, int], n_head: int) -> list[list[int]]:
-    return cut_pieces(ids, rng, shortest=lengths[0], longest=lengths[1], n_head=n_head)
-
-
 def _sampled(
-    texts: Sequence[str], rng: random.Random, corpus: Corpus, *, lengths: tuple[int, int], at_most: int
+    texts: Sequence[str], rng: random.Random, corpus: Corpus, *, lengths: Sequence[int], at_most: int
 ) -> list[int]:
     """Positions of the documents that give about so many pieces; all of them where there is no need to choose."""
-    a_piece = 4 * (lengths[0] + lengths[1]) / 2  # In characters.
+    a_piece = 4 * sum(lengths) / len(lengths)  # In characters.
     expected = len(texts) if corpus.is_chat else sum(map(len, texts)) / a_piece
     if expected <= at_most:
         return list(range(len(texts)))

@@ -119,6 +119,21 @@ def _out_of_range(recipe: Recipe) -> list[str]:
         (calibrate.max_pieces >= 1, f"calibrate.max_pieces is {calibrate.max_pieces}; take at least 1."),
         (select.seq_len >= 2, f"select.seq_len is {select.seq_len}; it must be at least 2."),
         (calibrate.window >= 1, f"calibrate.window is {calibrate.window}; it must be at least 1."),
+        (select.probe_features >= 0, f"select.probe_features is {select.probe_features}; 0 fits no probe."),
+        (
+            select.probe_candidates >= max(select.probe_features, 1),
+            f"select.probe_candidates is {select.probe_candidates}; give at least as many as select.probe_features.",
+        ),
+        (select.probe_tokens >= 100, f"select.probe_tokens is {select.probe_tokens}; take at least 100."),
+        (
+            0 < select.probe_ridge < math.inf,
+            f"select.probe_ridge is {select.probe_ridge:g}; it must be a positive number.",
+        ),
+        (
+            calibrate.gate not in ("probe", "window", "causal-mean") or calibrate.window <= min(lengths, default=0),
+            f"calibrate.window is {calibrate.window}, longer than the shortest piece of text ({lengths[:1]} tokens); "
+            "lower it, or raise the first of calibrate.lengths.",
+        ),
         (calibrate.n_detectors >= 1, f"calibrate.n_detectors is {calibrate.n_detectors}; take at least 1."),
         (
             0 <= calibrate.detector_percentile < 100,

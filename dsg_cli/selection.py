@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ LIVE_AT_LEAST = 0.05
 """Share of live features below which percentiles are taken over those alone."""
 FORGET_PERCENTILE = 5.0
 EPSILON = 1e-21
+FORMATTING_RATE = 0.05
+FORMATTING_RATIO = 10.0
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,23 @@ def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, rati
         n_live=int(live_F.sum()),
         n_passed=n_passed,
     )
+
+
+def formatting_notes(chat_F: Tensor, plain_F: Tensor, indices: Sequence[int]) -> list[str]:
+    """A note on each selected feature that tells chat text from plain text, not what the text is about.
+
+    On plain retain text alone such a feature looks exclusive to a forget corpus that is formatted; it then blocks every
+    formatted prompt. Seen where retain text of both forms is given: active on a twentieth of the tokens of the one and
+    ten times as often as on the other.
+
+    Args:
+        chat_F: Share of tokens of chat-formatted retain text on which each feature is active.
+        plain_F: The same of plain retain text.
+        indices: The selected features.
+    """
+    return [
+        f"Feature {j} looks like formatting: it is active on {float(chat_F[j]):.1%} of the tokens of chat-formatted "
+        f"retain text and on {float(plain_F[j]):.1%} of plain retain text. Prompts in that format may be blocked."
+        for j in indices
+        if chat_F[j] >= FORMATTING_RATE and chat_F[j] >= FORMATTING_RATIO * plain_F[j]
+    ]

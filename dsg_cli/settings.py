@@ -59,21 +59,37 @@ class SelectSection:
     """At most so many times seq_len tokens of forget text, and as many of retain text."""
     rows: Literal["documents", "packed"] = "documents"
     """`packed` joins documents with EOS and cuts them into full rows, as the paper does."""
+    probe_features: int = 8
+    """Features of the probe that the gate `probe` watches; 0 fits none."""
+    probe_candidates: int = 300
+    """Features from which they are taken."""
+    probe_tokens: int = 60_000
+    """Sampled to fit it, about: half of them of forget text, and of each retain corpus as many, unless weighted."""
+    probe_ridge: float = 0.003
+    """Penalty on its squared weights."""
 
 
 @dataclass(frozen=True)
 class CalibrateSection:
     """When the gate fires."""
 
-    gate: Literal["window", "causal-mean", "mean"] = "window"
-    """`window` decides while text is written; `mean` is the paper's, for scoring whole sequences."""
+    gate: Literal["probe", "window", "cusum", "causal-mean", "mean"] = "probe"
+    """All but `mean`, the paper's, decide while text is written; `dsg_cli/runtime/gates.py` defines them."""
     window: int = 4
     """Counted tokens in a window, and in the shortest prefix of `causal-mean`."""
     n_detectors: int = 5
-    """Features that a `window` gate watches, chosen like those of select but at `detector_percentile`."""
+    """Features that `window` and `cusum` watch, chosen like those of select but at `detector_percentile`."""
     detector_percentile: float = 98.0
-    alpha: float = 0.05
+    alpha: float = 0.03
     """Promised rate of false positives on retain text."""
+    guarantee: Literal["each", "pooled"] = "each"
+    """Whether alpha holds for each retain corpus by itself, or only for all of them together."""
+    quantile: Literal["conformal", "percentile"] = "conformal"
+    """`percentile` is the paper's, which promises nothing where there is little text."""
+    lengths_from: str | None = None
+    """File of prompts (one a line, or .jsonl of {"prompt"}) whose lengths the pieces take, instead of `lengths`."""
+    questions: list[str] = field(default_factory=list)
+    """Benches whose dev questions the gate is tried on too; by default the lab's one on what is forgotten."""
     lengths: list[int] = field(default_factory=lambda: [8, 128])
     """Retain text is cut to pieces of random lengths from the first to the second, in counted tokens."""
     rows: Literal["documents", "packed"] = "documents"
@@ -89,7 +105,11 @@ class GuardrailSection:
     """What happens when it fires."""
 
     strength: str = "4r"
-    """c: a number, or a multiple of the median residual norm such as `4r`."""
+    """c: a number, a multiple of the median residual norm such as `4r`, or `auto`: the smallest of `strengths` that
+    forgets as well as the best of them, on dev questions."""
+    strengths: list[str] = field(default_factory=lambda: ["0.5r", "1r", "2r", "4r", "8r", "16r"])
+    tuning_bench: str | None = None
+    """Questions on which `auto` chooses, never those that are reported; by default the lab's dev questions."""
     allow_ineffective: bool = False
     """Go on with a guardrail whose gate never fires, or whose edit changes nothing, on what it should forget."""
 

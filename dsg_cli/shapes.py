@@ -55,9 +55,10 @@ SETTINGS: dict[str, Any] = {
     "attack": {},
 }
 BODY: dict[str, Any] = {
-    "features": {},
-    "threshold": {},
+    "features": {"probe": ({"features": [{"index": int, "weight": NUMBER}], "bias": NUMBER}, OR_EMPTY)},
+    "threshold": {"rates": [{"what": str, "is_forget": bool, "n": int, "rate": NUMBER, "low": NUMBER, "high": NUMBER}]},
     "guardrail": {
+        "strength_trials": [{"strength": NUMBER, "setting": str, "acc": NUMBER, "gate_rate": NUMBER}],
         "slice": _is_slice,
         "effect": ({"n_rows": int, "gate_rate": NUMBER, "changed_rate": NUMBER, "edit": NUMBER}, OR_EMPTY),
     },

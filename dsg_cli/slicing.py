@@ -62,11 +62,18 @@ def chosen_columns(indices: Sequence[int], detectors: Sequence[int]) -> list[int
     return [*indices, *(j for j in detectors if j not in set(indices))]
 
 
-def detector_weights(indices: Sequence[int], detectors: Sequence[int]) -> Tensor:
-    """1 for each column of the slice that a `window` gate sums, else 0, [K]; all of them where it has no detectors."""
+def detector_weights(indices: Sequence[int], detectors: Sequence[int], weights: Sequence[float] = ()) -> Tensor:
+    """The weight of each column of the slice in the gate's token score, [K].
+
+    Args:
+        indices: Features that are clamped.
+        detectors: Features that the gate watches; all columns where there are none.
+        weights: Theirs, in their order; 1 each where there are none.
+    """
     columns = chosen_columns(indices, detectors)
-    watched = set(detectors or columns)
-    return torch.tensor([float(j in watched) for j in columns])
+    watched = list(detectors) or columns
+    weight_of = dict(zip(watched, weights or [1.0] * len(watched), strict=True))
+    return torch.tensor([weight_of.get(j, 0.0) for j in columns])
 
 
 def load_slice(sae: SaeSource, indices: Sequence[int], detectors: Sequence[int] = ()) -> SaeSlice:

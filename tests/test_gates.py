@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
-from dsg_cli.runtime.gates import CAUSAL_FORMS, Gate
+from dsg_cli.runtime.gates import CAUSAL_FORMS, CUSUM_CAP, FORMS, Gate
 
 
 def plain(form, signal, counted, window=4):
     """The statistic after each token of one sequence, by the definition."""
+    if form == "cusum":
+        return plain_cusum(signal, counted)
     values = [s for s, is_counted in zip(signal, counted, strict=True) if is_counted]
     if form == "mean":
         return [sum(values) / max(len(values), 1)] * len(signal)
@@ -23,10 +25,21 @@ def plain(form, signal, counted, window=4):
     return found
 
 
+def plain_cusum(signal, counted):
+    total, best, found = 0.0, 0.0, []
+    for value, is_counted in zip(signal, counted, strict=True):
+        if is_counted:
+            total = max(0.0, total + round((value - 1) * 256) / 256)
+            best = max(best, total)
+        found.append(best)
+    return found
+
+
 def example(form, seed, n=23):
     generator = torch.Generator().manual_seed(seed)
     signal = torch.rand(3, n, generator=generator)
-    signal = (signal > 0.6).float() if form != "window" else signal * (signal > 0.5)
+    score, _ = FORMS[form]
+    signal = (signal > 0.6).float() if score == "hot" else 3 * signal * (signal > 0.5)
     return signal, torch.rand(3, n, generator=generator) > 0.2
 
 
@@ -86,5 +99,36 @@ def test_an_infinite_signal_is_never_forgotten(form):
     gate = Gate(form, 0.5)
     signal, counted = torch.zeros(1, 9), torch.ones(1, 9, dtype=torch.bool)
     signal[0, 4] = math.inf
-    found, _ = gate.scan(signal, counted, gate.initial_state(1, signal.device))
+    found, states = gate.scan(signal, counted, gate.initial_state(1, signal.device))
     assert (found[0, 4:] == math.inf).all()
+    if form != "mean":
+        later, _ = gate.scan(torch.zeros(1, 40), torch.ones(1, 40, dtype=torch.bool), states[:, -1])
+        assert (later == math.inf).all()
+
+
+@pytest.mark.parametrize("form", CAUSAL_FORMS)
+def test_the_statistic_at_a_token_is_that_of_its_prefix(form):
+    """What a gate has decided is what it would have decided had the text ended there: no look ahead."""
+    gate = Gate(form, 0.5)
+    signal, counted = example(form, 5)
+    whole, _ = gate.scan(signal, counted, gate.initial_state(3, signal.device))
+    for end in range(1, 24):
+        prefix, _ = gate.scan(signal[:, :end], counted[:, :end], gate.initial_state(3, signal.device))
+        assert torch.equal(prefix[:, -1], whole[:, end - 1])
+
+
+def test_token_scores():
+    hot, weighted = torch.tensor([[True, False]]), torch.tensor([[3.0, -30.0]])
+    assert Gate("mean", 0.5).score(hot, weighted).tolist() == [[1.0, 0.0]]
+    assert Gate("window", 0.5).score(hot, weighted).tolist() == [[3.0, -30.0]]
+    assert Gate("cusum", 0.5, clip=2.0).score(hot, weighted).tolist() == [[2.0, -30.0]]
+    probe = Gate("probe", 0.5, bias=-1.0, clip=8.0)
+    assert probe.score(hot, weighted).tolist() == [[10.0, 0.0]]  # clip(3 - 1) + 8, and the floor
+    assert probe.score(hot, torch.full((1, 2), 99.0)).max() == 16.0
+
+
+def test_a_cusum_that_is_full_counts_as_infinite():
+    gate = Gate("cusum", 5.0)
+    signal, counted = torch.full((1, 5000), 17.0), torch.ones(1, 5000, dtype=torch.bool)
+    found, states = gate.scan(signal, counted, gate.initial_state(1, signal.device))
+    assert found[0, 10] == 176.0 and found[0, -1] == math.inf and states[0, -1, 0] == CUSUM_CAP

@@ -133,7 +133,7 @@ def test_any_name_of_a_corpus(name):
 @example(b'{"wmdp-bio-paper": [1, null, {}]}')
 def test_any_bytes_as_prompts_and_as_question_ids(root, content):
     from dsg_cli.benches.paper import read_question_ids
-    from dsg_cli.cli.prompts import read_prompts
+    from dsg_cli.prompt_files import read_prompts
 
     for path in (root / "file.jsonl", root / "file.txt", root / "file.json"):
         path.write_bytes(content)
@@ -144,8 +144,8 @@ def test_any_bytes_as_prompts_and_as_question_ids(root, content):
 
 def test_paths_that_cannot_be(root):
     from dsg_cli.benches.paper import read_question_ids
-    from dsg_cli.cli.prompts import read_prompts
     from dsg_cli.export.light import read_light
+    from dsg_cli.prompt_files import read_prompts
 
     for name in ("a" * 5000, "x\x00y", "\ud800", str(root)):
         assert refused(read_prompts, [], Path(name)) is None

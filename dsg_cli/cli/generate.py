@@ -10,7 +10,7 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json, progress
-from dsg_cli.cli.prompts import read_prompts
+from dsg_cli.prompt_files import read_prompts
 from dsg_cli.report.answers import Screen
 
 

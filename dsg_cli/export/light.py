@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dsg_cli.artifacts import Guardrail, Header, Json, migrate, to_json
+from dsg_cli.artifacts import Guardrail, Header, Json, to_json
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule, module_from_artifact
 from dsg_cli.integrity import digest_of, is_file, parse_document, read_document
+from dsg_cli.migrations import migrate
 from dsg_cli.runtime.guardrail import tensors_digest
 
 LIGHT_FILE = "guardrail.safetensors"

@@ -140,7 +140,17 @@ def _threshold(body: Threshold) -> list[tuple[str, str]]:
         ("gate", body.gate),
         ("threshold", f"{body.threshold:.4f}"),
         ("set at", f"alpha {body.alpha:g} on {body.n_calibration} pieces of {body.n_documents} documents"),
+        ("alpha holds for", "each retain corpus" if body.guarantee == "each" else "all retain text together"),
+        *([("the paper's percentile", f"{body.percentile:.4f}")] if body.percentile is not None else []),
+        *([("watches", " ".join(map(str, body.detectors)))] if body.detectors else []),
         ("false positives", rate),
+        *(
+            (
+                f"{'caught' if one['is_forget'] else 'gated'}: {one['what']}",
+                f"{one['rate']:.3f} of {one['n']} (95 %: {one['low']:.3f} to {one['high']:.3f})",
+            )
+            for one in body.rates
+        ),
     ]
 
 

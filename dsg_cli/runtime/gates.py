@@ -1,20 +1,30 @@
 """Gate statistics: when does a sequence count as being about the forgotten knowledge?
 
-Every gate looks at one number a token, its *signal* (is it hot, or how strongly do the detectors fire), and at which
-tokens are counted. Calibration, the guardrail at run time and the tests all count here.
+A gate is a *token score*, one number a token that is not negative, an *aggregate* of the scores of a sequence, and a
+threshold. Calibration, the guardrail at run time and the tests all compute them here.
 
-- `mean`, the paper's: share of counted tokens that are hot, over the whole sequence. For scoring: it needs the end of
-  the sequence to decide about its beginning.
-- `causal-mean`: the largest share over any prefix so far; a prefix of fewer than w counted tokens counts as w.
-- `window`: the largest mean signal over w consecutive counted tokens so far; what is missing before the first counts
-  as 0.
+Token scores, over activations f_j of a token:
 
-The causal statistics never fall, so a gate that fired stays on for the rest of the sequence. They are scans: all that
-a gate must know of the tokens it has seen is a state of C numbers, and a sequence in one call, in chunks or token by
-token gives the same numbers, bit for bit.
+- `hot`: 1 if any clamped feature is active, else 0; the paper's.
+- `energy`: sum over the detectors of f_j.
+- `drifts`: energy in units of its drift, what a token of no particular meaning has; at most `clip`.
+- `probe`: logit b + sum_j w_j f_j of a probe over the detectors, clipped to +-clip and raised by clip: evidence above
+  the least there can be. Clipped, because no single token, however unusual, should decide alone.
 
-Shape suffixes: B batch, L position, C state. `segment_BL` is given where a row holds several sequences one after
-another: a number that rises by one where the next begins.
+Aggregates over counted tokens:
+
+- `mean`: over the whole sequence. For scoring: it needs the end of the sequence to decide about its beginning.
+- `running-mean`: the largest mean over any prefix so far; a prefix of fewer than w tokens counts as w.
+- `window`: the largest mean over w consecutive tokens so far; what is missing before the first counts as 0.
+- `cusum`: the largest value so far of S_t = max(0, S_{t-1} + score_t - 1), Page's test for a change. In steps of
+  1/256, so that sums are exact; from `CUSUM_CAP` on it counts as infinite.
+
+All but `mean` are latched: they never fall, so a gate that fired stays on for the rest of the sequence. They are scans:
+all that a gate must know of the tokens it has seen is a state of C numbers, and a sequence in one call, in chunks or
+token by token gives the same numbers, bit for bit.
+
+Shape suffixes: B batch, L position, C state, W tokens of a window. `segment_BL` is given where a row holds several
+sequences one after another: a number that rises by one where the next begins.
 """
 
 from __future__ import annotations
@@ -24,8 +34,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-CAUSAL_FORMS = ("causal-mean", "window")
-FORMS = ("mean", *CAUSAL_FORMS)
+FORMS = {
+    "mean": ("hot", "mean"),
+    "causal-mean": ("hot", "running-mean"),
+    "window": ("energy", "window"),
+    "cusum": ("drifts", "cusum"),
+    "probe": ("probe", "window"),
+}
+"""Gate -> its token score and its aggregate."""
+CAUSAL_FORMS = tuple(form for form, (_, aggregate) in FORMS.items() if aggregate != "mean")
+DETECTING_FORMS = tuple(form for form, (score, _) in FORMS.items() if score != "hot")
+"""Gates that watch detectors, not the clamped features."""
+CUSUM_STEP = 1 / 256
+CUSUM_CAP = 2.0**15
+"""Times 256 it is an integer that float32 holds exactly."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +58,40 @@ class Gate:
     threshold: float
     window: int = 4
     """w: counted tokens in a window, or in the shortest prefix."""
+    bias: float = 0.0
+    """b of a probe."""
+    clip: float = 0.0
+    """Bound of a probe's logit, or of a score in drifts."""
+
+    @property
+    def score_name(self) -> str:
+        return FORMS[self.form][0]
+
+    @property
+    def aggregate(self) -> str:
+        return FORMS[self.form][1]
+
+    def score(self, hot_BL: Tensor, weighted_BL: Tensor) -> Tensor:
+        """The token score, [B, L].
+
+        Args:
+            hot_BL: Whether any clamped feature is active.
+            weighted_BL: Weighted sum of the detectors' activations, float32.
+        """
+        if self.score_name == "hot":
+            return hot_BL.float()
+        if self.score_name == "probe":
+            return (weighted_BL + (self.bias + self.clip)).clamp(0.0, 2 * self.clip)
+        return weighted_BL.clamp(max=self.clip) if self.score_name == "drifts" else weighted_BL
 
     @property
     def is_causal(self) -> bool:
-        return self.form in CAUSAL_FORMS
+        return self.aggregate != "mean"
 
     @property
     def state_size(self) -> int:
         """C: numbers that a sequence's state holds."""
-        return {"mean": 0, "causal-mean": 3, "window": self.window + 1}[self.form]
+        return {"mean": 0, "running-mean": 3, "window": self.window + 1, "cusum": 2}[self.aggregate]
 
     def initial_state(self, n_rows: int, device: torch.device) -> Tensor:
         """The state before the first token, [B, C]."""
@@ -60,15 +107,17 @@ class Gate:
         """The statistic at each token, [B, L], and the state after each, [B, L, C].
 
         Args:
-            signal_BL: Signal of each token, float32, not negative.
+            signal_BL: Score of each token, float32, not negative.
             counted_BL: True for tokens that count.
             state_BC: State before the first of these tokens.
             segment_BL: Where sequences are packed; they begin here, whatever the state.
         """
         signal_BL = torch.where(counted_BL, signal_BL, 0.0)
-        if self.form == "mean":
+        if self.aggregate == "mean":
             return _mean(signal_BL, counted_BL, segment_BL), signal_BL.new_zeros(*signal_BL.shape, 0)
-        if self.form == "causal-mean":
+        if self.aggregate == "cusum":
+            return _cusum(signal_BL, counted_BL, state_BC, segment_BL)
+        if self.aggregate == "running-mean":
             return _causal_mean(signal_BL, counted_BL, state_BC, segment_BL, self.window)
         return _window(signal_BL, counted_BL, state_BC, segment_BL, self.window)
 
@@ -125,13 +174,44 @@ def _window(
     return peak_BL, torch.cat([recent_BLW, peak_BL[..., None]], -1)
 
 
+def _cusum(signal_BL: Tensor, counted_BL: Tensor, state_BC: Tensor, segment_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """State: S, then the statistic so far. With C the running sum of steps, S_t = C_t - min(-S_0, min_{s<=t} C_s)."""
+    steps_BL = ((signal_BL - 1).clamp(max=CUSUM_CAP) / CUSUM_STEP).round().long()
+    sums_BL = torch.where(counted_BL, steps_BL, 0).cumsum(-1)
+    before_B1 = (state_BC[:, :1] / CUSUM_STEP).long()
+    if segment_BL is None:
+        lowest_BL = torch.minimum(sums_BL.cummin(-1).values, -before_B1)
+    else:
+        # Each sequence begins with S = 0 where the sum stood before its first token.
+        earlier_BL = torch.cat([torch.zeros_like(sums_BL[:, :1]), sums_BL[:, :-1]], -1)
+        lowest_BL = -_segment_max(torch.maximum(-sums_BL, -_at_start(earlier_BL, segment_BL)), segment_BL)
+    value_BL = ((sums_BL - lowest_BL).float() * CUSUM_STEP).clamp(max=CUSUM_CAP)
+    reached_BL = torch.where(value_BL < CUSUM_CAP, value_BL, torch.inf)
+    peak_BL = _running_max(reached_BL, state_BC[:, -1:], segment_BL)
+    return peak_BL, torch.stack([value_BL, peak_BL], -1)
+
+
+def _at_start(value_BL: Tensor, segment_BL: Tensor) -> Tensor:
+    """The value at the first token of each token's segment."""
+    is_first_BL = torch.cat([torch.ones_like(segment_BL[:, :1]), segment_BL.diff(dim=-1)], -1) > 0
+    place_BL = torch.arange(segment_BL.shape[1], device=segment_BL.device).expand_as(segment_BL)
+    return value_BL.gather(1, torch.where(is_first_BL, place_BL, 0).cummax(-1).values)
+
+
 def _running_max(value_BL: Tensor, before_B1: Tensor, segment_BL: Tensor | None) -> Tensor:
+    """The largest so far of values that are not negative."""
     if segment_BL is None:
         return torch.maximum(value_BL.cummax(-1).values, before_B1)
+    return _segment_max(value_BL, segment_BL)
+
+
+def _segment_max(value_BL: Tensor, segment_BL: Tensor) -> Tensor:
+    """The largest so far within each segment."""
     shift = 1
     while shift < value_BL.shape[1]:
         # Each token takes the larger of its own and of the one `shift` before it, if of the same segment.
-        earlier_BL = torch.where(segment_BL[:, shift:] == segment_BL[:, :-shift], value_BL[:, :-shift], 0.0)
+        is_same_BL = segment_BL[:, shift:] == segment_BL[:, :-shift]
+        earlier_BL = torch.where(is_same_BL, value_BL[:, :-shift], value_BL[:, shift:])
         value_BL = torch.cat([value_BL[:, :shift], torch.maximum(value_BL[:, shift:], earlier_BL)], -1)
         shift *= 2
     return value_BL

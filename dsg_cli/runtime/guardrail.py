@@ -42,6 +42,9 @@ class GuardrailSpec:
     """Tokens that are never counted nor changed: BOS, EOS and pad."""
     model: dict[str, Any]
     """Architecture, layers, width and fingerprint of the model that it was made for."""
+    bias: float = 0.0
+    """Of a `probe` gate, see gates.py; 0 in guardrails of earlier versions."""
+    clip: float = 0.0
 
 
 class Watched(NamedTuple):
@@ -69,7 +72,7 @@ class Decision(NamedTuple):
 class GuardrailModule(nn.Module):
     """Gate and clamp. Tensors only: no branch depends on a value, so it compiles and nothing waits for the device.
 
-    The slice's tensors, and `detect` [K], the weight of each feature in the signal of a `window` gate, are buffers
+    The slice's tensors, and `detect` [K], the weight of each feature in the token score of the gate, are buffers
     and make up a file. The counters are buffers too, but belong to no file: `n_sequences`, `n_gated`, `n_clamped`
     (tokens), `n_broken` (counted tokens with a NaN or an infinity in their residual), `largest_edit` (relative to
     the residual's norm).
@@ -91,7 +94,7 @@ class GuardrailModule(nn.Module):
         super().__init__()
         self.spec = spec
         self.slice = SaeSlice(SliceSpec(**spec.slice), dict(tensors))
-        self.gate = Gate(spec.gate, spec.threshold, spec.window)
+        self.gate = Gate(spec.gate, spec.threshold, spec.window, spec.bias, spec.clip)
         self.read, self.write = (parse_hook_site(name, where="The guardrail") for name in (spec.read, spec.write))
         self.n_chosen = len(self.slice.W_dec)
         detect = tensors.get("detect")
@@ -138,7 +141,7 @@ class GuardrailModule(nn.Module):
         acts_BLK, scale_BL1, finite_BL = self.slice(resid_BLD)
         strength_BLK = acts_BLK.abs() if self.slice.spec.activation == "abstopk" else acts_BLK
         hot_BL = (strength_BLK @ self.chosen > 0) & counted_BL
-        signal_BL = strength_BLK @ self.detect if self.gate.form == "window" else hot_BL.float()
+        signal_BL = self.gate.score(hot_BL, strength_BLK @ self.detect)
         # Fails closed: what cannot be computed counts as the strongest signal there is.
         signal_BL = torch.where(finite_BL, signal_BL, torch.inf)
         if state_BC is None:

@@ -20,13 +20,16 @@ from dsg_cli.guardrail import module_from_artifact
 from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.prompting import prompts
 from dsg_cli.recipe import Recipe
+from dsg_cli.settings import GuardrailSection
 from dsg_cli.slicing import detector_weights, slice_sae
 from dsg_cli.stages.chain import chain_sae, check_tokens, load_chain_model, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
+from dsg_cli.stages.tuning import smallest_sufficient, tuning_questions
 from dsg_cli.tokens import encode
 from dsg_cli.workspace import Stored, Workspace
 
+AUTO = "auto"
 ROWS = 64
 """Of forget text, on which the guardrail is tried."""
 LARGEST_STRENGTH = 1e6
@@ -49,7 +52,10 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Ses
     threshold = workspace.find("threshold", source)
     workspace.check_writable()
     set_at = threshold.body_as(Threshold)
-    strength = parse_strength(recipe.guardrail.strength, set_at.median_residual_norm)
+    is_auto = recipe.guardrail.strength == AUTO
+    settings = [*recipe.guardrail.strengths] if is_auto else [recipe.guardrail.strength]
+    strengths = [(text, parse_strength(text, set_at.median_residual_norm)) for text in settings]
+    questions = tuning_questions(recipe, set_at.forget) if is_auto else []
     forget, notes = _forget_text(threshold)
     assert threshold.header.sae is not None
     sae = chain_sae(threshold.header.sae, threshold.id)
@@ -65,17 +71,19 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Ses
     )
     if session.reuse and (stored := workspace.matching(header)) is not None:
         return stored
-    loaded = load_chain_model(threshold.header, recipe, cut=True)
+    loaded = load_chain_model(threshold.header, recipe, cut=not is_auto)
     check_tokens(loaded, set_at.special_ids, threshold.id)
     slice_spec, tensors = slice_sae(sae, set_at.features, set_at.detectors)
-    tensors["detect"] = detector_weights(set_at.features, set_at.detectors)
+    tensors["detect"] = detector_weights(set_at.features, set_at.detectors, set_at.weights)
     body = Guardrail(
         indices=set_at.features,
         detectors=set_at.detectors,
+        bias=set_at.bias,
+        clip=set_at.clip,
         gate=set_at.gate,
         window=set_at.window,
         threshold=set_at.threshold,
-        strength=strength,
+        strength=strengths[0][1],
         strength_setting=recipe.guardrail.strength,
         median_residual_norm=set_at.median_residual_norm,
         hook=sae.site.name,
@@ -86,8 +94,15 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Ses
         bos=set_at.bos,
         forget=set_at.forget,
         retain=set_at.retain,
+        strength_trials=[],
         effect={},
     )
+    if is_auto:
+        batch_size = recipe.eval.batch_size
+        strength, trials = smallest_sufficient(
+            loaded, header, body, tensors, questions, strengths, batch_size=batch_size
+        )
+        body = dataclasses.replace(body, strength=strength, strength_trials=trials)
     module = module_from_artifact(body, header.model, tensors, where="The new guardrail").to(loaded.model.device)
     longest = threshold.header.settings["lengths"][1]
     rows = _rows(loaded, forget, bos=set_at.bos, longest=longest, seed=recipe.seed)
@@ -152,6 +167,18 @@ def _rows(
     return [row[:room] for row in encode(loaded.tokenizer, texts[:ROWS], bos=bos)]
 
 
+def check_strength(settings: GuardrailSection) -> None:
+    """Refuse a bad strength before anything runs.
+
+    Raises:
+        DsgError: It is one, or `auto` has none to try.
+    """
+    if settings.strength == AUTO and not settings.strengths:
+        raise DsgError("guardrail.strengths is empty, so --strength auto has none to try.")
+    for text in settings.strengths if settings.strength == AUTO else [settings.strength]:
+        parse_strength(text, 1.0)
+
+
 def parse_strength(text: str, median_residual_norm: float) -> float:
     """c from `500`, or from `2r`: twice the median residual norm at the hook.
 
@@ -166,6 +193,6 @@ def parse_strength(text: str, median_residual_norm: float) -> float:
     if not 0 < value < LARGEST_STRENGTH:
         raise DsgError(
             f"The strength {text!r} is not a positive number of sensible size.",
-            "Give --strength 500, or a multiple of the median residual norm such as --strength 4r.",
+            "Give --strength 500, a multiple of the median residual norm such as --strength 4r, or --strength auto.",
         )
     return value

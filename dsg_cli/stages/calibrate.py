@@ -1,8 +1,8 @@
 """`dsg calibrate`: from which gate statistic on does a text count as being about the forgotten knowledge?
 
 Reads the `calibrate` part of the retain corpora, which selection never saw, in pieces of the lengths that prompts
-have; sets the threshold so that a share `alpha` of them exceeds it; measures on the `fresh` part what it promises;
-writes threshold-NNN.
+have; sets the threshold so that a share `alpha` of them exceeds it; measures what it does to fresh text of every
+kind: each retain corpus, longer pieces of it, forget text and questions; writes threshold-NNN.
 """
 
 from __future__ import annotations
@@ -11,37 +11,35 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsg_cli.artifacts import FeatureSet, Header, Json, Threshold
-from dsg_cli.calibration import clopper_pearson, conformal_threshold
+from dsg_cli.calibration import percentile_threshold, rate_above, threshold_of
 from dsg_cli.checkpoints import Checkpoint, State
-from dsg_cli.corpora import Corpus, Part, check_disjoint, check_named, load_corpora
+from dsg_cli.corpora import Corpus, check_disjoint, check_named, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.fitting import Fitting
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.interruption import at_safe_points
 from dsg_cli.model import LoadedModel, context_length
-from dsg_cli.pieces import draw_pieces
+from dsg_cli.pieces import Piece
+from dsg_cli.prompt_files import read_prompts
 from dsg_cli.prompting import check_chat
 from dsg_cli.recipe import Recipe
 from dsg_cli.residuals import read_residual
-from dsg_cli.runtime.guardrail import GuardrailSpec
-from dsg_cli.sae import SaeSource
-from dsg_cli.selection import select_features
+from dsg_cli.runtime.gates import FORMS
 from dsg_cli.settings import CalibrateSection
-from dsg_cli.slicing import detector_weights, slice_sae
+from dsg_cli.stages.calibration_text import all_pieces, dev_questions, lengths_of
 from dsg_cli.stages.chain import chain_sae, load_chain_model, settle
+from dsg_cli.stages.detection import Detection, detection_of, watching
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.tokens import TokenBatch, batches, bos_to_prepend, special_ids
+from dsg_cli.tokens import TokenBatch, batches, bos_to_prepend, encode, special_ids
 from dsg_cli.workspace import Stored, Workspace
-
-PARTS: tuple[Part, ...] = ("calibrate", "fresh")
-"""What sets the threshold, and what it is measured on."""
 
 
 def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, session: Session = QUIET) -> Stored:
@@ -57,9 +55,9 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, sess
     if (stored := session.existing(workspace, made.header)) is not None:
         return stored
     with session.checkpoint(workspace, made.header) as checkpoint:
-        rows: list[Json] = []
-        for part in PARTS:
-            rows += _statistics(made, part, recipe, session, checkpoint)
+        rows = [
+            row for part, pieces in made.pieces.items() for row in _statistics(made, part, pieces, session, checkpoint)
+        ]
         body = _threshold(made, recipe.calibrate, rows)
         rows = [{**row, "gated": row["statistic"] > body.threshold} for row in rows]
         n_tokens = sum(row["length"] for row in rows)
@@ -73,13 +71,12 @@ class _Prepared:
     """All that the pass needs."""
 
     features: Stored
-    retain: list[Corpus]
+    pieces: dict[str, list[Piece]]
+    """Part -> what the gate is asked about."""
     loaded: LoadedModel
     gate: GuardrailModule
-    indices: list[int]
-    detectors: list[int]
+    detection: Detection
     bos: int | None
-    lengths: tuple[int, int]
     header: Header
 
 
@@ -97,21 +94,22 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
     names = settings.retain or [_spelled(corpus) for corpus in selected["retain"]]
     check_named(names, role="retain")
     check_disjoint([corpus["name"] for corpus in selected["forget"]], names)
-    retain = load_corpora(
-        names,
-        role="retain",
-        limit=recipe.corpora.limit,
-        seed=recipe.seed,
-        revisions={corpus["name"]: corpus.get("revision") for corpus in selected["retain"]},
-    )
+    prompts = read_prompts((), Path(settings.lengths_from)) if settings.lengths_from else []
+    detection = detection_of(recipe.calibrate, workspace, features)
+    questions = dev_questions(recipe.calibrate, [corpus["name"] for corpus in selected["forget"]])
+    retain = _corpora(names, "retain", recipe, selected["retain"])
+    forget = _corpora([corpus["name"] for corpus in selected["forget"]], "forget", recipe, selected["forget"])
     assert features.header.sae is not None
     sae = chain_sae(features.header.sae, features.id)
     loaded = load_chain_model(features.header, recipe, cut=True)
+    bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
+    lengths = lengths_of(settings, [ids[int(bos is not None) :] for ids in encode(loaded.tokenizer, prompts, bos=bos)])
     header = new_header(
         "threshold",
         recipe,
         settings={
             **dataclasses.asdict(settings),
+            "lengths": [min(lengths), max(lengths)],
             "retain": [corpus.described() for corpus in retain],
             "limit": recipe.corpora.limit,
             # What apply tries the guardrail on, wherever the features lie by then.
@@ -123,52 +121,70 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
         sae=features.header.sae,
         inputs=[features],
     )
-    bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
-    shortest, longest = settings.lengths
     room = context_length(loaded.model.config) - (bos is not None)
-    if shortest > room:
-        raise DsgError(f"Pieces of {shortest} tokens do not fit: the model reads {room}.", "Lower --lengths.")
-    indices = [feature.index for feature in features.body_as(FeatureSet).features]
-    detectors = _detectors(recipe, workspace, features) if settings.gate == "window" else []
-    gate = _gate(recipe, loaded, sae, indices, detectors)
+    if min(lengths) > room:
+        raise DsgError(f"Pieces of {min(lengths)} tokens do not fit: the model reads {room}.", "Lower --lengths.")
     check_chat(loaded.tokenizer, retain)
-    lengths = (shortest, min(longest, room))
-    return _Prepared(features, retain, loaded, gate, indices, detectors, bos, lengths, header)
+    indices = [feature.index for feature in features.body_as(FeatureSet).features]
+    gate = watching(recipe.calibrate, loaded, sae, indices, detection)
+    pieces = all_pieces(recipe, loaded, retain, forget, questions, bos=bos, lengths=lengths, room=room)
+    return _Prepared(features, pieces, loaded, gate, detection, bos, header)
+
+
+def _corpora(names: Sequence[str], role: str, recipe: Recipe, read: Sequence[Json]) -> list[Corpus]:
+    """Corpora as they were when features were selected, those of the hub at the same commits."""
+    return load_corpora(
+        names,
+        role=role,
+        limit=recipe.corpora.limit,
+        seed=recipe.seed,
+        revisions={corpus["name"]: corpus["revision"] for corpus in read if corpus.get("revision")},
+    )
 
 
 def _threshold(made: _Prepared, settings: CalibrateSection, rows: Sequence[Json]) -> Threshold:
-    """The threshold that the calibration pieces set, and what the fresh ones say of it.
+    """The threshold that the calibration pieces set, and what all others say of it.
 
     Raises:
-        DsgError: A statistic is not finite, or the gate could never fire.
+        DsgError: A statistic is not finite, there is too little text, or the gate could never fire.
     """
     selected, of_features = made.features.header.settings, made.features.body_as(FeatureSet)
-    calibration = [row["statistic"] for row in rows if row["part"] == "calibrate"]
-    fresh = [row["statistic"] for row in rows if row["part"] == "fresh"]
-    threshold = conformal_threshold(calibration, settings.alpha)
-    if not all(math.isfinite(value) for value in (threshold, *calibration, *fresh)):
-        raise DsgError("On retain text an activation is not finite.", "Check the weights, or try --dtype float32.")
-    if settings.gate != "window" and threshold >= 1:
+    if not all(math.isfinite(row["statistic"]) for row in rows):
+        raise DsgError("On a piece of text an activation is not finite.", "Check the weights, or try --dtype float32.")
+    calibration = [row for row in rows if row["part"] == "calibrate"]
+    fresh = [row for row in rows if row["part"] == "fresh"]
+    threshold = threshold_of(
+        [(row["group"], row["statistic"]) for row in calibration],
+        settings.alpha,
+        is_each=settings.guarantee == "each",
+        is_conformal=settings.quantile == "conformal",
+    )
+    if FORMS[settings.gate][0] == "hot" and threshold >= 1:
         raise DsgError(
             f"The gate could never fire: at alpha {settings.alpha:g} its threshold is {threshold:g}, the largest "
             "value that the statistic can take.",
             "The features fire on retain text too: raise --ratio-percentile or lower -n in select, or raise --alpha.",
         )
-    n_false = sum(statistic > threshold for statistic in fresh)
-    low, high = clopper_pearson(n_false, len(fresh))
+    of_fresh = rate_above(threshold, [row["statistic"] for row in fresh])
     return Threshold(
         threshold=threshold,
         gate=settings.gate,
         alpha=settings.alpha,
         n_calibration=len(calibration),
         n_fresh=len(fresh),
-        n_documents=len({row["id"].rsplit("/", 1)[0] for row in rows if row["part"] == "calibrate"}),
-        false_positive_rate=n_false / len(fresh) if fresh else None,
-        low=low,
-        high=high,
-        features=made.indices,
-        detectors=made.detectors,
-        window=0 if settings.gate == "mean" else settings.window,
+        n_documents=len({row["id"].rsplit("/", 1)[0] for row in calibration}),
+        false_positive_rate=of_fresh["rate"] if fresh else None,
+        low=of_fresh["low"],
+        high=of_fresh["high"],
+        features=[feature.index for feature in of_features.features],
+        detectors=made.detection.detectors,
+        weights=made.detection.weights,
+        bias=made.detection.bias,
+        clip=made.detection.clip,
+        window=settings.window if FORMS[settings.gate][1] in ("window", "running-mean") else 0,
+        guarantee=settings.guarantee,
+        percentile=percentile_threshold([row["statistic"] for row in calibration], settings.alpha),
+        rates=_rates(rows, threshold, made.header.settings["lengths"][1]),
         special_ids=list(special_ids(made.loaded.tokenizer)),
         bos=made.bos,
         median_residual_norm=of_features.median_residual_norm,
@@ -177,45 +193,22 @@ def _threshold(made: _Prepared, settings: CalibrateSection, rows: Sequence[Json]
     )
 
 
-def _detectors(recipe: Recipe, workspace: Workspace, features: Stored) -> list[int]:
-    """The features that a `window` gate watches: more exclusive ones than those to clamp, from the same statistics."""
-    tensors = workspace.tensors(features)
-    name = "mean_square" if features.body_as(FeatureSet).score == "mean-square" else "mean"
-    scores = [tensors[f"{role}_{name}"] for role in ("forget", "retain")]
-    if name == "mean":
-        scores = [score.square() for score in scores]
-    try:
-        chosen = select_features(
-            *scores,
-            n_features=recipe.calibrate.n_detectors,
-            ratio_percentile=recipe.calibrate.detector_percentile,
-        )
-    except DsgError as error:
-        raise DsgError(
-            f"Choosing the detectors of the gate `window`: {error.message}",
-            "Lower calibrate.detector_percentile or calibrate.n_detectors (--set), or take another --gate.",
-        ) from error
-    return [feature.index for feature in chosen.features]
-
-
-def _gate(
-    recipe: Recipe, loaded: LoadedModel, sae: SaeSource, indices: Sequence[int], detectors: Sequence[int]
-) -> GuardrailModule:
-    """A guardrail without threshold or strength: what watches at run time also watches here."""
-    slice_spec, tensors = slice_sae(sae, indices, detectors)
-    tensors["detect"] = detector_weights(indices, detectors)
-    spec = GuardrailSpec(
-        gate=recipe.calibrate.gate,
-        threshold=0.0,
-        window=recipe.calibrate.window,
-        strength=0.0,
-        read=sae.site.name,
-        write=sae.write.name,
-        slice=dataclasses.asdict(slice_spec),
-        special_ids=list(special_ids(loaded.tokenizer)),
-        model={},
-    )
-    return GuardrailModule(spec, tensors).to(loaded.model.device)
+def _rates(rows: Sequence[Json], threshold: float, longest: int) -> list[Json]:
+    """Share gated of each kind of text that did not set the threshold."""
+    kinds: dict[tuple[str, bool], list[float]] = {}
+    for row in rows:
+        what = {
+            "fresh": row["group"],
+            "long": f"{row['group']}, more than {longest} tokens",
+            "forget": row["group"],
+            "questions": f"{row['group']}, dev questions",
+        }.get(row["part"])
+        if what is not None:
+            kinds.setdefault((what, row["part"] in ("forget", "questions")), []).append(row["statistic"])
+    return [
+        {"what": what, "is_forget": is_forget, **rate_above(threshold, several)}
+        for (what, is_forget), several in kinds.items()
+    ]
 
 
 def _spelled(corpus: Json) -> str:
@@ -224,19 +217,11 @@ def _spelled(corpus: Json) -> str:
 
 
 @torch.inference_mode()
-def _statistics(made: _Prepared, part: Part, recipe: Recipe, session: Session, checkpoint: Checkpoint) -> list[Json]:
+def _statistics(
+    made: _Prepared, part: str, pieces: Sequence[Piece], session: Session, checkpoint: Checkpoint
+) -> list[Json]:
     """The gate statistic of every piece of one part: `{id, group, part, length, statistic}`, no text."""
-    settings, tokenizer, gate = recipe.calibrate, made.loaded.tokenizer, made.gate
-    pieces = draw_pieces(
-        tokenizer,
-        made.retain,
-        part,
-        bos=made.bos,
-        lengths=made.lengths,
-        is_packed=settings.rows == "packed",
-        at_most=settings.max_pieces,
-        seed=recipe.seed,
-    )
+    tokenizer, gate = made.loaded.tokenizer, made.gate
     kept = checkpoint.entry(part) or {"n_batches": 0, "found": []}
     n_batches: int = kept["n_batches"]
     found: list[list[Any]] = kept["found"]

@@ -55,7 +55,7 @@ def plan(recipe: Recipe) -> list[Step]:
     kinds = expanded(recipe.attack.kinds) if recipe.attack.kinds else []
     for text in recipe.attack.expect:
         parse_expected(text, kinds)
-    apply.parse_strength(recipe.guardrail.strength, 1.0)
+    apply.check_strength(recipe.guardrail)
     for text in recipe.eval.expect:
         parse_expected(text, recipe.eval.benches)
     return [*_select(recipe), *_calibrate(recipe), *_apply(recipe), *_evaluate(recipe), *_attack(recipe)]

@@ -43,7 +43,7 @@ def run(
     kinds = expanded(recipe.attack.kinds) if recipe.attack.kinds else []
     for text in recipe.attack.expect:
         parse_expected(text, kinds)
-    apply.parse_strength(recipe.guardrail.strength, 1.0)
+    apply.check_strength(recipe.guardrail)
     expected = [parse_expected(text, recipe.eval.benches) for text in recipe.eval.expect]
     for name in (recipe.attack.bench, recipe.attack.utility_bench):
         attack.check_bench(name or "")

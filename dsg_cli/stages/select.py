@@ -7,26 +7,31 @@ whole SAE, once; ranks the features (METHOD, steps 1 to 4); writes features-NNN.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dsg_cli.artifacts import FeatureSet, Header, Json
+import torch
+from torch import Tensor
+
+from dsg_cli.artifacts import Feature, FeatureSet, Header, Json
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.corpora import Corpus, check_disjoint, check_named, check_no_shared_texts, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.fit import check_fits
 from dsg_cli.model import LoadedModel, context_length, load_model, load_tokenizer, read_config, text_config
+from dsg_cli.probe import candidates, fit_probe, sampled_activations
 from dsg_cli.prompting import check_chat, prompts
 from dsg_cli.recipe import Recipe
 from dsg_cli.sae import SaeSource, check_name, load_encoder, read_sae
-from dsg_cli.selection import select_features
+from dsg_cli.selection import formatting_notes, select_features
 from dsg_cli.settings import ModelSection, SelectSection
+from dsg_cli.slicing import load_slice
 from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.statistics import FeatureStatistics, feature_statistics, mix
 from dsg_cli.streaming import estimated_tokens, stream_batches
-from dsg_cli.tokens import bos_to_prepend
+from dsg_cli.tokens import TokenBatch, bos_to_prepend
 from dsg_cli.workspace import Stored, Workspace
 
 
@@ -42,7 +47,10 @@ def run(recipe: Recipe, workspace: Workspace, *, session: Session = QUIET) -> St
     if (stored := session.existing(workspace, made.header)) is not None:
         return stored
     with session.checkpoint(workspace, made.header) as checkpoint:
-        statistics = _statistics(made, recipe.select, session, checkpoint)
+        parts = _statistics(made, recipe.select, session, checkpoint)
+        statistics = {
+            role: mix(of_role, [corpus.weight for corpus in made.corpora[role]]) for role, of_role in parts.items()
+        }
         score = recipe.select.score
         selection = select_features(
             statistics["forget"].score(score),
@@ -61,11 +69,13 @@ def run(recipe: Recipe, workspace: Workspace, *, session: Session = QUIET) -> St
             forget_tokens=statistics["forget"].n_tokens,
             retain_tokens=statistics["retain"].n_tokens,
             median_residual_norm=statistics["retain"].median_residual_norm,
+            probe=_probe(made, recipe.select, statistics, parts, session),
         )
         tensors = {name: tensor for role in statistics for name, tensor in statistics[role].tensors(role).items()}
+        header = _noted(made, parts, selection.features)
         n_tokens = body.forget_tokens + body.retain_tokens
         return session.write(
-            workspace, lambda: workspace.write(clock.close(made.header, n_tokens=n_tokens), body, tensors=tensors)
+            workspace, lambda: workspace.write(clock.close(header, n_tokens=n_tokens), body, tensors=tensors)
         )
 
 
@@ -150,40 +160,91 @@ def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]
     }
 
 
-def _statistics(
-    made: _Prepared, settings: SelectSection, session: Session, checkpoint: Checkpoint
-) -> dict[str, FeatureStatistics]:
-    """Of the mixture of each role's corpora, from one pass over each corpus's `select` part."""
-    loaded, sae = made.loaded, made.sae
-    encoder = load_encoder(sae, device=str(loaded.model.device))
-    bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
-    mixed = {}
+Parts = dict[str, list[FeatureStatistics]]
+"""Role -> the statistics of each of its corpora."""
+
+
+def _statistics(made: _Prepared, settings: SelectSection, session: Session, checkpoint: Checkpoint) -> Parts:
+    """From one pass over each corpus's `select` part."""
+    encoder = load_encoder(made.sae, device=str(made.loaded.model.device))
+    parts: Parts = {role: [] for role in made.corpora}
     for role, several in made.corpora.items():
-        max_tokens = settings.max_rows * made.seq_len // len(several)
-        parts = []
         for corpus in several:
-            texts = prompts(loaded.tokenizer, corpus, "select")
-            batches = stream_batches(
-                loaded.tokenizer,
-                texts,
-                bos=bos,
-                seq_len=made.seq_len,
-                max_tokens=max_tokens,
-                is_packed=settings.rows == "packed",
-                device=str(loaded.model.device),
-            )
-            parts.append(
+            parts[role].append(
                 feature_statistics(
-                    loaded.model,
-                    sae.site,
+                    made.loaded.model,
+                    made.sae.site,
                     encoder,
-                    batches,
-                    total_tokens=estimated_tokens(texts, max_tokens),
+                    _batches(made, settings, role, corpus),
+                    total_tokens=estimated_tokens(corpus.part("select"), _max_tokens(made, settings, role)),
                     what=f"{role} corpus {corpus.name.rsplit('/', 1)[-1]}",
                     workers=session.workers,
                     checkpoint=checkpoint,
                     report=session.report,
                 )
             )
-        mixed[role] = mix(parts, [corpus.weight for corpus in several])
-    return mixed
+    return parts
+
+
+def _max_tokens(made: _Prepared, settings: SelectSection, role: str) -> int:
+    return settings.max_rows * made.seq_len // len(made.corpora[role])
+
+
+def _batches(made: _Prepared, settings: SelectSection, role: str, corpus: Corpus) -> Iterator[TokenBatch]:
+    """The `select` part of one corpus."""
+    return stream_batches(
+        made.loaded.tokenizer,
+        prompts(made.loaded.tokenizer, corpus, "select"),
+        bos=bos_to_prepend(made.loaded.tokenizer, made.sae.identity.prepend_bos),
+        seq_len=made.seq_len,
+        max_tokens=_max_tokens(made, settings, role),
+        is_packed=settings.rows == "packed",
+        device=str(made.loaded.model.device),
+    )
+
+
+def _probe(
+    made: _Prepared, settings: SelectSection, mixed: dict[str, FeatureStatistics], parts: Parts, session: Session
+) -> Json:
+    """A probe of tokens, from a second pass over a sample of the same text; nothing if none is wanted."""
+    if not settings.probe_features:
+        return {}
+    indices = candidates(mixed["forget"], mixed["retain"], settings.probe_candidates)
+    watched = load_slice(made.sae, indices).to(made.loaded.model.device)
+    found: dict[str, list[Tensor]] = {}
+    for role, several in made.corpora.items():
+        found[role] = [
+            sampled_activations(
+                made.loaded.model,
+                made.sae.site,
+                watched,
+                _batches(made, settings, role, corpus),
+                total_tokens=statistics.n_tokens,
+                n_tokens=max(1, settings.probe_tokens // 2 // len(several)),
+                workers=session.workers,
+                report=session.report,
+                what=f"probe, {role} corpus {corpus.name.rsplit('/', 1)[-1]}",
+            )
+            for corpus, statistics in zip(several, parts[role], strict=True)
+        ]
+    shares = [1.0 if corpus.weight is None else corpus.weight for corpus in made.corpora["retain"]]
+    return fit_probe(
+        torch.cat(found["forget"]),
+        found["retain"],
+        shares,
+        indices,
+        n_features=settings.probe_features,
+        ridge=settings.probe_ridge,
+        report=session.report,
+    ).as_json()
+
+
+def _noted(made: _Prepared, parts: Parts, features: Sequence[Feature]) -> Header:
+    """The header with what a person should know of the features: which look like formatting."""
+    together = list(zip(made.corpora["retain"], parts["retain"], strict=True))
+    chat, plain = ([one for corpus, one in together if corpus.is_chat == is_chat] for is_chat in (True, False))
+    if not chat or not plain:
+        return made.header
+    chat_F, plain_F = (mix(several, [None] * len(several)).rate_F for several in (chat, plain))
+    notes = formatting_notes(chat_F, plain_F, [feature.index for feature in features])
+    return dataclasses.replace(made.header, notes=[*made.header.notes, *notes])

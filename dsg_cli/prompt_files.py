@@ -1,4 +1,4 @@
-"""Prompts for `dsg generate`: from the command line, a file or stdin."""
+"""Prompts of a user: from the command line, a file or stdin."""
 
 from __future__ import annotations
 

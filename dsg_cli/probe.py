@@ -1,0 +1,186 @@
+"""A sparse probe: is a token from forget text? A logistic score over a few SAE features.
+
+The knowledge is spread over many features, and on all of them a probe would need the whole encoder at run time. So
+candidates are taken by how far apart forget and retain text lie on them, a ridge logistic regression is fitted on
+sampled tokens, and the features of least weight are dropped, half at a time, until few remain. Those few can be
+sliced. Few are also better: features that text of the training format hardly shows (question words, say) get weights
+by accident, and one of many such features is always on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsg_cli.artifacts import Json
+from dsg_cli.errors import DsgError
+from dsg_cli.fitting import Fitting
+from dsg_cli.interruption import at_safe_points, safe_point
+from dsg_cli.progress import Report, silent
+from dsg_cli.residuals import read_residual
+from dsg_cli.runtime.sites import HookSite
+from dsg_cli.runtime.slices import SaeSlice
+from dsg_cli.statistics import FeatureStatistics
+from dsg_cli.tokens import TokenBatch
+from dsg_cli.workers import ALONE, Workers
+
+CLIP = 8.0
+"""Bound of a token's logit at run time."""
+ITERATIONS = 200
+"""Of L-BFGS, at most, a fit."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """logit = bias + sum_j weights_j f_j."""
+
+    indices: list[int]
+    weights: list[float]
+    bias: float
+    n_tokens: int
+    path: list[Json]
+    """[{n_features, loss, balanced_accuracy}], of the tokens that it was fitted on."""
+
+    def as_json(self) -> Json:
+        features = [{"index": j, "weight": w} for j, w in zip(self.indices, self.weights, strict=True)]
+        return {"features": features, "bias": self.bias, "clip": CLIP, "n_tokens": self.n_tokens, "path": self.path}
+
+
+def candidates(forget: FeatureStatistics, retain: FeatureStatistics, n: int) -> list[int]:
+    """The n features on which the two lie farthest apart: |difference of means| over the deviation of their mixture.
+
+    Features that are active nowhere are none; there may be fewer than n.
+    """
+    mean_F = (forget.mean_F + retain.mean_F) / 2
+    variance_F = (forget.mean_square_F + retain.mean_square_F) / 2 - mean_F.square()
+    distance_F = (forget.mean_F - retain.mean_F).abs() / variance_F.clamp(min=1e-24).sqrt()
+    distance_F = torch.where((forget.rate_F > 0) | (retain.rate_F > 0), distance_F, -1.0)
+    ranked = distance_F.argsort(descending=True, stable=True)[:n]
+    return sorted(j for j in ranked.tolist() if distance_F[j] > 0)
+
+
+@torch.inference_mode()
+def sampled_activations(
+    model: nn.Module,
+    site: HookSite,
+    watched: SaeSlice,
+    batches: Iterable[TokenBatch],
+    *,
+    total_tokens: int,
+    n_tokens: int,
+    workers: Workers = ALONE,
+    report: Report = silent,
+    what: str = "",
+) -> Tensor:
+    """Activations [T, C] of the watched features on about `n_tokens` tokens, evenly spread over a corpus.
+
+    In the order of batches, which all workers form alike, so that their number does not matter.
+    """
+    stride = max(1, total_tokens // n_tokens)
+    found: dict[int, list[list[float]]] = {}
+    fit = Fitting()
+
+    def read(batch: TokenBatch) -> Tensor:
+        resid_TD = read_residual(model, site, batch.ids_BL, batch.mask_BL)[batch.counted_BL][::stride]
+        return watched(resid_TD).acts.abs()
+
+    n_seen = 0
+    with at_safe_points():
+        for number, batch in enumerate(batches):
+            n_seen += int(batch.counted_BL.sum())
+            if workers.owns(number):
+                found[number] = [row for _, acts_TC in fit(batch, read) for row in acts_TC.tolist()]
+            report(f"{what}, tokens", n_seen, max(n_seen, total_tokens))
+            safe_point()
+    of_all = sorted((int(n), rows) for several in workers.gathered(list(found.items())) for n, rows in several)
+    rows = [row for _, several in of_all for row in several]
+    return torch.tensor(rows).reshape(len(rows), -1)
+
+
+def fit_probe(
+    forget_TC: Tensor,
+    retain: Sequence[Tensor],
+    shares: Sequence[float],
+    indices: Sequence[int],
+    *,
+    n_features: int,
+    ridge: float,
+    report: Report = silent,
+) -> Probe:
+    """Fit on all candidates, then on half as many of the largest weights, and so on.
+
+    Minimises the mean logistic loss, both classes counted alike, plus ridge/2 times the sum of squared weights, of
+    features in units of their standard deviation.
+
+    Args:
+        forget_TC: Activations of the candidates on forget tokens.
+        retain: The same on tokens of each retain corpus.
+        shares: Of each retain corpus among retain tokens, in proportion.
+        indices: Of the candidates in the SAE, [C].
+        n_features: How many remain.
+        ridge: Strength of the penalty.
+
+    Raises:
+        DsgError: No token of one side, or no candidate that varies.
+    """
+    if not len(forget_TC) or not any(map(len, retain)):
+        raise DsgError("The probe has no tokens to learn from.", "Give more text, or set select.probe_features=0.")
+    acts_TC = torch.cat([forget_TC, *retain]).double()
+    is_forget_T = torch.arange(len(acts_TC)) < len(forget_TC)
+    weights = [torch.full((len(forget_TC),), 0.5 / len(forget_TC))]
+    total = sum(share for share, part in zip(shares, retain, strict=True) if len(part))
+    weights += [torch.full((len(p),), 0.5 * s / total / max(len(p), 1)) for s, p in zip(shares, retain, strict=True)]
+    weight_T = torch.cat(weights).double()
+    deviation_C = acts_TC.std(0)
+    kept = (deviation_C > 0).nonzero()[:, 0]
+    if not len(kept):
+        raise DsgError("No feature of the SAE tells forget text from retain text.", "Check both corpora.")
+    scaled_TC = acts_TC / deviation_C.clamp(min=1e-12)
+    w, bias = _logistic(scaled_TC[:, kept], is_forget_T, weight_T, ridge, torch.zeros(len(kept) + 1).double())
+    path = [_scored(scaled_TC[:, kept] @ w + bias, is_forget_T, weight_T, len(kept))]
+    while len(kept) > n_features:
+        largest = w.abs().argsort(descending=True, stable=True)[: max(n_features, len(kept) // 2)].sort().values
+        kept, start = kept[largest], torch.cat([w[largest], torch.tensor([bias]).double()])
+        w, bias = _logistic(scaled_TC[:, kept], is_forget_T, weight_T, ridge, start)
+        path.append(_scored(scaled_TC[:, kept] @ w + bias, is_forget_T, weight_T, len(kept)))
+        report("probe", len(path), len(path) + 1)
+    return Probe(
+        indices=[indices[i] for i in kept.tolist()],
+        weights=(w / deviation_C[kept]).tolist(),
+        bias=bias,
+        n_tokens=len(acts_TC),
+        path=path,
+    )
+
+
+def _logistic(
+    acts_TC: Tensor, is_forget_T: Tensor, weight_T: Tensor, ridge: float, start: Tensor
+) -> tuple[Tensor, float]:
+    """Weights [C] and bias of a ridge logistic regression, float64."""
+    sign_T = torch.where(is_forget_T, -1.0, 1.0).double()
+    parameters = start.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=ITERATIONS, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logit_T = acts_TC @ parameters[:-1] + parameters[-1]
+        value = (weight_T * F.softplus(sign_T * logit_T)).sum() + ridge / 2 * parameters[:-1].square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        step: Callable[[Callable[[], Tensor]], object] = optimizer.step
+        step(loss)
+    fitted = parameters.detach()
+    return fitted[:-1], float(fitted[-1])
+
+
+def _scored(logit_T: Tensor, is_forget_T: Tensor, weight_T: Tensor, n_features: int) -> Json:
+    sign_T = torch.where(is_forget_T, -1.0, 1.0).double()
+    is_right_T = (logit_T > 0) == is_forget_T
+    loss, accuracy = (weight_T * F.softplus(sign_T * logit_T)).sum(), (weight_T * is_right_T).sum()
+    return {"n_features": n_features, "loss": float(loss), "balanced_accuracy": float(accuracy)}
