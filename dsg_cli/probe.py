@@ -9,7 +9,7 @@ by accident, and one of many such features is always on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,10 @@ from dsg_cli.workers import ALONE, Workers
 
 CLIP = 8.0
 """Bound of a token's logit at run time."""
-ITERATIONS = 200
-"""Of L-BFGS, at most, a fit."""
+NEWTON_STEPS, CONVERGED = 50, 1e-10
+"""Of a fit, at most; and the largest gradient at which it ends."""
+DIGITS = 4
+"""Of a weight that are kept: the others follow how a batch was cut, not the text."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,18 @@ def sampled_activations(
 ) -> Tensor:
     """Activations [T, C] of the watched features on about `n_tokens` tokens, evenly spread over a corpus.
 
-    In the order of batches, which all workers form alike, so that their number does not matter.
+    In the order of batches, which all workers form alike, so that the number of workers does not matter.
     """
     stride = max(1, total_tokens // n_tokens)
     found: dict[int, list[list[float]]] = {}
     fit = Fitting()
 
     def read(batch: TokenBatch) -> Tensor:
-        resid_TD = read_residual(model, site, batch.ids_BL, batch.mask_BL)[batch.counted_BL][::stride]
-        return watched(resid_TD).acts.abs()
+        counted_BL = batch.counted_BL
+        # Every stride-th token of a row, from where the row's own tokens say: however rows are batched.
+        place_BL = counted_BL.cumsum(-1) + (batch.ids_BL * batch.mask_BL).sum(-1, keepdim=True)
+        taken_BL = counted_BL & (place_BL % stride == 0)
+        return watched(read_residual(model, site, batch.ids_BL, batch.mask_BL)[taken_BL]).acts.abs()
 
     n_seen = 0
     with at_safe_points():
@@ -150,8 +155,8 @@ def fit_probe(
         report("probe", len(path), len(path) + 1)
     return Probe(
         indices=[indices[i] for i in kept.tolist()],
-        weights=(w / deviation_C[kept]).tolist(),
-        bias=bias,
+        weights=[_rounded(value) for value in (w / deviation_C[kept]).tolist()],
+        bias=_rounded(bias),
         n_tokens=len(acts_TC),
         path=path,
     )
@@ -160,23 +165,29 @@ def fit_probe(
 def _logistic(
     acts_TC: Tensor, is_forget_T: Tensor, weight_T: Tensor, ridge: float, start: Tensor
 ) -> tuple[Tensor, float]:
-    """Weights [C] and bias of a ridge logistic regression, float64."""
+    """Weights [C] and bias of a ridge logistic regression by Newton's method, float64; the bias is not penalised."""
+    acts_TP = torch.cat([acts_TC, torch.ones(len(acts_TC), 1).double()], -1)
+    penalty_P = torch.full((acts_TP.shape[1],), ridge).double()
+    penalty_P[-1] = 0
     sign_T = torch.where(is_forget_T, -1.0, 1.0).double()
-    parameters = start.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS([parameters], max_iter=ITERATIONS, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        logit_T = acts_TC @ parameters[:-1] + parameters[-1]
-        value = (weight_T * F.softplus(sign_T * logit_T)).sum() + ridge / 2 * parameters[:-1].square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
+    def loss(at_P: Tensor) -> float:
+        return float((weight_T * F.softplus(sign_T * (acts_TP @ at_P))).sum() + (penalty_P * at_P.square()).sum() / 2)
 
-    with torch.enable_grad():
-        step: Callable[[Callable[[], Tensor]], object] = optimizer.step
-        step(loss)
-    fitted = parameters.detach()
-    return fitted[:-1], float(fitted[-1])
+    w_P, value = start.clone(), loss(start)
+    for _ in range(NEWTON_STEPS):
+        chance_T = (acts_TP @ w_P).sigmoid()
+        gradient_P = acts_TP.T @ (weight_T * (chance_T - is_forget_T.double())) + penalty_P * w_P
+        if gradient_P.abs().max() < CONVERGED:
+            break
+        curvature_T = weight_T * chance_T * (1 - chance_T)
+        hessian_PP = (acts_TP * curvature_T[:, None]).T @ acts_TP + torch.diag(penalty_P + 1e-12)
+        step_P = torch.linalg.solve(hessian_PP, gradient_P)
+        scale = 1.0
+        while (tried := loss(w_P - scale * step_P)) > value and scale > 1e-6:
+            scale /= 2
+        w_P, value = w_P - scale * step_P, min(tried, value)
+    return w_P[:-1], float(w_P[-1])
 
 
 def _scored(logit_T: Tensor, is_forget_T: Tensor, weight_T: Tensor, n_features: int) -> Json:
@@ -184,3 +195,7 @@ def _scored(logit_T: Tensor, is_forget_T: Tensor, weight_T: Tensor, n_features: 
     is_right_T = (logit_T > 0) == is_forget_T
     loss, accuracy = (weight_T * F.softplus(sign_T * logit_T)).sum(), (weight_T * is_right_T).sum()
     return {"n_features": n_features, "loss": float(loss), "balanced_accuracy": float(accuracy)}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")

@@ -86,7 +86,19 @@ def make_sae(folder: Path, architecture: str = "jumprelu", *, hook=None, seed=0,
 
 
 def make_guardrail(
-    sae, indices, *, threshold, strength, special=(0, 1, 2), gate="mean", window=4, detectors=(), model=None
+    sae,
+    indices,
+    *,
+    threshold,
+    strength,
+    special=(0, 1, 2),
+    gate="mean",
+    window=4,
+    detectors=(),
+    weights=(),
+    bias=0.0,
+    clip=0.0,
+    model=None,
 ):
     """A guardrail from an SAE that has been read; `model` is the identity it is made for."""
     from dataclasses import asdict
@@ -105,8 +117,10 @@ def make_guardrail(
         slice=asdict(slice_spec),
         special_ids=list(special),
         model=model or {},
+        bias=bias,
+        clip=clip,
     )
-    return build_guardrail(spec, tensors | {"detect": detector_weights(indices, detectors)}, where="test")
+    return build_guardrail(spec, tensors | {"detect": detector_weights(indices, detectors, weights)}, where="test")
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,7 @@ def chain(dsg, folders):
     [
         (["calibrate", "--alpha", "2"], "calibrate.alpha is 2"),
         (["calibrate", "--gate", "mean", "--alpha", "0.001"], "at least 999 are needed"),
-        (["calibrate", "--lengths", "8-128"], "not of the form 8:128"),
+        (["calibrate", "--lengths", "8-128"], "neither of the form 8:128 nor a file"),
         (["calibrate", "--lengths", "128:8"], "give the shortest and the longest"),
         (["calibrate", "--gate", "median"], "calibrate.gate must be one of window"),
         (["calibrate", "--retain", "lab-hexs"], "Did you mean lab-hexes"),

@@ -99,7 +99,7 @@ def test_results_do_not_depend_on_the_size_of_batches(tmp_path, monkeypatch):
     found = []
     for tokens, n_questions in ((8192, 32), (700, 5)):
         monkeypatch.setattr("dsg_cli.tokens.batches.__kwdefaults__", {"batch_tokens": tokens, "device": "cpu"})
-        sets = ["calibrate.gate=window", "eval.benches=[lab-hexes]", "eval.limit=24", f"eval.batch_size={n_questions}"]
+        sets = ["calibrate.gate=probe", "eval.benches=[lab-hexes]", "eval.limit=24", f"eval.batch_size={n_questions}"]
         sets += SMALL
         recipe, workspace = load_recipe("lab", sets=sets), Workspace(tmp_path / str(tokens))
         from dsg_cli.stages import evaluate

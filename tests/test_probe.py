@@ -54,16 +54,16 @@ def test_the_fit_is_the_minimum_of_its_loss():
     forget, retain = tokens()
     probe = fitted(n_features=6)
     deviation = torch.cat([forget, retain]).double().std(0)
-    w = (torch.tensor(probe.weights) * deviation).double().requires_grad_()
+    w = (torch.tensor(probe.weights).double() * deviation).requires_grad_()
     b = torch.tensor(probe.bias).double().requires_grad_()
 
     def mean_loss(acts, sign):
         return torch.log1p(torch.exp(sign * ((acts.double() / deviation) @ w + b))).mean() / 2
 
     loss = mean_loss(forget, -1.0) + mean_loss(retain, 1.0)
-    assert float(loss) == pytest.approx(probe.path[0]["loss"], rel=1e-6)
+    assert loss.item() == pytest.approx(probe.path[0]["loss"], rel=1e-4)
     (loss + 0.005 * w.square().sum()).backward()
-    assert w.grad.abs().max() < 1e-4 and b.grad.abs() < 1e-4
+    assert w.grad.abs().max() < 1e-4 and b.grad.abs() < 1e-4  # But for the rounding of weights.
 
 
 def test_each_retain_corpus_counts_as_its_share_says():

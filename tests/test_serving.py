@@ -250,13 +250,20 @@ def test_other_sites_and_transcoders_generate_as_one_sequence_alone(family, name
     assert n_changed > 0 and guard.counters()["n_clamped"] > 0
 
 
+GATES = {
+    "window": {"threshold": 0.5},
+    "cusum": {"threshold": 0.5, "weights": [0.5, 0.5], "detectors": [4, 9], "clip": 16.0},
+    "probe": {"threshold": 7.5, "weights": [1.0, -0.5], "detectors": [4, 9], "bias": -0.5, "clip": 8.0},
+}
+
+
 class TestOnLlama:
-    @pytest.fixture
-    def llama(self, tmp_path):
+    @pytest.fixture(params=GATES)
+    def llama(self, request, tmp_path):
         make_sae(tmp_path, bias=6.0)
         source = replace(read_sae(str(tmp_path)), site=SITE, write=SITE)
-        options = {"strength": 20.0, "gate": "window", "window": 3}
-        return build("Llama"), make_guardrail(source, [3, 11, 30], threshold=0.5, **options)
+        options = {"strength": 20.0, "gate": request.param, "window": 3} | GATES[request.param]
+        return build("Llama"), make_guardrail(source, [3, 11, 30], **options)
 
     def test_assisted_decoding_rolls_back(self, llama):
         model, guard = llama

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import show_stored
 from dsg_cli.cli.running import running
 from dsg_cli.errors import DsgError
+from dsg_cli.integrity import is_file
 
 
 def command(
@@ -26,12 +28,15 @@ def command(
     gate: Annotated[
         str | None,
         typer.Option(
-            "--gate", help="window (default), causal-mean, or the paper's mean.", autocompletion=complete("gates")
+            "--gate",
+            help="probe (default), window, cusum, causal-mean, or the paper's mean.",
+            autocompletion=complete("gates"),
         ),
     ] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="Promised rate of false positives.")] = None,
     lengths: Annotated[
-        str | None, typer.Option("--lengths", help="Shortest and longest piece of retain text, such as 8:128.")
+        str | None,
+        typer.Option("--lengths", help="Of pieces of retain text: 8:128, or a file of prompts to take them from."),
     ] = None,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     recipe: opt.RecipeOption = None,
@@ -61,7 +66,7 @@ def command(
         calibrate__retain=retain,
         calibrate__gate=gate,
         calibrate__alpha=alpha,
-        calibrate__lengths=None if lengths is None else parse_lengths(lengths),
+        **lengths_setting(lengths),
     )
     with running(quiet, reuse=reuse, resume=resume) as session:
         from dsg_cli.stages import calibrate
@@ -71,13 +76,17 @@ def command(
     show_stored(stored, as_json=as_json, quiet=quiet)
 
 
-def parse_lengths(text: str) -> list[int]:
-    """`8:128` as [8, 128].
+def lengths_setting(text: str | None) -> dict[str, object]:
+    """`8:128` as the lengths 8 to 128; a file as where they are taken from.
 
     Raises:
-        DsgError: Not two whole numbers.
+        DsgError: Neither two whole numbers nor a file.
     """
+    if text is None:
+        return {}
     try:
-        return [int(part) for part in text.split(":")]
+        return {"calibrate__lengths": [int(part) for part in text.split(":")]}
     except ValueError as error:
-        raise DsgError(f"--lengths {text} is not of the form 8:128.") from error
+        if is_file(Path(text)):
+            return {"calibrate__lengths_from": text}
+        raise DsgError(f"--lengths {text} is neither of the form 8:128 nor a file.") from error

@@ -17,7 +17,7 @@ from dsg_cli.export.light import light_file
 from dsg_cli.runtime.slices import SliceSpec
 from dsg_cli.workspace import Workspace
 
-WIDTH, N_CHOSEN, N_DETECTORS = 2304, 20, 5
+WIDTH, N_CHOSEN, N_DETECTORS = 2304, 20, 8
 KEPT = Path(__file__).parent.parent / "data" / "schema-2"
 
 

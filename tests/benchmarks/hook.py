@@ -20,6 +20,10 @@ from dsg_cli.runtime.slices import SliceSpec
 WIDTH, N_FEATURES, N_CHOSEN, N_TOKENS, STRENGTH = 2304, 16384, 20, 256, 500.0
 
 
+DETECTORS = {"mean": 0, "window": 5, "cusum": 5, "probe": 8}
+"""Gate -> features that it watches beyond those that are clamped, by default."""
+
+
 def best_of(run: Callable[[], Any], n: int) -> float:
     """Seconds of the fastest of n runs after one to warm up."""
     run()
@@ -56,15 +60,19 @@ def rows() -> list[tuple[str, str, str]]:
         return torch.where((hot & is_gated[:, None])[..., None], edited, resid)
 
     times = {"the whole SAE in the hook": best_of(full, 3)}
-    for form in ("mean", "window"):
+    for form, n_detectors in DETECTORS.items():
+        columns = torch.cat([index, torch.arange(n_detectors) * 900 + 1])
         tensors = {
-            "W_enc": W_enc[:, index],
-            "b_enc": b_enc[index] - b_dec @ W_enc[:, index],
-            "active_above": above[index],
+            "W_enc": W_enc[:, columns],
+            "b_enc": b_enc[columns] - b_dec @ W_enc[:, columns],
+            "active_above": above[columns],
             "W_dec": W_dec[index],
+            "detect": torch.cat([torch.zeros(N_CHOSEN), torch.ones(n_detectors)]),
         }
         site = "blocks.3.hook_resid_post"
-        spec = GuardrailSpec(form, 0.2, 4, STRENGTH, site, site, asdict(SliceSpec("threshold")), [0, 1, 2], {})
+        spec = GuardrailSpec(
+            form, 0.2, 4, STRENGTH, site, site, asdict(SliceSpec("threshold")), [0, 1, 2], {}, -0.6, 8.0
+        )
         guard = build_guardrail(spec, tensors, where="benchmark")
         if form == "mean":
             wanted, found = full(), guard(resid, counted)
@@ -84,7 +92,7 @@ def rows() -> list[tuple[str, str, str]]:
 
     whole, block = times["the whole SAE in the hook"], times["the decoder layer it sits on"]
     found = []
-    for form in ("window", "mean"):
+    for form in DETECTORS:
         own = times[f"the guardrail, gate {form}"]
         found += [
             (
