@@ -44,7 +44,7 @@ def test_the_lab_recipe_reaches_its_targets(dsg, tmp_path):
     dilution, relearn = (summary["attacks"][kind]["curve"] for kind in ("dilution", "relearn"))
     assert dilution[0]["guarded"]["forget_acc"] == accuracy["lab-hexes"]
     assert relearn[0]["guarded"]["forget_acc"] == accuracy["lab-hexes"]
-    assert dilution[-1]["guarded"]["forget_acc"] > 0.9  # The weakness of the paper's gate, measured.
+    assert dilution[-1]["guarded"]["forget_acc"] <= 0.35
     assert summary["artifacts"] == [
         "features-001", "threshold-001", "guardrail-001", "eval-001", "attack-001", "attack-002",
     ]  # fmt: skip
@@ -79,6 +79,16 @@ def test_the_lab_recipe_reaches_its_targets(dsg, tmp_path):
     assert code == 0 and "(to forget)" in out and "Artifacts in ws: features-001, threshold-001" in out
     assert dsg("ls", "-w", "ws")[1].split() == summary["artifacts"]
     assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.slow
+def test_the_papers_gate_is_diluted(dsg):
+    """Its weakness, measured: what the default gate is there for."""
+    code, out, err = dsg("run", "lab-paper", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["gate"] == "mean" and found["results"]["lab-hexes"]["unlearned"]["acc"] <= 0.30
+    assert found["attacks"]["dilution"]["curve"][-1]["guarded"]["forget_acc"] > 0.9
 
 
 @pytest.fixture

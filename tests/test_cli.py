@@ -140,7 +140,7 @@ def chain(dsg, folders):
         (["calibrate", "--gate", "mean", "--alpha", "0.001"], "at least 999 are needed"),
         (["calibrate", "--lengths", "8-128"], "neither of the form 8:128 nor a file"),
         (["calibrate", "--lengths", "128:8"], "give the shortest and the longest"),
-        (["calibrate", "--gate", "median"], "calibrate.gate must be one of window"),
+        (["calibrate", "--gate", "median"], "calibrate.gate must be one of probe"),
         (["calibrate", "--retain", "lab-hexs"], "Did you mean lab-hexes"),
         (["calibrate", "--from", "threshold-001"], "is not of the kind features"),
         (["apply", "--strength", "strong"], "not a positive number"),
