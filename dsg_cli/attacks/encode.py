@@ -25,8 +25,8 @@ def attack(target: Target, material: Material, *, forms: Sequence[Form]) -> list
         material: Its `forget` is asked in each form; each list of `rephrased` as it is.
         forms: A point of the curve each.
     """
-    asked = {form: reworded(material.forget, FORMS[form]) for form in forms}
-    return [target.point(name, questions) for name, questions in {**asked, **material.rephrased}.items()]
+    asked = [(str(form), reworded(material.forget, FORMS[form])) for form in forms]
+    return [target.point(name, questions) for name, questions in (*asked, *material.rephrased.items())]
 
 
 def spaced(text: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsg_cli.artifacts import AttackReport, Header, Json
-from dsg_cli.attacks.names import ALL, KINDS, expanded, module_name, options_of
+from dsg_cli.attacks.names import KINDS, expanded, module_name, options_of
 from dsg_cli.attacks.target import SIDES, Material, Target, of_forget
 from dsg_cli.benches.names import PAPER, known_benches
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
@@ -28,7 +28,7 @@ from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import Guards, find_guards, identify, load_guards, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.stages.wordings import Wordings, can_rephrase, check_counts, read_wordings
+from dsg_cli.stages.wordings import Wordings, check_counts, possible, read_wordings
 from dsg_cli.tokens import encode
 from dsg_cli.workspace import Stored, Workspace
 
@@ -93,7 +93,7 @@ def _prepared(
     guards = find_guards(workspace, sources)
     workspace.check_writable()
     bench = settings.bench or default_bench(guards.forget())
-    kinds = _possible(named, recipe, bench, session)
+    kinds = possible(named, settings, bench, session.say)
     expected = [parse_expected(text, kinds) for text in settings.expect]
     check_metrics(expected, {kind: {"acc"} for kind in kinds})
     check_counts(settings, kinds)
@@ -118,15 +118,6 @@ def _prepared(
     )
     is_known = all(name in lab.bench_names() for name in (*questions, *wordings.benches))
     return _Prepared(guards, loaded, modules, bench, material, known, wordings, headers, expected, is_known)
-
-
-def _possible(named: Sequence[str], recipe: Recipe, bench: str, session: Session) -> list[str]:
-    """The attacks that are meant; `all` leaves out, and says so, what lacks its material."""
-    kinds = expanded(named)
-    if ALL in named and not can_rephrase(recipe.attack, bench):
-        session.say(f"paraphrase is left out: nothing says how {bench} asks in other words (attack.paraphrase_file).")
-        kinds.remove("paraphrase")
-    return kinds
 
 
 def _header(

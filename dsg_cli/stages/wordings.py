@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsg_cli.attacks.files import read_contexts, read_frames
+from dsg_cli.attacks.names import ALL, expanded
 from dsg_cli.benches.tasks import Question
 from dsg_cli.errors import DsgError
 from dsg_cli.integrity import file_digest
@@ -66,6 +67,19 @@ def read_wordings(
         benches,
         {name: file_digest(Path(path)) for name, path in given.items()},
     )
+
+
+def possible(named: Sequence[str], settings: AttackSection, bench: str, say: Callable[[str], None]) -> list[str]:
+    """The attacks that are meant; `all` leaves out, and says so, what lacks its material.
+
+    Raises:
+        DsgError: One is unknown, or none is named.
+    """
+    kinds = expanded(named)
+    if ALL in named and "paraphrase" not in named and not can_rephrase(settings, bench):
+        say(f"paraphrase is left out: nothing says how {bench} asks in other words. Give attack.paraphrase_file.")
+        kinds.remove("paraphrase")
+    return kinds
 
 
 def can_rephrase(settings: AttackSection, bench: str) -> bool:
