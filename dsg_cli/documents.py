@@ -134,11 +134,7 @@ def _find_column(wanted: str | None, strings: Sequence[str], where: str) -> str:
 
 
 def text_of(path: Path) -> str:
-    """A whole text file, its lines ended by newlines.
-
-    Raises:
-        DsgError: It cannot be read, or is no text.
-    """
+    """A whole text file, its lines ended by newlines; an error if it is none."""
     try:
         content = path.read_bytes()
     except OSError as error:

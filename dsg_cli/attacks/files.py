@@ -57,7 +57,8 @@ def _json_lines(path: str) -> list[str]:
 
 def _text_lines(path: str) -> list[str]:
     """The lines of a text file; what ends the last one begins no other."""
-    return text_of(Path(path)).removesuffix("\n").split("\n") if text_of(Path(path)).strip() else []
+    text = text_of(Path(path))
+    return text.removesuffix("\n").split("\n") if text.strip() else []
 
 
 def _refuse_empty(path: str, lines: Sequence[str]) -> None:
