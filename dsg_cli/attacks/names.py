@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dsg_cli.errors import DsgError, nearest
 
 PROMPTS = "Someone who may send prompts to the guarded model, and knows no more."
+EXAMPLES = "Someone who may send prompts to the guarded model, and knows a few of the answers that it hides."
 LOGITS = "Someone who may send prompts, and sees the log-probabilities of answers and whether the gate opened."
 FINE_TUNING = "A customer of a fine-tuning API."
 WEIGHTS = "Whoever holds the weights."
@@ -33,7 +34,7 @@ KINDS = {
     "split": Kind(PROMPTS, "parts", ("benign",), on_prompts=True),
     "paraphrase": Kind(PROMPTS, "", on_prompts=True, sources=("benches", "file")),
     "prefix": Kind(PROMPTS, "", on_prompts=True, sources=("file",)),
-    "few-shot": Kind(PROMPTS, "examples", ("known",), on_prompts=True),
+    "few-shot": Kind(EXAMPLES, "examples", ("known",), on_prompts=True),
     "encode": Kind(PROMPTS, "", on_prompts=True, sources=("file",)),
     "relearn": Kind(FINE_TUNING, "steps", ("known",)),
 }
