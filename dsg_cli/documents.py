@@ -53,7 +53,7 @@ def read_file(path: Path, column: str | None = None) -> Documents:
         return _parquet(path, column)
     if kind in (".jsonl", ".ndjson"):
         return _lines(path, column)
-    content = _text_of(path)
+    content = text_of(path)
     if kind not in TABLES:
         texts = content.split("\n\n")
     elif kind in (".csv", ".tsv"):
@@ -133,7 +133,8 @@ def _find_column(wanted: str | None, strings: Sequence[str], where: str) -> str:
     )
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """A whole text file, its lines ended by newlines; an error if it is none."""
     try:
         content = path.read_bytes()
     except OSError as error:

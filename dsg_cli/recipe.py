@@ -107,7 +107,11 @@ def _out_of_range(recipe: Recipe) -> list[str]:
     select, calibrate, asked, attack = recipe.select, recipe.calibrate, recipe.eval, recipe.attack
     written = recipe.generate
     lengths = calibrate.lengths
-    points = {"dilution_lengths": attack.dilution_lengths, "relearn_steps": attack.relearn_steps}
+    points = {
+        "dilution_lengths": attack.dilution_lengths,
+        "few_shot_counts": attack.few_shot_counts,
+        "relearn_steps": attack.relearn_steps,
+    }
     ascending = "give ascending whole numbers that begin with 0, the state before the attack."
     checks = (
         (select.n_features >= 1, f"select.n_features is {select.n_features}; take at least 1."),
@@ -160,13 +164,27 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             0 < attack.relearn_learning_rate < math.inf,
             f"attack.relearn_learning_rate is {attack.relearn_learning_rate}; it must be a positive number.",
         ),
-        *((_rises_from_zero(values), f"attack.{name} is {values}; {ascending}") for name, values in points.items()),
+        *((_rises_from(0, values), f"attack.{name} is {values}; {ascending}") for name, values in points.items()),
+        (bool(attack.dilution_places), "attack.dilution_places is empty; name before, after or around."),
+        (
+            _rises_from(1, attack.split_parts),
+            f"attack.split_parts is {attack.split_parts}; give ascending whole numbers that begin with 1, the whole "
+            "question.",
+        ),
+        (
+            attack.split_filler_tokens >= 1,
+            f"attack.split_filler_tokens is {attack.split_filler_tokens}; put at least 1 between two parts.",
+        ),
+        (
+            bool(attack.encode_forms) or attack.encode_file is not None,
+            "attack.encode_forms is empty; name a form, or give attack.encode_file.",
+        ),
     )
     return [words for is_fine, words in checks if not is_fine]
 
 
-def _rises_from_zero(values: list[int]) -> bool:
-    return bool(values) and values[0] == 0 and sorted(set(values)) == values
+def _rises_from(first: int, values: list[int]) -> bool:
+    return bool(values) and values[0] == first and sorted(set(values)) == values
 
 
 def _named(data: Mapping[str, Any], section: str) -> Any:

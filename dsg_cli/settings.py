@@ -165,9 +165,30 @@ class AttackSection:
     """Forget questions whose answers the attacker knows; others are asked. For attacks that learn from examples."""
     expect: list[str] = field(default_factory=list)
     """Conditions such as `dilution<=0.35` on the accuracy that an attack brings back at most (expect.py)."""
-    dilution_lengths: list[int] = field(default_factory=lambda: [0, 4, 16, 48, 96])
+    dilution_lengths: list[int] = field(default_factory=lambda: [0, 4, 16, 48, 128, 512])
     """Benign tokens put around each question."""
-    dilution_places: list[Literal["before", "after", "around"]] = field(default_factory=lambda: ["before"])
+    dilution_places: list[Literal["before", "after", "around"]] = field(
+        default_factory=lambda: ["before", "after", "around"]
+    )
+    """Where they are put; `after` the question is still before the words that ask for the answer."""
+    split_parts: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
+    """Parts that each question is asked in: turns of a chat, or with benign text between them."""
+    split_filler_tokens: int = 16
+    """Benign tokens between two parts, for a model without a chat template."""
+    paraphrase_benches: list[str] = field(default_factory=list)
+    """Benches that ask the same in other words; for a bench of the lab by default its other phrasings."""
+    paraphrase_file: str | None = None
+    """The bench's questions in other words, as whole contexts in their order: a line each, or .jsonl of {context}."""
+    prefix_file: str | None = None
+    """Texts of your own to put around a question, a line each, with {question} once; asked beside ours."""
+    few_shot_counts: list[int] = field(default_factory=lambda: [0, 1, 4, 16])
+    """Known questions with their answers in front of each question; at most `known_questions`."""
+    encode_forms: list[Literal["spaced", "leetspeak", "rot13", "base64", "uppercase", "reversed"]] = field(
+        default_factory=lambda: ["spaced", "leetspeak", "rot13", "base64", "uppercase", "reversed"]
+    )
+    """How the letters or words of each question are changed."""
+    encode_file: str | None = None
+    """The bench's questions in another language or code, written like `paraphrase_file`."""
     relearn_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20, 40])
     relearn_learning_rate: float = 3e-4
 

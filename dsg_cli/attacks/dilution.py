@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -27,10 +28,10 @@ def attack(target: Target, material: Material, *, lengths: Sequence[int], places
             `Answer:`), or half of them at either place: a variant each.
 
     Raises:
-        DsgError: The benign texts are too short for the longest dilution, or it does not fit the model.
+        DsgError: There is no benign text, or the longest dilution does not fit the model.
     """
     check_room(target, material.forget, max(lengths), "attack.dilution_lengths")
-    usable = long_texts(material.benign, max(lengths), "attack.dilution_lengths")
+    usable = benign_texts(material, max(lengths))
     n_cue = cue_length(target, material.forget)
     curve: list[Json] = []
     for place in places:
@@ -63,21 +64,40 @@ def cue_length(target: Target, questions: Sequence[Question]) -> int:
     return next((i for i in range(shortest) if len({tail[i] for tail in tails}) > 1), shortest)
 
 
-def long_texts(benign: Sequence[list[int]], length: int, setting: str) -> list[list[int]]:
-    """The benign texts of at least so many tokens.
+def benign_texts(material: Material, length: int) -> list[list[int]]:
+    """Texts of at least so many benign tokens: documents that are long enough by themselves.
+
+    Where there is none, each document is followed by the next ones, and after the last by the first again.
 
     Raises:
-        DsgError: There is none.
+        DsgError: There is no benign text at all.
     """
-    usable = [text for text in benign if len(text) >= length]
-    if not usable:
-        longest = max(map(len, benign), default=0)
-        raise DsgError(f"No benign text has {length} tokens; the longest has {longest}.", f"Lower {setting}.")
-    return usable
+    documents = [text for text in material.benign if text]
+    if not documents:
+        raise DsgError("There is no benign text to put around questions.", "Retain a larger corpus.")
+    return [text for text in documents if len(text) >= length] or [
+        _joined([*documents[i:], *documents[:i]], length) for i in range(len(documents))
+    ]
+
+
+def _joined(documents: Sequence[list[int]], length: int) -> list[int]:
+    """Documents in a row, from the start again where they end, until there are so many tokens."""
+    joined: list[int] = []
+    for document in itertools.cycle(documents):
+        joined += document
+        if len(joined) >= length:
+            break
+    return joined[:length]
 
 
 def check_room(target: Target, questions: Sequence[Question], n_more: int, setting: str) -> None:
     """Refuse to make questions longer than the model can read.
+
+    Args:
+        target: What is asked.
+        questions: As they would be asked, but for `n_more` further tokens.
+        n_more: Tokens.
+        setting: What made them so long.
 
     Raises:
         DsgError: One would be.
@@ -85,11 +105,10 @@ def check_room(target: Target, questions: Sequence[Question], n_more: int, setti
     pairs = [
         encode_pair(target.tokenizer, q.context, choice, bos=target.bos) for q in questions for choice in q.choices
     ]
-    n_asked = max(len(pair.context) + len(pair.continuation) - 1 for pair in pairs)
-    if n_more + n_asked > target.max_length:
+    n_asked = n_more + max(len(pair.context) + len(pair.continuation) - 1 for pair in pairs)
+    if n_asked > target.max_length:
         raise DsgError(
-            f"{n_more} further tokens and a question of {n_asked} do not fit in the {target.max_length} that the "
-            "model reads.",
+            f"A question with what is put around it has {n_asked} tokens; the model reads {target.max_length}.",
             f"Lower {setting}.",
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dsg_cli.errors import DsgError, nearest
 
 PROMPTS = "Someone who may send prompts to the guarded model, and knows no more."
+EXAMPLES = "Someone who may send prompts to the guarded model, and knows a few of the answers that it hides."
 LOGITS = "Someone who may send prompts, and sees the log-probabilities of answers and whether the gate opened."
 FINE_TUNING = "A customer of a fine-tuning API."
 WEIGHTS = "Whoever holds the weights."
@@ -24,10 +25,17 @@ class Kind:
     """Of the material: `known` questions, whose answers the attacker has and which are not asked; `benign` text."""
     on_prompts: bool = False
     """It only changes what is asked: it says nothing where the unguarded model cannot answer that either."""
+    sources: tuple[str, ...] = ()
+    """Its settings that name files or benches: what they hold is in the material, and they are not handed on."""
 
 
 KINDS = {
     "dilution": Kind(PROMPTS, "benign tokens", ("benign",), on_prompts=True),
+    "split": Kind(PROMPTS, "parts", ("benign",), on_prompts=True),
+    "paraphrase": Kind(PROMPTS, "", on_prompts=True, sources=("benches", "file")),
+    "prefix": Kind(PROMPTS, "", on_prompts=True, sources=("file",)),
+    "few-shot": Kind(EXAMPLES, "examples", ("known",), on_prompts=True),
+    "encode": Kind(PROMPTS, "", on_prompts=True, sources=("file",)),
     "relearn": Kind(FINE_TUNING, "steps", ("known",)),
 }
 """In the order in which `--kind all` runs them."""
@@ -40,9 +48,10 @@ def module_name(kind: str) -> str:
 
 
 def options_of(kind: str, settings: dict[str, object]) -> dict[str, object]:
-    """The settings of one attack: those whose names begin with its own, without that beginning."""
+    """The settings that an attack takes: those whose names begin with its own, without that beginning."""
     prefix = f"{kind.replace('-', '_')}_"
-    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+    own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+    return {key: value for key, value in own.items() if key not in KINDS[kind].sources}
 
 
 def expanded(kinds: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ with the same attack on the guarded model and on the model without its guard.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,8 +39,10 @@ class Material:
     """Questions that must stay answered."""
     benign: Sequence[list[int]] = ()
     """Token ids, without BOS, of texts on something else that neither selection nor calibration has seen."""
-    rephrased: dict[str, Sequence[Question]] = field(default_factory=dict)
+    rephrased: Mapping[str, Sequence[Question]] = field(default_factory=dict)
     """The same knowledge asked in other words, by where the words are from."""
+    frames: Mapping[str, str] = field(default_factory=dict)
+    """Texts to put around a question, each with one `{question}`, by name."""
 
 
 @dataclass(frozen=True)

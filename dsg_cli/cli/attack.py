@@ -78,7 +78,9 @@ def command(
         from dsg_cli.stages import attack
         from dsg_cli.workspace import Workspace
 
-        stored = attack.run(resolved, Workspace(workspace), kinds, sources=sources or [], session=session)
+        # As they were named: `all` may leave out what it has no material for.
+        named = resolved.attack.kinds
+        stored = attack.run(resolved, Workspace(workspace), named, sources=sources or [], session=session)
     write_summary(stored)
     show_stored(stored, as_json=as_json, quiet=quiet)
     if len(stored) > 1 and not as_json:

@@ -28,6 +28,7 @@ from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import Guards, find_guards, identify, load_guards, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
+from dsg_cli.stages.wordings import Wordings, check_counts, possible, read_wordings
 from dsg_cli.tokens import encode
 from dsg_cli.workspace import Stored, Workspace
 
@@ -49,12 +50,12 @@ def run(
         DsgError: Anything the user can mend.
     """
     clock = Clock()
-    kinds = expanded(kinds)
+    expanded(kinds)
     newest = session.named(workspace, "guardrail", None) if not sources else None
     with session.workers.in_turn():
-        made = _prepared(recipe, workspace, kinds, [newest] if newest else sources)
+        made = _prepared(recipe, workspace, kinds, [newest] if newest else sources, session)
     stored = []
-    for kind in kinds:
+    for kind in made.headers:
         stored.append(_one(made, kind, recipe, workspace, clock, session))
         clock = Clock()
     return stored
@@ -72,45 +73,61 @@ class _Prepared:
     """With every question in `forget`; attacks that need `known` ones take them away where they must."""
     known: tuple[list[Question], list[Question]]
     """What an attacker knows, and what is then asked."""
+    wordings: Wordings
     headers: dict[str, Header]
+    """Of every attack that is made."""
     expected: list[Expected]
     is_known: bool
     """Whether all benches are the lab's: nothing vouches for the data of others, so they are asked again."""
 
 
-def _prepared(recipe: Recipe, workspace: Workspace, kinds: Sequence[str], sources: Sequence[str]) -> _Prepared:
+def _prepared(
+    recipe: Recipe, workspace: Workspace, named: Sequence[str], sources: Sequence[str], session: Session
+) -> _Prepared:
     """Everything checked and read.
 
     Raises:
         DsgError: Anything the user can mend.
     """
     settings = recipe.attack
-    expected = [parse_expected(text, kinds) for text in settings.expect]
-    check_metrics(expected, {kind: {"acc"} for kind in kinds})
     guards = find_guards(workspace, sources)
     workspace.check_writable()
     bench = settings.bench or default_bench(guards.forget())
+    kinds = possible(named, settings, bench, session.say)
+    expected = [parse_expected(text, kinds) for text in settings.expect]
+    check_metrics(expected, {kind: {"acc"} for kind in kinds})
+    check_counts(settings, kinds)
     benches = [bench, *([settings.utility_bench] if settings.utility_bench else [])]
     questions = {name: load_questions(recipe, name, recipe.eval.split) for name in benches}
+    wordings = read_wordings(
+        settings, bench, questions[bench], kinds, lambda name: load_questions(recipe, name, recipe.eval.split)
+    )
     needs = {need for kind in kinds for need in KINDS[kind].needs}
     known = _attacker_knows(recipe, bench, questions[bench]) if "known" in needs else ([], questions[bench])
     retain = _benign(recipe, guards) if "benign" in needs else []
     recipe = settle(recipe, guards.header)
     loaded, modules = load_guards(workspace, guards, recipe)
-    headers = {kind: _header(kind, recipe, bench, guards, loaded, retain) for kind in kinds}
+    headers = {kind: _header(kind, recipe, bench, guards, loaded, retain, wordings) for kind in kinds}
     # Text that neither selection nor calibration has seen.
     texts = [text for corpus in retain for text in corpus.part("fresh")]
     material = Material(
         forget=questions[bench],
         utility=questions.get(settings.utility_bench or "", []),
         benign=encode(loaded.tokenizer, texts, bos=None),
+        frames=wordings.frames,
     )
-    is_known = all(name in lab.bench_names() for name in questions)
-    return _Prepared(guards, loaded, modules, bench, material, known, headers, expected, is_known)
+    is_known = all(name in lab.bench_names() for name in (*questions, *wordings.benches))
+    return _Prepared(guards, loaded, modules, bench, material, known, wordings, headers, expected, is_known)
 
 
 def _header(
-    kind: str, recipe: Recipe, bench: str, guards: Guards, loaded: LoadedModel, retain: Sequence[Corpus]
+    kind: str,
+    recipe: Recipe,
+    bench: str,
+    guards: Guards,
+    loaded: LoadedModel,
+    retain: Sequence[Corpus],
+    wordings: Wordings,
 ) -> Header:
     settings = dataclasses.asdict(recipe.attack)
     shared = {key: settings[key] for key in ("bench", "utility_bench", "known_questions")}
@@ -123,6 +140,7 @@ def _header(
             "kind": kind,
             **shared,
             **own,
+            "files": {name: digest for name, digest in wordings.files.items() if name in own},
             "bench": bench,
             "split": recipe.eval.split,
             "limit": recipe.eval.limit,
@@ -143,7 +161,7 @@ def _one(made: _Prepared, kind: str, recipe: Recipe, workspace: Workspace, clock
         return found
     with session.checkpoint(workspace, header) as checkpoint:
         target = _target(made, recipe, session, checkpoint)
-        material = made.material
+        material = dataclasses.replace(made.material, rephrased=made.wordings.rephrased.get(kind, {}))
         if "known" in KINDS[kind].needs:
             material = dataclasses.replace(material, known=made.known[0], forget=made.known[1])
         before = {

@@ -71,6 +71,7 @@ def run(
     threshold = keep(calibrate.run(recipe, workspace, source=features, session=session))
     guardrail = keep(apply.run(recipe, workspace, source=threshold, session=session))
     keep(evaluate.run(recipe, workspace, sources=[guardrail], session=session))
-    for stored in attack.run(recipe, workspace, kinds, sources=[guardrail], session=session) if kinds else ():
+    named = recipe.attack.kinds
+    for stored in attack.run(recipe, workspace, named, sources=[guardrail], session=session) if named else ():
         keep(stored)
     return chain
