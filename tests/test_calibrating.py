@@ -31,7 +31,7 @@ def calibrated(selected, *sets):
 
 
 def test_the_probe_and_its_guarantee(selected):
-    workspace, features = selected
+    _, features = selected
     probe = features.body_as(FeatureSet).probe
     assert len(probe["features"]) == 8 and probe["path"][-1]["balanced_accuracy"] > 0.85
     _, stored = calibrated(selected)

@@ -118,7 +118,7 @@ def test_folders_of_my_own(dsg, folders, my_bench, tmp_path):
     calibration = [row for row in rows if row["part"] == "calibrate"]
     assert len(calibration) == threshold["n_calibration"]
     assert sum(row["statistic"] > threshold["threshold"] for row in calibration) <= 0.2 * len(calibration)
-    assert all(4 <= row["length"] <= 16 for row in rows)
+    assert all(4 <= row["length"] <= 16 for row in rows if row["part"] != "long")
     assert [row["gated"] for row in rows] == [row["statistic"] > threshold["threshold"] for row in rows]
 
     # Settings that change what is computed are part of what --reuse compares.

@@ -34,7 +34,7 @@ def test_all_mistakes_come_in_one_message_with_the_nearest_key(tmp_path):
     with pytest.raises(DsgError) as error:
         load_recipe(path)
     for words in (
-        "unknown key select.n_feature. Did you mean n_features?",
+        "unknown key select.n_feature. Did you mean n_features",
         "select.ratio_percentile must be a number, not 'high'",
         "calibrate.alpha must be a number, not True",
         "unknown key modle. Did you mean model?",
