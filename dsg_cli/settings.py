@@ -104,10 +104,10 @@ class CalibrateSection:
 class GuardrailSection:
     """What happens when it fires."""
 
-    strength: str = "4r"
-    """c: a number, a multiple of the median residual norm such as `4r`, or `auto`: the smallest of `strengths` that
+    strength: str = "16r"
+    """c: a number, a multiple of the median residual norm such as `16r`, or `auto`: the smallest of `strengths` that
     forgets as well as the best of them, on dev questions."""
-    strengths: list[str] = field(default_factory=lambda: ["0.5r", "1r", "2r", "4r", "8r", "16r"])
+    strengths: list[str] = field(default_factory=lambda: ["1r", "2r", "4r", "8r", "16r", "32r"])
     tuning_bench: str | None = None
     """Questions on which `auto` chooses, never those that are reported; by default the lab's dev questions."""
     allow_ineffective: bool = False

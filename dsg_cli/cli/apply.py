@@ -16,7 +16,8 @@ def command(
     strength: Annotated[
         str | None,
         typer.Option(
-            "--strength", help="c, to whose negative features are set: 500, or 4r (default), in median residual norms."
+            "--strength",
+            help="c, to whose negative features are set: 500, or 16r (default), in median residual norms; or auto.",
         ),
     ] = None,
     export_to: Annotated[
@@ -39,7 +40,7 @@ def command(
 
     It is tried on forget text first: one that does nothing there is refused.
 
-    Example: dsg apply --strength 4r
+    Example: dsg apply --strength 16r
     """
     resolved = opt.settings(
         recipe,

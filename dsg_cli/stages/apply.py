@@ -193,6 +193,6 @@ def parse_strength(text: str, median_residual_norm: float) -> float:
     if not 0 < value < LARGEST_STRENGTH:
         raise DsgError(
             f"The strength {text!r} is not a positive number of sensible size.",
-            "Give --strength 500, a multiple of the median residual norm such as --strength 4r, or --strength auto.",
+            "Give --strength 500, a multiple of the median residual norm such as --strength 16r, or --strength auto.",
         )
     return value
