@@ -149,7 +149,23 @@ class AttackSection:
     """Benign tokens put around each question."""
     dilution_places: list[Literal["before", "after", "around"]] = field(default_factory=lambda: ["before"])
     relearn_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20, 40])
-    relearn_learning_rate: float = 3e-4
+    """Optimiser steps at which the fine-tuned model is asked."""
+    relearn_learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
+    """Of AdamW, ascending; a training each."""
+    relearn_parameters: list[Literal["all", "lora", "above"]] = field(default_factory=lambda: ["all"])
+    """What is trained: all weights, low-rank adapters on every linear layer, or only the layers above the hook."""
+    relearn_rank: int = 8
+    """Of the adapters."""
+    relearn_frozen_below: bool = False
+    """Protected fine-tuning, a defence: whatever the guardrail's hook depends on is frozen."""
+    relearn_guard: list[Literal["loop", "test", "removed"]] = field(default_factory=lambda: ["loop"])
+    """Guarded while it is trained and asked, only when asked, or never."""
+    relearn_data: list[Literal["forget", "unrelated"]] = field(default_factory=lambda: ["forget"])
+    """Trained on the forget questions that the attacker knows, or on benign text."""
+    quantize_bits: list[int] = field(default_factory=lambda: [8, 4])
+    """To which the decoder's linear weights are rounded, one scale an output channel."""
+    prune_shares: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5])
+    """Of each linear weight matrix, the smallest values that are set to 0."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,10 @@ class Kind:
 
 KINDS = {
     "dilution": Kind(PROMPTS, "benign tokens", ("benign",), on_prompts=True),
-    "relearn": Kind(FINE_TUNING, "steps", ("known",)),
+    "relearn": Kind(FINE_TUNING, "steps", ("known", "benign")),
+    "unhook": Kind(WEIGHTS, ""),
+    "quantize": Kind(WEIGHTS, "bits"),
+    "prune": Kind(WEIGHTS, "of weights"),
 }
 """In the order in which `--kind all` runs them."""
 ALL = "all"
