@@ -107,7 +107,11 @@ def _out_of_range(recipe: Recipe) -> list[str]:
     select, calibrate, asked, attack = recipe.select, recipe.calibrate, recipe.eval, recipe.attack
     written = recipe.generate
     lengths = calibrate.lengths
-    points = {"dilution_lengths": attack.dilution_lengths, "relearn_steps": attack.relearn_steps}
+    points = {
+        "dilution_lengths": attack.dilution_lengths,
+        "relearn_steps": attack.relearn_steps,
+        "soft_prompt_steps": attack.soft_prompt_steps,
+    }
     ascending = "give ascending whole numbers that begin with 0, the state before the attack."
     checks = (
         (select.n_features >= 1, f"select.n_features is {select.n_features}; take at least 1."),
@@ -155,6 +159,11 @@ def _checks_of_weights(attack: AttackSection) -> tuple[tuple[bool, str], ...]:
         (
             _rises(rates) and rates[0] > 0 and rates[-1] < math.inf,
             f"attack.relearn_learning_rates is {rates}; give ascending positive numbers.",
+        ),
+        (attack.soft_prompt_tokens >= 1, f"attack.soft_prompt_tokens is {attack.soft_prompt_tokens}; take at least 1."),
+        (
+            0 < attack.soft_prompt_learning_rate < math.inf,
+            f"attack.soft_prompt_learning_rate is {attack.soft_prompt_learning_rate}; it must be a positive number.",
         ),
         (attack.relearn_rank >= 1, f"attack.relearn_rank is {attack.relearn_rank}; take at least 1."),
         (

@@ -162,6 +162,12 @@ class AttackSection:
     """Guarded while it is trained and asked, only when asked, or never."""
     relearn_data: list[Literal["forget", "unrelated"]] = field(default_factory=lambda: ["forget"])
     """Trained on the forget questions that the attacker knows, or on benign text."""
+    soft_prompt_tokens: int = 8
+    """Trained vectors in front of each question."""
+    soft_prompt_steps: list[int] = field(default_factory=lambda: [0, 10, 40, 160])
+    """Of Adam, at which the guarded model is asked."""
+    soft_prompt_learning_rate: float = 0.1
+    """Relative to the size of an embedding's entries."""
     quantize_bits: list[int] = field(default_factory=lambda: [8, 4])
     """To which the decoder's linear weights are rounded, one scale an output channel."""
     prune_shares: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5])

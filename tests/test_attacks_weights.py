@@ -7,13 +7,14 @@ import torch
 from conftest import make_guardrail, make_sae
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dsg_cli.attacks import prune, quantize, relearn, unhook
+from dsg_cli.attacks import dilution, prune, quantize, relearn, soft_prompt, unhook
 from dsg_cli.attacks.adapters import add_adapters
 from dsg_cli.attacks.summary import summarise
 from dsg_cli.attacks.target import Material, Target, of_forget
 from dsg_cli.attacks.weights import linear_layers
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.errors import DsgError
+from dsg_cli.guardrail import guarded
 from dsg_cli.model import load_model, whole_digest
 from dsg_cli.protection import protected_parameters
 from dsg_cli.runtime.gates import Gate
@@ -201,3 +202,31 @@ def test_the_summary_says_where_each_variant_first_evades():
     assert found["evades_above"] == 0.6 and found["evaded_at"] == {"high": 5}
     useless = {"guarded": {"forget_acc": 1.0}, "unguarded": {"forget_acc": 1.0}}
     assert summarise(useless, curve, on_prompts=False)["evaded_at"] == {}
+
+
+def test_a_soft_prompt_begins_as_dilution_and_lowers_the_loss_it_minimises(tiny):
+    material = Material(KNOWN[6:], known=KNOWN[:6], benign=[[9, 11], *BENIGN])
+    curve = soft_prompt.attack(tiny, material, tokens=5, steps=[0, 40], learning_rate=0.1)
+    (diluted,) = dilution.attack(tiny, Material(KNOWN[6:], benign=BENIGN[:1]), lengths=[5], places=["before"])
+    for side in ("guarded", "unguarded"):
+        begun, end = (dict(point[side]) for point in curve)
+        assert end["loss"] < 0.9 * begun.pop("loss") and begun == diluted[side]
+    # The guard was on: the same first prompt has another loss under it.
+    assert curve[0]["guarded"]["loss"] != curve[0]["unguarded"]["loss"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.model.modules())
+
+
+def test_a_soft_prompt_stands_after_bos_and_counts(tiny):
+    """Where the trained vectors are those of other tokens, the guardrail sees what it sees of those tokens."""
+    ids, others = torch.tensor([[2, 9, 10, 30, 31]]), torch.tensor([[2, 40, 41, 30, 31]])
+    prompt = tiny.model.get_input_embeddings()(others[0, 1:3])
+    seen = []
+    for asked, first in ((others, None), (ids, 1)):
+        with guarded(tiny.model, tiny.guardrails, allow_mismatch=True), torch.no_grad():
+            if first is None:
+                tiny.model(input_ids=asked)
+            else:
+                with soft_prompt.embedded(tiny.model, prompt, first=first):
+                    tiny.model(input_ids=asked)
+        seen.append(tiny.guardrails[0].last.statistic_BL)
+    assert torch.equal(*seen) and seen[0].max() > 0

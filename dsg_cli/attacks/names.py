@@ -29,6 +29,7 @@ class Kind:
 KINDS = {
     "dilution": Kind(PROMPTS, "benign tokens", ("benign",), on_prompts=True),
     "relearn": Kind(FINE_TUNING, "steps", ("known", "benign")),
+    "soft-prompt": Kind(WEIGHTS, "steps", ("known", "benign")),
     "unhook": Kind(WEIGHTS, ""),
     "quantize": Kind(WEIGHTS, "bits"),
     "prune": Kind(WEIGHTS, "of weights"),
