@@ -154,16 +154,17 @@ def _out_of_range(recipe: Recipe) -> list[str]:
 def _checks_of_weights(attack: AttackSection) -> tuple[tuple[bool, str], ...]:
     """The settings of attacks by training and on weights."""
     rates, bits, shares = attack.relearn_learning_rates, attack.quantize_bits, attack.prune_shares
-    lists = ("relearn_parameters", "relearn_guard", "relearn_data")
+    lists = ("relearn_parameters", "relearn_guard", "relearn_data", "soft_prompt_objectives")
     return (
         (
             _rises(rates) and rates[0] > 0 and rates[-1] < math.inf,
             f"attack.relearn_learning_rates is {rates}; give ascending positive numbers.",
         ),
         (attack.soft_prompt_tokens >= 1, f"attack.soft_prompt_tokens is {attack.soft_prompt_tokens}; take at least 1."),
-        (
-            0 < attack.soft_prompt_learning_rate < math.inf,
-            f"attack.soft_prompt_learning_rate is {attack.soft_prompt_learning_rate}; it must be a positive number.",
+        *(
+            (0 < value < math.inf, f"attack.{name} is {value}; it must be a positive number.")
+            for name in ("soft_prompt_learning_rate", "soft_prompt_gate_weight")
+            for value in [getattr(attack, name)]
         ),
         (attack.relearn_rank >= 1, f"attack.relearn_rank is {attack.relearn_rank}; take at least 1."),
         (

@@ -168,6 +168,10 @@ class AttackSection:
     """Of Adam, at which the guarded model is asked."""
     soft_prompt_learning_rate: float = 0.1
     """Relative to the size of an embedding's entries."""
+    soft_prompt_objectives: list[Literal["loop", "gate"]] = field(default_factory=lambda: ["loop", "gate"])
+    """What is minimised: the loss of answers under the guard, or without it and, beside it, the gate's statistic."""
+    soft_prompt_gate_weight: float = 1.0
+    """Of the statistic, relative to what it is at first."""
     quantize_bits: list[int] = field(default_factory=lambda: [8, 4])
     """To which the decoder's linear weights are rounded, one scale an output channel."""
     prune_shares: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5])

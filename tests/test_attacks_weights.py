@@ -9,8 +9,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dsg_cli.attacks import dilution, prune, quantize, relearn, soft_prompt, unhook
 from dsg_cli.attacks.adapters import add_adapters
+from dsg_cli.attacks.gradients import losses_and_statistics
 from dsg_cli.attacks.summary import summarise
 from dsg_cli.attacks.target import Material, Target, of_forget
+from dsg_cli.attacks.training import answer_batch
 from dsg_cli.attacks.weights import linear_layers
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.errors import DsgError
@@ -206,14 +208,27 @@ def test_the_summary_says_where_each_variant_first_evades():
 
 def test_a_soft_prompt_begins_as_dilution_and_lowers_the_loss_it_minimises(tiny):
     material = Material(KNOWN[6:], known=KNOWN[:6], benign=[[9, 11], *BENIGN])
-    curve = soft_prompt.attack(tiny, material, tokens=5, steps=[0, 40], learning_rate=0.1)
+    options = {"learning_rate": 0.1, "objectives": ["loop", "gate"], "gate_weight": 1.0}
+    curve = soft_prompt.attack(tiny, material, tokens=5, steps=[0, 40], **options)
     (diluted,) = dilution.attack(tiny, Material(KNOWN[6:], benign=BENIGN[:1]), lengths=[5], places=["before"])
-    for side in ("guarded", "unguarded"):
-        begun, end = (dict(point[side]) for point in curve)
-        assert end["loss"] < 0.9 * begun.pop("loss") and begun == diluted[side]
+    assert [point["variant"] for point in curve] == ["guard in loop"] * 2 + ["against the gate"] * 2
+    for first, last in (curve[:2], curve[2:]):
+        for side in ("guarded", "unguarded"):
+            begun, end = (dict(point[side]) for point in (first, last))
+            assert end["loss"] < 0.9 * begun.pop("loss") and begun == diluted[side]
     # The guard was on: the same first prompt has another loss under it.
     assert curve[0]["guarded"]["loss"] != curve[0]["unguarded"]["loss"]
+    # At first, the statistic relative to itself is 1.
+    assert curve[2]["guarded"]["loss"] == pytest.approx(curve[0]["unguarded"]["loss"] + 1, rel=1e-5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.model.modules())
+
+
+def test_the_soft_statistic_of_a_window_gate_is_its_statistic(tiny):
+    batch = answer_batch(tiny, KNOWN, lambda context, _: context)
+    _, soft_B = losses_and_statistics(tiny.model, tiny.guardrails, batch)
+    with guarded(tiny.model, tiny.guardrails, allow_mismatch=True), torch.no_grad():
+        tiny.model(input_ids=batch.tokens.ids_BL, attention_mask=batch.tokens.mask_BL.long())
+    assert torch.allclose(soft_B, tiny.guardrails[0].last_statistic_B) and soft_B.max() > 0
 
 
 def test_a_soft_prompt_stands_after_bos_and_counts(tiny):

@@ -117,6 +117,7 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch):
         "attack.soft_prompt_tokens=0",
         "attack.soft_prompt_steps=[5]",
         "attack.soft_prompt_learning_rate=0",
+        "attack.soft_prompt_objectives=[]",
         "attack.prune_shares=[0.5, 1.0]",
         "attack.dilution_lengths=[4, 8]",
         "attack.relearn_steps=[0, 2, 2]",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +13,31 @@ from transformers import PreTrainedModel
 from dsg_cli.artifacts import Json
 from dsg_cli.attacks.asking import Change
 from dsg_cli.attacks.dilution import check_room, long_texts
-from dsg_cli.attacks.target import SIDES, Material, Target, of_forget
+from dsg_cli.attacks.gradients import against_the_gate
+from dsg_cli.attacks.target import Material, Target, of_forget
 from dsg_cli.attacks.training import AnswerBatch, answer_batch, answer_losses
 from dsg_cli.guardrail import guarded
 from dsg_cli.workers import ALONE
 
+Objective = Literal["loop", "gate"]
+IN_WORDS = {"loop": "guard in loop", "gate": "against the gate"}
+
 
 def attack(
-    target: Target, material: Material, *, tokens: int, steps: Sequence[int], learning_rate: float
+    target: Target,
+    material: Material,
+    *,
+    tokens: int,
+    steps: Sequence[int],
+    learning_rate: float,
+    objectives: Sequence[Objective],
+    gate_weight: float,
 ) -> list[Json]:
-    """Train a prompt on the attacker's questions, with the guard on; measure as it goes.
+    """Train prompts on the attacker's questions; measure as it goes.
 
-    The prompt begins as the embeddings of benign tokens, so that 0 steps is a dilution by them. The guardrail must
+    A prompt begins as the embeddings of benign tokens, so that 0 steps is a dilution by them. The guardrail must
     know which tokens count: it is given the ids of those benign tokens, each of which counts, and the output of the
-    embedding layer is replaced in their place. Workers take one side each.
+    embedding layer is replaced in their place. Workers take one training each.
 
     Args:
         target: What is attacked.
@@ -33,6 +45,9 @@ def attack(
         tokens: Vectors in the prompt, which stands after BOS.
         steps: Of Adam, at which to measure, ascending; 0 is the prompt that it begins with.
         learning_rate: Of Adam, relative to the size of an entry of the first prompt (root mean square).
+        objectives: What is minimised: the loss of the right answers with the guard in the `loop`, or that without the
+            guard and, with it, the statistic of the `gate` (gradients.py). A variant each.
+        gate_weight: Of the statistic, relative to what it is at first.
 
     Returns:
         Points whose sides also hold `loss`, which is what is minimised, on the attacker's questions.
@@ -43,17 +58,27 @@ def attack(
     check_room(target, [*material.forget, *material.known], tokens, "attack.soft_prompt_tokens")
     begun = long_texts(material.benign, tokens, "attack.soft_prompt_tokens")[0][:tokens]
     measured: dict[str, list[Json]] = {}
-    for number, side in enumerate(SIDES):
+    for number, how in enumerate((None, *objectives)):
         if target.workers.owns(number):
-            measured[side] = _one_side(target, material, begun, side, steps, learning_rate)
-    of_all = {side: points for several in target.workers.gathered(measured) for side, points in several.items()}
-    return [{"x": step, "variant": "", **{side: of_all[side][i] for side in SIDES}} for i, step in enumerate(steps)]
+            measured[how or "unguarded"] = _measured(target, material, begun, how, steps, learning_rate, gate_weight)
+    found = {how: points for several in target.workers.gathered(measured) for how, points in several.items()}
+    return [
+        {"x": step, "variant": IN_WORDS[how], "guarded": found[how][i], "unguarded": found["unguarded"][i]}
+        for how in objectives
+        for i, step in enumerate(steps)
+    ]
 
 
-def _one_side(
-    target: Target, material: Material, begun: list[int], side: str, steps: Sequence[int], learning_rate: float
+def _measured(
+    target: Target,
+    material: Material,
+    begun: list[int],
+    how: Objective | None,
+    steps: Sequence[int],
+    learning_rate: float,
+    gate_weight: float,
 ) -> list[Json]:
-    guards = target.guardrails if side == "guarded" else ()
+    """One training: points in the order of steps. Without an objective of its own, the guard is nowhere."""
     change = in_front(begun, target.bos)
     batch = answer_batch(target, material.known, change)
     with torch.no_grad():
@@ -61,27 +86,34 @@ def _one_side(
     prompt_PD.requires_grad_(True)
     size = float(prompt_PD.detach().square().mean().sqrt())
     optimizer = torch.optim.Adam([prompt_PD], lr=learning_rate * size)
+    objective = _objective(target, how, gate_weight)
     n_done, points = 0, []
     with embedded(target.model, prompt_PD, first=int(target.bos is not None)):
+        loss = objective(batch)
         for step in steps:
             while n_done < step:
-                with guarded(target.model, guards, allow_mismatch=True):
-                    _step(target.model, optimizer, batch)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                loss = objective(batch)
                 n_done += 1
-                target.report(f"soft prompt, {side}", n_done, max(steps))
-            with guarded(target.model, guards, allow_mismatch=True), torch.no_grad():
-                loss = float(answer_losses(target.model, batch).mean())
+                target.report(f"soft prompt, {how or 'unguarded'}", n_done, max(steps))
             found = target.ask(
-                material.forget, name=f"{side}/{step}", is_guarded=bool(guards), change=change, workers=ALONE
+                material.forget, name=f"{how}/{step}", is_guarded=how is not None, change=change, workers=ALONE
             )
-            points.append(of_forget(found) | {"loss": loss})
+            points.append(of_forget(found) | {"loss": loss.item()})
     return points
 
 
-def _step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: AnswerBatch) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    answer_losses(model, batch).mean().backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
+def _objective(target: Target, how: Objective | None, gate_weight: float) -> Callable[[AnswerBatch], Tensor]:
+    if how == "gate":
+        return against_the_gate(target.model, target.guardrails, gate_weight)
+
+    def answers(batch: AnswerBatch) -> Tensor:
+        with guarded(target.model, target.guardrails if how == "loop" else (), allow_mismatch=True):
+            return answer_losses(target.model, batch).mean()
+
+    return answers
 
 
 def in_front(ids: Sequence[int], bos: int | None) -> Change:
