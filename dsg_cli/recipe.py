@@ -109,6 +109,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
     lengths = calibrate.lengths
     points = {
         "dilution_lengths": attack.dilution_lengths,
+        "suffix_steps": attack.suffix_steps,
         "relearn_steps": attack.relearn_steps,
         "soft_prompt_steps": attack.soft_prompt_steps,
     }
@@ -154,19 +155,22 @@ def _out_of_range(recipe: Recipe) -> list[str]:
 def _checks_of_weights(attack: AttackSection) -> tuple[tuple[bool, str], ...]:
     """The settings of attacks by training and on weights."""
     rates, bits, shares = attack.relearn_learning_rates, attack.quantize_bits, attack.prune_shares
-    lists = ("relearn_parameters", "relearn_guard", "relearn_data", "soft_prompt_objectives")
+    lists = ("relearn_parameters", "relearn_guard", "relearn_data", "soft_prompt_objectives", "suffix_places")
     return (
         (
             _rises(rates) and rates[0] > 0 and rates[-1] < math.inf,
             f"attack.relearn_learning_rates is {rates}; give ascending positive numbers.",
         ),
-        (attack.soft_prompt_tokens >= 1, f"attack.soft_prompt_tokens is {attack.soft_prompt_tokens}; take at least 1."),
         *(
-            (0 < value < math.inf, f"attack.{name} is {value}; it must be a positive number.")
-            for name in ("soft_prompt_learning_rate", "soft_prompt_gate_weight")
+            (value >= 1, f"attack.{name} is {value}; take at least 1.")
+            for name in ("relearn_rank", "soft_prompt_tokens", "suffix_tokens", "suffix_candidates")
             for value in [getattr(attack, name)]
         ),
-        (attack.relearn_rank >= 1, f"attack.relearn_rank is {attack.relearn_rank}; take at least 1."),
+        *(
+            (0 < value < math.inf, f"attack.{name} is {value}; it must be a positive number.")
+            for name in ("soft_prompt_learning_rate", "soft_prompt_gate_weight", "suffix_gate_weight")
+            for value in [getattr(attack, name)]
+        ),
         (
             _are_different(bits) and all(2 <= one <= 16 for one in bits),
             f"attack.quantize_bits is {bits}; give different whole numbers from 2 to 16.",

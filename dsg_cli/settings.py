@@ -148,6 +148,16 @@ class AttackSection:
     dilution_lengths: list[int] = field(default_factory=lambda: [0, 4, 16, 48, 96])
     """Benign tokens put around each question."""
     dilution_places: list[Literal["before", "after", "around"]] = field(default_factory=lambda: ["before"])
+    suffix_tokens: int = 8
+    """Searched tokens, the same around every question."""
+    suffix_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20])
+    """Exchanges of one token after which the guarded model is asked."""
+    suffix_candidates: int = 64
+    """Exchanges that are tried in each step, on all questions that the attacker knows."""
+    suffix_gate_weight: float = 1.0
+    """Of the gate's statistic, relative to what it is at first, beside the loss of answers: for what is proposed."""
+    suffix_places: list[Literal["after", "before"]] = field(default_factory=lambda: ["after", "before"])
+    """After each question (before the words with which all end), or before it."""
     relearn_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20, 40])
     """Optimiser steps at which the fine-tuned model is asked."""
     relearn_learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])

@@ -7,12 +7,12 @@ import torch
 from conftest import make_guardrail, make_sae
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dsg_cli.attacks import dilution, prune, quantize, relearn, soft_prompt, unhook
+from dsg_cli.attacks import dilution, prune, quantize, relearn, soft_prompt, suffix, unhook
 from dsg_cli.attacks.adapters import add_adapters
 from dsg_cli.attacks.gradients import losses_and_statistics
 from dsg_cli.attacks.summary import summarise
 from dsg_cli.attacks.target import Material, Target, of_forget
-from dsg_cli.attacks.training import answer_batch
+from dsg_cli.attacks.training import answer_batch, answer_losses
 from dsg_cli.attacks.weights import linear_layers
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.errors import DsgError
@@ -245,3 +245,44 @@ def test_a_soft_prompt_stands_after_bos_and_counts(tiny):
                     tiny.model(input_ids=asked)
         seen.append(tiny.guardrails[0].last.statistic_BL)
     assert torch.equal(*seen) and seen[0].max() > 0
+
+
+def test_a_suffix_begins_as_dilution_and_lowers_the_guarded_loss(tiny):
+    """Without a step it is what `dilution` puts after the question; every exchange lowers the guarded loss."""
+    questions = [Question(f"w{i} w{i + 1} w50 w51", (" w40", " w41", " w42", " w43"), i % 4) for i in range(12)]
+    material = Material(questions[6:], known=questions[:6], benign=BENIGN)
+    options = {"candidates": 48, "gate_weight": 0.1, "places": ["after", "before"]}
+    curve = suffix.attack(tiny, material, tokens=4, steps=[0, 3, 8], **options)
+    diluted = dilution.attack(tiny, Material(questions[6:], benign=BENIGN[:1]), lengths=[4], places=["after", "before"])
+    assert [point["variant"] for point in curve] == ["after"] * 3 + ["before"] * 3
+    for points, plain_ones in ((curve[:3], diluted[0]), (curve[3:], diluted[1])):
+        for side in ("guarded", "unguarded"):
+            losses = [point[side].pop("loss") for point in points]
+            assert losses[0] >= losses[1] >= losses[2] < losses[0] and points[0][side] == plain_ones[side]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.model.modules())
+
+
+def test_the_slope_of_a_suffix_is_that_of_its_embeddings(tiny):
+    batch = answer_batch(tiny, KNOWN[:3], suffix.before_cue([20, 21], 1))
+    assert (batch.tokens.ids_BL[:, 2:4] == torch.tensor([20, 21])).all()
+
+    def loss(_batch):
+        return answer_losses(tiny.model, batch).mean()
+
+    slope_SD = suffix.slope_of_embeddings(tiny.model, loss, batch, torch.full((3,), 2), 2)
+    step = 1e-3 * slope_SD / slope_SD.norm()
+    before, prompt = loss(batch), tiny.model.get_input_embeddings()(torch.tensor([20, 21]))
+    with soft_prompt.embedded(tiny.model, prompt + step, first=2), torch.no_grad():
+        after = loss(batch)
+    assert float((after - before) / 1e-3) == pytest.approx(float(slope_SD.norm()), rel=0.05)
+
+
+def test_exchanges_change_one_token_to_a_proposed_one(tiny):
+    scores = torch.zeros(3, 200)
+    scores[:, :64] = torch.arange(64.0)
+    scores[:, 5] = -torch.inf
+    found = suffix.exchanges(scores, (100, 101, 102), 40, torch.Generator().manual_seed(0))
+    assert 20 < len(found) == len(set(found)) <= 40
+    for one in found:
+        assert sum(a != b for a, b in zip(one, (100, 101, 102), strict=True)) == 1
+        assert 5 not in one

@@ -33,7 +33,7 @@ def soft_statistic(guard: GuardrailModule, resid_BLD: Tensor, counted_BL: Tensor
 def losses_and_statistics(
     model: PreTrainedModel, guards: Sequence[GuardrailModule], batch: AnswerBatch
 ) -> tuple[Tensor, Tensor]:
-    """Of the unguarded model: the loss of each answer, [B], and the sum of the soft statistics, [B]."""
+    """Of the unguarded model: the loss of each answer, [B], and the sum of the guards' soft statistics, [B]."""
     found: list[Tensor] = []
 
     def watching(guard: GuardrailModule) -> Callable[[Tensor], Tensor]:
@@ -48,13 +48,17 @@ def losses_and_statistics(
         for guard in guards:
             hooks.enter_context(replace_residual(model, guard.read, watching(guard)))
         losses_B = answer_losses(model, batch)
-    return losses_B, torch.stack([one.to(losses_B.device) for one in found]).sum(0)
+    statistics_B = torch.zeros_like(losses_B)
+    for one in found:
+        statistics_B = statistics_B + one.to(losses_B.device)
+    return losses_B, statistics_B
 
 
 def against_the_gate(
     model: PreTrainedModel, guards: Sequence[GuardrailModule], gate_weight: float
 ) -> Callable[[AnswerBatch], Tensor]:
-    """The mean loss of answers without the guard, and the mean statistic relative to that of the first batch."""
+    """The mean loss of answers without the guard, and the mean statistic relative to that of the first batch; with no
+    guards, the loss alone."""
     begun: list[Tensor] = []
 
     def objective(batch: AnswerBatch) -> Tensor:

@@ -9,6 +9,7 @@ from dsg_cli.errors import DsgError, nearest
 
 PROMPTS = "Someone who may send prompts to the guarded model, and knows no more."
 LOGITS = "Someone who may send prompts, and sees the log-probabilities of answers and whether the gate opened."
+COPY = "Someone who may send prompts, and has a copy of the model and its guardrail to search on."
 FINE_TUNING = "A customer of a fine-tuning API."
 WEIGHTS = "Whoever holds the weights."
 
@@ -28,6 +29,7 @@ class Kind:
 
 KINDS = {
     "dilution": Kind(PROMPTS, "benign tokens", ("benign",), on_prompts=True),
+    "suffix": Kind(COPY, "steps", ("known", "benign"), on_prompts=True),
     "relearn": Kind(FINE_TUNING, "steps", ("known", "benign")),
     "soft-prompt": Kind(WEIGHTS, "steps", ("known", "benign")),
     "unhook": Kind(WEIGHTS, ""),
