@@ -168,7 +168,7 @@ def _checks_of_weights(attack: AttackSection) -> tuple[tuple[bool, str], ...]:
         ),
         *(
             (0 < value < math.inf, f"attack.{name} is {value}; it must be a positive number.")
-            for name in ("soft_prompt_learning_rate", "soft_prompt_gate_weight", "suffix_gate_weight")
+            for name in ("soft_prompt_learning_rate", "soft_prompt_gate_weight", "suffix_gate_weight", "probe_ridge")
             for value in [getattr(attack, name)]
         ),
         (

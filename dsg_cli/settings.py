@@ -186,6 +186,8 @@ class AttackSection:
     """To which the decoder's linear weights are rounded, one scale an output channel."""
     prune_shares: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5])
     """Of each linear weight matrix, the smallest values that are set to 0."""
+    probe_ridge: float = 0.01
+    """Penalty of the linear probe, relative to the size of what it is fitted on."""
 
 
 @dataclass(frozen=True)

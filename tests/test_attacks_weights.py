@@ -7,7 +7,7 @@ import torch
 from conftest import make_guardrail, make_sae
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dsg_cli.attacks import dilution, prune, quantize, relearn, soft_prompt, suffix, unhook
+from dsg_cli.attacks import dilution, probe, prune, quantize, relearn, soft_prompt, suffix, unhook
 from dsg_cli.attacks.adapters import add_adapters
 from dsg_cli.attacks.gradients import losses_and_statistics
 from dsg_cli.attacks.summary import summarise
@@ -286,3 +286,31 @@ def test_exchanges_change_one_token_to_a_proposed_one(tiny):
     for one in found:
         assert sum(a != b for a, b in zip(one, (100, 101, 102), strict=True)) == 1
         assert 5 not in one
+
+
+def test_the_lens_at_the_last_layer_is_plain_evaluation(lab):
+    target, material = lab
+    material = Material(material.forget, known=material.utility)
+    curve = probe.attack(target, material, ridge=0.01)
+    assert [(point["variant"], point["x"]) for point in curve] == [
+        (variant, layer) for variant in ("logit lens", "linear probe") for layer in range(4)
+    ]
+    for side in ("guarded", "unguarded"):
+        assert curve[3][side] == plain(target, material.forget, is_guarded=side == "guarded")
+    # The guard comes after the first layer.
+    assert (
+        curve[0]["guarded"]["forget_acc"] == curve[0]["unguarded"]["forget_acc"] < curve[3]["unguarded"]["forget_acc"]
+    )
+    assert all(point["guarded"]["n_known"] == 12 for point in curve[4:])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in target.model.modules())
+
+
+def test_a_probe_reads_what_is_linearly_there():
+    generator = torch.Generator().manual_seed(0)
+    directions, mixing = torch.randn(10, 24, generator=generator), torch.randn(24, 24, generator=generator)
+    words = torch.arange(60) % 10
+    resid = directions[words] @ mixing + 5.0 + 0.1 * torch.randn(60, 24, generator=generator)
+    read = probe.fitted(resid[:40], directions[words[:40]], 1e-3)(resid[40:])
+    assert ((read @ directions.T).argmax(1) == words[40:]).float().mean() > 0.9
+    blind = probe.fitted(torch.randn(40, 24, generator=generator), directions[words[:40]], 1e-3)(resid[40:])
+    assert ((blind @ directions.T).argmax(1) == words[40:]).float().mean() < 0.5

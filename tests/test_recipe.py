@@ -117,6 +117,7 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch):
         "attack.soft_prompt_tokens=0",
         "attack.suffix_candidates=0",
         "attack.suffix_places=[]",
+        "attack.probe_ridge=0",
         "attack.suffix_gate_weight=-1",
         "attack.soft_prompt_steps=[5]",
         "attack.soft_prompt_learning_rate=0",

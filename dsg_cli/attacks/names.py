@@ -35,6 +35,7 @@ KINDS = {
     "unhook": Kind(WEIGHTS, ""),
     "quantize": Kind(WEIGHTS, "bits"),
     "prune": Kind(WEIGHTS, "of weights"),
+    "probe": Kind(WEIGHTS, "layer", ("known",)),
 }
 """In the order in which `--kind all` runs them."""
 ALL = "all"
