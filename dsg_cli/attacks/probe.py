@@ -107,7 +107,8 @@ def _read(target: Target, questions: Sequence[Question], guards: Sequence[Guardr
             last_B = batch.mask_BL.sum(-1) - 1
             for kept in resid:
                 whole_BLD = kept.pop()
-                kept.append(whole_BLD[torch.arange(len(part)), last_B.to(whole_BLD.device)].float().to(target.device))
+                row_B = torch.arange(len(part), device=whole_BLD.device)
+                kept.append(whole_BLD[row_B, last_B.to(whole_BLD.device)].float().to(target.device))
             gated += [is_gated for _, is_gated, _ in last_decisions(guards)] if guards else []
     longest = max(map(len, pairs))
     words = [[pair.continuation[0] for pair in several] for several in pairs]

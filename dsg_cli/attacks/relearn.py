@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
@@ -29,7 +29,6 @@ from dsg_cli.workers import ALONE
 Data = Literal["forget", "unrelated"]
 Trained = Literal["all", "lora", "above"]
 Guarding = Literal["loop", "test", "removed"]
-GUARDINGS: tuple[Guarding, ...] = get_args(Guarding)
 IN_WORDS = {"loop": "guard in loop", "test": "guard at test", "removed": "guard removed"}
 
 

@@ -37,7 +37,8 @@ def attack(
 
     A prompt begins as the embeddings of benign tokens, so that 0 steps is a dilution by them. The guardrail must
     know which tokens count: it is given the ids of those benign tokens, each of which counts, and the output of the
-    embedding layer is replaced in their place. Workers take one training each.
+    embedding layer is replaced in their place. Workers take one training each. A run that goes on trains again, and
+    asks only what is missing.
 
     Args:
         target: What is attacked.

@@ -46,6 +46,8 @@ def attack(
 ) -> list[Json]:
     """Search one suffix for all of the attacker's questions; ask the others with it as it goes.
 
+    Workers share every step. A run that goes on searches again, and asks only what is missing.
+
     Args:
         target: What is attacked.
         material: The attacker searches on `known`, and begins from `benign` text; `forget` is asked.
