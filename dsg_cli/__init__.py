@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsg_cli.guardrail import guarded as guarded
     from dsg_cli.loading import load_guardrail as load_guardrail
+    from dsg_cli.protection import protected_parameters as protected_parameters
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "guarded", "load_guardrail"]
+__all__ = ["__version__", "guarded", "load_guardrail", "protected_parameters"]
 
-_HOMES = {"guarded": "dsg_cli.guardrail", "load_guardrail": "dsg_cli.loading"}
+_HOMES = {
+    "guarded": "dsg_cli.guardrail",
+    "load_guardrail": "dsg_cli.loading",
+    "protected_parameters": "dsg_cli.protection",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,11 +15,13 @@ from dsg_cli.hub import REPOSITORY, fetch_snapshot
 from dsg_cli.integrity import is_folder
 from dsg_cli.lab import data as lab
 from dsg_cli.runtime.identity import evenly_spaced, fingerprint
+from dsg_cli.runtime.sites import decoder_of
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 __all__ = [
     "LoadedModel",
     "context_length",
+    "final_norm",
     "fingerprint",
     "load_model",
     "load_tokenizer",
@@ -33,6 +35,8 @@ __all__ = [
 SAMPLED = 256
 """Values of each tensor that `whole_digest` looks at."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+"""What families call the norm between the last layer and the head."""
 WEIGHT_FILES = ("model*.safetensors",)
 CODE_FILES = ("*.py",)
 
@@ -188,6 +192,12 @@ def load_model(
     else:
         _check_spread(model)
     return LoadedModel(model=model, tokenizer=tokenizer, source=pinned(source, folder), n_layers=n_layers)
+
+
+def final_norm(model: Any) -> torch.nn.Module | None:
+    """The norm between the last layer and the head; None where it goes by a name that is not known."""
+    decoder = decoder_of(model)
+    return next((found for name in FINAL_NORMS if (found := getattr(decoder, name, None)) is not None), None)
 
 
 def devices_of(model: Any) -> list[str]:

@@ -15,7 +15,7 @@ import yaml
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import is_file
-from dsg_cli.settings import Recipe
+from dsg_cli.settings import AttackSection, Recipe
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "recipe_names"]
 
@@ -110,7 +110,9 @@ def _out_of_range(recipe: Recipe) -> list[str]:
     points = {
         "dilution_lengths": attack.dilution_lengths,
         "few_shot_counts": attack.few_shot_counts,
+        "suffix_steps": attack.suffix_steps,
         "relearn_steps": attack.relearn_steps,
+        "soft_prompt_steps": attack.soft_prompt_steps,
     }
     ascending = "give ascending whole numbers that begin with 0, the state before the attack."
     checks = (
@@ -160,10 +162,6 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             f"generate.temperature is {written.temperature:g}; it must be 0 or a positive number.",
         ),
         (attack.known_questions >= 1, "attack.known_questions must be at least 1."),
-        (
-            0 < attack.relearn_learning_rate < math.inf,
-            f"attack.relearn_learning_rate is {attack.relearn_learning_rate}; it must be a positive number.",
-        ),
         *((_rises_from(0, values), f"attack.{name} is {values}; {ascending}") for name, values in points.items()),
         (bool(attack.dilution_places), "attack.dilution_places is empty; name before, after or around."),
         (
@@ -179,12 +177,56 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             bool(attack.encode_forms) or attack.encode_file is not None,
             "attack.encode_forms is empty; name a form, or give attack.encode_file.",
         ),
+        *_checks_of_weights(attack),
     )
     return [words for is_fine, words in checks if not is_fine]
 
 
+def _checks_of_weights(attack: AttackSection) -> tuple[tuple[bool, str], ...]:
+    """The settings of attacks by training and on weights."""
+    rates, bits, shares = attack.relearn_learning_rates, attack.quantize_bits, attack.prune_shares
+    lists = ("relearn_parameters", "relearn_guard", "relearn_data", "soft_prompt_objectives", "suffix_places")
+    return (
+        (
+            _rises(rates) and rates[0] > 0 and rates[-1] < math.inf,
+            f"attack.relearn_learning_rates is {rates}; give ascending positive numbers.",
+        ),
+        *(
+            (value >= 1, f"attack.{name} is {value}; take at least 1.")
+            for name in ("relearn_rank", "soft_prompt_tokens", "suffix_tokens", "suffix_candidates")
+            for value in [getattr(attack, name)]
+        ),
+        *(
+            (0 < value < math.inf, f"attack.{name} is {value}; it must be a positive number.")
+            for name in ("soft_prompt_learning_rate", "soft_prompt_gate_weight", "suffix_gate_weight", "probe_ridge")
+            for value in [getattr(attack, name)]
+        ),
+        (
+            _are_different(bits) and all(2 <= one <= 16 for one in bits),
+            f"attack.quantize_bits is {bits}; give different whole numbers from 2 to 16.",
+        ),
+        (
+            _rises(shares) and shares[0] >= 0 and shares[-1] < 1,
+            f"attack.prune_shares is {shares}; give ascending shares, at least 0 and below 1.",
+        ),
+        *(
+            (_are_different(found), f"attack.{name} is {found}; give at least one, and each once.")
+            for name in lists
+            for found in [getattr(attack, name)]
+        ),
+    )
+
+
+def _rises(values: Sequence[float]) -> bool:
+    return bool(values) and sorted(set(values)) == values
+
+
+def _are_different(values: Sequence[object]) -> bool:
+    return 0 < len(values) == len(set(values))
+
+
 def _rises_from(first: int, values: list[int]) -> bool:
-    return bool(values) and values[0] == first and sorted(set(values)) == values
+    return _rises(values) and values[0] == first
 
 
 def _named(data: Mapping[str, Any], section: str) -> Any:

@@ -189,8 +189,46 @@ class AttackSection:
     """How the letters or words of each question are changed."""
     encode_file: str | None = None
     """The bench's questions in another language or code, written like `paraphrase_file`."""
+    suffix_tokens: int = 8
+    """Searched tokens, the same around every question."""
+    suffix_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20])
+    """Exchanges of one token after which the guarded model is asked."""
+    suffix_candidates: int = 64
+    """Exchanges that are tried in each step, on all questions that the attacker knows."""
+    suffix_gate_weight: float = 1.0
+    """Of the gate's statistic, relative to what it is at first, beside the loss of answers: for what is proposed."""
+    suffix_places: list[Literal["after", "before"]] = field(default_factory=lambda: ["after", "before"])
+    """After each question (before the words with which all end), or before it."""
     relearn_steps: list[int] = field(default_factory=lambda: [0, 5, 10, 20, 40])
-    relearn_learning_rate: float = 3e-4
+    """Optimiser steps at which the fine-tuned model is asked."""
+    relearn_learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
+    """Of AdamW, ascending; a training each."""
+    relearn_parameters: list[Literal["all", "lora", "above"]] = field(default_factory=lambda: ["all"])
+    """What is trained: all weights, low-rank adapters on every linear layer, or only the layers above the hook."""
+    relearn_rank: int = 8
+    """Of the adapters."""
+    relearn_frozen_below: bool = False
+    """Protected fine-tuning, a defence: whatever the guardrail's hook depends on is frozen."""
+    relearn_guard: list[Literal["loop", "test", "removed"]] = field(default_factory=lambda: ["loop"])
+    """Guarded while it is trained and asked, only when asked, or never."""
+    relearn_data: list[Literal["forget", "unrelated"]] = field(default_factory=lambda: ["forget"])
+    """Trained on the forget questions that the attacker knows, or on benign text."""
+    soft_prompt_tokens: int = 8
+    """Trained vectors in front of each question."""
+    soft_prompt_steps: list[int] = field(default_factory=lambda: [0, 10, 40, 160])
+    """Of Adam, at which the guarded model is asked."""
+    soft_prompt_learning_rate: float = 0.1
+    """Relative to the size of an embedding's entries."""
+    soft_prompt_objectives: list[Literal["loop", "gate"]] = field(default_factory=lambda: ["loop", "gate"])
+    """What is minimised: the loss of answers under the guard, or without it and, beside it, the gate's statistic."""
+    soft_prompt_gate_weight: float = 1.0
+    """Of the statistic, relative to what it is at first."""
+    quantize_bits: list[int] = field(default_factory=lambda: [8, 4])
+    """To which the decoder's linear weights are rounded, one scale an output channel."""
+    prune_shares: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5])
+    """Of each linear weight matrix, the smallest values that are set to 0."""
+    probe_ridge: float = 0.01
+    """Penalty of the linear probe, relative to the size of what it is fitted on."""
 
 
 @dataclass(frozen=True)

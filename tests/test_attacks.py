@@ -13,6 +13,7 @@ from dsg_cli.sae import read_sae
 from dsg_cli.tokens import special_ids
 
 OPTIONS = {"bos": 2, "batch_size": 16, "max_length": 1024}
+RELEARN = {"parameters": ["all"], "rank": 8, "frozen_below": False, "guard": ["loop"], "data": ["forget"]}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
     target = Target(loaded.model, loaded.tokenizer, guardrail, **OPTIONS)
     asked = questions["lab-hexes"]
     material = Material(asked[8:], known=asked[:8], utility=questions["lab-near"])
-    curve = relearn.attack(target, material, steps=[0, 1, 6], learning_rate=1e-3)
+    curve = relearn.attack(target, material, steps=[0, 1, 6], learning_rates=[1e-3], **RELEARN)
     plain = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"][8:], guardrails=guardrail, **OPTIONS)
     assert curve[0]["guarded"]["forget_acc"] == plain["acc"] and "loss" not in curve[0]["guarded"]
     assert curve[0]["unguarded"]["forget_acc"] == 1.0 and curve[0]["unguarded"]["utility_acc"] == 1.0
@@ -109,7 +110,9 @@ def test_relearning_recovers_what_a_model_never_knew(model, tokenizer, tmp_path)
     make_sae(tmp_path)
     silent = [make_guardrail(read_sae(str(tmp_path)), [0], threshold=1.0, strength=1.0, special=(0, 1, 2))]
     target = Target(model, tokenizer, silent, bos=2, batch_size=16, max_length=64)
-    curve = relearn.attack(target, Material(questions, known=questions), steps=[0, 60], learning_rate=1e-2)
+    curve = relearn.attack(
+        target, Material(questions, known=questions), steps=[0, 60], learning_rates=[1e-2], **RELEARN
+    )
     for side in ("guarded", "unguarded"):
         assert curve[0][side]["forget_acc"] < 0.7 and curve[1][side]["forget_acc"] == 1.0
     assert curve[1]["guarded"]["gate_rate"] == 0.0

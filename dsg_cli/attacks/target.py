@@ -11,6 +11,7 @@ with the same attack on the guarded model and on the model without its guard.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -111,15 +112,21 @@ class Target:
         *,
         variant: str = "",
         change: Change | None = None,
+        model: PreTrainedModel | None = None,
+        utility: Sequence[Question] = (),
     ) -> Json:
-        """A point of a curve: the same questions of the guarded and of the unguarded model."""
-        sides = {
-            side: of_forget(
-                self.ask(questions, name=f"{variant}/{x}/{side}", is_guarded=side == "guarded", change=change)
-            )
-            for side in SIDES
-        }
-        return {"x": x, "variant": variant, **sides}
+        """A point of a curve: the same questions of the guarded and of the unguarded model, or of that other model.
+
+        With questions that must stay answered, each side also holds `utility_acc`.
+        """
+        point: Json = {"x": x, "variant": variant}
+        for side in SIDES:
+            ask = functools.partial(self.ask, is_guarded=side == "guarded", change=change, model=model)
+            name = f"{variant}/{x}/{side}"
+            point[side] = of_forget(ask(questions, name=name))
+            if utility:
+                point[side]["utility_acc"] = ask(utility, name=f"{name}/utility")["acc"]
+        return point
 
 
 def of_forget(found: Json) -> Json:

@@ -17,7 +17,7 @@ def command(
         str | None,
         typer.Option(
             "--strength",
-            help="c, to whose negative features are set: 500, or 16r (default), in median residual norms; or auto.",
+            help="c, to whose negative features are set: 500, 16r (default, in median residual norms), or auto.",
         ),
     ] = None,
     export_to: Annotated[

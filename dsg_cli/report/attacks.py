@@ -35,8 +35,17 @@ def curve_table(body: AttackReport) -> Table:
         f"{body.threat_model} Without the attack: guarded {before['guarded']['forget_acc']:.2f}, "
         f"unguarded {before['unguarded']['forget_acc']:.2f}."
         + ("" if body.summary["n_measurable"] else f" {NOT_MEASURABLE.capitalize()}: unguarded, it cannot answer.")
+        + evasions(body)
     )
     return table
+
+
+def evasions(body: AttackReport) -> str:
+    """Where each variant first brought back more than half of what the guard took away."""
+    first = [
+        f"{variant + ': ' if variant else ''}{shown(x)}" for variant, x in body.summary.get("evaded_at", {}).items()
+    ]
+    return f" Above {body.summary['evades_above']:.2f} from {'; '.join(first)}." if first else ""
 
 
 def ranking(attacks: Sequence[AttackReport]) -> list[AttackReport]:

@@ -1,0 +1,236 @@
+"""Suffix: a few tokens around every question, found with gradients, that keep the gate shut or bring the answer back.
+
+Greedy coordinate gradient: in each step, gradients propose exchanges of single tokens, and the best of them, as the
+guarded model itself judges, is made. The attacker needs a copy of model and guardrail to search on. The tokens are fed
+as ids, which text may not be able to spell: what is found is an upper bound on what such a prompt can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dsg_cli.artifacts import Json
+from dsg_cli.attacks.asking import Change
+from dsg_cli.attacks.dilution import check_room, cue_length, long_texts
+from dsg_cli.attacks.gradients import against_the_gate
+from dsg_cli.attacks.soft_prompt import in_front
+from dsg_cli.attacks.target import SIDES, Material, Target, of_forget
+from dsg_cli.attacks.training import AnswerBatch, answer_batch
+from dsg_cli.benches.tasks import Question
+from dsg_cli.guardrail import GuardrailModule, guarded, last_decisions
+from dsg_cli.scoring import Request, encode_pair, score
+from dsg_cli.tokens import TokenBatch, special_ids
+
+TOP = 64
+"""Tokens that gradients propose at each position."""
+
+
+Place = Literal["after", "before"]
+
+
+def attack(
+    target: Target,
+    material: Material,
+    *,
+    tokens: int,
+    steps: Sequence[int],
+    candidates: int,
+    gate_weight: float,
+    places: Sequence[Place],
+) -> list[Json]:
+    """Search one suffix for all of the attacker's questions; ask the others with it as it goes.
+
+    Workers share every step. A run that goes on searches again, and asks only what is missing.
+
+    Args:
+        target: What is attacked.
+        material: The attacker searches on `known`, and begins from `benign` text; `forget` is asked.
+        tokens: In the suffix.
+        steps: At which to measure, ascending; 0 is the benign text that it begins with.
+        candidates: Exchanges that are tried in each step, with the guard on.
+        gate_weight: Of the gate's statistic, relative to what it is at first, beside the loss of the right answers:
+            where the gate stays open, the loss alone does not tell which exchange brings it nearer to shutting.
+        places: `after` the question (before the words with which every question ends, such as `Answer:`), or `before`
+            it, where also a gate that stays open once it has opened can be kept from opening. A variant each.
+
+    Returns:
+        Points whose sides also hold `loss`, which is what is minimised, on the attacker's questions.
+
+    Raises:
+        DsgError: No benign text has so many tokens, or they do not fit the model.
+    """
+    check_room(target, [*material.forget, *material.known], tokens, "attack.suffix_tokens")
+    begun = long_texts(material.benign, tokens, "attack.suffix_tokens")[0][:tokens]
+    n_cue = cue_length(target, [*material.forget, *material.known])
+    curve = []
+    for place in places:
+        found = {}
+        for side in SIDES:
+            guards = target.guardrails if side == "guarded" else ()
+            search = _Search(target, material.known, guards, place, n_cue, candidates, gate_weight)
+            found[side] = search.measured(material.forget, tuple(begun), steps, f"{place}/{side}")
+        for i, step in enumerate(steps):
+            curve.append({"x": step, "variant": place, **{side: found[side][i] for side in SIDES}})
+    return curve
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A suffix and what comes of it, in the mean over the attacker's questions."""
+
+    suffix: tuple[int, ...]
+    loss: float
+    """Of the right answer."""
+    statistic: float
+    """Of the gate nearest to opening."""
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search against the guarded model, or with no guards against the unguarded one."""
+
+    target: Target
+    known: Sequence[Question]
+    guards: Sequence[GuardrailModule]
+    place: Place
+    n_cue: int
+    n_candidates: int
+    gate_weight: float
+
+    def measured(
+        self, asked: Sequence[Question], begun: tuple[int, ...], steps: Sequence[int], name: str
+    ) -> list[Json]:
+        """Points in the order of steps."""
+        target = self.target
+        generator = torch.Generator().manual_seed(target.seed)
+        objective = against_the_gate(target.model, self.guards, self.gate_weight)
+        (first,) = self.tried([begun])
+        size = max(first.statistic, 1e-6)
+
+        def worth(one: _Tried) -> float:
+            return one.loss + self.gate_weight * one.statistic / size
+
+        best, points, n_done = first, [], 0
+        for step in steps:
+            while n_done < step:
+                scores_SV = self.scores(best.suffix, objective)
+                best = min(
+                    best, *self.tried(exchanges(scores_SV, best.suffix, self.n_candidates, generator)), key=worth
+                )
+                n_done += 1
+                target.report(f"suffix, {name}", n_done, max(steps))
+            change, is_guarded = self.change(best.suffix), bool(self.guards)
+            found = target.ask(asked, name=f"{name}/{step}", is_guarded=is_guarded, change=change)
+            points.append(of_forget(found) | {"loss": worth(best)})
+        return points
+
+    def change(self, suffix: tuple[int, ...]) -> Change:
+        """Questions with that suffix in its place."""
+        return in_front(suffix, self.target.bos) if self.place == "before" else before_cue(suffix, self.n_cue)
+
+    def tried(self, suffixes: Sequence[tuple[int, ...]]) -> list[_Tried]:
+        """What comes of each suffix under the guards, on the attacker's questions."""
+        target, questions = self.target, self.known
+        pairs = [encode_pair(target.tokenizer, q.context, q.choices[q.answer], bos=target.bos) for q in questions]
+        requests = [
+            Request(self.change(suffix)(pair.context, 0), pair.continuation) for suffix in suffixes for pair in pairs
+        ]
+
+        def note(_batch: TokenBatch) -> list[float]:
+            return [statistic for statistic, _, _ in last_decisions(self.guards)]
+
+        with guarded(target.model, self.guards, allow_mismatch=True):
+            scores = score(
+                target.model,
+                requests,
+                pad=target.tokenizer.pad_token_id or 0,
+                special=special_ids(target.tokenizer),
+                batch_size=target.batch_size,
+                max_length=target.max_length,
+                device=target.device,
+                note=note if self.guards else None,
+                workers=target.workers,
+            )
+        found = []
+        for i, suffix in enumerate(suffixes):
+            own = scores[i * len(pairs) : (i + 1) * len(pairs)]
+            loss, statistic = -sum(one.loglikelihood for one in own), sum(one.note or 0.0 for one in own)
+            found.append(_Tried(suffix, loss / len(own), statistic / len(own)))
+        return found
+
+    def scores(self, suffix: tuple[int, ...], objective: Callable[[AnswerBatch], Tensor]) -> Tensor:
+        """How much each token of the vocabulary should help in each place, [S, V]; special ones never do."""
+        batch = answer_batch(self.target, self.known, self.change(suffix))
+        start_B = batch.tokens.mask_BL.sum(-1) - batch.answer_BL.sum(-1) - self.n_cue - len(suffix)
+        if self.place == "before":
+            start_B = torch.full_like(start_B, int(self.target.bos is not None))
+        slope_SD = slope_of_embeddings(self.target.model, objective, batch, start_B, len(suffix))
+        tokenizer = self.target.tokenizer
+        with torch.no_grad():
+            words = torch.arange(len(tokenizer), device=slope_SD.device)
+            scores_SV = -slope_SD @ self.target.model.get_input_embeddings()(words).float().T
+        scores_SV[:, sorted({*special_ids(tokenizer), *tokenizer.all_special_ids})] = -torch.inf
+        return scores_SV
+
+
+def before_cue(suffix: Sequence[int], n_cue: int) -> Change:
+    """A suffix between a question and the words with which every question ends."""
+
+    def change(context: tuple[int, ...], _number: int) -> tuple[int, ...]:
+        cut = len(context) - n_cue
+        return (*context[:cut], *suffix, *context[cut:])
+
+    return change
+
+
+def slope_of_embeddings(
+    model: PreTrainedModel,
+    objective: Callable[[AnswerBatch], Tensor],
+    batch: AnswerBatch,
+    start_B: Tensor,
+    n_tokens: int,
+) -> Tensor:
+    """The gradient of an objective with respect to the embeddings of S tokens that all rows share, float32, [S, D].
+
+    Args:
+        model: A causal language model.
+        objective: What the batch is judged by.
+        batch: Questions with those tokens in them, and their answers.
+        start_B: Where they begin.
+        n_tokens: S.
+    """
+    place_BS = start_B[:, None] + torch.arange(n_tokens, device=start_B.device)
+    row_B1 = torch.arange(len(start_B), device=start_B.device)[:, None]
+    added: list[Tensor] = []
+
+    def add(_module: nn.Module, _args: tuple[Tensor, ...], output_BLD: Tensor) -> Tensor:
+        added.append(torch.zeros(n_tokens, output_BLD.shape[-1], device=output_BLD.device, requires_grad=True))
+        change_BSD = added[-1].to(output_BLD.dtype).expand(len(output_BLD), -1, -1)
+        return output_BLD + torch.zeros_like(output_BLD).index_put((row_B1, place_BS), change_BSD)
+
+    handle = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        (slope_SD,) = torch.autograd.grad(objective(batch), added)
+    finally:
+        handle.remove()
+    return slope_SD
+
+
+def exchanges(
+    scores_SV: Tensor, suffix: tuple[int, ...], n_candidates: int, generator: torch.Generator
+) -> list[tuple[int, ...]]:
+    """Suffixes in which one token is another, drawn among the best of a random position; each once."""
+    proposed = scores_SV.topk(min(TOP, scores_SV.shape[1])).indices.tolist()
+    found: dict[tuple[int, ...], None] = {}
+    for _ in range(n_candidates):
+        place = int(torch.randint(len(suffix), (), generator=generator))
+        word = proposed[place][int(torch.randint(len(proposed[place]), (), generator=generator))]
+        found[(*suffix[:place], word, *suffix[place + 1 :])] = None
+    found.pop(suffix, None)
+    return list(found)
