@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dsg_cli.artifacts import Json
 from dsg_cli.attacks.asking import Change
-from dsg_cli.attacks.dilution import check_room, long_texts
+from dsg_cli.attacks.dilution import benign_texts, check_room
 from dsg_cli.attacks.gradients import against_the_gate
 from dsg_cli.attacks.target import Material, Target, of_forget
 from dsg_cli.attacks.training import AnswerBatch, answer_batch, answer_losses
@@ -54,10 +54,10 @@ def attack(
         Points whose sides also hold `loss`, which is what is minimised, on the attacker's questions.
 
     Raises:
-        DsgError: No benign text has so many tokens, or they do not fit the model.
+        DsgError: There is no benign text, or the tokens do not fit the model.
     """
     check_room(target, [*material.forget, *material.known], tokens, "attack.soft_prompt_tokens")
-    begun = long_texts(material.benign, tokens, "attack.soft_prompt_tokens")[0][:tokens]
+    begun = benign_texts(material, tokens)[0][:tokens]
     measured: dict[str, list[Json]] = {}
     for number, how in enumerate((None, *objectives)):
         if target.workers.owns(number):

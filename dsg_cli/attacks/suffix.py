@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from dsg_cli.artifacts import Json
 from dsg_cli.attacks.asking import Change
-from dsg_cli.attacks.dilution import check_room, cue_length, long_texts
+from dsg_cli.attacks.dilution import benign_texts, check_room, cue_length
 from dsg_cli.attacks.gradients import against_the_gate
 from dsg_cli.attacks.soft_prompt import in_front
 from dsg_cli.attacks.target import SIDES, Material, Target, of_forget
@@ -63,10 +63,10 @@ def attack(
         Points whose sides also hold `loss`, which is what is minimised, on the attacker's questions.
 
     Raises:
-        DsgError: No benign text has so many tokens, or they do not fit the model.
+        DsgError: There is no benign text, or the tokens do not fit the model.
     """
     check_room(target, [*material.forget, *material.known], tokens, "attack.suffix_tokens")
-    begun = long_texts(material.benign, tokens, "attack.suffix_tokens")[0][:tokens]
+    begun = benign_texts(material, tokens)[0][:tokens]
     n_cue = cue_length(target, [*material.forget, *material.known])
     curve = []
     for place in places:
