@@ -278,6 +278,7 @@ def test_the_slope_of_a_suffix_is_that_of_its_embeddings(tiny):
 
 
 def test_exchanges_change_one_token_to_a_proposed_one(tiny):
+    assert suffix.exchanges(torch.zeros(1, 1), (0,), 9, torch.Generator()) == []  # Nothing else to take.
     scores = torch.zeros(3, 200)
     scores[:, :64] = torch.arange(64.0)
     scores[:, 5] = -torch.inf

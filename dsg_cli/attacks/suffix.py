@@ -120,9 +120,8 @@ class _Search:
         for step in steps:
             while n_done < step:
                 scores_SV = self.scores(best.suffix, objective)
-                best = min(
-                    best, *self.tried(exchanges(scores_SV, best.suffix, self.n_candidates, generator)), key=worth
-                )
+                proposed = exchanges(scores_SV, best.suffix, self.n_candidates, generator)
+                best = min([best, *self.tried(proposed)], key=worth)
                 n_done += 1
                 target.report(f"suffix, {name}", n_done, max(steps))
             change, is_guarded = self.change(best.suffix), bool(self.guards)
