@@ -145,6 +145,16 @@ def test_folders_of_my_own(dsg, folders, my_bench, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert [document["attack"] for document in json.loads(out)] == ["dilution", "relearn"]
+    code, out, err = dsg(
+        "attack", "--kind", "dilution", "--bench", "mine", "--set", f"eval.include_path={my_bench}",
+        "--set", "attack.dilution_lengths=[0]", "--expect", "dilution<=1", "--expect", "dilution<0", "--json",
+        "--summary", "page.md",
+    )  # fmt: skip
+    found = json.loads(out)
+    # The random model answers at chance: what cannot be measured does not count as withstood.
+    is_measurable = found["summary"]["n_measurable"] > 0
+    assert code == 3 and "dilution<0" in err and [one["met"] for one in found["expected"]] == [is_measurable, False]
+    assert "dilution<0" in (tmp_path / "page.md").read_text()
 
 
 def test_the_same_seed_gives_the_same_features_and_threshold(dsg, folders):
