@@ -83,7 +83,7 @@ def sampled_activations(
     In the order of batches, which all workers form alike, so that the number of workers does not matter.
     """
     stride = max(1, total_tokens // n_tokens)
-    found: dict[int, list[list[float]]] = {}
+    found: dict[int, Tensor] = {}
     fit = Fitting()
 
     def read(batch: TokenBatch) -> Tensor:
@@ -98,12 +98,19 @@ def sampled_activations(
         for number, batch in enumerate(batches):
             n_seen += int(batch.counted_BL.sum())
             if workers.owns(number):
-                found[number] = [row for _, acts_TC in fit(batch, read) for row in acts_TC.tolist()]
+                found[number] = torch.cat([acts_TC.cpu() for _, acts_TC in fit(batch, read)])
             report(f"{what}, tokens", n_seen, max(n_seen, total_tokens))
             safe_point()
-    of_all = sorted((int(n), rows) for several in workers.gathered(list(found.items())) for n, rows in several)
-    rows = [row for _, several in of_all for row in several]
-    return torch.tensor(rows).reshape(len(rows), -1)
+    lengths = [[number, len(acts_TC)] for number, acts_TC in found.items()]
+    of_all = sorted(one for several in workers.gathered(lengths) for one in several)
+    gathered_TC = torch.zeros(sum(length for _, length in of_all), len(watched.W_dec))
+    start = 0
+    for number, length in of_all:
+        if number in found:
+            gathered_TC[start : start + length] = found.pop(number)
+        start += length
+    # Each row is 0 in all workers but one, so that the sum is exact.
+    return workers.total([gathered_TC])[0] if workers.n > 1 else gathered_TC
 
 
 def fit_probe(
@@ -144,7 +151,7 @@ def fit_probe(
     kept = (deviation_C > 0).nonzero()[:, 0]
     if not len(kept):
         raise DsgError("No feature of the SAE tells forget text from retain text.", "Check both corpora.")
-    scaled_TC = acts_TC / deviation_C.clamp(min=1e-12)
+    scaled_TC = acts_TC.div_(deviation_C.clamp(min=1e-12))  # In place: hundreds of megabytes.
     w, bias = _logistic(scaled_TC[:, kept], is_forget_T, weight_T, ridge, torch.zeros(len(kept) + 1).double())
     path = [_scored(scaled_TC[:, kept] @ w + bias, is_forget_T, weight_T, len(kept))]
     while len(kept) > n_features:

@@ -358,7 +358,7 @@ def test_lm_eval_without_this_package_agrees_question_for_question(dsg, workspac
     """The README's way to check an exported model: stock lm-eval on the folder, with the lab's own tasks."""
     code, _, err = dsg("lab", "export", "lab")
     assert code == 0, err
-    code, _, err = dsg("apply", "--strength", "4r", "--export", "model", "-w", workspace)
+    code, _, err = dsg("apply", "--export", "model", "-w", workspace)
     assert code == 0, err
     code, out, err = dsg("eval", "-w", workspace, *(word for bench in BENCHES for word in ("--bench", bench)), "--json")
     assert code == 0, err
