@@ -237,7 +237,7 @@ class TestRefusals:
 
 @pytest.fixture
 def workspace(tmp_path):
-    shutil.copytree(DATA, tmp_path / "w")
+    shutil.copytree(DATA, tmp_path / "w", ignore=shutil.ignore_patterns("features-*"))  # Of another chain.
     return tmp_path / "w"
 
 
