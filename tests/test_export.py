@@ -22,6 +22,7 @@ from dsg_cli.export.folder import GUARD_SHARD, export_folder
 from dsg_cli.export.light import light_file, read_light
 from dsg_cli.integrity import digest_of
 from dsg_cli.lab import data as lab
+from dsg_cli.model import load_model
 from dsg_cli.runtime.guardrail import tensors_digest
 from dsg_cli.sae import read_sae
 from dsg_cli.workspace import Workspace
@@ -239,6 +240,27 @@ class TestRefusals:
 def workspace(tmp_path):
     shutil.copytree(DATA, tmp_path / "w", ignore=shutil.ignore_patterns("features-*"))  # Of another chain.
     return tmp_path / "w"
+
+
+def test_a_probe_with_its_bias_and_weights_survives_both_forms(tmp_path):
+    stored = Workspace(DATA.with_name("schema-4")).read("guardrail-001")
+    path = tmp_path / "g.safetensors"
+    path.write_bytes(
+        light_file(stored.header, stored.body_as(Guardrail), load_file(stored.path.with_suffix(".safetensors")))
+    )
+    guard = load_guardrail(path)
+    assert guard.gate.form == "probe" and guard.gate.bias and guard.gate.clip and guard.detect.unique().numel() > 2
+    folder = tmp_path / "model"
+    options = {"architecture": "Gemma2ForCausalLM", "tokenizer_class": "PreTrainedTokenizerFast"}
+    export_folder(folder, base=lab.MODEL_DIR, guardrails=[guard], light_files=[], **options)
+    exported = AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
+    loaded = load_model("lab")
+    ids = loaded.tokenizer(f"{QUESTION} Rahurk? Answer:", return_tensors="pt")["input_ids"]
+    with torch.no_grad(), guarded(loaded.model, guard):
+        wanted = loaded.model(ids, use_cache=False).logits
+    with torch.no_grad():
+        assert torch.equal(exported(ids, use_cache=False).logits, wanted)
+        assert not torch.equal(loaded.model(ids, use_cache=False).logits, wanted)  # The gate opened.
 
 
 class TestCommand:
