@@ -34,5 +34,7 @@ def migrate(data: Json) -> Json:
 def _later_summary(data: Json, before: Json) -> Json:
     """The summary of an attack of schema 1 as schema 2 has it."""
     n_points = len(data["curve"])
-    of_base = {"base_acc": before["unguarded"]["forget_acc"], "n_points": n_points, "n_measurable": n_points}
+    base, begun = (before[side]["forget_acc"] for side in ("unguarded", "guarded"))
+    of_base = {"base_acc": base, "n_points": n_points, "n_measurable": n_points}
+    of_base |= {"evades_above": (base + begun) / 2, "evaded_at": {}}
     return {**of_base, "worst_variant": "", "gate_rate_at_worst": None, **data["summary"]}

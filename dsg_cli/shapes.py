@@ -46,16 +46,22 @@ _SIDE = {"forget_acc": NUMBER, "forget_low?": NUMBER, "forget_high?": NUMBER, "n
 _GUARDED = {**_SIDE, "gate_rate?": NUMBER}
 _POINT = {"x": (NUMBER, str), "variant": str, "guarded": _GUARDED, "unguarded": _SIDE}
 _EXPECTED = {"expect": str, "value": (NUMBER, OR_NONE), "met": bool}
+_PROBE = {
+    "features": [{"index": int, "weight": NUMBER}],
+    "bias": NUMBER,
+    "clip": NUMBER,
+    "path": [{"n_features": int, "balanced_accuracy": NUMBER}],
+}
 GIT = ({"commit": str, "dirty": bool}, OR_EMPTY)
 SETTINGS: dict[str, Any] = {
     "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NONE)},
-    "threshold": {"retain": _CORPORA, "lengths": _is_pair},
+    "threshold": {"retain": _CORPORA, "forget?": _CORPORA, "lengths": _is_pair},
     "guardrail": {},
     "eval": {"benches": [str]},
-    "attack": {},
+    "attack": {"retain?": {"*": str}},
 }
 BODY: dict[str, Any] = {
-    "features": {"probe": ({"features": [{"index": int, "weight": NUMBER}], "bias": NUMBER}, OR_EMPTY)},
+    "features": {"probe": (_PROBE, OR_EMPTY)},
     "threshold": {"rates": [{"what": str, "is_forget": bool, "n": int, "rate": NUMBER, "low": NUMBER, "high": NUMBER}]},
     "guardrail": {
         "strength_trials": [{"strength": NUMBER, "setting": str, "acc": NUMBER, "gate_rate": NUMBER}],
@@ -72,6 +78,11 @@ BODY: dict[str, Any] = {
         "curve": [_POINT],
         "summary": {
             "base_acc": NUMBER,
+            "evades_above": NUMBER,
+            "evaded_at": {"*": (NUMBER, str)},
+            "n_points": int,
+            "n_measurable": int,
+            "gate_rate_at_worst": (NUMBER, OR_NONE),
             "forget_acc_before": NUMBER,
             "forget_acc_worst": (NUMBER, OR_NONE),
             "worst_x": (NUMBER, str, OR_NONE),

@@ -42,9 +42,7 @@ def curve_table(body: AttackReport) -> Table:
 
 def evasions(body: AttackReport) -> str:
     """Where each variant first brought back more than half of what the guard took away."""
-    first = [
-        f"{variant + ': ' if variant else ''}{shown(x)}" for variant, x in body.summary.get("evaded_at", {}).items()
-    ]
+    first = [f"{variant + ': ' if variant else ''}{shown(x)}" for variant, x in body.summary["evaded_at"].items()]
     return f" Above {body.summary['evades_above']:.2f} from {'; '.join(first)}." if first else ""
 
 
@@ -90,4 +88,5 @@ def share(value: float | None) -> str:
 
 def interval(side: Json) -> str:
     """The 95 % interval of a forget accuracy."""
-    return f"{side['forget_low']:.2f}-{side['forget_high']:.2f}" if "forget_low" in side else "-"
+    has_interval = {"forget_low", "forget_high"} <= set(side)
+    return f"{side['forget_low']:.2f}-{side['forget_high']:.2f}" if has_interval else "-"

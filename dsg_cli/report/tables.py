@@ -126,8 +126,16 @@ def _features(body: FeatureSet) -> Table:
             f"{feature.ratio:.4g}",
         )
     over = "of the live features only: nearly all are dead" if body.percentiles_over == "live" else "of all features"
-    table.caption = f"{body.n_live} live; {body.n_passed} passed the percentiles {over}"
+    table.caption = f"{body.n_live} live; {body.n_passed} passed the percentiles {over}{_probe(body.probe)}"
     return table
+
+
+def _probe(probe: Json) -> str:
+    """What is worth knowing of a probe; the accuracy is on the tokens that it was fitted on."""
+    if not probe:
+        return ""
+    indices = " ".join(str(one["index"]) for one in probe["features"])
+    return f"; probe over {indices}: tells {probe['path'][-1]['balanced_accuracy']:.2f} of tokens apart"
 
 
 def _threshold(body: Threshold) -> list[tuple[str, str]]:
