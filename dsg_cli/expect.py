@@ -53,7 +53,7 @@ def parse_expected(text: str, benches: Sequence[str]) -> Expected:
     if match[1] in benches or not dot:  # A task's own name may have a dot.
         bench, metric = match[1], "acc"
     if bench not in benches:
-        raise DsgError(f"--expect names the bench {bench}, which is not run.", nearest(bench, benches))
+        raise DsgError(f"--expect names {bench}, which is not run.", nearest(bench, benches))
     if metric == GATE and bound[0]:
         raise DsgError(f"--expect {text!r}: the base model has no gate.", f"Give a number: '{bench}.gate<=0.05'.")
     return Expected(text, bench, metric, match[2], *bound)

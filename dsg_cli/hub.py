@@ -6,6 +6,8 @@ Tokens are those of huggingface_hub (HF_TOKEN, or `hf auth login`); HF_ENDPOINT 
 from __future__ import annotations
 
 import errno
+import importlib
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -148,6 +150,12 @@ def push_folder(address: HubAddress, folder: Path, *, marker: str, is_public: bo
     return f"{SCHEME}{address.repo}@{done.oid}"
 
 
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What is raised where there is no network: huggingface_hub has changed its client between minor versions."""
+    named = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("requests", "RequestException"))
+    return tuple(getattr(importlib.import_module(m), name) for m, name in named if importlib.util.find_spec(m))
+
+
 @contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
     """Turn what the hub's client raises inside the block into one sentence that says what to do.
@@ -155,10 +163,9 @@ def hub_errors(repo: str) -> Iterator[None]:
     Raises:
         DsgError: Instead of any of its errors.
     """
-    import httpx
-    import requests
     from huggingface_hub import errors
 
+    unreachable: tuple[type[Exception], ...] = (*_network_errors(), errors.OfflineModeIsEnabled)
     try:
         yield
     except errors.GatedRepoError as error:
@@ -186,7 +193,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else None
         hint = "Set HF_TOKEN, or run `hf auth login`, with a token that may write." if status in (401, 403) else ""
         raise DsgError(f"The hub refused {repo}: {_one_line(error)}", hint) from error
-    except (httpx.HTTPError, errors.OfflineModeIsEnabled, requests.RequestException) as error:
+    except unreachable as error:
         raise DsgError(
             f"The hub cannot be reached: {_one_line(error)}", "Check the network and HF_ENDPOINT."
         ) from error

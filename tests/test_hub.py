@@ -7,7 +7,7 @@ from conftest import python
 from loopback import LoopbackHub
 
 from dsg_cli.errors import DsgError
-from dsg_cli.hub import parse_address
+from dsg_cli.hub import hub_errors, parse_address
 from dsg_cli.lab import data as lab
 
 SELECT = ("select", "--forget", "lab-hexes", "--retain", "lab-retain", "--sae", "lab", "-n", "8", "--limit", "200")
@@ -105,3 +105,11 @@ def test_addresses(text, parts):
 def test_what_is_no_address(text):
     with pytest.raises(DsgError, match="no address on the hub"):
         parse_address(text)
+
+
+@pytest.mark.parametrize("client", ["httpx2", "requests"])
+def test_whatever_client_the_hub_has_no_network_is_one_error(client):
+    module = pytest.importorskip(client)
+    raised = module.ConnectError("no name") if client == "httpx2" else module.ConnectionError("no name")
+    with pytest.raises(DsgError, match="The hub cannot be reached: no name"), hub_errors("org/name"):
+        raise raised

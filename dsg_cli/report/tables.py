@@ -25,7 +25,7 @@ def artifact_table(stored: Stored) -> Group:
     if isinstance(body, FeatureSet):
         table: Any = _features(body)
     elif isinstance(body, Threshold):
-        table = _pairs(_threshold(body))
+        table = _pairs(_threshold(body, stored.header.settings["lengths"]))
     elif isinstance(body, Guardrail):
         table = _pairs(_guardrail(body))
     elif isinstance(body, EvalReport):
@@ -138,7 +138,7 @@ def _probe(probe: Json) -> str:
     return f"; probe over {indices}: tells {probe['path'][-1]['balanced_accuracy']:.2f} of tokens apart"
 
 
-def _threshold(body: Threshold) -> list[tuple[str, str]]:
+def _threshold(body: Threshold, lengths: Sequence[int]) -> list[tuple[str, str]]:
     if body.false_positive_rate is None:
         rate = "not measured: no fresh piece of retain text"
     else:
@@ -148,6 +148,7 @@ def _threshold(body: Threshold) -> list[tuple[str, str]]:
         ("gate", body.gate),
         ("threshold", f"{body.threshold:.4f}"),
         ("set at", f"alpha {body.alpha:g} on {body.n_calibration} pieces of {body.n_documents} documents"),
+        ("for text of", f"{lengths[0]} to {lengths[1]} tokens"),
         ("alpha holds for", "each retain corpus" if body.guarantee == "each" else "all retain text together"),
         *([("the paper's percentile", f"{body.percentile:.4f}")] if body.percentile is not None else []),
         *([("watches", " ".join(map(str, body.detectors)))] if body.detectors else []),

@@ -103,13 +103,14 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
     sae = chain_sae(features.header.sae, features.id)
     loaded = load_chain_model(features.header, recipe, cut=True)
     bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
+    room = context_length(loaded.model.config) - (bos is not None)
     lengths = lengths_of(settings, [ids[int(bos is not None) :] for ids in encode(loaded.tokenizer, prompts, bos=bos)])
     header = new_header(
         "threshold",
         recipe,
         settings={
             **dataclasses.asdict(settings),
-            "lengths": [min(lengths), max(lengths)],
+            "lengths": [min(lengths), min(max(lengths), room)],
             "retain": [corpus.described() for corpus in retain],
             "limit": recipe.corpora.limit,
             # What apply tries the guardrail on, wherever the features lie by then.
@@ -121,7 +122,6 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
         sae=features.header.sae,
         inputs=[features],
     )
-    room = context_length(loaded.model.config) - (bos is not None)
     if min(lengths) > room:
         raise DsgError(f"Pieces of {min(lengths)} tokens do not fit: the model reads {room}.", "Lower --lengths.")
     check_chat(loaded.tokenizer, retain)
