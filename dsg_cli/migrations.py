@@ -21,7 +21,7 @@ def migrate(data: Json) -> Json:
     """An artifact's JSON object in the newest schema of its kind."""
     kind, schema = data["kind"], data["schema"]
     for later in range(schema + 1, SCHEMAS[kind] + 1):
-        data = {**data, **ADDED[kind, later]}
+        data = {**data, **ADDED.get((kind, later), {})}
     if schema == 1 and kind == "guardrail":
         data["hook_out"] = data["hook"]
     if schema == 1 and kind == "attack":
