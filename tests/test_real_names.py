@@ -26,7 +26,7 @@ dsg eval --bench wmdp-bio
 OFFLINE = """
 set -euo pipefail
 dsg select --forget wmdp-bio --retain wikitext=3 --retain mmlu-chat=1 --limit 60 --json > select.json
-dsg calibrate --gate mean
+dsg calibrate --gate mean --alpha 0.05 --set calibrate.guarantee=pooled
 dsg apply --strength 500
 dsg eval --bench wmdp-bio --apply-chat-template --samples --expect 'wmdp-bio<=0.9' > eval.txt
 dsg eval --bench wmdp-bio --json > again.json
