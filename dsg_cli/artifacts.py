@@ -207,6 +207,57 @@ class Guardrail:
 
 
 @dataclass(frozen=True)
+class ModelWeights:
+    """Body of `model-NNN`; the folder of that name beside it holds the weights, as transformers or PEFT read them."""
+
+    method: str
+    form: Literal["whole", "adapter"]
+    """All weights, or a LoRA adapter of the model in the header, which a reader loads first."""
+    result: ModelIdentity
+    """The changed model; the header's is the one that it was made from."""
+    trained: Json
+    """{n_parameters, n_changed, modules}: what was free to change, and what did."""
+    losses: list[Json]
+    """[{step, loss, <term>, ...}]; of a method without steps, none."""
+    diverged_at: int | None
+    """The step at which a loss was not finite any more; the weights are those of the last one that was checked."""
+    cost: Json
+    """{forward_passes, backward_passes, forward_tokens, backward_tokens}"""
+    features: list[int]
+    """Of the SAE that guided it, in rank order."""
+    special_ids: list[int]
+    bos: int | None
+    forget: list[str]
+    retain: list[str]
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """Body of `wrapper-NNN`: what stands between whoever asks and the model, whose weights and layers stay as they are.
+
+    A classifier's weights lie beside it: `weight` [D], `bias` [].
+    """
+
+    method: str
+    rule: Literal["prefix", "keywords", "classifier"]
+    side: Literal["input", "output"]
+    text: str
+    """Of a prefix. It is the method itself; examples that it shows are in it."""
+    keywords: list[str]
+    layer: int | None
+    """Of a classifier: it reads the residual stream after this decoder layer."""
+    threshold: float
+    """A prompt, or an answer, whose statistic exceeds it is refused."""
+    refusal: str
+    rates: list[Json]
+    """Share refused of fresh text of each corpus: [{what, is_forget, n, rate, low, high}]"""
+    special_ids: list[int]
+    bos: int | None
+    forget: list[str]
+    retain: list[str]
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """Body of `eval-NNN`; one row a question beside it."""
 
@@ -221,6 +272,8 @@ class EvalReport:
     """bench -> the questions that the base model knows; of benches of the paper's protocol."""
     base_from: dict[str, int]
     """Earlier evaluation -> answers of the base model that were taken from it."""
+    composition: list[Json]
+    """What unlearned the model, in the order in which it acts: [{id, kind, method}]"""
 
 
 @dataclass(frozen=True)
@@ -238,23 +291,37 @@ class AttackReport:
     """Where most came back; nulls if the unguarded model answers nowhere on the curve."""
     expected: list[Json]
     """[{expect, value, bound, met}]"""
+    composition: list[Json]
+    """As in an evaluation."""
 
 
-Body = FeatureSet | Threshold | Guardrail | EvalReport | AttackReport
-BodyT = TypeVar("BodyT", FeatureSet, Threshold, Guardrail, EvalReport, AttackReport)
+Body = FeatureSet | Threshold | Guardrail | ModelWeights | Wrapper | EvalReport | AttackReport
+BodyT = TypeVar("BodyT", FeatureSet, Threshold, Guardrail, ModelWeights, Wrapper, EvalReport, AttackReport)
 
 KINDS: dict[str, type[Any]] = {
     "features": FeatureSet,
     "threshold": Threshold,
     "guardrail": Guardrail,
+    "model": ModelWeights,
+    "wrapper": Wrapper,
     "eval": EvalReport,
     "attack": AttackReport,
 }
-SCHEMAS: dict[str, int] = {"features": 2, "threshold": 3, "guardrail": 4, "eval": 2, "attack": 2}
+SCHEMAS: dict[str, int] = {
+    "features": 2,
+    "threshold": 3,
+    "guardrail": 4,
+    "model": 1,
+    "wrapper": 1,
+    "eval": 3,
+    "attack": 3,
+}
 MADE_BY = {
     "features": "dsg select",
     "threshold": "dsg calibrate",
     "guardrail": "dsg apply",
+    "model": "dsg apply --method",
+    "wrapper": "dsg apply --method",
     "eval": "dsg eval",
     "attack": "dsg attack",
 }
@@ -262,6 +329,8 @@ NEXT_COMMAND = {
     "features": "dsg calibrate",
     "threshold": "dsg apply",
     "guardrail": "dsg eval",
+    "model": "dsg eval",
+    "wrapper": "dsg eval",
     "eval": "dsg attack",
     "attack": "dsg ls",
 }

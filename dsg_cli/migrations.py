@@ -12,7 +12,9 @@ ADDED: dict[tuple[str, int], Json] = {
     ("guardrail", 3): {"effect": {}},
     ("guardrail", 4): {"bias": 0.0, "clip": 0.0, "strength_trials": []},
     ("eval", 2): {"question_ids": {}, "base_from": {}},
+    ("eval", 3): {"composition": []},
     ("attack", 2): {"expected": []},
+    ("attack", 3): {"composition": []},
 }
 """Kind and schema -> fields that it has and earlier ones have not, and what they would hold."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dsg_cli.methods.settings import MethodsSection
+
 
 @dataclass(frozen=True)
 class ModelSection:
@@ -251,6 +253,7 @@ class Recipe:
     select: SelectSection = SelectSection()
     calibrate: CalibrateSection = CalibrateSection()
     guardrail: GuardrailSection = GuardrailSection()
+    methods: MethodsSection = MethodsSection()
     eval: EvalSection = EvalSection()
     generate: GenerateSection = GenerateSection()
     attack: AttackSection = AttackSection()

@@ -52,28 +52,40 @@ _PROBE = {
     "clip": NUMBER,
     "path": [{"n_features": int, "balanced_accuracy": NUMBER}],
 }
+_RATES = [{"what": str, "is_forget": bool, "n": int, "rate": NUMBER, "low": NUMBER, "high": NUMBER}]
+_COMPOSITION = [{"id": str, "kind": str, "method": str}]
 GIT = ({"commit": str, "dirty": bool}, OR_EMPTY)
 SETTINGS: dict[str, Any] = {
     "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NONE)},
     "threshold": {"retain": _CORPORA, "forget?": _CORPORA, "lengths": _is_pair},
     "guardrail": {},
+    "model": {"forget": _CORPORA, "retain": _CORPORA},
+    "wrapper": {},
     "eval": {"benches": [str]},
     "attack": {"retain?": {"*": str}},
 }
 BODY: dict[str, Any] = {
     "features": {"probe": (_PROBE, OR_EMPTY)},
-    "threshold": {"rates": [{"what": str, "is_forget": bool, "n": int, "rate": NUMBER, "low": NUMBER, "high": NUMBER}]},
+    "threshold": {"rates": _RATES},
     "guardrail": {
         "strength_trials": [{"strength": NUMBER, "setting": str, "acc": NUMBER, "gate_rate": NUMBER}],
         "slice": _is_slice,
         "effect": ({"n_rows": int, "gate_rate": NUMBER, "changed_rate": NUMBER, "edit": NUMBER}, OR_EMPTY),
     },
+    "model": {
+        "trained": {"n_parameters": int, "n_changed": int, "modules": [str]},
+        "losses": [{"step": int, "loss": NUMBER}],
+        "cost": {key: int for key in ("forward_passes", "backward_passes", "forward_tokens", "backward_tokens")},
+    },
+    "wrapper": {"rates": _RATES},
     "eval": {
+        "composition": _COMPOSITION,
         "results": {"*": {"base": {**_ACCURACY, "n": int, "n_asked?": int}, "unlearned": _ACCURACY}},
         "gate": {"*": {"rate": NUMBER}},
         "expected": [_EXPECTED],
     },
     "attack": {
+        "composition": _COMPOSITION,
         "before": {"guarded": _GUARDED, "unguarded": _SIDE},
         "curve": [_POINT],
         "summary": {

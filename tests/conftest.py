@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # A process a core: threads of several would wait for each other.
 CODE_CACHE = tempfile.TemporaryDirectory(prefix="dsg-tests-")
 os.environ["HF_MODULES_CACHE"] = CODE_CACHE.name  # Code of exported models stays out of the user's cache.
 

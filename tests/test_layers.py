@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "dsg_cli"
 ROWS = (
     ("runtime",),
     ("errors", "progress", "artifacts", "shapes", "lab.data", "lab.settings", "lab.words", "lab.world"),
-    ("interruption", "locks", "migrations", "conversion", "secrets"),
+    ("interruption", "locks", "migrations", "conversion", "secrets", "methods.names", "methods.settings"),
     ("integrity", "hub", "catalogue"),
     ("committing", "workers", "checkpoints"),
     ("releases", "documents"),
@@ -24,6 +24,7 @@ ROWS = (
     ("scorer", "benches"),
     ("evaluation",),
     ("paper_evaluation", "lm_eval_files", "generation", "attacks"),
+    ("methods",),
     ("lab.language_model", "lab.autoencoder", "lab.training", "lab.export"),
     ("settings",),
     ("recipe", "workspace"),
