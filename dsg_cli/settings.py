@@ -253,7 +253,7 @@ class Recipe:
     select: SelectSection = SelectSection()
     calibrate: CalibrateSection = CalibrateSection()
     guardrail: GuardrailSection = GuardrailSection()
-    methods: MethodsSection = MethodsSection()
+    methods: MethodsSection = field(default_factory=MethodsSection)
     eval: EvalSection = EvalSection()
     generate: GenerateSection = GenerateSection()
     attack: AttackSection = AttackSection()

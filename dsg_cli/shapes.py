@@ -75,7 +75,7 @@ BODY: dict[str, Any] = {
     "model": {
         "trained": {"n_parameters": int, "n_changed": int, "modules": [str]},
         "losses": [{"step": int, "loss": NUMBER}],
-        "cost": {key: int for key in ("forward_passes", "backward_passes", "forward_tokens", "backward_tokens")},
+        "cost": dict.fromkeys(("forward_passes", "backward_passes", "forward_tokens", "backward_tokens"), int),
     },
     "wrapper": {"rates": _RATES},
     "eval": {

@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dsg_cli"
 ROWS = (
     ("runtime",),
+    ("provenance",),
     ("errors", "progress", "artifacts", "shapes", "lab.data", "lab.settings", "lab.words", "lab.world"),
     ("interruption", "locks", "migrations", "conversion", "secrets", "methods.names", "methods.settings"),
     ("integrity", "hub", "catalogue"),

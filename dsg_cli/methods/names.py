@@ -30,12 +30,8 @@ class Method:
 METHODS = {
     "dsg": Method("guardrail", "clamp features where a gate has fired", "2504.08192", needs_sae=True),
     "static-clamp": Method("guardrail", "clamp each feature wherever it is active", "2410.19278", needs_sae=True),
-    "conditional-clamp": Method(
-        "guardrail", "clamp each feature above a value of its own", "2503.11127", needs_sae=True
-    ),
-    "refusal-clamp": Method(
-        "guardrail", "raise a refusal feature where another is active", "2503.11127", needs_sae=True
-    ),
+    "conditional-clamp": Method("guardrail", "clamp each feature above a value", "2503.11127", needs_sae=True),
+    "refusal-clamp": Method("guardrail", "raise a refusal feature where others fire", "2503.11127", needs_sae=True),
     "sspu": Method("model", "train within the span of SAE features", "2505.24428", needs_sae=True, is_trained=True),
     "sae-representation": Method(
         "model", "train SAE features towards those of made-up names", "2509.15631", needs_sae=True, is_trained=True
@@ -45,9 +41,7 @@ METHODS = {
     "output-filter": Method("wrapper", "refuse answers by keywords or a linear classifier", "2403.03329"),
     "in-context": Method("wrapper", "show examples with wrong answers first", "2310.07579", needs_forget=False),
     "gradient-ascent": Method("model", "raise the loss on forget text", "2210.01504", is_trained=True),
-    "grad-diff": Method(
-        "model", "raise the loss on forget text, lower it on retain text", "2203.12817", is_trained=True
-    ),
+    "grad-diff": Method("model", "raise the loss on forget text, not on retain text", "2203.12817", is_trained=True),
     "npo": Method("model", "negative preference optimisation", "2404.05868", is_trained=True),
     "simnpo": Method("model", "the same without a reference model", "2410.07163", is_trained=True),
     "rmu": Method("model", "steer representations of forget text to a random vector", "2403.03218", is_trained=True),

@@ -153,7 +153,7 @@ class Scrub(Training):
 
 @dataclass(frozen=True)
 class Ssd:
-    """Where F_forget > a F_retain, with F the diagonal of the Fisher information: w <- w min(l F_retain / F_forget, 1)."""
+    """Where F_forget > a F_retain: w <- w min(l F_retain / F_forget, 1), with F the diagonal of the Fisher information."""
 
     alpha: float = 10.0
     dampening: float = 1.0
@@ -170,7 +170,7 @@ class StaticClamp:
 
     n_features: int = 20
     max_retain_rate: float = 0.01
-    """Features active on a larger share of retain tokens are dropped; the others rank by their share of forget tokens."""
+    """Features active on a larger share of retain tokens are dropped; the others rank by that of forget tokens."""
     strength: str = "20"
     """A number, or a multiple of the median residual norm such as `2r`."""
     steering_file: str | None = None
@@ -247,7 +247,7 @@ class OutputFilter(Filter):
 
 @dataclass(frozen=True)
 class InContext:
-    """Questions in front of every prompt: on what is to be forgotten with wrong answers, on other things with right ones."""
+    """Questions in front of every prompt: with wrong answers on what is to be forgotten, with right ones on the rest."""
 
     n_forget: int = 4
     n_retain: int = 4
