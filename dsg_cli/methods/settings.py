@@ -153,7 +153,7 @@ class Scrub(Training):
 
 @dataclass(frozen=True)
 class Ssd:
-    """Where F_forget > a F_retain: w <- w min(l F_retain / F_forget, 1), with F the diagonal of the Fisher information."""
+    """Where F_forget > a F_retain: w <- w min(l F_retain / F_forget, 1), F the diagonal of the Fisher information."""
 
     alpha: float = 10.0
     dampening: float = 1.0
@@ -247,7 +247,7 @@ class OutputFilter(Filter):
 
 @dataclass(frozen=True)
 class InContext:
-    """Questions in front of every prompt: with wrong answers on what is to be forgotten, with right ones on the rest."""
+    """Questions in front of every prompt: with wrong answers on what is to be forgotten, right ones on the rest."""
 
     n_forget: int = 4
     n_retain: int = 4
