@@ -66,6 +66,7 @@ class Changed:
     names: list[str]
     """Of the parameters that were free to change."""
     n_parameters: int
+    n_changed: int
     losses: list[Json]
     """[{step, loss, <term>, ...}]; steps count from 1."""
     diverged_at: int | None = None

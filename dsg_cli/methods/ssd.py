@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dsg_cli.errors import DsgError
-from dsg_cli.interruption import safe_point
 from dsg_cli.methods.given import Changed, Given
 from dsg_cli.methods.losses import logits_of, mean_loss
 from dsg_cli.methods.settings import Ssd
@@ -33,9 +32,7 @@ def unlearn(given: Given, settings: Ssd) -> Changed:
             n_dampened += int((factor < 1).sum())
             one.mul_(factor)
             one.requires_grad_(False)
-    share = n_dampened / sum(one.numel() for _, one in named)
-    losses = [{"step": 1, "loss": 0.0, "dampened": share}]
-    return Changed([name for name, _ in named], sum(one.numel() for _, one in named), losses)
+    return Changed([name for name, _ in named], sum(one.numel() for _, one in named), n_dampened, losses=[])
 
 
 def factors(forget: Tensor, retain: Tensor, alpha: float, dampening: float) -> Tensor:
@@ -58,7 +55,6 @@ def importances(given: Given, text: Text, n_rows: int, what: str) -> list[Tensor
         for total, grad in zip(sums, grads, strict=True):
             total += grad.square()
         given.report(f"importances, {what} rows", done + 1, len(index))
-        safe_point()
     if not all(bool(torch.isfinite(total).all()) for total in sums):
         raise DsgError(f"A gradient on {what} text is not finite.", "Check the weights.")
     return [total / len(index) for total in sums]

@@ -6,7 +6,7 @@ on from its checkpoint ends with the same weights, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,37 +54,34 @@ def train(given: Given, free: Free, loss: Loss) -> Changed:
     """
     if len(devices_of(given.model)) > 1:
         raise DsgError("A model that is spread over several devices cannot be trained here.", "Take one device.")
-    settings, given_model = free.settings, given.model.eval()  # No dropout: the same step gives the same weights.
+    settings, model = free.settings, given.model.eval()  # No dropout: the same step gives the same weights.
     run = _Run(given, free)
-    n_rows = settings.steps * settings.accumulation * settings.batch_size
-    order = {
-        "forget": given.forget.draws(n_rows, given.seed),
-        "retain": given.retain.draws(n_rows, given.seed + RETAIN_SEED),
-    }
     with at_safe_points():
-        while run.step < settings.steps and run.diverged_at is None:
-            start = run.step * settings.accumulation * settings.batch_size
-            parts = [
-                [
-                    numbers[start + i * settings.batch_size :][: settings.batch_size]
-                    for i in range(settings.accumulation)
-                ]
-                for numbers in order.values()
-            ]
-            several = [
-                Batches(given.forget.batch(forget), given.retain.batch(retain), run.step)
-                for forget, retain in zip(*parts, strict=True)
-            ]
+        for several in _drawn(given, free, from_step=run.step):
             run.take(loss, several)
-            given.report(
-                f"training, loss {run.losses[-1]['loss']:.3g}" if run.losses else "training", run.step, settings.steps
-            )
+            if run.diverged_at is not None:
+                break
+            given.report(f"training, loss {run.losses[-1]['loss']:.3g}", run.step, settings.steps)
             given.checkpoint.reached("training", run.state)
     given.checkpoint.keep("training", run.state())
     run.end()
-    given_model.requires_grad_(False)
+    model.requires_grad_(False)
     n_parameters = sum(one.numel() for one in free.parameters)
-    return Changed(free.names, n_parameters, run.losses, run.diverged_at, run.kept_at, free.adapter)
+    return Changed(free.names, n_parameters, n_parameters, run.losses, run.diverged_at, run.kept_at, free.adapter)
+
+
+def _drawn(given: Given, free: Free, *, from_step: int) -> Iterator[list[Batches]]:
+    """The text of each step, in the order that the seed gives."""
+    settings = free.settings
+    size, a_step = settings.batch_size, settings.batch_size * settings.accumulation
+    forget = given.forget.draws(settings.steps * a_step, given.seed)
+    retain = given.retain.draws(settings.steps * a_step, given.seed + RETAIN_SEED)
+    for step in range(from_step, settings.steps):
+        starts = range(step * a_step, (step + 1) * a_step, size)
+        yield [
+            Batches(given.forget.batch(forget[i : i + size]), given.retain.batch(retain[i : i + size]), step)
+            for i in starts
+        ]
 
 
 class _Run:
@@ -102,7 +99,9 @@ class _Run:
         self.losses: list[Json] = []
         self.diverged_at: int | None = None
         self.kept_at: int | None = None
-        self.kept = self._values()
+        """The step after which the weights were as they are, where it diverged."""
+        self.kept, self.kept_steps = self._values(), 0
+        """Weights that have given a finite loss, and after how many steps."""
         if (entry := given.checkpoint.entry("training")) is not None:
             self._restore(entry)
 
@@ -146,8 +145,6 @@ class _Run:
             for one, value in zip(self.free.parameters, self.kept, strict=True):
                 one.copy_(value)
         self.losses = self.losses[: self.kept_at]
-
-    kept_steps: int = 0
 
     def _set_rate(self) -> None:
         share = min(1.0, (self.step + 1) / self.settings.warmup_steps) if self.settings.warmup_steps else 1.0
