@@ -24,6 +24,7 @@ from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.progress import Report, silent
 from dsg_cli.workers import ALONE, Workers
+from dsg_cli.wrapper import WrapperModule
 
 SIDES = ("guarded", "unguarded")
 
@@ -59,6 +60,8 @@ class Target:
     batch_size: int
     max_length: int
     """Tokens the model can read."""
+    wrappers: Sequence[WrapperModule] = ()
+    """Prefixes and filters that are on and off together with the guardrails."""
     seed: int = 0
     workers: Workers = ALONE
     """Who asks; each gets the whole curve."""
@@ -85,7 +88,7 @@ class Target:
         Args:
             questions: What is asked.
             name: Under which the checkpoint keeps it: another for everything that is asked.
-            is_guarded: Whether the guardrails are on.
+            is_guarded: Whether guardrails and wrappers are on.
             model: Another model than the target's own, such as a copy that was trained.
             change: What becomes of each context's token ids.
             workers: Who asks; all of the target's, unless one of them asks something of its own.
@@ -99,6 +102,7 @@ class Target:
             batch_size=self.batch_size,
             max_length=self.max_length,
             change=change,
+            wrappers=self.wrappers if is_guarded else (),
             workers=self.workers if workers is None else workers,
             checkpoint=self.checkpoint,
             name=name,
