@@ -67,6 +67,7 @@ def evaluate(
     bos: int | None,
     batch_size: int = 32,
     asking: Asking | None = None,
+    unlearned: LoadedModel | None = None,
     wrappers: Sequence[WrapperModule] = (),
     samples: bool = False,
     allow_mismatch: bool = False,
@@ -78,12 +79,13 @@ def evaluate(
     """Ask every bench of the base model and of the same model under its guardrails and behind its wrappers.
 
     Args:
-        loaded: The whole model.
+        loaded: The base model, whole.
         guardrails: What unlearned it.
         tasks: lm-eval's tasks and groups, as `benches.tasks.load_tasks` gives them.
         bos: Token that every sequence begins with.
         batch_size: Sequences in a batch; results depend on it by rounding only.
         asking: How the questions are put.
+        unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
         wrappers: Of the unlearned model, in the order in which they act.
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
@@ -97,13 +99,14 @@ def evaluate(
     """
     asking = asking or Asking()
     for guard in () if allow_mismatch else guardrails:
-        check_model(loaded.model, guard)
+        check_model((unlearned or loaded).model, guard)
     found: dict[str, Any] = {}
     scorers: dict[str, Scorer] = {}
     decisions: dict[tuple[str, str], Decision] = {}
     for side in ("base", "unlearned"):
         guards = guardrails if side == "unlearned" else ()
-        scorer = Scorer(loaded, guards, batch_size, 0, what=f"{side} model", workers=workers, report=report)
+        model = (unlearned or loaded) if side == "unlearned" else loaded
+        scorer = Scorer(model, guards, batch_size, 0, what=f"{side} model", workers=workers, report=report)
         scorer.checkpoint = checkpoint or Checkpoint()
         scorer.known = (known or {}) if side == "base" else {}
         scorer.wrappers = wrappers if side == "unlearned" else ()

@@ -26,6 +26,8 @@ def evaluate_paper(
     batch_size: int = 32,
     limit: int | None = None,
     question_ids: Mapping[str, Sequence[str]] | None = None,
+    unlearned: LoadedModel | None = None,
+    unlearned: LoadedModel | None = None,
     wrappers: Sequence[WrapperModule] = (),
     samples: bool = False,
     allow_mismatch: bool = False,
@@ -37,13 +39,15 @@ def evaluate_paper(
     """Find the questions that the base model knows, and ask them of the unlearned model.
 
     Args:
-        loaded: The whole model.
+        loaded: The base model, whole.
         guardrails: What unlearned it.
         benches: Questions of each bench.
         bos: Token that every prompt begins with.
         batch_size: Prompts in a batch; results depend on it by rounding only.
         limit: Questions of each data set of a bench to begin with, at most.
         question_ids: For a bench named here, these questions count, without a filter.
+        unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
+        unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
         wrappers: Of the unlearned model, in the order in which they act.
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
@@ -56,11 +60,11 @@ def evaluate_paper(
         DsgError: An unknown id, a tokenizer without letters, or no question that the base model knows.
     """
     for guard in () if allow_mismatch else guardrails:
-        check_model(loaded.model, guard)
+        check_model((unlearned or loaded).model, guard)
     letters = Letters(loaded.tokenizer, bos=bos)
     room = context_length(loaded.model.config)
     base = Scorer(loaded, (), batch_size, room, what="base model, letters", known=known or {}, report=report)
-    after = Scorer(loaded, guardrails, batch_size, room, what="unlearned model, letters", report=report)
+    after = Scorer(unlearned or loaded, guardrails, batch_size, room, what="unlearned model, letters", report=report)
     after.wrappers, after.bos = wrappers, bos
     for scorer in (base, after):
         scorer.workers, scorer.checkpoint = workers, checkpoint or Checkpoint()
