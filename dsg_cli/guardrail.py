@@ -34,6 +34,9 @@ def spec_of(body: Guardrail, model: ModelIdentity) -> GuardrailSpec:
         special_ids=body.special_ids,
         bias=body.bias,
         clip=body.clip,
+        clamp=body.clamp,
+        coefficients=body.coefficients,
+        above=body.above,
         model={key: value for key, value in dataclasses.asdict(model).items() if key != "source"},
     )
 

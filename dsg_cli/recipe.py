@@ -15,6 +15,7 @@ import yaml
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import is_file
+from dsg_cli.methods.checks import checks_of_clamps
 from dsg_cli.settings import AttackSection, Recipe
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "recipe_names"]
@@ -178,6 +179,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             "attack.encode_forms is empty; name a form, or give attack.encode_file.",
         ),
         *_checks_of_weights(attack),
+        *checks_of_clamps(recipe.methods),
     )
     return [words for is_fine, words in checks if not is_fine]
 

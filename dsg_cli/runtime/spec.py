@@ -1,4 +1,7 @@
-"""What a guardrail is, as plain JSON values beside its tensors, and the digests that tell one from another."""
+"""What a guardrail is, as plain JSON values beside its tensors, and the digests that tell one from another.
+
+Who only reads of one needs no torch for it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEVER = 3.4028234663852886e38
 """An activation that no finite one exceeds: the largest number of float32, for JSON has no infinity."""
@@ -51,6 +54,8 @@ class GuardrailSpec:
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of tensors: names, types, shapes and values."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
