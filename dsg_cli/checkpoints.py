@@ -28,7 +28,7 @@ from dsg_cli.interruption import pending, safe_point
 State = dict[str, Any]
 """Tensors, and values of JSON."""
 MAGIC = b"dsg-checkpoint-1 "
-LARGEST = 2**33
+LARGEST = 2**37
 SUFFIX = ".checkpoint"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from dsg_cli.artifacts import KINDS
 from dsg_cli.errors import DsgError
-from dsg_cli.integrity import sync_folder, write_atomically
+from dsg_cli.integrity import Content, place_content, sync_folder, write_atomically
 from dsg_cli.interruption import at_safe_points
 from dsg_cli.locks import locked
 
@@ -56,13 +56,13 @@ def next_id(folder: Path, kind: str) -> str:
     return f"{kind}-{number + 1:03d}"
 
 
-def commit(folder: Path, artifact_id: str, files: Mapping[str, bytes], text: str) -> None:
+def commit(folder: Path, artifact_id: str, files: Mapping[str, Content], text: str) -> None:
     """Write an artifact; to be called while `writing`.
 
     Args:
         folder: The workspace.
         artifact_id: Its id.
-        files: Its side files, by their names.
+        files: Its side files, by their names: what is in them, or a file that is moved to there.
         text: Of its JSON file.
 
     Raises:
@@ -73,7 +73,7 @@ def commit(folder: Path, artifact_id: str, files: Mapping[str, bytes], text: str
         scratch.mkdir()
         for name, content in files.items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(scratch / name, content)
+            place_content(scratch / name, content)
         with at_safe_points():
             write_atomically(scratch / f"{artifact_id}.json", text.encode())
             _finish(folder, scratch)

@@ -9,20 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval import evaluator
-from lm_eval.models.huggingface import HFLM
 
 from dsg_cli.artifacts import Json
 from dsg_cli.benches.names import bench_name
 from dsg_cli.benches.tasks import task_index
 from dsg_cli.calibration import wilson
 from dsg_cli.checkpoints import Checkpoint
-from dsg_cli.guardrail import GuardrailModule, guarded
+from dsg_cli.guardrail import GuardrailModule, check_model
+from dsg_cli.harness import ScoringLM
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
 from dsg_cli.scorer import Decision, Known, Scorer
-from dsg_cli.scoring import Request
-from dsg_cli.tokens import with_bos
 from dsg_cli.workers import ALONE, Workers
+from dsg_cli.wrapper import WrapperModule
 
 COUNTED = ("acc", "acc_norm", "exact_match")
 """Metrics that are shares of questions, for which an interval is given."""
@@ -60,34 +59,6 @@ class Asking:
     """Put questions in the tokenizer's chat template."""
 
 
-class ScoringLM(HFLM):
-    """lm-eval's Hugging Face model, with log-likelihoods computed by scoring.py: true lengths reach the gate."""
-
-    def __init__(self, scorer: Scorer, *, bos: int | None) -> None:
-        loaded = scorer.loaded
-        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=scorer.batch_size)
-        self.bos = bos
-        self.scorer = scorer
-        scorer.max_length = self.max_length
-        self.decisions: dict[tuple[str, str], Decision] = {}
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Without lm-eval's progress bar: ours reports the same work."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_options: Any
-    ) -> list[tuple[float, bool]]:
-        asked = [
-            Request(tuple(with_bos(context, self.bos)), tuple(continuation)) for _, context, continuation in requests
-        ]
-        scores, decisions = self.scorer(asked)
-        for (texts, _, _), decided in zip(requests, decisions, strict=True):
-            if decided is not None:
-                self.decisions[texts] = decided
-        return [(found.loglikelihood, found.is_greedy) for found in scores]
-
-
 def evaluate(
     loaded: LoadedModel,
     guardrails: Sequence[GuardrailModule],
@@ -96,6 +67,8 @@ def evaluate(
     bos: int | None,
     batch_size: int = 32,
     asking: Asking | None = None,
+    unlearned: LoadedModel | None = None,
+    wrappers: Sequence[WrapperModule] = (),
     samples: bool = False,
     allow_mismatch: bool = False,
     known: Known | None = None,
@@ -103,15 +76,17 @@ def evaluate(
     checkpoint: Checkpoint | None = None,
     report: Report = silent,
 ) -> SideBySide:
-    """Ask every bench of the base model and of the same model under its guardrails.
+    """Ask every bench of the base model and of the same model under its guardrails and behind its wrappers.
 
     Args:
-        loaded: The whole model.
+        loaded: The base model, whole.
         guardrails: What unlearned it.
         tasks: lm-eval's tasks and groups, as `benches.tasks.load_tasks` gives them.
         bos: Token that every sequence begins with.
         batch_size: Sequences in a batch; results depend on it by rounding only.
         asking: How the questions are put.
+        unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
+        wrappers: Of the unlearned model, in the order in which they act.
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
         known: Answers of the base model that an earlier evaluation got.
@@ -123,25 +98,28 @@ def evaluate(
         DsgError: A log-likelihood is not finite, or memory runs out on a single sequence.
     """
     asking = asking or Asking()
+    for guard in () if allow_mismatch else guardrails:
+        check_model((unlearned or loaded).model, guard)
     found: dict[str, Any] = {}
     scorers: dict[str, Scorer] = {}
     decisions: dict[tuple[str, str], Decision] = {}
     for side in ("base", "unlearned"):
         guards = guardrails if side == "unlearned" else ()
-        scorer = Scorer(loaded, guards, batch_size, 0, what=f"{side} model", workers=workers, report=report)
+        model = (unlearned or loaded) if side == "unlearned" else loaded
+        scorer = Scorer(model, guards, batch_size, 0, what=f"{side} model", workers=workers, report=report)
         scorer.checkpoint = checkpoint or Checkpoint()
         scorer.known = (known or {}) if side == "base" else {}
+        scorer.wrappers = wrappers if side == "unlearned" else ()
         lm = ScoringLM(scorer, bos=bos)
-        with guarded(loaded.model, guards, allow_mismatch=allow_mismatch):
-            found[side] = _simple_evaluate(
-                model=lm,
-                tasks=list(tasks),
-                task_manager=task_index((), False),
-                limit=asking.limit,
-                num_fewshot=asking.num_fewshot,
-                apply_chat_template=asking.chat,
-                log_samples=True,
-            )
+        found[side] = _simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            task_manager=task_index((), False),
+            limit=asking.limit,
+            num_fewshot=asking.num_fewshot,
+            apply_chat_template=asking.chat,
+            log_samples=True,
+        )
         scorers[side] = scorer
         decisions |= lm.decisions
     rows = _rows(found["base"], found["unlearned"], decisions, samples)

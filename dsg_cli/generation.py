@@ -1,9 +1,9 @@
-"""Write an answer under guardrails, and note what their gates saw on the way."""
+"""Write an answer under guardrails and behind wrappers, and note what the gates saw on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule, check_causal, guarded
 from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.tokens import as_chat, encode, special_ids
+from dsg_cli.wrapper import WrapperModule, on_side, prompt_with, refuses_answer, refuses_prompt
 
 Write = Callable[[str], None]
 
@@ -25,7 +26,8 @@ class GateTrace:
     form: str
     threshold: float
     statistic: list[float]
-    """After each token that was read: the prompt's, then the answer's but for its last."""
+    """After each token that was read: the prompt's, then the answer's but for its last. Empty where a filter refused
+    the prompt."""
     latched_at: int | None
     """The first token at which it was open."""
 
@@ -43,8 +45,16 @@ class Answer:
     gates: list[GateTrace] = field(default_factory=list)
 
 
-def prompt_ids(loaded: LoadedModel, prompt: str, *, bos: int | None, chat: bool, n_new: int) -> list[int]:
-    """Token ids of a prompt, as the model will read it.
+def prompt_ids(
+    loaded: LoadedModel,
+    prompt: str,
+    *,
+    bos: int | None,
+    chat: bool,
+    n_new: int,
+    wrappers: Sequence[WrapperModule] = (),
+) -> list[int]:
+    """Token ids of a prompt, as the user sends it; there must be room for what wrappers put in front of it, too.
 
     Raises:
         DsgError: Nothing in it, no chat template, or no room for an answer.
@@ -57,22 +67,26 @@ def prompt_ids(loaded: LoadedModel, prompt: str, *, bos: int | None, chat: bool,
         raise DsgError(f"The tokenizer of {loaded.source} has no chat template.", "Leave --chat out.")
     else:
         ids = encode(loaded.tokenizer, [as_chat(loaded.tokenizer, prompt)], bos=None)[0]
-    room = context_length(loaded.model.config) - len(ids)
-    if n_new > room:
-        raise DsgError(
-            f"A prompt of {len(ids)} tokens leaves room for {max(room, 0)} of the model's "
-            f"{context_length(loaded.model.config)}.",
-            f"Shorten it, or lower --max-new-tokens (now {n_new}).",
-        )
+    _check_room(loaded, len(prompt_with(wrappers, ids, loaded.tokenizer, bos)), n_new)
     return ids
 
 
-@torch.inference_mode()
+def _check_room(loaded: LoadedModel, n_read: int, n_new: int) -> None:
+    room = context_length(loaded.model.config) - n_read
+    if n_new > room:
+        raise DsgError(
+            f"A prompt of {n_read} tokens leaves room for {max(room, 0)} of the model's "
+            f"{context_length(loaded.model.config)}.",
+            f"Shorten it, or lower --max-new-tokens (now {n_new}).",
+        )
+
+
 def answer(
     loaded: LoadedModel,
     ids: Sequence[int],
     *,
     guardrails: Sequence[GuardrailModule] = (),
+    wrappers: Sequence[WrapperModule] = (),
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -84,8 +98,10 @@ def answer(
 
     Args:
         loaded: The whole model.
-        ids: Of the prompt.
+        ids: Of the prompt, as the user sends it.
         guardrails: With causal gates; none for the base model.
+        wrappers: In the order in which they act. A prompt that one refuses is not shown to the model; where one
+            filters answers, nothing is shown before the answer is whole.
         max_new_tokens: Tokens to write, at most.
         temperature: 0 takes the likeliest token.
         seed: Of the draws, if the temperature is not 0.
@@ -94,9 +110,51 @@ def answer(
         write: Called with each piece of the answer.
 
     Raises:
-        DsgError: The model is another one, a gate needs whole sequences, or a residual was not finite.
+        DsgError: The model is another one, a gate needs whole sequences, a residual was not finite, or prompt and
+            answer do not fit the model.
     """
     check_causal(guard.gate.form for guard in guardrails)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    instead = refuses_prompt(wrappers, model, tokenizer, ids)
+    if instead is not None:
+        write(instead)
+        unread = [GateTrace(guard.gate.form, guard.gate.threshold, [], None) for guard in guardrails]
+        return Answer(instead, 0, refused=True, gates=unread)
+    asked = prompt_with(wrappers, ids, tokenizer, tokenizer.bos_token_id)
+    _check_room(loaded, len(asked), max_new_tokens)
+    is_held = bool(on_side(wrappers, "output"))
+    found = _continued(
+        loaded,
+        asked,
+        guardrails,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        refusal=refusal,
+        allow_mismatch=allow_mismatch,
+        write=(lambda _: None) if is_held else write,
+    )
+    if is_held:
+        instead = refuses_answer(wrappers, model, tokenizer, ids, encode(tokenizer, [found.text], bos=None)[0])
+        found = found if instead is None else replace(found, text=instead, refused=True)
+        write(found.text)
+    return found
+
+
+@torch.inference_mode()
+def _continued(
+    loaded: LoadedModel,
+    ids: Sequence[int],
+    guardrails: Sequence[GuardrailModule],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    refusal: str | None,
+    allow_mismatch: bool,
+    write: Write,
+) -> Answer:
+    """The answer to a prompt as the model reads it."""
     opened = Opened(guardrails) if refusal is not None and guardrails else None
     stream = Stream(loaded.tokenizer, write, opened)
     input_ids = torch.tensor([list(ids)], device=loaded.model.device)

@@ -157,6 +157,25 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+Content = bytes | Path
+"""What is in a file, or a file on the same file system that will be moved to where it belongs."""
+
+
+def content_digest(content: Content) -> str:
+    """sha256 of it."""
+    return file_digest(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+
+
+def place_content(path: Path, content: Content) -> None:
+    """Have a file, whole and on the disk."""
+    if isinstance(content, bytes):
+        write_atomically(path, content)
+        return
+    with content.open("rb") as file:
+        os.fsync(file.fileno())
+    content.replace(path)
+
+
 def sync_folder(folder: Path) -> None:
     """Have what was renamed in a folder outlast a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)

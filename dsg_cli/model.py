@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dsg_cli.adapters import base_of, is_adapter, merged
 from dsg_cli.errors import DsgError
 from dsg_cli.hub import REPOSITORY, fetch_snapshot
 from dsg_cli.integrity import is_folder
@@ -37,7 +38,7 @@ SAMPLED = 256
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 """What families call the norm between the last layer and the head."""
-WEIGHT_FILES = ("model*.safetensors",)
+WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
 CODE_FILES = ("*.py",)
 
 
@@ -76,7 +77,7 @@ def model_folder(source: str, *, weights: bool = True, with_code: bool = False) 
             f"No model folder at {source[:200]}.",
             "Give --model a Hugging Face model folder, org/name on the hub, or `lab`.",
         )
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise DsgError(f"{source} is not a Hugging Face model folder: it has no config.json.")
     return folder
 
@@ -99,6 +100,8 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
         DsgError: The configuration is unreadable, or its architecture unknown.
     """
     folder = model_folder(source, weights=False, with_code=trust_remote_code)
+    if is_adapter(folder):
+        return read_config(base_of(folder), trust_remote_code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # A file of the user's: libraries raise anything on a bad one.
@@ -122,6 +125,8 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
         DsgError: It has none, or it cannot be read.
     """
     folder = model_folder(source, weights=False, with_code=trust_remote_code)
+    if is_adapter(folder):
+        return load_tokenizer(base_of(folder), trust_remote_code=trust_remote_code)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise DsgError(
             f"{source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
@@ -145,7 +150,7 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a model folder for inference.
+    """Load a model for inference; of an adapter, its base with the adapter's product added to the weights.
 
     Args:
         source: `lab`, a folder, org/name or org/name@revision.
@@ -160,6 +165,19 @@ def load_model(
         DsgError: Missing or unreadable folder, weights that lack a tensor, or more than the GPUs hold.
     """
     folder = model_folder(source, with_code=trust_remote_code)
+    if is_adapter(folder):
+        # Merged in float32, so that the result does not depend on the dtype that is wanted.
+        base = load_model(
+            base_of(folder),
+            device=device,
+            dtype="float32",
+            last_layer=last_layer,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
+        n_layers = base.n_layers if last_layer is None else last_layer + 1
+        model = merged(base.model, folder, n_layers=n_layers).to(getattr(torch, dtype))
+        return replace(base, model=model, source=pinned(source, folder))
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     config = read_config(str(folder), trust_remote_code=trust_remote_code)
     decoder = text_config(config)

@@ -9,11 +9,12 @@ from dsg_cli.benches.paper import ORDERS, Letters, PaperQuestion, chosen_questio
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
 from dsg_cli.evaluation import SideBySide, counts, gate_rate
-from dsg_cli.guardrail import GuardrailModule, guarded
+from dsg_cli.guardrail import GuardrailModule, check_model
 from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.progress import Report, silent
 from dsg_cli.scorer import Decision, Known, Scorer
 from dsg_cli.workers import ALONE, Workers
+from dsg_cli.wrapper import WrapperModule
 
 
 def evaluate_paper(
@@ -25,6 +26,8 @@ def evaluate_paper(
     batch_size: int = 32,
     limit: int | None = None,
     question_ids: Mapping[str, Sequence[str]] | None = None,
+    unlearned: LoadedModel | None = None,
+    wrappers: Sequence[WrapperModule] = (),
     samples: bool = False,
     allow_mismatch: bool = False,
     known: Known | None = None,
@@ -35,13 +38,16 @@ def evaluate_paper(
     """Find the questions that the base model knows, and ask them of the unlearned model.
 
     Args:
-        loaded: The whole model.
+        loaded: The base model, whole.
         guardrails: What unlearned it.
         benches: Questions of each bench.
         bos: Token that every prompt begins with.
         batch_size: Prompts in a batch; results depend on it by rounding only.
         limit: Questions of each data set of a bench to begin with, at most.
         question_ids: For a bench named here, these questions count, without a filter.
+        unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
+        unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
+        wrappers: Of the unlearned model, in the order in which they act.
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
         known: Answers of the base model that an earlier evaluation got.
@@ -52,10 +58,13 @@ def evaluate_paper(
     Raises:
         DsgError: An unknown id, a tokenizer without letters, or no question that the base model knows.
     """
+    for guard in () if allow_mismatch else guardrails:
+        check_model((unlearned or loaded).model, guard)
     letters = Letters(loaded.tokenizer, bos=bos)
     room = context_length(loaded.model.config)
     base = Scorer(loaded, (), batch_size, room, what="base model, letters", known=known or {}, report=report)
-    after = Scorer(loaded, guardrails, batch_size, room, what="unlearned model, letters", report=report)
+    after = Scorer(unlearned or loaded, guardrails, batch_size, room, what="unlearned model, letters", report=report)
+    after.wrappers, after.bos = wrappers, bos
     for scorer in (base, after):
         scorer.workers, scorer.checkpoint = workers, checkpoint or Checkpoint()
     results: dict[str, Json] = {}
@@ -79,8 +88,7 @@ def evaluate_paper(
                 "Choose a stronger model, or another bench.",
             )
         of_base = {question.id: found for (found, _), question in zip(before, asked, strict=True)}
-        with guarded(loaded.model, guardrails, allow_mismatch=allow_mismatch):
-            unlearned = _ask(after, letters, kept, ORDERS[0])
+        unlearned = _ask(after, letters, kept, ORDERS[0])
         bench_rows = [
             _row(bench, question, of_base[question.id], *answer, samples)
             for question, answer in zip(kept, unlearned, strict=True)

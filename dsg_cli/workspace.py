@@ -7,7 +7,6 @@ and of itself; every read verifies them, and that what it was computed from is w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,9 @@ from dsg_cli.committing import ID, check_side_file, commit, next_id, writing
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import (
     LARGEST_JSON,
+    Content,
     artifact_text,
+    content_digest,
     digest_of,
     file_digest,
     is_file,
@@ -155,7 +156,7 @@ class Workspace:
         *,
         tensors: dict[str, Tensor] | None = None,
         rows: Iterable[Json] | None = None,
-        folder: Mapping[str, bytes] | None = None,
+        folder: Mapping[str, Content] | None = None,
     ) -> Stored:
         """Write an artifact under the next number; all or nothing.
 
@@ -164,7 +165,8 @@ class Workspace:
             body: What was found.
             tensors: Written beside it as safetensors.
             rows: Written beside it as JSON lines.
-            folder: Files, by their paths, of a folder beside it that is named like it.
+            folder: Files, by their paths, of a folder beside it that is named like it; those that are given as files
+                are moved.
 
         Raises:
             DsgError: The workspace cannot be written to.
@@ -177,7 +179,7 @@ class Workspace:
                 files = {f"{artifact_id}{name}": what for name, what in content.items()}
                 for name in files:
                     check_side_file(name, artifact_id)
-                digests = {name: hashlib.sha256(what).hexdigest() for name, what in files.items()}
+                digests = {name: content_digest(what) for name, what in files.items()}
                 inputs = [replace(one, is_elsewhere=not self._has(one)) for one in header.inputs]
                 header = replace(header, id=artifact_id, files=digests, inputs=inputs)
                 data = to_json(header, body)
@@ -229,8 +231,8 @@ def _digest_said(path: Path) -> str:
 
 
 def _contents(
-    tensors: dict[str, Tensor] | None, rows: Iterable[Json] | None, folder: Mapping[str, bytes]
-) -> Iterator[tuple[str, bytes]]:
+    tensors: dict[str, Tensor] | None, rows: Iterable[Json] | None, folder: Mapping[str, Content]
+) -> Iterator[tuple[str, Content]]:
     """Side files, by what follows the id in their names."""
     if tensors is not None:
         from safetensors.torch import save

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dsg_cli.artifacts import Json
 from dsg_cli.attacks.target import SIDES, Material, Target
@@ -55,11 +56,11 @@ def attack(target: Target, material: Material, *, ridge: float) -> list[Json]:
     Raises:
         DsgError: The model's head or last norm is not found.
     """
-    norm, head = _reader(target)
     found: dict[str, list[tuple[Json, Json]]] = {}
     for side in SIDES:
-        guards = target.guardrails if side == "guarded" else ()
-        known, asked = (_read(target, questions, guards) for questions in (material.known, material.forget))
+        guards, model = (target.guardrails if side == "guarded" else ()), target.of(side)
+        norm, head = _reader(model)
+        known, asked = (_read(target, model, questions, guards) for questions in (material.known, material.forget))
         found[side] = []
         for layer in range(len(asked.resid_END)):
             with torch.no_grad():
@@ -76,34 +77,36 @@ def attack(target: Target, material: Material, *, ridge: float) -> list[Json]:
     ]
 
 
-def _reader(target: Target) -> tuple[nn.Module, nn.Linear]:
+def _reader(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     """What stands between the last layer and the logits."""
-    norm, head = final_norm(target.model), target.model.get_output_embeddings()
+    norm, head = final_norm(model), model.get_output_embeddings()
     if norm is None or not isinstance(head, nn.Linear):
         raise DsgError(
-            f"The last norm or the head of {type(target.model).__name__} is not known, so its layers cannot be read.",
+            f"The last norm or the head of {type(model).__name__} is not known, so its layers cannot be read.",
             "Leave `probe` out.",
         )
     return norm, head
 
 
 @torch.inference_mode()
-def _read(target: Target, questions: Sequence[Question], guards: Sequence[GuardrailModule]) -> _Read:
+def _read(
+    target: Target, model: PreTrainedModel, questions: Sequence[Question], guards: Sequence[GuardrailModule]
+) -> _Read:
     """Put the questions, without any answer."""
     pairs = [[encode_pair(target.tokenizer, q.context, c, bos=target.bos) for c in q.choices] for q in questions]
     rows = [list(several[0].context)[-target.max_length :] for several in pairs]
-    n_layers = len(decoder_layers(target.model))
+    n_layers = len(decoder_layers(model))
     resid: list[list[Tensor]] = [[] for _ in range(n_layers)]
     gated: list[bool] = []
-    with guarded(target.model, guards, allow_mismatch=True), ExitStack() as hooks:
+    with guarded(model, guards, allow_mismatch=True), ExitStack() as hooks:
         # Hooks run in the order in which they were put on: these see what the guard made of the residual.
         for layer in range(n_layers):
             site = HookSite(layer, "resid_post")
-            hooks.enter_context(replace_residual(target.model, site, functools.partial(_keep, resid[layer])))
+            hooks.enter_context(replace_residual(model, site, functools.partial(_keep, resid[layer])))
         for start in range(0, len(rows), target.batch_size):
             part = rows[start : start + target.batch_size]
             batch = pad_rows(part, target.tokenizer.pad_token_id or 0, special_ids(target.tokenizer), target.device)
-            target.model(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long(), use_cache=False)
+            model(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long(), use_cache=False)
             last_B = batch.mask_BL.sum(-1) - 1
             for kept in resid:
                 whole_BLD = kept.pop()

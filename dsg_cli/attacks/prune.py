@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dsg_cli.artifacts import Json
 from dsg_cli.attacks.target import Material, Target
-from dsg_cli.attacks.weights import copied, linear_layers
+from dsg_cli.attacks.weights import edited, linear_layers
 
 
 def attack(target: Target, material: Material, *, shares: Sequence[float]) -> list[Json]:
@@ -24,7 +25,12 @@ def attack(target: Target, material: Material, *, shares: Sequence[float]) -> li
         DsgError: The model is spread over several devices.
     """
     return [
-        target.point(share, material.forget, model=pruned(copied(target), share), utility=material.utility)
+        target.point(
+            share,
+            material.forget,
+            models=edited(target, functools.partial(pruned, share=share)),
+            utility=material.utility,
+        )
         for share in shares
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dsg_cli.artifacts import Json
 from dsg_cli.attacks.target import Material, Target
-from dsg_cli.attacks.weights import copied, linear_layers
+from dsg_cli.attacks.weights import edited, linear_layers
 
 
 def attack(target: Target, material: Material, *, bits: Sequence[int]) -> list[Json]:
@@ -25,7 +26,13 @@ def attack(target: Target, material: Material, *, bits: Sequence[int]) -> list[J
         DsgError: The model is spread over several devices.
     """
     return [
-        target.point(n, material.forget, model=quantized(copied(target), n), utility=material.utility) for n in bits
+        target.point(
+            n,
+            material.forget,
+            models=edited(target, functools.partial(quantized, bits=n)),
+            utility=material.utility,
+        )
+        for n in bits
     ]
 
 

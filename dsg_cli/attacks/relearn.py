@@ -40,10 +40,13 @@ class _Training:
     trained: Trained
     learning_rate: float
     has_guard: bool
+    is_base: bool = True
+    """Of the model that no method has changed; one training where that is the guarded one without its guard."""
 
     @property
     def name(self) -> str:
-        return f"{self.data}/{self.trained}/{self.learning_rate:g}/{'guard' if self.has_guard else 'none'}"
+        begun = ("guard" if self.has_guard else "none") + ("" if self.is_base else "/changed")
+        return f"{self.data}/{self.trained}/{self.learning_rate:g}/{begun}"
 
 
 def attack(
@@ -84,16 +87,18 @@ def attack(
     makers = {"forget": training_batch, "unrelated": unrelated_batch}
     batches = {one: makers[one](target, material) for one in data}
     combinations = [(one, trained, rate) for one in data for trained in parameters for rate in learning_rates]
-    trainings = [
-        _Training(*combination, has_guard)
-        for combination in combinations
-        for has_guard in (False, *([True] if "loop" in guard else []))
-    ]
+    trainings = list(
+        dict.fromkeys(
+            training
+            for combination in combinations
+            for training in (_Training(*combination, False), *(_beside(target, combination, one) for one in guard))
+        )
+    )
     found: dict[str, dict[str, list[Json]]] = {}
     before: dict[str, Json] = {}
     for number, training in enumerate(trainings):
         if target.workers.owns(number):
-            sides = ("guarded",) if training.has_guard else ("unguarded", *(("guarded",) if "test" in guard else ()))
+            sides = _sides(target, training, guard)
             chosen = _Chosen(training, rank, frozen_below, steps, sides)
             found[training.name] = _measured(target, material, batches[training.data], chosen, before)
     of_all = {name: sides for several in target.workers.gathered(found) for name, sides in several.items()}
@@ -101,8 +106,27 @@ def attack(
         point
         for combination in combinations
         for guarding in guard
-        for point in _curve(_Training(*combination, guarding == "loop"), of_all, guarding, steps, frozen_below)
+        for point in _curve(_beside(target, combination, guarding), of_all, guarding, steps, frozen_below)
     ]
+
+
+def _beside(target: Target, combination: tuple[Data, Trained, float], guarding: Guarding) -> _Training:
+    """The training of the guarded side: of weights that a method changed if it did, the guard in the loop or not."""
+    has_guard = guarding == "loop" and bool(target.guardrails)
+    return _Training(*combination, has_guard, is_base=target.base is None)
+
+
+def _sides(target: Target, training: _Training, guard: Sequence[Guarding]) -> tuple[str, ...]:
+    """Who is asked after a training: under the guard, without it, or both."""
+    if training.has_guard:
+        return ("guarded",)
+    if target.base is None or not training.is_base:
+        is_asked_under = "test" in guard or ("loop" in guard and not target.guardrails)
+        is_asked_without = training.is_base or "removed" in guard
+        return tuple(
+            side for side, is_asked in (("unguarded", is_asked_without), ("guarded", is_asked_under)) if is_asked
+        )
+    return ("unguarded",)
 
 
 @dataclass(frozen=True)
@@ -141,7 +165,7 @@ def _measured(
     """Points of each side, in the order of steps. Those before the first step, which all trainings share, go through
     `before`."""
     training = chosen.training
-    attacked = copied(target).float()
+    attacked = copied(target.of("unguarded" if training.is_base else "guarded")).float()
     parameters = _trained(target, attacked, chosen)
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate)
     loss, n_done = float("nan"), 0
@@ -153,11 +177,12 @@ def _measured(
             n_done += 1
             target.report(f"relearning, {training.name}", n_done, max(chosen.steps))
         for side in chosen.sides:
-            point = before.get(side) if n_done == 0 else None
+            key = f"{side}/{training.is_base}"
+            point = before.get(key) if n_done == 0 else None
             if point is None:
                 point = _asked(target, material, attacked, f"{training.name}/{side}/{step}", side == "guarded")
             if n_done == 0:
-                before[side] = point
+                before[key] = point
             points[side].append(point | ({"loss": loss} if n_done else {}))
     return points
 

@@ -58,6 +58,7 @@ def attack(
     """
     check_room(target, [*material.forget, *material.known], tokens, "attack.soft_prompt_tokens")
     begun = benign_texts(material, tokens)[0][:tokens]
+    objectives = [one for one in objectives if one != "gate" or target.guardrails] or ["loop"]
     measured: dict[str, list[Json]] = {}
     for number, how in enumerate((None, *objectives)):
         if target.workers.owns(number):
@@ -80,16 +81,16 @@ def _measured(
     gate_weight: float,
 ) -> list[Json]:
     """One training: points in the order of steps. Without an objective of its own, the guard is nowhere."""
-    change = in_front(begun, target.bos)
+    change, model = in_front(begun, target.bos), target.of("guarded" if how else "unguarded")
     batch = answer_batch(target, material.known, change)
     with torch.no_grad():
-        prompt_PD = target.model.get_input_embeddings()(torch.tensor(begun, device=target.device)).float()
+        prompt_PD = model.get_input_embeddings()(torch.tensor(begun, device=target.device)).float()
     prompt_PD.requires_grad_(True)
     size = float(prompt_PD.detach().square().mean().sqrt())
     optimizer = torch.optim.Adam([prompt_PD], lr=learning_rate * size)
-    objective = _objective(target, how, gate_weight)
+    objective = _objective(target, model, how, gate_weight)
     n_done, points = 0, []
-    with embedded(target.model, prompt_PD, first=int(target.bos is not None)):
+    with embedded(model, prompt_PD, first=int(target.bos is not None)):
         loss = objective(batch)
         for step in steps:
             while n_done < step:
@@ -106,13 +107,15 @@ def _measured(
     return points
 
 
-def _objective(target: Target, how: Objective | None, gate_weight: float) -> Callable[[AnswerBatch], Tensor]:
+def _objective(
+    target: Target, model: PreTrainedModel, how: Objective | None, gate_weight: float
+) -> Callable[[AnswerBatch], Tensor]:
     if how == "gate":
-        return against_the_gate(target.model, target.guardrails, gate_weight)
+        return against_the_gate(model, target.guardrails, gate_weight)
 
     def answers(batch: AnswerBatch) -> Tensor:
-        with guarded(target.model, target.guardrails if how == "loop" else (), allow_mismatch=True):
-            return answer_losses(target.model, batch).mean()
+        with guarded(model, target.guardrails if how == "loop" else (), allow_mismatch=True):
+            return answer_losses(model, batch).mean()
 
     return answers
 

@@ -72,8 +72,7 @@ def attack(
     for place in places:
         found = {}
         for side in SIDES:
-            guards = target.guardrails if side == "guarded" else ()
-            search = _Search(target, material.known, guards, place, n_cue, candidates, gate_weight)
+            search = _Search(target, side, material.known, place, n_cue, candidates, gate_weight)
             found[side] = search.measured(material.forget, tuple(begun), steps, f"{place}/{side}")
         for i, step in enumerate(steps):
             curve.append({"x": step, "variant": place, **{side: found[side][i] for side in SIDES}})
@@ -96,12 +95,20 @@ class _Search:
     """A search against the guarded model, or with no guards against the unguarded one."""
 
     target: Target
+    side: str
     known: Sequence[Question]
-    guards: Sequence[GuardrailModule]
     place: Place
     n_cue: int
     n_candidates: int
     gate_weight: float
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.target.of(self.side)
+
+    @property
+    def guards(self) -> Sequence[GuardrailModule]:
+        return self.target.guardrails if self.side == "guarded" else ()
 
     def measured(
         self, asked: Sequence[Question], begun: tuple[int, ...], steps: Sequence[int], name: str
@@ -109,7 +116,7 @@ class _Search:
         """Points in the order of steps."""
         target = self.target
         generator = torch.Generator().manual_seed(target.seed)
-        objective = against_the_gate(target.model, self.guards, self.gate_weight)
+        objective = against_the_gate(self.model, self.guards, self.gate_weight)
         (first,) = self.tried([begun])
         size = max(first.statistic, 1e-6)
 
@@ -124,7 +131,7 @@ class _Search:
                 best = min([best, *self.tried(proposed)], key=worth)
                 n_done += 1
                 target.report(f"suffix, {name}", n_done, max(steps))
-            change, is_guarded = self.change(best.suffix), bool(self.guards)
+            change, is_guarded = self.change(best.suffix), self.side == "guarded"
             found = target.ask(asked, name=f"{name}/{step}", is_guarded=is_guarded, change=change)
             points.append(of_forget(found) | {"loss": worth(best)})
         return points
@@ -144,9 +151,9 @@ class _Search:
         def note(_batch: TokenBatch) -> list[float]:
             return [statistic for statistic, _, _ in last_decisions(self.guards)]
 
-        with guarded(target.model, self.guards, allow_mismatch=True):
+        with guarded(self.model, self.guards, allow_mismatch=True):
             scores = score(
-                target.model,
+                self.model,
                 requests,
                 pad=target.tokenizer.pad_token_id or 0,
                 special=special_ids(target.tokenizer),
@@ -169,11 +176,11 @@ class _Search:
         start_B = batch.tokens.mask_BL.sum(-1) - batch.answer_BL.sum(-1) - self.n_cue - len(suffix)
         if self.place == "before":
             start_B = torch.full_like(start_B, int(self.target.bos is not None))
-        slope_SD = slope_of_embeddings(self.target.model, objective, batch, start_B, len(suffix))
+        slope_SD = slope_of_embeddings(self.model, objective, batch, start_B, len(suffix))
         tokenizer = self.target.tokenizer
         with torch.no_grad():
             words = torch.arange(len(tokenizer), device=slope_SD.device)
-            scores_SV = -slope_SD @ self.target.model.get_input_embeddings()(words).float().T
+            scores_SV = -slope_SD @ self.model.get_input_embeddings()(words).float().T
         scores_SV[:, sorted({*special_ids(tokenizer), *tokenizer.all_special_ids})] = -torch.inf
         return scores_SV
 

@@ -24,6 +24,7 @@ from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.progress import Report, silent
 from dsg_cli.workers import ALONE, Workers
+from dsg_cli.wrapper import WrapperModule
 
 SIDES = ("guarded", "unguarded")
 
@@ -51,7 +52,7 @@ class Target:
     """A guarded model and how it is asked."""
 
     model: PreTrainedModel
-    """Unguarded; no attack changes it."""
+    """Without its guardrails; no attack changes it."""
     tokenizer: PreTrainedTokenizerBase
     guardrails: Sequence[GuardrailModule]
     bos: int | None
@@ -59,6 +60,10 @@ class Target:
     batch_size: int
     max_length: int
     """Tokens the model can read."""
+    wrappers: Sequence[WrapperModule] = ()
+    """Prefixes and filters that are on and off together with the guardrails."""
+    base: PreTrainedModel | None = None
+    """The model that no method has changed, for the unguarded side; None if that is the same."""
     seed: int = 0
     workers: Workers = ALONE
     """Who asks; each gets the whole curve."""
@@ -69,6 +74,10 @@ class Target:
     @property
     def device(self) -> str:
         return str(next(self.model.parameters()).device)
+
+    def of(self, side: str) -> PreTrainedModel:
+        """The model of a side, without guardrails."""
+        return self.model if side == "guarded" or self.base is None else self.base
 
     def ask(
         self,
@@ -85,13 +94,13 @@ class Target:
         Args:
             questions: What is asked.
             name: Under which the checkpoint keeps it: another for everything that is asked.
-            is_guarded: Whether the guardrails are on.
-            model: Another model than the target's own, such as a copy that was trained.
+            is_guarded: Whether guardrails and wrappers are on.
+            model: Another model than that of the side, such as a copy that was trained.
             change: What becomes of each context's token ids.
             workers: Who asks; all of the target's, unless one of them asks something of its own.
         """
         return ask(
-            model if model is not None else self.model,
+            model if model is not None else self.of("guarded" if is_guarded else "unguarded"),
             self.tokenizer,
             questions,
             guardrails=self.guardrails if is_guarded else (),
@@ -99,6 +108,7 @@ class Target:
             batch_size=self.batch_size,
             max_length=self.max_length,
             change=change,
+            wrappers=self.wrappers if is_guarded else (),
             workers=self.workers if workers is None else workers,
             checkpoint=self.checkpoint,
             name=name,
@@ -112,15 +122,16 @@ class Target:
         *,
         variant: str = "",
         change: Change | None = None,
-        model: PreTrainedModel | None = None,
+        models: Mapping[str, PreTrainedModel] | None = None,
         utility: Sequence[Question] = (),
     ) -> Json:
-        """A point of a curve: the same questions of the guarded and of the unguarded model, or of that other model.
+        """A point of a curve: the same questions of the guarded and of the unguarded model, or of others by side.
 
         With questions that must stay answered, each side also holds `utility_acc`.
         """
         point: Json = {"x": x, "variant": variant}
         for side in SIDES:
+            model = models[side] if models is not None else None
             ask = functools.partial(self.ask, is_guarded=side == "guarded", change=change, model=model)
             name = f"{variant}/{x}/{side}"
             point[side] = of_forget(ask(questions, name=name))

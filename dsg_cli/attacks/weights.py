@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,18 +15,24 @@ from dsg_cli.model import devices_of
 from dsg_cli.runtime.sites import decoder_of
 
 
-def copied(target: Target) -> PreTrainedModel:
-    """A copy of the unguarded model.
+def copied(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model.
 
     Raises:
         DsgError: It is spread over several devices.
     """
-    if len(devices_of(target.model)) > 1:
+    if len(devices_of(model)) > 1:
         raise DsgError(
             "A model that is spread over several devices cannot be copied, so its weights cannot be attacked here.",
             "Take a device that holds it whole.",
         )
-    return copy.deepcopy(target.model)
+    return copy.deepcopy(model)
+
+
+def edited(target: Target, edit: Callable[[PreTrainedModel], PreTrainedModel]) -> dict[str, PreTrainedModel]:
+    """The models of both sides after an edit of their weights; one copy where they are the same."""
+    guarded = edit(copied(target.of("guarded")))
+    return {"guarded": guarded, "unguarded": guarded if target.base is None else edit(copied(target.base))}
 
 
 def linear_layers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Tensor, int]]:

@@ -51,6 +51,8 @@ class Screen:
 
 
 def _told(name: str, gate: GateTrace, tokens: list[str]) -> str:
+    if not gate.statistic:
+        return f"{name} was not asked: the prompt was refused"
     peak = max(gate.statistic)
     if gate.latched_at is None:
         return f"{name} stayed shut ({gate.form} {peak:.2f}, threshold {gate.threshold:.2f})"

@@ -9,13 +9,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.artifacts import EvalReport, FeatureSet, Guardrail, Json, Threshold
+from dsg_cli.artifacts import EvalReport, FeatureSet, Guardrail, Json, ModelWeights, Threshold, Wrapper
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 from dsg_cli.report.attacks import curve_table, place, share
 from dsg_cli.report.expectations import verdicts
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
+from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
 
@@ -31,6 +32,10 @@ def artifact_table(stored: Stored) -> Group:
         table = _pairs(guardrail_rows(body))
     elif isinstance(body, EvalReport):
         table = _evaluation(body, stored.header.settings.get("benches", []))
+    elif isinstance(body, ModelWeights):
+        table = _pairs(model_rows(body))
+    elif isinstance(body, Wrapper):
+        table = _pairs(wrapper_rows(body))
     else:
         table = curve_table(body)
     notes = [Text(f"note: {note}") for note in stored.header.notes]
@@ -95,6 +100,10 @@ def headline(stored: Stored) -> str:
     if isinstance(body, EvalReport):
         shown = [f"{bench} {percent(sides, 'unlearned')}" for bench, sides in body.results.items()]
         return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
+    if isinstance(body, ModelWeights):
+        return f"{body.method}, {body.form}, {len(body.losses)} steps"
+    if isinstance(body, Wrapper):
+        return f"{body.method}, {body.rule} on the {body.side}"
     return f"{body.attack} on {body.bench}: {share(body.summary['forget_acc_worst'])} at {place(body)}"
 
 
@@ -154,13 +163,7 @@ def _threshold(body: Threshold, lengths: Sequence[int]) -> list[tuple[str, str]]
         *([("the paper's percentile", f"{body.percentile:.4f}")] if body.percentile is not None else []),
         *([("watches", " ".join(map(str, body.detectors)))] if body.detectors else []),
         ("false positives", rate),
-        *(
-            (
-                f"{'caught' if one['is_forget'] else 'gated'}: {one['what']}",
-                f"{one['rate']:.3f} of {one['n']} (95 %: {one['low']:.3f} to {one['high']:.3f})",
-            )
-            for one in body.rates
-        ),
+        *(rate_row(one) for one in body.rates),
     ]
 
 
@@ -183,7 +186,7 @@ def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:
         )
     for one in verdicts(body):
         table.add_row(Text(one.expect), "", "", one.unlearned, one.bound, "met" if one.is_met else "NOT MET")
-    remarks = []
+    remarks = [named(body.composition)] if body.composition else []
     if len(shown) < len(body.results):
         remarks.append(f"{len(body.results) - len(shown)} parts more with --json")
     remarks += [f"{n} answers of the base model are from {name}" for name, n in body.base_from.items()]

@@ -22,14 +22,14 @@ from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.corpora import Corpus, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.expect import Expected, check_expected, check_metrics, parse_expected
-from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.lab import data as lab
-from dsg_cli.model import LoadedModel, context_length
+from dsg_cli.model import context_length
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import Guards, find_guards, identify, load_guards, settle
+from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.stages.wordings import Wordings, check_counts, possible, read_wordings
+from dsg_cli.stages.subject import LoadedSubject, Subject, find_subject, load_subject, newest
+from dsg_cli.stages.wordings import Wordings, check_counts, possible, read_wordings, suited
 from dsg_cli.tokens import encode
 from dsg_cli.workspace import Stored, Workspace
 
@@ -42,16 +42,16 @@ def run(
     sources: Sequence[str] = (),
     session: Session = QUIET,
 ) -> list[Stored]:
-    """Attack the newest guardrail, or those named together, in every way that is named; write what came back.
+    """Attack the newest guardrail, model or wrapper, or those named together, in every way that is named.
 
     Raises:
         DsgError: Anything the user can mend.
     """
     clock = Clock()
     expanded(kinds)
-    newest = session.named(workspace, "guardrail", None) if not sources else None
+    sources = session.named_together(workspace, sources, newest)
     with session.workers.in_turn():
-        made = _prepared(recipe, workspace, kinds, [newest] if newest else sources, session)
+        made = _prepared(recipe, workspace, kinds, sources, session)
     stored = []
     for kind in made.headers:
         stored.append(_one(made, kind, recipe, workspace, clock, session))
@@ -63,9 +63,8 @@ def run(
 class _Prepared:
     """All that attacks need."""
 
-    guards: Guards
-    loaded: LoadedModel
-    modules: list[GuardrailModule]
+    subject: Subject
+    loaded: LoadedSubject
     bench: str
     material: Material
     """With every question in `forget`; attacks that need `known` ones take them away where they must."""
@@ -88,10 +87,11 @@ def _prepared(
         DsgError: Anything the user can mend.
     """
     settings = recipe.attack
-    guards = find_guards(workspace, sources)
+    subject = find_subject(workspace, sources)
     workspace.check_writable()
-    bench = settings.bench or default_bench(guards.forget())
+    bench = settings.bench or default_bench(subject.forget())
     kinds = possible(named, settings, bench, session.say)
+    kinds = suited(named, kinds, subject, session.say)
     expected = [parse_expected(text, kinds) for text in settings.expect]
     check_metrics(expected, {kind: {"acc"} for kind in kinds})
     check_counts(settings, kinds)
@@ -102,28 +102,28 @@ def _prepared(
     )
     needs = {need for kind in kinds for need in KINDS[kind].needs}
     known = _attacker_knows(recipe, bench, questions[bench]) if "known" in needs else ([], questions[bench])
-    retain = _benign(recipe, guards) if "benign" in needs else []
-    recipe = settle(recipe, guards.header)
-    loaded, modules = load_guards(workspace, guards, recipe)
-    headers = {kind: _header(kind, recipe, bench, guards, loaded, retain, wordings) for kind in kinds}
+    retain = _benign(recipe, subject) if "benign" in needs else []
+    recipe = settle(recipe, subject.header)
+    loaded = load_subject(workspace, subject, recipe)
+    headers = {kind: _header(kind, recipe, bench, subject, loaded, retain, wordings) for kind in kinds}
     # Text that neither selection nor calibration has seen.
     texts = [text for corpus in retain for text in corpus.part("fresh")]
     material = Material(
         forget=questions[bench],
         utility=questions.get(settings.utility_bench or "", []),
-        benign=encode(loaded.tokenizer, texts, bos=None),
+        benign=encode(loaded.base.tokenizer, texts, bos=None),
         frames=wordings.frames,
     )
     is_known = all(name in lab.bench_names() for name in (*questions, *wordings.benches))
-    return _Prepared(guards, loaded, modules, bench, material, known, wordings, headers, expected, is_known)
+    return _Prepared(subject, loaded, bench, material, known, wordings, headers, expected, is_known)
 
 
 def _header(
     kind: str,
     recipe: Recipe,
     bench: str,
-    guards: Guards,
-    loaded: LoadedModel,
+    subject: Subject,
+    loaded: LoadedSubject,
     retain: Sequence[Corpus],
     wordings: Wordings,
 ) -> Header:
@@ -146,9 +146,9 @@ def _header(
             "retain": {corpus.name: corpus.sha256 for corpus in retain} if needs_benign else {},
             "allow_mismatch": recipe.model.allow_mismatch,
         },
-        model=identify(loaded, guards.header.model.last_layer),
-        sae=guards.header.sae,
-        inputs=guards.stored,
+        model=identify(loaded.base, subject.header.model.last_layer),
+        sae=subject.header.sae,
+        inputs=subject.named,
     )
 
 
@@ -177,18 +177,22 @@ def _one(made: _Prepared, kind: str, recipe: Recipe, workspace: Workspace, clock
             curve=curve,
             summary=summary,
             expected=_checked([one for one in made.expected if one.bench == kind], kind, before, summary),
+            composition=made.subject.composition(),
         )
         return session.write(workspace, lambda: workspace.write(clock.close(header), body))
 
 
 def _target(made: _Prepared, recipe: Recipe, session: Session, checkpoint: Checkpoint) -> Target:
+    loaded = made.loaded
     return Target(
-        model=made.loaded.model,
-        tokenizer=made.loaded.tokenizer,
-        guardrails=made.modules,
-        bos=made.guards.bos,
+        model=loaded.model.model,
+        base=None if loaded.base is loaded.model else loaded.base.model,
+        tokenizer=loaded.base.tokenizer,
+        guardrails=loaded.guardrails,
+        wrappers=loaded.wrappers,
+        bos=made.subject.bos,
         batch_size=recipe.eval.batch_size,
-        max_length=context_length(made.loaded.model.config),
+        max_length=context_length(loaded.base.model.config),
         seed=recipe.seed,
         workers=session.workers,
         checkpoint=checkpoint,
@@ -241,9 +245,9 @@ def load_questions(recipe: Recipe, bench: str, split: str) -> list[Question]:
     return found
 
 
-def _benign(recipe: Recipe, guards: Guards) -> list[Corpus]:
-    """The retain corpora of all guardrails, without what another one of them forgets."""
-    names = list(dict.fromkeys(name for body in guards.bodies for name in body.retain if name not in guards.forget()))
+def _benign(recipe: Recipe, subject: Subject) -> list[Corpus]:
+    """The retain corpora of all that acts, without what another of them forgets."""
+    names = subject.retain()
     return load_corpora(names, role="retain", limit=recipe.corpora.limit, seed=recipe.seed)
 
 

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dsg_cli.artifacts import Guardrail, Header, ModelIdentity, SaeIdentity
+from dsg_cli.artifacts import Header, ModelIdentity, SaeIdentity
 from dsg_cli.errors import DsgError
-from dsg_cli.export.light import read_light
-from dsg_cli.guardrail import GuardrailModule, module_from_artifact
-from dsg_cli.hub import SCHEME
-from dsg_cli.loading import light_path
 from dsg_cli.model import LoadedModel, fingerprint, load_model
 from dsg_cli.recipe import Recipe
-from dsg_cli.runtime.gates import CAUSAL_FORMS
 from dsg_cli.sae import SaeSource, read_sae
 from dsg_cli.tokens import special_ids
 from dsg_cli.workers import launched
-from dsg_cli.workspace import Stored, Workspace
 
 
 def settle(recipe: Recipe, made: Header | None = None) -> Recipe:
@@ -130,87 +124,3 @@ def check_tokens(loaded: LoadedModel, special: Sequence[int], made: str) -> None
             f"The tokenizer of {loaded.source} has other special tokens than when {made} was made.",
             "Start again with dsg select.",
         )
-
-
-@dataclass(frozen=True)
-class Guards:
-    """Guardrails that are to be put on one model together."""
-
-    stored: list[Stored]
-    bos: int | None
-    """Token that every sequence began with when they were made."""
-
-    @property
-    def bodies(self) -> list[Guardrail]:
-        return [stored.body_as(Guardrail) for stored in self.stored]
-
-    @property
-    def header(self) -> Header:
-        """Of the one that covers the most layers: its model is that of all."""
-        return max((stored.header for stored in self.stored), key=lambda header: header.model.last_layer)
-
-    @property
-    def can_generate(self) -> bool:
-        """Whether every gate decides while a sequence is still being written."""
-        return all(body.gate in CAUSAL_FORMS for body in self.bodies)
-
-    def forget(self) -> list[str]:
-        """Names of all forget corpora."""
-        return [name for body in self.bodies for name in body.forget]
-
-
-def find_guards(workspace: Workspace, sources: Sequence[str]) -> Guards:
-    """The newest guardrail, or those that are named: each decides by its own gate.
-
-    Raises:
-        DsgError: One is missing or damaged, named twice, or made for another model or another beginning of sequences.
-    """
-    stored = [_find_guardrail(workspace, source) for source in sources] or [workspace.find("guardrail")]
-    if len({one.json["sha256"] for one in stored}) < len(stored):
-        raise DsgError("One guardrail was named twice.", "Name each once.")
-    first = stored[0]
-    for other in stored[1:]:
-        one, two = first.header.model, other.header.model
-        if (one.architecture, one.n_layers, one.width) != (two.architecture, two.n_layers, two.width):
-            raise DsgError(f"{first.id} and {other.id} were made for different models.")
-        if first.body_as(Guardrail).bos != other.body_as(Guardrail).bos:
-            raise DsgError(f"{first.id} and {other.id} were made for sequences that begin differently (BOS).")
-    return Guards(stored, first.body_as(Guardrail).bos)
-
-
-def _find_guardrail(workspace: Workspace, source: str) -> Stored:
-    """By id or path, from a light file, or from a repository on the hub."""
-    if not source.startswith(SCHEME) and not source.endswith(".safetensors"):
-        return workspace.find("guardrail", source)
-    path = light_path(source)
-    light = read_light(path)
-    return Stored(light.header, light.body, light.json, path)
-
-
-def guard_modules(workspace: Workspace, guards: Guards) -> list[GuardrailModule]:
-    """The guardrails as modules, from their own tensors.
-
-    Raises:
-        DsgError: A tensor is missing or not finite.
-    """
-    return [
-        module_from_artifact(body, stored.header.model, workspace.tensors(stored), where=stored.id)
-        for stored, body in zip(guards.stored, guards.bodies, strict=True)
-    ]
-
-
-def load_guards(
-    workspace: Workspace, guards: Guards, recipe: Recipe, *, cut: bool = False
-) -> tuple[LoadedModel, list[GuardrailModule]]:
-    """The model, whole or cut after the last layer that a guardrail covers, and the guardrails as modules.
-
-    Raises:
-        DsgError: The model cannot be loaded or is another one, or a guardrail's tensors are broken.
-    """
-    modules = guard_modules(workspace, guards)
-    loaded = load_chain_model(guards.header, recipe, cut=cut)
-    for stored, body in zip(guards.stored, guards.bodies, strict=True):
-        check_tokens(loaded, body.special_ids, stored.id)
-        if not recipe.model.allow_mismatch and stored.header is not guards.header:
-            check_identity(loaded, stored.header)
-    return loaded, modules

@@ -18,13 +18,13 @@ from dsg_cli.benches.tasks import commits, load_tasks, metrics_of
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
 from dsg_cli.expect import Expected, check_expected, check_metrics, parse_expected
-from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.lab import data as lab
-from dsg_cli.model import LoadedModel, whole_digest
+from dsg_cli.model import whole_digest
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import Guards, find_guards, identify, load_guards, settle
+from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
+from dsg_cli.stages.subject import LoadedSubject, Subject, find_subject, load_subject, newest
 from dsg_cli.workspace import Stored, Workspace
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ Answers = dict[bytes, tuple[float, bool]]
 
 
 def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), session: Session = QUIET) -> Stored:
-    """Evaluate the newest guardrail, or those named together, and write the report.
+    """Evaluate the newest guardrail, model or wrapper, or those named together, and write the report.
 
     Raises:
         DsgError: Anything the user can mend; after the report is written, a guardrail that gated no question on what it
             should forget. An expectation that is not met is no error here; it is in the report.
     """
     clock = Clock()
-    newest = session.named(workspace, "guardrail", None) if not sources else None
+    sources = session.named_together(workspace, sources, newest)
     with session.workers.in_turn():
-        made = _prepared(recipe, workspace, [newest] if newest else sources)
+        made = _prepared(recipe, workspace, sources)
     # Nothing vouches for the data of other benches, so they are asked again.
     is_known = all(bench in lab.bench_names() for bench in recipe.eval.benches)
     if is_known and (stored := session.existing(workspace, made.header)) is not None:
@@ -52,7 +52,7 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), se
         earlier = _earlier_answers(workspace, made.header, session, checkpoint)
         found = _asked(made, recipe, earlier, session, checkpoint)
         stored = session.write(workspace, lambda: _write(workspace, clock, made, recipe, found, earlier))
-    _check_effect(stored, made.guards, recipe)
+    _check_effect(stored, made.subject, recipe)
     return stored
 
 
@@ -60,9 +60,8 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), se
 class _Prepared:
     """All that the questions are asked with."""
 
-    guards: Guards
-    loaded: LoadedModel
-    modules: list[GuardrailModule]
+    subject: Subject
+    loaded: LoadedSubject
     tasks: list[Any]
     questions: dict[str, list[PaperQuestion]]
     """Of benches of the paper's protocol."""
@@ -82,34 +81,36 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
     if not settings.benches:
         raise DsgError("No bench is named.", "Give one with --bench: `dsg ls benches` lists them.")
     expected = [parse_expected(text, settings.benches) for text in settings.expect]
-    guards = find_guards(workspace, sources)
+    subject = find_subject(workspace, sources)
     workspace.check_writable()
     in_paper = [bench for bench in settings.benches if bench in PAPER]
     wanted = read_question_ids(Path(settings.question_ids) if settings.question_ids else None, in_paper)
     others = [bench for bench in settings.benches if bench not in PAPER]
     tasks = load_tasks(
-        others, split=settings.split, include_path=settings.include_path, can_generate=guards.can_generate
+        others, split=settings.split, include_path=settings.include_path, can_generate=subject.can_generate
     )
     check_metrics(expected, metrics_of(tasks))
     questions = {bench: load_questions(bench) for bench in in_paper}
-    recipe = settle(recipe, guards.header)
-    loaded, modules = load_guards(workspace, guards, recipe)
-    if settings.apply_chat_template and not loaded.tokenizer.chat_template:
-        raise DsgError(f"The tokenizer of {loaded.source} has no chat template.", "Leave --apply-chat-template out.")
+    recipe = settle(recipe, subject.header)
+    loaded = load_subject(workspace, subject, recipe)
+    if settings.apply_chat_template and not loaded.base.tokenizer.chat_template:
+        raise DsgError(
+            f"The tokenizer of {loaded.base.source} has no chat template.", "Leave --apply-chat-template out."
+        )
     header = new_header(
         "eval",
         recipe,
         settings={
             **dataclasses.asdict(settings),
             "allow_mismatch": recipe.model.allow_mismatch,
-            "model_digest": whole_digest(loaded.model),
+            "model_digest": whole_digest(loaded.base.model),
             "commits": commits(tasks) | {bench: several[0].revision for bench, several in questions.items()},
         },
-        model=identify(loaded, guards.header.model.last_layer),
-        sae=guards.header.sae,
-        inputs=guards.stored,
+        model=identify(loaded.base, subject.header.model.last_layer),
+        sae=subject.header.sae,
+        inputs=subject.named,
     )
-    return _Prepared(guards, loaded, modules, tasks, questions, wanted, expected, header)
+    return _Prepared(subject, loaded, tasks, questions, wanted, expected, header)
 
 
 def _asked(
@@ -118,7 +119,7 @@ def _asked(
     """Every bench of both sides."""
     settings = recipe.eval
     options: dict[str, Any] = {
-        "bos": made.guards.bos,
+        "bos": made.subject.bos,
         "batch_size": settings.batch_size,
         "samples": settings.samples,
         "allow_mismatch": recipe.model.allow_mismatch,
@@ -128,27 +129,32 @@ def _asked(
         "report": session.report,
     }
     found: list[SideBySide] = []
+    loaded = made.loaded
+    options |= {"unlearned": loaded.model, "wrappers": loaded.wrappers}
     if made.tasks:
         from dsg_cli.evaluation import Asking, evaluate
 
         asking = Asking(settings.limit, settings.num_fewshot, settings.apply_chat_template)
-        found.append(evaluate(made.loaded, made.modules, made.tasks, asking=asking, **options))
+        found.append(evaluate(loaded.base, loaded.guardrails, made.tasks, asking=asking, **options))
     if made.questions:
         from dsg_cli.paper_evaluation import evaluate_paper
 
         options |= {"limit": settings.limit, "question_ids": made.wanted}
-        found.append(evaluate_paper(made.loaded, made.modules, made.questions, **options))
+        found.append(evaluate_paper(loaded.base, loaded.guardrails, made.questions, **options))
     return found
 
 
-def _check_effect(stored: Stored, guards: Guards, recipe: Recipe) -> None:
+def _check_effect(stored: Stored, subject: Subject, recipe: Recipe) -> None:
     """Refuse to pass over a guardrail that lets everything through.
 
     Raises:
         DsgError: The bench of a forget corpus was run, and no question was gated, or no gate changed anything.
     """
     body = stored.body_as(EvalReport)
-    for name in guards.forget() if not recipe.guardrail.allow_ineffective else ():
+    names = [name for guard in subject.bodies for name in guard.forget]
+    # A filter or other weights may leave nothing for a guardrail to do.
+    is_alone = not subject.weights and not subject.wrappers
+    for name in names if is_alone and not recipe.guardrail.allow_ineffective else ():
         for bench in (name, f"{name}-paper"):
             gate = body.gate.get(bench)
             if gate is not None and not (gate["rate"] and gate["edit"]):
@@ -175,7 +181,8 @@ def _write(
     first = [bench for bench in recipe.eval.benches if bench in results]
     results = {bench: results[bench] for bench in (*first, *(name for name in results if name not in first))}
     answers: Answers = {key: answer for one in found for key, answer in one.answers.items()}
-    gate = {bench: rate for one in found for bench, rate in one.gate.items()}
+    has_gate = made.subject.has_gate
+    gate = {bench: rate for one in found for bench, rate in one.gate.items()} if has_gate else {}
     body = EvalReport(
         split=recipe.eval.split,
         results=results,
@@ -183,12 +190,13 @@ def _write(
         expected=check_expected(made.expected, results, gate),
         question_ids={bench: ids for one in found for bench, ids in one.question_ids.items()},
         base_from=_taken(answers, earlier),
+        composition=made.subject.composition(),
     )
     files: dict[str, bytes] = {}
     for one in found:
         if one.found:
             files |= results_files(
-                one.found, model=made.loaded.source, created=made.header.created, samples=recipe.eval.samples
+                one.found, model=made.loaded.base.source, created=made.header.created, samples=recipe.eval.samples
             )
     header = dataclasses.replace(
         made.header, notes=[*made.header.notes, *(note for one in found for note in _unheeded(one, recipe))]
@@ -235,7 +243,6 @@ def _earlier_answers(
 def _answers_count(one: Header, other: Header) -> bool:
     def key(header: Header) -> tuple[object, ...]:
         return (
-            header.model,
             header.settings.get("model_digest"),
             header.settings.get("batch_size"),
             header.git,

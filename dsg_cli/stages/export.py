@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dsg_cli.artifacts import Json, Threshold
+from dsg_cli.artifacts import Json, ModelWeights, Threshold
 from dsg_cli.errors import DsgError
 from dsg_cli.export.card import model_card
 from dsg_cli.export.folder import export_folder, light_name
@@ -23,7 +23,8 @@ from dsg_cli.model import model_folder
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.runtime.attach import Attached
-from dsg_cli.stages.chain import find_guards, guard_modules, load_guards, settle
+from dsg_cli.stages.chain import settle
+from dsg_cli.stages.subject import Subject, find_subject, guard_modules, load_subject, only_guardrails
 from dsg_cli.workspace import Workspace
 
 
@@ -70,18 +71,21 @@ def run(
         DsgError: Anything the user can mend; nothing is left half-written.
     """
     form = check_target(to, form)
-    guards = find_guards(workspace, sources)
-    modules = guard_modules(workspace, guards)
-    architecture, tokenizer_class = guards.header.model.architecture, ""
+    subject = find_subject(workspace, sources or [workspace.find("guardrail").id])
+    only_guardrails(subject, "dsg export")
+    modules = guard_modules(workspace, subject)
+    architecture, tokenizer_class = subject.header.model.architecture, ""
     if form == "model":
-        check_causal(body.gate for body in guards.bodies)
+        check_causal(body.gate for body in subject.bodies)
+        _check_whole(subject)
         # Only the layers that the guardrails' fingerprints cover are loaded.
-        loaded, modules = load_guards(workspace, guards, settle(recipe, guards.header), cut=True)
+        found = load_subject(workspace, subject, settle(recipe, subject.header), cut=True)
+        loaded, modules = found.model, found.guardrails
         Attached(loaded.model, modules).remove()
         architecture, tokenizer_class = type(loaded.model).__name__, type(loaded.tokenizer).__name__
     lights = [
         light_file(stored.header, body, workspace.tensors(stored))
-        for stored, body in zip(guards.stored, guards.bodies, strict=True)
+        for stored, body in zip(subject.guardrails, subject.bodies, strict=True)
     ]
     report("export", 0, 1)
 
@@ -91,7 +95,7 @@ def run(
             return
         export_folder(
             place,
-            base=model_folder(recipe.model.instead or guards.header.model.source),
+            base=model_folder(recipe.model.instead or subject.model),
             architecture=architecture,
             tokenizer_class=tokenizer_class,
             guardrails=modules,
@@ -118,7 +122,20 @@ def run(
         write(Path(to))
         written, files = str(Path(to)), _sizes(Path(to))
     report("export", 1, 1)
-    return Exported(written, form, [stored.id for stored in guards.stored], files)
+    return Exported(written, form, [stored.id for stored in subject.guardrails], files)
+
+
+def _check_whole(subject: Subject) -> None:
+    """Refuse to export a model whose weights are an adapter.
+
+    Raises:
+        DsgError: They are.
+    """
+    if subject.weights and subject.weights[-1].body_as(ModelWeights).form == "adapter":
+        raise DsgError(
+            f"{subject.weights[-1].id} is an adapter, and an exported model needs whole weights.",
+            "Apply its method without --lora, and the guardrail on that.",
+        )
 
 
 def check_threshold(workspace: Workspace, source: str | None) -> None:

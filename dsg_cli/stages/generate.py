@@ -14,7 +14,8 @@ from dsg_cli.errors import DsgError
 from dsg_cli.generation import Answer, answer, prompt_ids
 from dsg_cli.guardrail import check_causal
 from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import find_guards, load_guards, settle
+from dsg_cli.stages.chain import settle
+from dsg_cli.stages.subject import find_subject, load_subject
 from dsg_cli.workspace import Workspace
 
 Write = Callable[[str, str], None]
@@ -51,7 +52,7 @@ def run(
     sources: Sequence[str] = (),
     write: Write = lambda _side, _piece: None,
 ) -> Iterator[Answers]:
-    """Answer prompts one by one under the newest guardrail, or under those named together.
+    """Answer prompts one by one under the newest guardrail, model or wrapper, or under those named together.
 
     Raises:
         DsgError: Anything the user can mend; every prompt is checked before the first is answered.
@@ -59,22 +60,24 @@ def run(
     settings = recipe.generate
     if not prompts:
         raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
-    guards = find_guards(workspace, sources)
+    subject = find_subject(workspace, sources)
     if settings.side != "base":
-        check_causal(body.gate for body in guards.bodies)
-    recipe = settle(recipe, guards.header)
-    loaded, modules = load_guards(workspace, guards, recipe)
+        check_causal(body.gate for body in subject.bodies)
+    recipe = settle(recipe, subject.header)
+    loaded = load_subject(workspace, subject, recipe)
     asked = [
-        prompt_ids(loaded, prompt, bos=guards.bos, chat=settings.chat, n_new=settings.max_new_tokens)
+        prompt_ids(loaded.base, prompt, bos=subject.bos, chat=settings.chat, n_new=settings.max_new_tokens)
         for prompt in prompts
     ]
     for prompt, ids in zip(prompts, asked, strict=True):
         sides: dict[str, Answer] = {}
         for side in ("base", "guarded") if settings.side == "both" else (settings.side,):
+            is_guarded = side == "guarded"
             sides[side] = answer(
-                loaded,
+                loaded.model if is_guarded else loaded.base,
                 ids,
-                guardrails=modules if side == "guarded" else (),
+                guardrails=loaded.guardrails if is_guarded else (),
+                wrappers=loaded.wrappers if is_guarded else (),
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 seed=recipe.seed,
@@ -82,4 +85,4 @@ def run(
                 allow_mismatch=recipe.model.allow_mismatch,
                 write=lambda piece, side=side: write(side, piece),  # type: ignore[misc]
             )
-        yield Answers(prompt, [stored.id for stored in guards.stored], sides)
+        yield Answers(prompt, [stored.id for stored in subject.guardrails], sides)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from dsg_cli.prompting import check_chat, prompts
 from dsg_cli.recipe import Recipe
 from dsg_cli.sae import SaeSource, check_name, load_encoder, read_sae
 from dsg_cli.selection import formatting_notes, select_features
-from dsg_cli.settings import ModelSection, SelectSection
+from dsg_cli.settings import SelectSection
 from dsg_cli.slicing import load_slice
 from dsg_cli.stages.chain import identify, settle
+from dsg_cli.stages.material import check_world, named_model
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.statistics import FeatureStatistics, feature_statistics, mix
@@ -100,10 +101,12 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
     check_named(names.forget, role="forget")
     check_named(names.retain, role="retain")
     check_disjoint(names.forget, names.retain)
-    _check_world(recipe)
+    check_world(recipe)
     workspace.check_writable()
     check_name(recipe.sae.source)
     recipe = settle(recipe)
+    changed = [workspace.find("model", recipe.model.source)] if recipe.model.source.startswith("model-") else []
+    recipe = replace(recipe, model=replace(recipe.model, source=named_model(workspace, recipe.model.source)))
     model_config = text_config(read_config(recipe.model.source, trust_remote_code=recipe.model.trust_remote_code))
     tokenizer = load_tokenizer(recipe.model.source, trust_remote_code=recipe.model.trust_remote_code)
     # Small before large: gated text is found before an SAE of gigabytes is fetched.
@@ -133,22 +136,11 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
         settings=_settings(recipe, forget, retain),
         model=identify(loaded, sae.site.layer),
         sae=sae.identity,
-        inputs=[],
+        inputs=changed,
         notes=notes,
     )
     seq_len = min(recipe.select.seq_len, context_length(model_config))
     return _Prepared(loaded, sae, {"forget": forget, "retain": retain}, header, seq_len)
-
-
-def _check_world(recipe: Recipe) -> None:
-    """The lab's corpora are about a world that only the lab's model knows.
-
-    Raises:
-        DsgError: They are given to the default model, which is what happens when no model is named.
-    """
-    names = [*recipe.corpora.forget, *recipe.corpora.retain]
-    if recipe.model.source == ModelSection().source and all(name.startswith("lab-") for name in names):
-        raise DsgError(f"{recipe.model.source} knows nothing of the lab's world.", "Add --model lab.")
 
 
 def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -35,6 +35,16 @@ class Session:
         if wanted is not None or self.workers.n == 1:
             return wanted
         return str(self.workers.agreed(workspace.find(kind).id if self.workers.is_first else None))
+
+    def named_together(
+        self, workspace: Workspace, wanted: Sequence[str], newest: Callable[[Workspace], str]
+    ) -> Sequence[str]:
+        """The artifacts to start from together, likewise; of none that are named, which one was taken is said."""
+        if wanted:
+            return wanted
+        found = self.workers.agreed(newest(workspace) if self.workers.is_first else None)
+        self.say(f"Taking the newest: {found}.")
+        return [str(found)]
 
     def existing(self, workspace: Workspace, header: Header) -> Stored | None:
         """What `--reuse` returns: every worker the same."""

@@ -13,6 +13,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.integrity import file_digest
 from dsg_cli.lab import data as lab
 from dsg_cli.settings import AttackSection
+from dsg_cli.stages.subject import Subject
 
 FILES = ("paraphrase_file", "encode_file")
 """Settings that name files of questions."""
@@ -80,6 +81,26 @@ def possible(named: Sequence[str], settings: AttackSection, bench: str, say: Cal
         say(f"paraphrase is left out: nothing says how {bench} asks in other words. Give attack.paraphrase_file.")
         kinds.remove("paraphrase")
     return kinds
+
+
+def suited(named: Sequence[str], kinds: Sequence[str], subject: Subject, say: Callable[[str], None]) -> list[str]:
+    """The attacks that mean something on what is attacked; `all` leaves out, and says so, what does not.
+
+    Raises:
+        DsgError: One was named that does not.
+    """
+    reasons: dict[str, str] = {}
+    if not subject.guardrails and not subject.wrappers:
+        reasons["unhook"] = "there is nothing to take off, for the weights themselves were changed"
+    if subject.wrappers:
+        reasons |= dict.fromkeys(
+            ("soft-prompt", "probe", "suffix"), "it searches within the model, not around wrappers"
+        )
+    for kind in [kind for kind in kinds if kind in reasons]:
+        if kind in named:
+            raise DsgError(f"The attack {kind} makes no sense here: {reasons[kind]}.", "Choose another with --kind.")
+        say(f"{kind} is left out: {reasons[kind]}.")
+    return [kind for kind in kinds if kind not in reasons]
 
 
 def can_rephrase(settings: AttackSection, bench: str) -> bool:

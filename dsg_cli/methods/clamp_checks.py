@@ -1,4 +1,4 @@
-"""Settings of methods that have the right type and still make no sense. No torch here."""
+"""Settings of clamps that have the right type and still make no sense. No torch here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ Check = tuple[bool, str]
 """Whether a setting is fine, and what is wrong with it if it is not."""
 
 
-def checks_of_clamps(methods: MethodsSection) -> tuple[Check, ...]:
-    """Those of the methods that clamp features."""
-    static, conditional, refusal = methods.static_clamp, methods.conditional_clamp, methods.refusal_clamp
+def checks(section: MethodsSection) -> tuple[Check, ...]:
+    """Whether each setting is fine, and what to say if it is not."""
+    static, conditional, refusal = section.static_clamp, section.conditional_clamp, section.refusal_clamp
     latent = refusal.refusal_feature
     return (
         *_selection("methods.static_clamp", static),

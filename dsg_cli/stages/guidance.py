@@ -1,0 +1,60 @@
+"""What a sparse autoencoder tells methods that train weights: features by rank, their decoder rows, unknown names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dsg_cli.artifacts import FeatureSet
+from dsg_cli.errors import DsgError
+from dsg_cli.methods.given import Features
+from dsg_cli.methods.names import section_of
+from dsg_cli.methods.sae_representation import with_unknown_names
+from dsg_cli.methods.text import PARTS, Text, rows_of
+from dsg_cli.model import LoadedModel
+from dsg_cli.prompt_files import read_prompts
+from dsg_cli.prompting import prompts
+from dsg_cli.recipe import Recipe
+from dsg_cli.sae import load_encoder
+from dsg_cli.selection import EPSILON, select_features
+from dsg_cli.slicing import slice_sae
+from dsg_cli.stages.chain import chain_sae
+from dsg_cli.stages.material import Material
+from dsg_cli.workspace import Stored, Workspace
+
+
+def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Stored, *, device: str) -> Features:
+    """The SAE of a features artifact, and what its statistics say of it.
+
+    Raises:
+        DsgError: The SAE is another one now, or too few features are relevant or irrelevant.
+    """
+    assert features.header.sae is not None
+    sae = chain_sae(features.header.sae, features.id)
+    settings, body = getattr(recipe.methods, section_of(method)), features.body_as(FeatureSet)
+    tensors = workspace.tensors(features)
+    name = "mean_square" if body.score == "mean-square" else "mean"
+    forget_F, retain_F = (tensors[f"{role}_{name}"] for role in ("forget", "retain"))
+    if name == "mean":
+        forget_F, retain_F = forget_F.square(), retain_F.square()
+    n_relevant = getattr(settings, "n_relevant", len(body.features))
+    n_irrelevant = getattr(settings, "n_irrelevant", 1)
+    percentile = features.header.settings["ratio_percentile"]
+    chosen = select_features(forget_F, retain_F, n_features=n_relevant, ratio_percentile=percentile)
+    relevant = [feature.index for feature in chosen.features]
+    live_F = (tensors["retain_rate"] > 0) & (tensors["forget_rate"] > 0)
+    ratio_F = torch.where(live_F, forget_F / (retain_F + EPSILON), torch.inf)
+    irrelevant = [i for i in ratio_F.argsort().tolist() if bool(live_F[i]) and i not in relevant][:n_irrelevant]
+    if len(irrelevant) < n_irrelevant:
+        raise DsgError(f"Only {len(irrelevant)} features are irrelevant.", "Lower methods.sspu.n_irrelevant.")
+    rows = [slice_sae(sae, indices)[1]["W_dec"].to(device) for indices in (relevant, irrelevant)]
+    return Features(sae.site, load_encoder(sae, device=device), relevant, *rows)
+
+
+def unknown_text(recipe: Recipe, material: Material, loaded: LoadedModel, forget: Text) -> Text:
+    """Text about entities that do not exist: from a file, or forget text with its names recombined."""
+    path = recipe.methods.sae_representation.unknown_file
+    texts = [text for corpus in material.forget for part in PARTS for text in prompts(loaded.tokenizer, corpus, part)]
+    made = read_prompts((), Path(path)) if path else with_unknown_names(texts, recipe.seed)
+    return rows_of(loaded.tokenizer, made, bos=material.bos, like=forget)

@@ -1,0 +1,261 @@
+"""What is evaluated, attacked and asked: a model as methods leave it.
+
+Weights that a method changed, guardrails that act while the model runs, and wrappers around its prompts compose, in
+that order. Beside it stands the base model, which no method has touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsg_cli.artifacts import Guardrail, Header, Json, ModelWeights, Wrapper
+from dsg_cli.committing import ID
+from dsg_cli.errors import DsgError
+from dsg_cli.export.light import read_light
+from dsg_cli.guardrail import GuardrailModule, module_from_artifact
+from dsg_cli.hub import SCHEME
+from dsg_cli.loading import light_path
+from dsg_cli.model import LoadedModel, load_model
+from dsg_cli.recipe import Recipe
+from dsg_cli.runtime.gates import CAUSAL_FORMS
+from dsg_cli.stages.chain import check_identity, check_tokens
+from dsg_cli.stages.material import folder_of
+from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.wrapper import WrapperModule, has_filter, wrapper_from_artifact
+
+KINDS = ("guardrail", "model", "wrapper")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Artifacts that are to act together."""
+
+    named: list[Stored]
+    """As they were named."""
+    weights: list[Stored]
+    """Methods that changed the weights one after another, the first one first; empty for the base model's own."""
+    guardrails: list[Stored]
+    wrappers: list[Stored]
+    bos: int | None
+    """Token that every sequence began with when they were made."""
+
+    @property
+    def bodies(self) -> list[Guardrail]:
+        return [stored.body_as(Guardrail) for stored in self.guardrails]
+
+    @property
+    def header(self) -> Header:
+        """Of the artifact that says the most of the model: of guardrails the one that covers the most layers."""
+        if self.guardrails:
+            return max((stored.header for stored in self.guardrails), key=lambda header: header.model.last_layer)
+        return (self.weights or self.wrappers)[-1].header
+
+    @property
+    def model(self) -> str:
+        """The model that guardrails and wrappers are on, by its name."""
+        return folder_of(self.weights[-1]) if self.weights else self.header.model.source
+
+    @property
+    def base(self) -> str:
+        """The model that no method has changed."""
+        return self.weights[0].header.model.source if self.weights else self.model
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether every gate decides while a sequence is still being written."""
+        return all(body.gate in CAUSAL_FORMS for body in self.bodies)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether anything decides about questions: guardrails or filters."""
+        return bool(self.guardrails) or any(stored.body_as(Wrapper).rule != "prefix" for stored in self.wrappers)
+
+    def forget(self) -> list[str]:
+        """Names of all forget corpora."""
+        return list(dict.fromkeys(name for stored in self._all() for name in _body(stored).forget))
+
+    def retain(self) -> list[str]:
+        """Names of all retain corpora, without what is forgotten."""
+        names = dict.fromkeys(name for stored in self._all() for name in _body(stored).retain)
+        return [name for name in names if name not in self.forget()]
+
+    def composition(self) -> list[Json]:
+        """What acts, in its order, for reports."""
+        return [{"id": stored.id, "kind": stored.header.kind, "method": _body(stored).method} for stored in self._all()]
+
+    def _all(self) -> list[Stored]:
+        return [*self.weights, *self.guardrails, *self.wrappers]
+
+
+@dataclass(frozen=True)
+class LoadedSubject:
+    """The same, ready to run."""
+
+    base: LoadedModel
+    model: LoadedModel
+    """The base itself, unless weights were changed."""
+    guardrails: list[GuardrailModule]
+    wrappers: list[WrapperModule]
+
+    @property
+    def has_gate(self) -> bool:
+        return bool(self.guardrails) or has_filter(self.wrappers)
+
+
+def _body(stored: Stored) -> Guardrail | ModelWeights | Wrapper:
+    assert isinstance(stored.body, Guardrail | ModelWeights | Wrapper)
+    return stored.body
+
+
+def newest(workspace: Workspace) -> str:
+    """The id of the newest artifact that unlearns.
+
+    Raises:
+        DsgError: There is none.
+    """
+    ids = [artifact_id for kind in KINDS for artifact_id in workspace.ids(kind)]
+    if not ids:
+        return workspace.find("guardrail").id  # Which says what to do.
+    return max(ids, key=lambda name: (workspace.folder / f"{name}.json").stat().st_mtime_ns)
+
+
+def find_subject(workspace: Workspace, sources: Sequence[str]) -> Subject:
+    """The newest guardrail, model or wrapper, or those that are named together.
+
+    Raises:
+        DsgError: One is missing or damaged, named twice, or they do not belong together.
+    """
+    named = [_find(workspace, source) for source in sources or [newest(workspace)]]
+    if len({one.json["sha256"] for one in named}) < len(named):
+        raise DsgError("One artifact was named twice.", "Name each once.")
+    of_kind = {kind: [one for one in named if one.header.kind == kind] for kind in KINDS}
+    models, guardrails, wrappers = of_kind["model"], of_kind["guardrail"], of_kind["wrapper"]
+    if len(models) > 1:
+        raise DsgError(
+            f"{models[0].id} and {models[1].id} are two models; only one can be run.",
+            f"Apply the second method to the first one's model: dsg apply --from {models[0].id} --method ...",
+        )
+    beneath = models[0] if models else _model_of(named[0])
+    first = named[0]
+    for other in named[1:]:
+        one, two = first.header.model, other.header.model
+        if (one.architecture, one.n_layers, one.width) != (two.architecture, two.n_layers, two.width):
+            raise DsgError(f"{first.id} and {other.id} were made for different models.")
+        if _body(first).bos != _body(other).bos:
+            raise DsgError(f"{first.id} and {other.id} were made for sequences that begin differently (BOS).")
+    weights = [*_history(beneath)] if beneath is not None else []
+    return Subject(named, weights, guardrails, wrappers, _body(first).bos)
+
+
+def _history(stored: Stored) -> Iterator[Stored]:
+    """A model artifact, after those that it was made from."""
+    if (before := _model_of(stored)) is not None:
+        yield from _history(before)
+    yield stored
+
+
+def _model_of(stored: Stored) -> Stored | None:
+    """The model artifact on whose weights something was made, if it was made on one."""
+    folder = Path(stored.header.model.source)
+    path = folder.with_name(f"{folder.name}.json")
+    match = ID.fullmatch(folder.name)
+    if match is None or match[1] != "model" or not path.is_file():
+        return None
+    return Workspace(folder.parent).read(str(path))
+
+
+def _find(workspace: Workspace, source: str) -> Stored:
+    """By id or path, from a light file, or from a repository on the hub."""
+    if source.startswith(SCHEME) or source.endswith(".safetensors"):
+        path = light_path(source)
+        light = read_light(path)
+        return Stored(light.header, light.body, light.json, path)
+    stored = workspace.read(source)
+    if stored.header.kind not in KINDS:
+        raise DsgError(f"{stored.id} unlearns nothing by itself.", "Name a guardrail, model or wrapper (dsg apply).")
+    return stored
+
+
+def guard_modules(workspace: Workspace, subject: Subject) -> list[GuardrailModule]:
+    """The guardrails as modules, from their own tensors.
+
+    Raises:
+        DsgError: A tensor is missing or not finite.
+    """
+    return [
+        module_from_artifact(body, stored.header.model, workspace.tensors(stored), where=stored.id)
+        for stored, body in zip(subject.guardrails, subject.bodies, strict=True)
+    ]
+
+
+def load_subject(workspace: Workspace, subject: Subject, recipe: Recipe, *, cut: bool = False) -> LoadedSubject:
+    """Load all that acts, and the base model beside it.
+
+    Args:
+        workspace: Where the artifacts are.
+        subject: What is to be loaded.
+        recipe: Device and dtype, and which other model to put it on.
+        cut: Only the layers that guardrails cover.
+
+    Raises:
+        DsgError: A model cannot be loaded or is another one, or tensors are broken.
+    """
+    guardrails = guard_modules(workspace, subject)
+    wrappers = [_wrapper_module(workspace, stored) for stored in subject.wrappers]
+    instead = recipe.model.instead
+    if instead is not None and any(stored in subject.named for stored in subject.weights):
+        raise DsgError(f"{subject.weights[-1].id} is a model; --model would put another in its place.", "Leave it out.")
+    last_layer = subject.header.model.last_layer if cut else None
+    model = _loaded(instead or subject.model, recipe, last_layer)
+    base = model if instead or not subject.weights else _loaded(subject.base, recipe, last_layer)
+    for stored in [*subject.guardrails, *subject.wrappers]:
+        check_tokens(model, _body(stored).special_ids, stored.id)
+        # A prefix or a list of words is for any model; what reads activations is for its own.
+        reads = stored.header.kind == "guardrail" or stored.body_as(Wrapper).rule == "classifier"
+        if reads and not recipe.model.allow_mismatch:
+            _check_model(model, stored, subject)
+    return LoadedSubject(base, model, guardrails, wrappers)
+
+
+def _check_model(model: LoadedModel, stored: Stored, subject: Subject) -> None:
+    try:
+        check_identity(model, stored.header)
+    except DsgError as error:
+        if not subject.weights or folder_of(subject.weights[-1]) == stored.header.model.source:
+            raise
+        last = subject.weights[-1].id
+        raise DsgError(
+            f"{stored.id} was made for other weights than those of {last}, whose lower layers have changed.",
+            f"Make one on them: dsg apply --from {last} --method {_body(stored).method}. Or --allow-mismatch.",
+        ) from error
+
+
+def _wrapper_module(workspace: Workspace, stored: Stored) -> WrapperModule:
+    has_tensors = stored.path.with_suffix(".safetensors").is_file()
+    tensors = workspace.tensors(stored) if has_tensors else {}
+    return wrapper_from_artifact(stored.body_as(Wrapper), tensors, where=stored.id)
+
+
+def _loaded(source: str, recipe: Recipe, last_layer: int | None) -> LoadedModel:
+    return load_model(
+        source,
+        device=recipe.model.device,
+        dtype=recipe.model.dtype,
+        last_layer=last_layer,
+        device_map=recipe.model.device_map,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
+def only_guardrails(subject: Subject, what: str) -> None:
+    """Refuse what takes guardrails alone.
+
+    Raises:
+        DsgError: There is something else.
+    """
+    others = [stored.id for stored in subject.named if stored.header.kind != "guardrail"]
+    if others:
+        folder = f" The weights of {others[0]} lie in {subject.model}." if subject.weights else ""
+        raise DsgError(f"{what} takes guardrails, not {others[0]}.{folder}")

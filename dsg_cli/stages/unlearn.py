@@ -1,0 +1,193 @@
+"""`dsg apply --method npo` and its like: a method that changes the model's weights.
+
+Reads the forget and retain corpora (but for the part that measures), lets the method change a float32 copy of the
+model, and writes model-NNN with the weights in a folder of that name: a whole model, or a LoRA adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsg_cli.artifacts import Header, ModelWeights
+from dsg_cli.errors import DsgError
+from dsg_cli.integrity import Content
+from dsg_cli.methods.cost import Cost, counted
+from dsg_cli.methods.given import Changed, Given
+from dsg_cli.methods.names import METHODS, module_name, section_of
+from dsg_cli.methods.text import text_of
+from dsg_cli.model import LoadedModel, context_length, load_model
+from dsg_cli.recipe import Recipe
+from dsg_cli.stages.chain import identify, settle
+from dsg_cli.stages.guidance import features_of, unknown_text
+from dsg_cli.stages.material import Material, find_material, taken_from
+from dsg_cli.stages.provenance import Clock, new_header
+from dsg_cli.stages.session import QUIET, Session
+from dsg_cli.tokens import special_ids
+from dsg_cli.workspace import Stored, Workspace
+
+
+def run(
+    recipe: Recipe, workspace: Workspace, method: str, *, origin: Stored | None = None, session: Session = QUIET
+) -> Stored:
+    """Change the weights of a model by a method, and write them.
+
+    Args:
+        recipe: Model, corpora, and the method's settings.
+        workspace: Where the artifact goes.
+        method: One that changes weights.
+        origin: Features (which a method that an SAE guides must have) or a model, whose model and corpora are taken.
+        session: How it is run.
+
+    Raises:
+        DsgError: Anything the user can mend; training that diverges at once, several processes.
+    """
+    if session.workers.n > 1:
+        raise DsgError(f"{method} trains in one process.", "Run dsg apply without torchrun.")
+    clock, settings = Clock(), getattr(recipe.methods, section_of(method))
+    recipe = taken_from(recipe, origin)
+    material = find_material(recipe, workspace, method, origin)
+    workspace.check_writable()
+    recipe = settle(recipe)
+    # Weights and what is added to them are float32, whatever the model is run in later.
+    loaded = load_model(
+        material.model,
+        device=recipe.model.device,
+        dtype="float32",
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="float32"))
+    header = new_header(
+        "model",
+        recipe,
+        settings={
+            "method": method,
+            **dataclasses.asdict(settings),
+            **material.described(),
+            "limit": recipe.corpora.limit,
+        },
+        model=identify(loaded, loaded.n_layers - 1),
+        sae=origin.header.sae if origin is not None and METHODS[method].needs_sae else None,
+        inputs=material.inputs,
+    )
+    if (stored := session.existing(workspace, header)) is not None:
+        return stored
+    cost = Cost()
+    with session.checkpoint(workspace, header) as checkpoint, counted(loaded.model, cost):
+        given = _given(recipe, workspace, method, material, loaded, origin, session)
+        given = dataclasses.replace(given, checkpoint=checkpoint)
+        changed: Changed = importlib.import_module(module_name(method)).unlearn(given, settings)
+        return _written(workspace, clock, header, material, loaded, changed, cost, settings)
+
+
+def _given(
+    recipe: Recipe,
+    workspace: Workspace,
+    method: str,
+    material: Material,
+    loaded: LoadedModel,
+    origin: Stored | None,
+    session: Session,
+) -> Given:
+    settings = getattr(recipe.methods, section_of(method))
+    longest = min(settings.max_tokens, context_length(loaded.model.config))
+    forget, retain = (
+        text_of(loaded.tokenizer, corpora, bos=material.bos, max_tokens=longest, device=str(loaded.model.device))
+        for corpora in (material.forget, material.retain)
+    )
+    given = Given(loaded.model, loaded.tokenizer, forget, retain, seed=recipe.seed, report=session.report)
+    if METHODS[method].needs_sae:
+        assert origin is not None
+        features = features_of(recipe, workspace, method, origin, device=given.device)
+        given = dataclasses.replace(given, features=features)
+    if method == "sae-representation":
+        given = dataclasses.replace(given, unknown=unknown_text(recipe, material, loaded, forget))
+    return given
+
+
+def _written(
+    workspace: Workspace,
+    clock: Clock,
+    header: Header,
+    material: Material,
+    loaded: LoadedModel,
+    changed: Changed,
+    cost: Cost,
+    settings: Any,
+) -> Stored:
+    """The artifact, its weights in a folder beside it."""
+    notes = list(header.notes)
+    if changed.diverged_at is not None:
+        notes.append(
+            f"Training diverged at step {changed.diverged_at}: its loss was not finite. The weights are those after "
+            f"step {changed.kept_at}. Lower the learning rate."
+        )
+    with tempfile.TemporaryDirectory(prefix=".weights-", suffix=".tmp", dir=workspace.folder) as scratch:
+        model = save(loaded, changed, Path(scratch), base=material.model, dtype=settings.save_dtype)
+        loaded = dataclasses.replace(loaded, model=model)
+        body = ModelWeights(
+            method=header.settings["method"],
+            form="adapter" if changed.adapter is not None else "whole",
+            # Where it lies follows from the artifact's own place.
+            result=dataclasses.replace(identify(loaded, loaded.n_layers - 1), source=""),
+            trained={
+                "n_parameters": changed.n_parameters,
+                "n_changed": changed.n_changed,
+                "modules": sorted({name.rpartition(".")[0] for name in changed.names}),
+            },
+            losses=changed.losses,
+            diverged_at=changed.diverged_at,
+            cost=cost.as_json(),
+            features=list(_features(header, material)),
+            special_ids=list(special_ids(loaded.tokenizer)),
+            bos=material.bos,
+            forget=[corpus.name for corpus in material.forget],
+            retain=[corpus.name for corpus in material.retain],
+        )
+        header = clock.close(dataclasses.replace(header, notes=notes), n_tokens=cost.forward_tokens)
+        return workspace.write(header, body, folder=_contents(Path(scratch)))
+
+
+def _features(header: Header, material: Material) -> list[int]:
+    if header.sae is None:
+        return []
+    return [one["index"] for one in material.inputs[0].json["features"]]
+
+
+def save(loaded: LoadedModel, changed: Changed, folder: Path, *, base: str, dtype: str) -> Any:
+    """Write what was changed, as transformers or PEFT read it; the changed model, without adapters in it.
+
+    Args:
+        loaded: The model.
+        changed: What a method did to it.
+        folder: Where to.
+        base: The model that it was made from, by its name.
+        dtype: Of a whole model's weights.
+    """
+    if changed.adapter is None:
+        # A copy in another dtype only for the file: later stages cast to what they are told.
+        states = {name: value.to(getattr(torch, dtype)) for name, value in loaded.model.state_dict().items()}
+        loaded.model.save_pretrained(folder, state_dict=states)
+        loaded.tokenizer.save_pretrained(folder)
+        if dtype != "float32":
+            loaded.model.to(getattr(torch, dtype))
+        return loaded.model
+    config = changed.adapter.peft_config["default"]
+    config.base_model_name_or_path, _, revision = base.partition("@")
+    config.revision = revision or None
+    changed.adapter.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # A form to fill in.
+    return changed.adapter.merge_and_unload().requires_grad_(False).eval()
+
+
+def _contents(folder: Path) -> Mapping[str, Content]:
+    files: dict[str, Content] = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    return files
