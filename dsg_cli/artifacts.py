@@ -20,6 +20,7 @@ __all__ = [
     "AttackReport",
     "Body",
     "BodyT",
+    "CalibratedGate",
     "EvalReport",
     "Feature",
     "FeatureSet",
@@ -36,8 +37,10 @@ __all__ = [
     "to_json",
 ]
 
-Gate = Literal["mean", "causal-mean", "window", "cusum", "probe"]
-"""Gate forms, see runtime/gates.py."""
+CalibratedGate = Literal["mean", "causal-mean", "window", "cusum", "probe"]
+"""Gate forms that have a threshold to be set, see runtime/gates.py."""
+Gate = Literal[CalibratedGate, "token"]
+"""All gate forms; `token` is for guardrails that clamp every hot token."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Threshold:
     """Body of `threshold-NNN`; one row a calibration piece beside it."""
 
     threshold: float
-    gate: Gate
+    gate: CalibratedGate
     alpha: float
     n_calibration: int
     """Pieces that set the threshold."""
@@ -155,6 +158,15 @@ class Guardrail:
     """Of `--strength auto`: [{strength, setting, acc, gate_rate}] on the questions that it was chosen on."""
     effect: Json
     """What it did on forget text when it was made (effect.py); empty in files of schemas before 3."""
+    method: str
+    """By its name in methods/names.py."""
+    clamp: Literal["all", "each"]
+    """On a hot token every clamped feature is set, or those that are themselves active above `above`."""
+    coefficients: list[float]
+    """What each clamped feature is set to; empty where it is -strength."""
+    above: list[float]
+    """Of each feature in the order of the tensors' columns, the activation above which a token is hot (or runtime's
+    `NEVER`); empty where it is 0 for the clamped features, and never for those only watched."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +273,7 @@ KINDS: dict[str, type[Any]] = {
 SCHEMAS: dict[str, int] = {
     "features": 2,
     "threshold": 3,
-    "guardrail": 4,
+    "guardrail": 5,
     "model": 1,
     "wrapper": 1,
     "eval": 3,

@@ -14,8 +14,9 @@ from dsg_cli.errors import DsgError
 from dsg_cli.model import fingerprint, text_config
 from dsg_cli.runtime.attach import Attached
 from dsg_cli.runtime.gates import CAUSAL_FORMS
-from dsg_cli.runtime.guardrail import GuardrailModule, GuardrailSpec, build_guardrail
+from dsg_cli.runtime.guardrail import GuardrailModule, build_guardrail
 from dsg_cli.runtime.sites import decoder_layers
+from dsg_cli.runtime.spec import GuardrailSpec
 
 __all__ = ["GuardrailModule", "guarded", "last_decisions", "module_from_artifact", "spec_of"]
 
@@ -33,6 +34,9 @@ def spec_of(body: Guardrail, model: ModelIdentity) -> GuardrailSpec:
         special_ids=body.special_ids,
         bias=body.bias,
         clip=body.clip,
+        clamp=body.clamp,
+        coefficients=body.coefficients,
+        above=body.above,
         model={key: value for key, value in dataclasses.asdict(model).items() if key != "source"},
     )
 

@@ -11,6 +11,7 @@ ADDED: dict[tuple[str, int], Json] = {
     ("guardrail", 2): {"detectors": [], "window": 0, "slice": {"activation": "threshold"}},
     ("guardrail", 3): {"effect": {}},
     ("guardrail", 4): {"bias": 0.0, "clip": 0.0, "strength_trials": []},
+    ("guardrail", 5): {"method": "dsg", "clamp": "all", "coefficients": [], "above": []},
     ("eval", 2): {"question_ids": {}, "base_from": {}},
     ("eval", 3): {"composition": []},
     ("attack", 2): {"expected": []},

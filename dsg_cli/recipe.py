@@ -15,7 +15,7 @@ import yaml
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import is_file
-from dsg_cli.methods import wrapper_checks
+from dsg_cli.methods import clamp_checks, wrapper_checks
 from dsg_cli.settings import AttackSection, Recipe
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "recipe_names"]
@@ -179,6 +179,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             "attack.encode_forms is empty; name a form, or give attack.encode_file.",
         ),
         *_checks_of_weights(attack),
+        *clamp_checks.checks(recipe.methods),
         *wrapper_checks.checks(recipe.methods),
     )
     return [words for is_fine, words in checks if not is_fine]

@@ -105,7 +105,8 @@ def make_guardrail(
     """A guardrail from an SAE that has been read; `model` is the identity it is made for."""
     from dataclasses import asdict
 
-    from dsg_cli.runtime.guardrail import GuardrailSpec, build_guardrail
+    from dsg_cli.runtime.guardrail import build_guardrail
+    from dsg_cli.runtime.spec import GuardrailSpec
     from dsg_cli.slicing import detector_weights, slice_sae
 
     slice_spec, tensors = slice_sae(sae, indices, detectors)

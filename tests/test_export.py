@@ -23,7 +23,7 @@ from dsg_cli.export.light import light_file, read_light
 from dsg_cli.integrity import digest_of
 from dsg_cli.lab import data as lab
 from dsg_cli.model import load_model
-from dsg_cli.runtime.guardrail import tensors_digest
+from dsg_cli.runtime.spec import tensors_digest
 from dsg_cli.sae import read_sae
 from dsg_cli.workspace import Workspace
 

@@ -13,6 +13,11 @@ def plain(form, signal, counted, window=4):
     if form == "cusum":
         return plain_cusum(signal, counted)
     values = [s for s, is_counted in zip(signal, counted, strict=True) if is_counted]
+    if form == "token":
+        return [
+            max((s for s, c in zip(signal[: end + 1], counted, strict=False) if c), default=0.0)
+            for end in range(len(signal))
+        ]
     if form == "mean":
         return [sum(values) / max(len(values), 1)] * len(signal)
     seen, best, found = [], 0.0, []
@@ -115,6 +120,17 @@ def test_the_statistic_at_a_token_is_that_of_its_prefix(form):
     for end in range(1, 24):
         prefix, _ = gate.scan(signal[:, :end], counted[:, :end], gate.initial_state(3, signal.device))
         assert torch.equal(prefix[:, -1], whole[:, end - 1])
+
+
+def test_without_a_gate_every_hot_token_and_all_after_it_exceed_the_threshold():
+    """And none before it: whatever is hot is clamped, and a sequence is told apart from one with no hot token."""
+    gate = Gate("token", 0.5)
+    hot = torch.tensor([[0, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]).float()
+    counted = torch.ones(3, 5, dtype=torch.bool)
+    counted[2, 0] = False  # Hot, but BOS.
+    found, states = gate.scan(hot, counted, gate.initial_state(3, hot.device))
+    assert (found > gate.threshold).tolist() == [[False, False, True, True, True], [False] * 5, [False] * 5]
+    assert gate.state_size == 1 and gate.is_causal and gate.peak(states[:, -1]).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_token_scores():

@@ -20,7 +20,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.model import devices_of, load_model, read_config
 from dsg_cli.recipe import load_recipe
 from dsg_cli.secrets import redacted
-from dsg_cli.stages import apply, calibrate, select
+from dsg_cli.stages import apply, calibrate, select, trial
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,11 +70,11 @@ def test_an_edit_that_changes_nothing_is_seen(chain):
     assert real.gate_rate == empty.gate_rate > 0.5 and real.n_clamped == empty.n_clamped
     assert real.changed_rate == real.gate_rate and real.edit > 1
     assert empty.changed_rate == empty.edit == 0
-    apply.check_effect(real)
+    trial.check_effect(real)
     with pytest.raises(DsgError, match="its edit changes nothing"):
-        apply.check_effect(empty)
+        trial.check_effect(empty)
     with pytest.raises(DsgError, match="its gate never fires"):
-        apply.check_effect(Effect(64, 0.0, 0.0, 0, 0.0))
+        trial.check_effect(Effect(64, 0.0, 0.0, 0, 0.0))
 
 
 def test_the_effect_is_that_of_the_whole_model(chain):

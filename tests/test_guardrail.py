@@ -115,7 +115,7 @@ def test_special_tokens_are_never_counted_nor_edited(model, whole):
 
 def test_a_sequence_without_counted_tokens_is_not_gated():
     counted = torch.zeros(1, 3, dtype=torch.bool)
-    for form in ("mean", "causal-mean", "window"):
+    for form in ("mean", "causal-mean", "window", "token"):
         gate = Gate(form, 0.0)
         statistic, _ = gate.scan(torch.ones(1, 3), counted, gate.initial_state(1, counted.device))
         assert statistic.tolist() == [[0.0] * 3]

@@ -194,7 +194,7 @@ def test_a_light_file_whose_digests_agree_and_whose_parts_do_not(root, light):
 
     from dsg_cli.export.light import TENSORS_DIGEST, read_light
     from dsg_cli.integrity import digest_of
-    from dsg_cli.runtime.guardrail import tensors_digest
+    from dsg_cli.runtime.spec import tensors_digest
 
     _, data, tensors = light
     path = root / "light.safetensors"

@@ -254,6 +254,7 @@ GATES = {
     "window": {"threshold": 0.5},
     "cusum": {"threshold": 0.5, "weights": [0.5, 0.5], "detectors": [4, 9], "clip": 16.0},
     "probe": {"threshold": 7.5, "weights": [1.0, -0.5], "detectors": [4, 9], "bias": -0.5, "clip": 8.0},
+    "token": {"threshold": 0.5},
 }
 
 

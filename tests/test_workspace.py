@@ -33,10 +33,14 @@ BODY = Guardrail(
     retain=["b"],
     strength_trials=[],
     effect={},
+    method="dsg",
+    clamp="all",
+    coefficients=[],
+    above=[],
 )
 HEADER = Header(
     kind="guardrail",
-    schema=4,
+    schema=5,
     id="",
     created="2026-01-01T00:00:00+00:00",
     dsg_version="0",

@@ -7,7 +7,7 @@ from typing import get_args
 
 import typer
 
-from dsg_cli.artifacts import Gate
+from dsg_cli.artifacts import CalibratedGate
 from dsg_cli.attacks.names import ALL, KINDS
 from dsg_cli.benches.names import known_benches
 from dsg_cli.catalogue import CATALOGUE
@@ -45,7 +45,7 @@ NAMES: dict[str, Callable[[], list[str]]] = {
     "corpora": lambda: [*lab.CORPORA, *CATALOGUE],
     "benches": known_benches,
     "saes": _saes,
-    "gates": lambda: list(get_args(Gate)),
+    "gates": lambda: list(get_args(CalibratedGate)),
     "attacks": lambda: [*KINDS, ALL],
     "methods": lambda: list(METHODS),
     "recipes": _recipes,

@@ -18,7 +18,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule, module_from_artifact
 from dsg_cli.integrity import digest_of, is_file, parse_document, read_document
 from dsg_cli.migrations import migrate
-from dsg_cli.runtime.guardrail import tensors_digest
+from dsg_cli.runtime.spec import tensors_digest
 
 LIGHT_FILE = "guardrail.safetensors"
 """Its name in a repository or a model folder."""

@@ -15,6 +15,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 from dsg_cli.report.attacks import curve_table, place, share
 from dsg_cli.report.expectations import verdicts
+from dsg_cli.report.guardrails import clamp_line, guardrail_rows
 from dsg_cli.report.methods import composed, model_rows, rate_row, wrapper_rows
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
@@ -28,7 +29,7 @@ def artifact_table(stored: Stored) -> Group:
     elif isinstance(body, Threshold):
         table = _pairs(_threshold(body, stored.header.settings["lengths"]))
     elif isinstance(body, Guardrail):
-        table = _pairs(_guardrail(body))
+        table = _pairs(guardrail_rows(body))
     elif isinstance(body, EvalReport):
         table = _evaluation(body, stored.header.settings.get("benches", []))
     elif isinstance(body, ModelWeights):
@@ -95,7 +96,7 @@ def headline(stored: Stored) -> str:
     if isinstance(body, Threshold):
         return f"{body.gate} > {body.threshold:.3f}, alpha {body.alpha:g}"
     if isinstance(body, Guardrail):
-        return f"{len(body.indices)} features to -{body.strength:.3g}"
+        return clamp_line(body)
     if isinstance(body, EvalReport):
         shown = [f"{bench} {percent(sides, 'unlearned')}" for bench, sides in body.results.items()]
         return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
@@ -164,28 +165,6 @@ def _threshold(body: Threshold, lengths: Sequence[int]) -> list[tuple[str, str]]
         ("false positives", rate),
         *(rate_row(one) for one in body.rates),
     ]
-
-
-def _guardrail(body: Guardrail) -> list[tuple[str, str]]:
-    return [
-        ("features", " ".join(map(str, body.indices))),
-        ("gate", f"{body.gate} > {body.threshold:.4f}"),
-        (
-            "clamp",
-            f"to -{body.strength:.4g} ({body.strength_setting}; median residual norm {body.median_residual_norm:.4g})",
-        ),
-        ("at", body.hook),
-        ("tried on", _effect(body.effect)),
-    ]
-
-
-def _effect(effect: Json) -> str:
-    if not effect:
-        return "nothing"
-    return (
-        f"{effect['n_rows']} forget rows: gated {effect['gate_rate']:.2f}, changed {effect['changed_rate']:.2f}, "
-        f"largest edit {effect['edit']:.2g} of the residual"
-    )
 
 
 def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:

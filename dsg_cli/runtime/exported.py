@@ -16,9 +16,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .attach import Attached
 from .errors import DsgError
-from .guardrail import GuardrailModule, GuardrailSpec, build_guardrail
+from .guardrail import GuardrailModule, build_guardrail
 from .identity import fingerprint
 from .sites import decoder_of
+from .spec import GuardrailSpec
 
 Json = dict[str, Any]
 PREFIX = "dsg_guardrails"

@@ -5,7 +5,7 @@ threshold. Calibration, the guardrail at run time and the tests all compute them
 
 Token scores, over activations f_j of a token:
 
-- `hot`: 1 if any clamped feature is active, else 0; the paper's.
+- `hot`: 1 if any clamped feature is active (or whatever else the clamp says, see clamps.py), else 0; the paper's.
 - `energy`: sum over the detectors of f_j.
 - `drifts`: energy in units of its drift, what a token of no particular meaning has; at most `clip`.
 - `probe`: logit b + sum_j w_j f_j of a probe over the detectors, clipped to +-clip and raised by clip: evidence above
@@ -18,6 +18,8 @@ Aggregates over counted tokens:
 - `window`: the largest mean over w consecutive tokens so far; what is missing before the first counts as 0.
 - `cusum`: the largest value so far of S_t = max(0, S_{t-1} + score_t - 1), Page's test for a change. In steps of
   1/256, so that sums are exact; from `CUSUM_CAP` on it counts as infinite.
+- `any`: the largest score so far. Of `hot` it is 1 from the first hot token on, so that every hot token is clamped: the
+  gate `token` is none at all.
 
 All but `mean` are latched: they never fall, so a gate that fired stays on for the rest of the sequence. They are scans:
 all that a gate must know of the tokens it has seen is a state of C numbers, and a sequence in one call, in chunks or
@@ -40,6 +42,7 @@ FORMS = {
     "window": ("energy", "window"),
     "cusum": ("drifts", "cusum"),
     "probe": ("probe", "window"),
+    "token": ("hot", "any"),
 }
 """Gate -> its token score and its aggregate."""
 CAUSAL_FORMS = tuple(form for form, (_, aggregate) in FORMS.items() if aggregate != "mean")
@@ -91,7 +94,7 @@ class Gate:
     @property
     def state_size(self) -> int:
         """C: numbers that a sequence's state holds."""
-        return {"mean": 0, "running-mean": 3, "window": self.window + 1, "cusum": 2}[self.aggregate]
+        return {"mean": 0, "running-mean": 3, "window": self.window + 1, "cusum": 2, "any": 1}[self.aggregate]
 
     def initial_state(self, n_rows: int, device: torch.device) -> Tensor:
         """The state before the first token, [B, C]."""
@@ -117,6 +120,9 @@ class Gate:
             return _mean(signal_BL, counted_BL, segment_BL), signal_BL.new_zeros(*signal_BL.shape, 0)
         if self.aggregate == "cusum":
             return _cusum(signal_BL, counted_BL, state_BC, segment_BL)
+        if self.aggregate == "any":
+            peak_BL = _running_max(signal_BL, state_BC, segment_BL)
+            return peak_BL, peak_BL[..., None]
         if self.aggregate == "running-mean":
             return _causal_mean(signal_BL, counted_BL, state_BC, segment_BL, self.window)
         return _window(signal_BL, counted_BL, state_BC, segment_BL, self.window)

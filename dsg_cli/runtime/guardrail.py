@@ -2,49 +2,23 @@
 
 On every hot token (one on which a clamped feature is active) that the gate has caught, all clamped features are set
 to -c and the SAE's error is left as it is; in closed form `h + sum_j (-c - f_j(h)) W_dec[j]`. To every other token
-exactly 0 is added.
+exactly 0 is added. Other rules of what is hot and what is set to what are in clamps.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .clamps import Clamp, check_clamp
 from .errors import DsgError
 from .gates import Gate
 from .sites import parse_hook_site
 from .slices import SaeSlice, SliceSpec, tensor_names
-
-
-@dataclass(frozen=True)
-class GuardrailSpec:
-    """All of a guardrail but its tensors, as plain JSON values."""
-
-    gate: str
-    threshold: float
-    window: int
-    strength: float
-    """The c of METHOD: every clamped feature is set to -c."""
-    read: str
-    """Name of the site that the features are computed from."""
-    write: str
-    """Name of the site that is changed; `read`, unless the SAE is a transcoder."""
-    slice: dict[str, Any]
-    """A `SliceSpec`."""
-    special_ids: list[int]
-    """Tokens that are never counted nor changed: BOS, EOS and pad."""
-    model: dict[str, Any]
-    """Architecture, layers, width and fingerprint of the model that it was made for."""
-    bias: float = 0.0
-    """Of a `probe` gate, see gates.py; 0 in guardrails of earlier versions."""
-    clip: float = 0.0
+from .spec import GuardrailSpec, digest_of
 
 
 class Watched(NamedTuple):
@@ -80,8 +54,6 @@ class GuardrailModule(nn.Module):
 
     special: Tensor
     detect: Tensor
-    chosen: Tensor
-    """1 for the features that are clamped, 0 for those only watched, [K]."""
     basis: Tensor
     """The clamped features' decoder rows in an orthonormal basis of their span, [C, C]: for lengths."""
     n_sequences: Tensor
@@ -101,8 +73,7 @@ class GuardrailModule(nn.Module):
         n_features = self.slice.index.numel() if "index" in tensors else self.slice.W_enc.shape[1]
         self.register_buffer("detect", torch.ones(n_features) if detect is None else detect.float().contiguous())
         device = self.slice.W_dec.device
-        chosen = (torch.arange(n_features, device=device) < self.n_chosen).float()
-        self.register_buffer("chosen", chosen, persistent=False)
+        self.clamp = Clamp(spec, self.n_chosen, n_features, device, is_signed=self.slice.spec.activation == "abstopk")
         self.register_buffer("basis", torch.linalg.qr(self.slice.W_dec.T).R.T, persistent=False)
         special = torch.tensor(spec.special_ids, dtype=torch.long, device=device)
         self.register_buffer("special", special, persistent=False)
@@ -139,8 +110,8 @@ class GuardrailModule(nn.Module):
     ) -> Watched:
         """The gate's statistic at every token of one call; arguments as for `decide`."""
         acts_BLK, scale_BL1, finite_BL = self.slice(resid_BLD)
-        strength_BLK = acts_BLK.abs() if self.slice.spec.activation == "abstopk" else acts_BLK
-        hot_BL = (strength_BLK @ self.chosen > 0) & counted_BL
+        strength_BLK = self.clamp.strength(acts_BLK)
+        hot_BL = self.clamp.hot(strength_BLK) & counted_BL
         signal_BL = self.gate.score(hot_BL, strength_BLK @ self.detect)
         # Fails closed: what cannot be computed counts as the strongest signal there is.
         signal_BL = torch.where(finite_BL, signal_BL, torch.inf)
@@ -163,7 +134,7 @@ class GuardrailModule(nn.Module):
         seen = self.watch(resid_BLD, counted_BL, state_BC, segment_BL)
         gated_BL = ~(seen.statistic_BL <= self.gate.threshold)  # A NaN is gated.
         clamped_BL = seen.hot_BL & gated_BL
-        change_BLC = -self.spec.strength - seen.acts_BLK[..., : self.n_chosen]
+        change_BLC = self.clamp.change(seen.acts_BLK[..., : self.n_chosen])
         if seen.scale_BL1 is not None:
             change_BLC = change_BLC * seen.scale_BL1
         change_BLC = torch.where(clamped_BL[..., None], change_BLC, 0.0)
@@ -236,22 +207,6 @@ class GuardrailModule(nn.Module):
         return self
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of tensors: names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of everything that a guardrail is."""
-    text = json.dumps(dataclasses.asdict(spec), sort_keys=True, allow_nan=False)
-    return hashlib.sha256(f"{text}\n{tensors_digest(tensors)}".encode()).hexdigest()
-
-
 def _check_shapes(tensors: Mapping[str, Tensor], spec: GuardrailSpec, where: str) -> None:
     """Refuse tensors that no SAE gives: of the wrong shapes, or with the index of a feature that is not there."""
     W_enc, W_dec, index = tensors["W_enc"], tensors["W_dec"], tensors.get("index")
@@ -269,6 +224,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], spec: GuardrailSpec, where: str
     is_index = index is None or (index.dtype == torch.int64 and bool(((index >= 0) & (index < n_columns)).all()))
     if not is_index or not 0 <= SliceSpec(**spec.slice).k <= n_columns:
         raise DsgError(f"{where} names features that it does not hold.", "Make the guardrail again with dsg apply.")
+    check_clamp(spec, len(W_dec), n_features, where)
 
 
 def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where: str) -> GuardrailModule:

@@ -12,7 +12,8 @@ from dsg_cli.artifacts import FeatureSet
 from dsg_cli.errors import DsgError
 from dsg_cli.model import LoadedModel
 from dsg_cli.runtime.gates import DETECTING_FORMS
-from dsg_cli.runtime.guardrail import GuardrailModule, GuardrailSpec
+from dsg_cli.runtime.guardrail import GuardrailModule
+from dsg_cli.runtime.spec import GuardrailSpec
 from dsg_cli.sae import SaeSource
 from dsg_cli.selection import select_features
 from dsg_cli.settings import CalibrateSection
