@@ -91,7 +91,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
     workspace.check_writable()
     recipe = settle(recipe, features.header)
     selected = features.header.settings
-    names = settings.retain or [_spelled(corpus) for corpus in selected["retain"]]
+    names = settings.retain or [spelled(corpus) for corpus in selected["retain"]]
     check_named(names, role="retain")
     check_disjoint([corpus["name"] for corpus in selected["forget"]], names)
     prompts = read_prompts((), Path(settings.lengths_from)) if settings.lengths_from else []
@@ -211,7 +211,7 @@ def _rates(rows: Sequence[Json], threshold: float, longest: int) -> list[Json]:
     ]
 
 
-def _spelled(corpus: Json) -> str:
+def spelled(corpus: Json) -> str:
     """A corpus of select as it was named there, weight included."""
     return f"{corpus['name']}={corpus['weight']}" if corpus.get("weight") else str(corpus["name"])
 

@@ -100,7 +100,7 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
     check_named(names.forget, role="forget")
     check_named(names.retain, role="retain")
     check_disjoint(names.forget, names.retain)
-    _check_world(recipe)
+    check_world(recipe)
     workspace.check_writable()
     check_name(recipe.sae.source)
     recipe = settle(recipe)
@@ -140,7 +140,7 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
     return _Prepared(loaded, sae, {"forget": forget, "retain": retain}, header, seq_len)
 
 
-def _check_world(recipe: Recipe) -> None:
+def check_world(recipe: Recipe) -> None:
     """The lab's corpora are about a world that only the lab's model knows.
 
     Raises:
