@@ -20,6 +20,7 @@ __all__ = [
     "AttackReport",
     "Body",
     "BodyT",
+    "Comparison",
     "CalibratedGate",
     "EvalReport",
     "Feature",
@@ -258,8 +259,30 @@ class AttackReport:
     """As in an evaluation."""
 
 
-Body = FeatureSet | Threshold | Guardrail | ModelWeights | Wrapper | EvalReport | AttackReport
-BodyT = TypeVar("BodyT", FeatureSet, Threshold, Guardrail, ModelWeights, Wrapper, EvalReport, AttackReport)
+@dataclass(frozen=True)
+class Comparison:
+    """Body of `compare-NNN`: methods side by side."""
+
+    benches: Json
+    """{forget: bench, near: [bench], other: [bench]}"""
+    chance: float
+    """Accuracy on forget questions without any knowledge."""
+    criterion: str
+    """By which settings were chosen, on dev questions."""
+    base: Json
+    """{dev: {bench: acc}, test: {bench: {acc, acc_low, acc_high, n}}} of the model that no method has changed."""
+    rows: list[Json]
+    """One a method and SAE, on test questions: {method, sae, artifacts, eval, attack, values, results, gate, relearned,
+    cost, n_features, error}"""
+    trials: list[Json]
+    """{method, values, dev: {bench: acc}, forget, utility, forgetting, score, seconds, is_chosen, error}: the data of a
+    scatter of forget accuracy against utility."""
+    sequences: list[Json]
+    """{method, curve: [{request, artifacts, results: {bench: acc}}], error}: requests one after another."""
+
+
+Body = Comparison | FeatureSet | Threshold | Guardrail | ModelWeights | Wrapper | EvalReport | AttackReport
+BodyT = TypeVar("BodyT", Comparison, FeatureSet, Threshold, Guardrail, ModelWeights, Wrapper, EvalReport, AttackReport)
 
 KINDS: dict[str, type[Any]] = {
     "features": FeatureSet,
@@ -269,6 +292,7 @@ KINDS: dict[str, type[Any]] = {
     "wrapper": Wrapper,
     "eval": EvalReport,
     "attack": AttackReport,
+    "compare": Comparison,
 }
 SCHEMAS: dict[str, int] = {
     "features": 2,
@@ -278,6 +302,7 @@ SCHEMAS: dict[str, int] = {
     "wrapper": 1,
     "eval": 3,
     "attack": 3,
+    "compare": 1,
 }
 MADE_BY = {
     "features": "dsg select",
@@ -287,6 +312,7 @@ MADE_BY = {
     "wrapper": "dsg apply --method",
     "eval": "dsg eval",
     "attack": "dsg attack",
+    "compare": "dsg compare",
 }
 NEXT_COMMAND = {
     "features": "dsg calibrate",
@@ -296,6 +322,7 @@ NEXT_COMMAND = {
     "wrapper": "dsg eval",
     "eval": "dsg attack",
     "attack": "dsg ls",
+    "compare": "dsg ls",
 }
 
 

@@ -5,6 +5,7 @@ Precedence: command-line flag, then `--set section.key=value`, then the recipe f
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import is_file
-from dsg_cli.methods import clamp_checks, wrapper_checks
+from dsg_cli.methods import clamp_checks, comparison, wrapper_checks
 from dsg_cli.settings import AttackSection, Recipe
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "recipe_names"]
@@ -89,6 +90,23 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
     if problems:
         raise DsgError(f"In {where}:\n  " + "\n  ".join(problems))
     return recipe
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values at dotted keys.
+
+    Raises:
+        DsgError: An unknown key, or a value that is ill-typed or out of range.
+    """
+    data = dataclasses.asdict(recipe)
+    for key, value in values.items():
+        _put(data, key, value)
+    problems: list[str] = []
+    made: Recipe = build_section(Recipe, data, "", problems)
+    problems += _out_of_range(made) if not problems else []
+    if problems:
+        raise DsgError("In the grid of a comparison:\n  " + "\n  ".join(problems))
+    return made
 
 
 def _parsed(text: str, what: str) -> Any:
@@ -181,6 +199,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
         *_checks_of_weights(attack),
         *clamp_checks.checks(recipe.methods),
         *wrapper_checks.checks(recipe.methods),
+        *comparison.checks(recipe.compare),
     )
     return [words for is_fine, words in checks if not is_fine]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dsg_cli.methods.comparison import CompareSection
 from dsg_cli.methods.settings import MethodsSection
 
 
@@ -257,5 +258,6 @@ class Recipe:
     eval: EvalSection = EvalSection()
     generate: GenerateSection = GenerateSection()
     attack: AttackSection = AttackSection()
+    compare: CompareSection = field(default_factory=CompareSection)
     published: PublishedSection = PublishedSection()
     seed: int = 0

@@ -54,6 +54,29 @@ _PROBE = {
 }
 _RATES = [{"what": str, "is_forget": bool, "n": int, "rate": NUMBER, "low": NUMBER, "high": NUMBER}]
 _COMPOSITION = [{"id": str, "kind": str, "method": str}]
+_ROW = {
+    "method": str,
+    "sae": str,
+    "artifacts": [str],
+    "values": dict,
+    "results": {"*": _ACCURACY},
+    "gate": {"*": NUMBER},
+    "relearned": ({"x": int, "guarded": NUMBER, "unguarded": NUMBER}, OR_EMPTY),
+    "cost": {"*": (NUMBER, OR_NONE)},
+    "n_features": int,
+    "error": str,
+}
+_TRIAL = {
+    "method": str,
+    "values": dict,
+    "dev": {"*": NUMBER},
+    "forget": (NUMBER, OR_NONE),
+    "utility": (NUMBER, OR_NONE),
+    "score": (NUMBER, OR_NONE),
+    "seconds": NUMBER,
+    "is_chosen": bool,
+    "error": str,
+}
 GIT = ({"commit": str, "dirty": bool}, OR_EMPTY)
 SETTINGS: dict[str, Any] = {
     "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NONE)},
@@ -63,6 +86,7 @@ SETTINGS: dict[str, Any] = {
     "wrapper": {},
     "eval": {"benches": [str]},
     "attack": {"retain?": {"*": str}},
+    "compare": {},
 }
 BODY: dict[str, Any] = {
     "features": {"probe": (_PROBE, OR_EMPTY)},
@@ -102,6 +126,13 @@ BODY: dict[str, Any] = {
             "unguarded_at_worst": (NUMBER, OR_NONE),
         },
         "expected": [_EXPECTED],
+    },
+    "compare": {
+        "benches": {"forget": str, "near": [str], "other": [str]},
+        "base": {"dev": {"*": NUMBER}, "test": {"*": _ACCURACY}},
+        "rows": [_ROW],
+        "trials": [_TRIAL],
+        "sequences": [{"method": str, "curve": [{"request": str, "artifacts": [str], "results": {"*": NUMBER}}]}],
     },
 }
 """By kind of artifact."""

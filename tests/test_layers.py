@@ -11,7 +11,7 @@ ROWS = (
     ("runtime",),
     ("provenance",),
     ("errors", "progress", "artifacts", "shapes", "lab.data", "lab.settings", "lab.words", "lab.world"),
-    ("interruption", "locks", "migrations", "conversion", "secrets", "strength", "methods.names", "methods.settings"),
+    ("interruption", "locks", "migrations", "conversion", "secrets", "strength", "methods.names", "methods.settings", "methods.comparison"),
     ("integrity", "hub", "catalogue"),
     ("committing", "workers", "checkpoints"),
     ("releases", "documents"),
