@@ -16,7 +16,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.report.attacks import curve_table, place, share
 from dsg_cli.report.expectations import verdicts
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
-from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
+from dsg_cli.report.methods import model_rows, named, rate_row, wrapper_rows
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
 
