@@ -110,7 +110,7 @@ def read_keywords(path: str) -> list[str]:
     Raises:
         DsgError: It cannot be read, is empty, or a line holds no word.
     """
-    lines = [line.strip() for line in text_of(Path(path)).splitlines()]
+    lines = [line.strip() for line in text_of(Path(path)).split("\n")]
     found: Sequence[str] = list(dict.fromkeys(line for line in lines if line))
     if not found:
         raise DsgError(f"{path} holds no keyword.", "Write one a line.")

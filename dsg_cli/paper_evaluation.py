@@ -46,7 +46,6 @@ def evaluate_paper(
         limit: Questions of each data set of a bench to begin with, at most.
         question_ids: For a bench named here, these questions count, without a filter.
         unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
-        unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
         wrappers: Of the unlearned model, in the order in which they act.
         samples: Keep the questions' texts in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
@@ -88,15 +87,15 @@ def evaluate_paper(
                 "Choose a stronger model, or another bench.",
             )
         of_base = {question.id: found for (found, _), question in zip(before, asked, strict=True)}
-        unlearned = _ask(after, letters, kept, ORDERS[0])
+        answered = _ask(after, letters, kept, ORDERS[0])
         bench_rows = [
             _row(bench, question, of_base[question.id], *answer, samples)
-            for question, answer in zip(kept, unlearned, strict=True)
+            for question, answer in zip(kept, answered, strict=True)
         ]
         n = len(kept)
         sides = {
             "base": sum(_is_right(of_base[question.id], question) for question in kept),
-            "unlearned": sum(_is_right(found, question) for (found, _), question in zip(unlearned, kept, strict=True)),
+            "unlearned": sum(_is_right(found, question) for (found, _), question in zip(answered, kept, strict=True)),
         }
         results[bench] = {side: {"acc": k / n, "n": n, **counts(k, n)} for side, k in sides.items()}
         results[bench]["base"] |= {"n_asked": len(asked), "acc_asked": sum(right) / len(asked)}

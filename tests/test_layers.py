@@ -15,7 +15,7 @@ ROWS = (
     ("integrity", "hub", "catalogue"),
     ("committing", "workers", "checkpoints"),
     ("releases", "documents"),
-    ("hub_data",),
+    ("hub_data", "adapters"),
     ("corpora", "prompt_files", "keywords", "tokens", "model", "expect", "calibration", "selection"),
     ("sae", "residuals", "fitting", "streaming"),
     ("scoring", "prompting", "pooling"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import typer
@@ -13,6 +13,7 @@ from dsg_cli.benches.names import known_benches
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
+from dsg_cli.methods.names import METHODS
 
 
 def _recipes() -> list[str]:
@@ -46,6 +47,7 @@ NAMES: dict[str, Callable[[], list[str]]] = {
     "saes": _saes,
     "gates": lambda: list(get_args(CalibratedGate)),
     "attacks": lambda: [*KINDS, ALL],
+    "methods": lambda: list(METHODS),
     "recipes": _recipes,
 }
 
@@ -64,14 +66,15 @@ def complete_kind(incomplete: str) -> list[str]:
     return [name for name in NAMES if name.startswith(incomplete)]
 
 
-def complete_artifact(kind: str | None = None) -> Callable[[typer.Context, str], list[str]]:
+def complete_artifact(kinds: Sequence[str | None] = (None,)) -> Callable[[typer.Context, str], list[str]]:
     """For Typer's `autocompletion`: ids in the workspace that the command line names."""
 
     def ids(context: typer.Context, incomplete: str) -> list[str]:
         from dsg_cli.cli.options import DEFAULT_WORKSPACE
         from dsg_cli.workspace import Workspace
 
-        found = Workspace(context.params.get("workspace") or DEFAULT_WORKSPACE).ids(kind)
-        return [artifact_id for artifact_id in found if artifact_id.startswith(incomplete)]
+        found = Workspace(context.params.get("workspace") or DEFAULT_WORKSPACE)
+        ids_of_kinds = [artifact_id for kind in kinds for artifact_id in found.ids(kind)]
+        return [artifact_id for artifact_id in ids_of_kinds if artifact_id.startswith(incomplete)]
 
     return ids

@@ -29,16 +29,28 @@ TrustOption = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run Python files that come with the model. Read them first.")
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
-FEATURES, THRESHOLD, GUARDRAIL = map(complete_artifact, ("features", "threshold", "guardrail"))
+ForgetOption = Annotated[
+    list[str] | None,
+    typer.Option("--forget", help="Corpus to forget (`dsg ls corpora`).", autocompletion=complete("corpora")),
+]
+RetainOption = Annotated[
+    list[str] | None,
+    typer.Option("--retain", help="Corpus to retain; NAME=WEIGHT mixes.", autocompletion=complete("corpora")),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Hub name, folder, `lab`, or model-NNN.")]
+SaeOption = Annotated[str | None, typer.Option("--sae", help="RELEASE/ID, folder or `lab`.")]
+DocumentsOption = Annotated[int | None, typer.Option("--limit", help="Documents of each corpus, at most.")]
+FEATURES = complete_artifact(("features",))
+BEFORE_APPLY = complete_artifact(("threshold", "features", "model"))
 FROM_HELP = "Artifact to start from; the newest by default."
 FromFeaturesOption = Annotated[str | None, typer.Option("--from", help=FROM_HELP, autocompletion=FEATURES)]
-FromThresholdOption = Annotated[str | None, typer.Option("--from", help=FROM_HELP, autocompletion=THRESHOLD)]
+FromThresholdOption = Annotated[str | None, typer.Option("--from", help=FROM_HELP, autocompletion=BEFORE_APPLY)]
 FromManyOption = Annotated[
     list[str] | None,
     typer.Option(
         "--from",
-        help="Guardrail, the newest by default; repeatable, each decides by its own gate.",
-        autocompletion=GUARDRAIL,
+        help="Guardrail, model or wrapper, the newest by default; repeatable, they act together.",
+        autocompletion=complete_artifact(("guardrail", "model", "wrapper")),
     ),
 ]
 InsteadOption = Annotated[

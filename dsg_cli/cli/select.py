@@ -7,28 +7,21 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
-from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import show_stored
 from dsg_cli.cli.running import running
 
 
 def command(
-    forget: Annotated[
-        list[str] | None,
-        typer.Option("--forget", help="Corpus to forget (`dsg ls corpora`).", autocompletion=complete("corpora")),
-    ] = None,
-    retain: Annotated[
-        list[str] | None,
-        typer.Option("--retain", help="Corpus to retain; NAME=WEIGHT mixes.", autocompletion=complete("corpora")),
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Hub name, folder or `lab`.")] = None,
-    sae: Annotated[str | None, typer.Option("--sae", help="RELEASE/ID, folder or `lab`.")] = None,
+    forget: opt.ForgetOption = None,
+    retain: opt.RetainOption = None,
+    model: opt.ModelOption = None,
+    sae: opt.SaeOption = None,
     n_features: Annotated[int | None, typer.Option("-n", "--n-features", help="Features to select.")] = None,
     ratio_percentile: Annotated[
         float | None, typer.Option("--ratio-percentile", help="Importance ratio a feature must reach.")
     ] = None,
     score: Annotated[str | None, typer.Option("--score", help="mean-square or squared-mean.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Documents of each corpus, at most.")] = None,
+    limit: opt.DocumentsOption = None,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     recipe: opt.RecipeOption = None,
     sets: opt.SetOption = None,

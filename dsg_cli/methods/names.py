@@ -62,6 +62,16 @@ def check_method(name: str) -> Method:
     return METHODS[name]
 
 
+def check_lora(name: str) -> None:
+    """Refuse adapters for a method that trains no weights.
+
+    Raises:
+        DsgError: It does not, or there is no such method.
+    """
+    if not check_method(name).is_trained:
+        raise DsgError(f"--lora is for methods that train weights, and {name} does not.", "Leave it out.")
+
+
 def section_of(name: str) -> str:
     """The key of a method's settings below `methods` in a recipe."""
     return name.replace("-", "_")

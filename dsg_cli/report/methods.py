@@ -56,6 +56,6 @@ def _terms(losses: Json) -> str:
     return f"{losses['loss']:.3g}" + (f" ({rest})" if rest else "")
 
 
-def named(composition: Sequence[Json]) -> str:
+def composed(composition: Sequence[Json]) -> str:
     """What acted, in its order."""
     return " + ".join(f"{one['id']} ({one['method']})" for one in composition)

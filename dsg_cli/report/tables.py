@@ -16,7 +16,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.report.attacks import curve_table, place, share
 from dsg_cli.report.expectations import verdicts
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
-from dsg_cli.report.methods import model_rows, named, rate_row, wrapper_rows
+from dsg_cli.report.methods import composed, model_rows, rate_row, wrapper_rows
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
 
@@ -186,7 +186,7 @@ def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:
         )
     for one in verdicts(body):
         table.add_row(Text(one.expect), "", "", one.unlearned, one.bound, "met" if one.is_met else "NOT MET")
-    remarks = [named(body.composition)] if body.composition else []
+    remarks = [composed(body.composition)] if body.composition else []
     if len(shown) < len(body.results):
         remarks.append(f"{len(body.results) - len(shown)} parts more with --json")
     remarks += [f"{n} answers of the base model are from {name}" for name, n in body.base_from.items()]

@@ -34,7 +34,7 @@ from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.gates import FORMS
 from dsg_cli.settings import CalibrateSection
 from dsg_cli.stages.calibration_text import all_pieces, dev_questions, lengths_of
-from dsg_cli.stages.chain import chain_sae, load_chain_model, settle
+from dsg_cli.stages.chain import chain_sae, load_chain_model, settle, spelled
 from dsg_cli.stages.detection import Detection, detection_of, watching
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
@@ -91,7 +91,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
     workspace.check_writable()
     recipe = settle(recipe, features.header)
     selected = features.header.settings
-    names = settings.retain or [_spelled(corpus) for corpus in selected["retain"]]
+    names = settings.retain or [spelled(corpus) for corpus in selected["retain"]]
     check_named(names, role="retain")
     check_disjoint([corpus["name"] for corpus in selected["forget"]], names)
     prompts = read_prompts((), Path(settings.lengths_from)) if settings.lengths_from else []
@@ -209,11 +209,6 @@ def _rates(rows: Sequence[Json], threshold: float, longest: int) -> list[Json]:
         {"what": what, "is_forget": is_forget, **rate_above(threshold, several)}
         for (what, is_forget), several in kinds.items()
     ]
-
-
-def _spelled(corpus: Json) -> str:
-    """A corpus of select as it was named there, weight included."""
-    return f"{corpus['name']}={corpus['weight']}" if corpus.get("weight") else str(corpus["name"])
 
 
 @torch.inference_mode()

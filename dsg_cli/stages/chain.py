@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsg_cli.artifacts import Header, ModelIdentity, SaeIdentity
+from dsg_cli.artifacts import Header, Json, ModelIdentity, SaeIdentity
 from dsg_cli.errors import DsgError
 from dsg_cli.model import LoadedModel, fingerprint, load_model
 from dsg_cli.recipe import Recipe
@@ -124,3 +124,8 @@ def check_tokens(loaded: LoadedModel, special: Sequence[int], made: str) -> None
             f"The tokenizer of {loaded.source} has other special tokens than when {made} was made.",
             "Start again with dsg select.",
         )
+
+
+def spelled(corpus: Json) -> str:
+    """A corpus of select as it was named there, weight included."""
+    return f"{corpus['name']}={corpus['weight']}" if corpus.get("weight") else str(corpus["name"])

@@ -19,6 +19,7 @@ from dsg_cli.export.light import LIGHT_FILE, light_file
 from dsg_cli.guardrail import check_causal
 from dsg_cli.hub import SCHEME, parse_address, push_folder
 from dsg_cli.integrity import check_new_folder, is_taken, write_atomically
+from dsg_cli.methods.names import check_method
 from dsg_cli.model import model_folder
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
@@ -138,13 +139,16 @@ def _check_whole(subject: Subject) -> None:
         )
 
 
-def check_threshold(workspace: Workspace, source: str | None) -> None:
-    """Refuse a threshold whose guardrail could not be exported as a model, before that guardrail is made.
+def check_exportable(workspace: Workspace, method: str, source: str | None) -> None:
+    """Refuse what could not be exported as a model, before it is made.
 
     Raises:
-        DsgError: Its gate needs whole sequences, or there is no such threshold.
+        DsgError: It is no guardrail, or its threshold is missing or of a gate that needs whole sequences.
     """
-    check_causal([workspace.find("threshold", source).body_as(Threshold).gate])
+    if check_method(method).form != "guardrail":
+        raise DsgError(f"--export writes guarded models, and {method} makes none.", "Leave it out.")
+    if method == "dsg" and (source is None or "threshold" in source):
+        check_causal([workspace.find("threshold", source).body_as(Threshold).gate])
 
 
 def check_target(to: str, form: str | None = None) -> str:

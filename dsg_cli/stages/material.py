@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dsg_cli.artifacts import Json, ModelWeights
-from dsg_cli.corpora import Corpus, check_disjoint, check_named, check_no_shared_texts, load_corpora
+from dsg_cli.corpora import Corpus, check_disjoint, check_named, check_no_shared_texts, load_corpora, parse_name
 from dsg_cli.errors import DsgError
 from dsg_cli.methods.names import METHODS
-from dsg_cli.model import load_tokenizer
+from dsg_cli.model import LoadedModel, load_model, load_tokenizer
 from dsg_cli.prompting import check_chat
 from dsg_cli.recipe import Recipe
 from dsg_cli.settings import ModelSection
+from dsg_cli.stages.chain import check_identity, spelled
 from dsg_cli.tokens import bos_to_prepend
 from dsg_cli.workspace import Stored, Workspace
 
@@ -22,11 +23,15 @@ class Material:
     """A model by its name, and corpora."""
 
     model: str
+    names: dict[str, list[str]]
+    """forget and retain -> corpora as later stages call them."""
     forget: list[Corpus]
     retain: list[Corpus]
+    """Empty where a method has no use for their texts."""
     bos: int | None
     """Token that every sequence begins with."""
     inputs: list[Stored]
+    notes: list[str]
 
     def described(self) -> Json:
         """What an artifact's settings say of the corpora."""
@@ -54,13 +59,15 @@ def taken_from(recipe: Recipe, origin: Stored | None) -> Recipe:
         return recipe
     settings, corpora = origin.header.settings, recipe.corpora
     if origin.header.kind == "features" or not corpora.forget:
-        forget, retain = ([_spelled(one) for one in settings[role]] for role in ("forget", "retain"))
+        forget, retain = ([spelled(one) for one in settings[role]] for role in ("forget", "retain"))
         corpora = replace(corpora, forget=forget, retain=retain, limit=settings.get("limit"))
     source = folder_of(origin) if isinstance(origin.body, ModelWeights) else origin.header.model.source
     return replace(recipe, corpora=corpora, model=replace(recipe.model, source=source))
 
 
-def find_material(recipe: Recipe, workspace: Workspace, method: str, origin: Stored | None) -> Material:
+def find_material(
+    recipe: Recipe, workspace: Workspace, method: str, origin: Stored | None, *, reads_text: bool = True
+) -> Material:
     """Read the corpora, and check all that can be checked before weights are loaded.
 
     Args:
@@ -68,29 +75,55 @@ def find_material(recipe: Recipe, workspace: Workspace, method: str, origin: Sto
         workspace: Where models that are artifacts are.
         method: What for; one without a forget corpus may have no corpora at all.
         origin: A features or a model artifact that the recipe was taken from.
+        reads_text: Whether the method reads corpora, or only says their names.
 
     Raises:
         DsgError: None named, unknown, both forgotten and retained, or unfit for the model.
     """
-    names = recipe.corpora
-    is_needed = METHODS[method].needs_forget
-    for role, named in (("forget", names.forget), ("retain", names.retain)):
-        if named or is_needed:
+    names = {"forget": recipe.corpora.forget, "retain": recipe.corpora.retain}
+    for role, named in names.items():
+        if named or METHODS[method].needs_forget:
             check_named(named, role=role)
-    check_disjoint(names.forget, names.retain)
+    check_disjoint(names["forget"], names["retain"])
     check_world(recipe)
     source = named_model(workspace, recipe.model.source)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
-    read = origin.header.settings if origin is not None else {}
-    forget, retain = (
-        _corpora(named, role, recipe, read.get(role, [])) if named else []
-        for role, named in (("forget", names.forget), ("retain", names.retain))
-    )
-    check_no_shared_texts(forget, retain)
-    check_chat(tokenizer, [*forget, *retain])
+    found: dict[str, list[Corpus]] = {"forget": [], "retain": []}
+    notes: list[str] = []
+    for role, named in names.items() if reads_text else ():
+        found[role], changed = _read(named, role, recipe, origin)
+        notes += changed
+    check_no_shared_texts(found["forget"], found["retain"])
+    check_chat(tokenizer, [*found["forget"], *found["retain"]])
     sae_prepends = bool(origin is not None and origin.header.sae is not None and origin.header.sae.prepend_bos)
-    bos = bos_to_prepend(tokenizer, sae_prepends)
-    return Material(source, forget, retain, bos, [] if origin is None else [origin])
+    return Material(
+        model=source,
+        names={role: [parse_name(name).name for name in named] for role, named in names.items()},
+        forget=found["forget"],
+        retain=found["retain"],
+        bos=bos_to_prepend(tokenizer, sae_prepends),
+        inputs=[] if origin is None else [origin],
+        notes=notes,
+    )
+
+
+def load_whole(material: Material, recipe: Recipe, *, dtype: str) -> LoadedModel:
+    """The model, whole.
+
+    Raises:
+        DsgError: It cannot be loaded, or is not the one that features were selected on.
+    """
+    loaded = load_model(
+        material.model,
+        device=recipe.model.device,
+        dtype=dtype,
+        device_map=recipe.model.device_map,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    for stored in material.inputs:
+        if stored.header.kind == "features":
+            check_identity(loaded, stored.header)
+    return loaded
 
 
 def check_world(recipe: Recipe) -> None:
@@ -105,11 +138,18 @@ def check_world(recipe: Recipe) -> None:
         raise DsgError(f"{recipe.model.source} knows nothing of the lab's world.", "Add --model lab.")
 
 
-def _corpora(names: Sequence[str], role: str, recipe: Recipe, read: Sequence[Json]) -> list[Corpus]:
-    revisions = {one["name"]: one["revision"] for one in read if one.get("revision")}
-    return load_corpora(names, role=role, limit=recipe.corpora.limit, seed=recipe.seed, revisions=revisions)
-
-
-def _spelled(corpus: Json) -> str:
-    """A corpus as it was named, weight included."""
-    return f"{corpus['name']}={corpus['weight']}" if corpus.get("weight") else str(corpus["name"])
+def _read(names: Sequence[str], role: str, recipe: Recipe, origin: Stored | None) -> tuple[list[Corpus], list[str]]:
+    """Corpora, those of an artifact as it drew them; and a note on each that has changed since."""
+    said: dict[str, Json] = {}
+    if origin is not None:
+        said = {one["name"]: one for one in origin.header.settings.get(role, [])}
+    is_taken = origin is not None and {parse_name(name).name for name in names} == set(said)
+    found = load_corpora(
+        names,
+        role=role,
+        limit=recipe.corpora.limit,
+        seed=origin.header.seed if origin is not None and is_taken else recipe.seed,
+        revisions={name: one["revision"] for name, one in said.items() if one.get("revision")},
+    )
+    changed = [one.name for one in found if is_taken and one.sha256 != said[one.name]["sha256"]]
+    return found, [f"The {role} corpus {name} has changed since {origin.id if origin else ''}." for name in changed]

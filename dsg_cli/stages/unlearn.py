@@ -22,11 +22,11 @@ from dsg_cli.methods.cost import Cost, counted
 from dsg_cli.methods.given import Changed, Given
 from dsg_cli.methods.names import METHODS, module_name, section_of
 from dsg_cli.methods.text import text_of
-from dsg_cli.model import LoadedModel, context_length, load_model
+from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.guidance import features_of, unknown_text
-from dsg_cli.stages.material import Material, find_material, taken_from
+from dsg_cli.stages.material import Material, find_material, load_whole, taken_from
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.tokens import special_ids
@@ -56,12 +56,7 @@ def run(
     workspace.check_writable()
     recipe = settle(recipe)
     # Weights and what is added to them are float32, whatever the model is run in later.
-    loaded = load_model(
-        material.model,
-        device=recipe.model.device,
-        dtype="float32",
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    loaded = load_whole(material, recipe, dtype="float32")
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="float32"))
     header = new_header(
         "model",
@@ -75,6 +70,7 @@ def run(
         model=identify(loaded, loaded.n_layers - 1),
         sae=origin.header.sae if origin is not None and METHODS[method].needs_sae else None,
         inputs=material.inputs,
+        notes=material.notes,
     )
     if (stored := session.existing(workspace, header)) is not None:
         return stored
@@ -147,8 +143,8 @@ def _written(
             features=list(_features(header, material)),
             special_ids=list(special_ids(loaded.tokenizer)),
             bos=material.bos,
-            forget=[corpus.name for corpus in material.forget],
-            retain=[corpus.name for corpus in material.retain],
+            forget=material.names["forget"],
+            retain=material.names["retain"],
         )
         header = clock.close(dataclasses.replace(header, notes=notes), n_tokens=cost.forward_tokens)
         return workspace.write(header, body, folder=_contents(Path(scratch)))

@@ -1,0 +1,191 @@
+"""What both filters do: learn to tell forget text from retain text, and refuse as little retain text as was promised.
+
+The classifier and the keywords come from the `select` part of the corpora, the threshold from the `calibrate` part of
+the retain corpora, and the rates from the `fresh` parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsg_cli.artifacts import Json, Wrapper
+from dsg_cli.calibration import rate_above, threshold_of
+from dsg_cli.corpora import Corpus, Part
+from dsg_cli.errors import DsgError
+from dsg_cli.keywords import read_keywords, telling_words
+from dsg_cli.methods.settings import Filter
+from dsg_cli.methods.wrapping import Made, Material
+from dsg_cli.pieces import Piece, draw_pieces
+from dsg_cli.pooling import mean_residuals
+from dsg_cli.tokens import special_ids
+from dsg_cli.wrapper_module import WrapperModule, statistics_of, wrapper_from_artifact
+
+MOST_STEPS = 2000
+"""Of a fit."""
+CONSTANT = 1e-6
+"""A dimension that varies less than so much of the one that varies most is left out."""
+
+
+def fitted(settings: Filter, material: Material, *, method: str, side: Literal["input", "output"]) -> Made:
+    """A filter with its threshold, and its rates on text that it has not seen.
+
+    Raises:
+        DsgError: Nothing tells the texts apart, there is too little text, or an activation is not finite.
+    """
+    layer = middle(material.loaded.n_layers) if settings.layer is None else settings.layer
+    has_layer = settings.rule == "classifier"
+    body = Wrapper(
+        method=method,
+        rule=settings.rule,
+        side=side,
+        text="",
+        keywords=[] if has_layer else _keywords(settings, material),
+        layer=layer if has_layer else None,
+        threshold=0.0,
+        refusal=settings.refusal,
+        rates=[],
+        special_ids=list(special_ids(material.loaded.tokenizer)),
+        bos=material.bos,
+        forget=list(material.forget_names),
+        retain=list(material.retain_names),
+    )
+    tensors, n_tokens = _fit(material, layer, settings.ridge) if has_layer else (None, 0)
+    module = wrapper_from_artifact(body, tensors or {}, where="The new filter")
+    calibration = _statistics(module, material, material.retain, "calibrate")
+    retain, forget = (_statistics(module, material, corpora, "fresh") for corpora in (material.retain, material.forget))
+    threshold = _threshold(calibration, settings.alpha)
+    rates = [*_rates(retain, threshold, is_forget=False), *_rates(forget, threshold, is_forget=True)]
+    n_tokens += sum(len(piece.ids) for piece, _ in (*calibration, *retain, *forget))
+    body = replace(body, threshold=threshold, rates=rates)
+    return Made(body, tensors, n_tokens, _notes(body))
+
+
+def middle(n_layers: int) -> int:
+    """The layer that a classifier reads after unless another is named."""
+    return n_layers // 2
+
+
+def fit_classifier(forget_ND: Tensor, retain_ND: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Weight [D] and bias [] of a logistic regression of forget against retain text, float32.
+
+    Both classes count alike. Dimensions are standardised for the penalty, which is folded into what is returned.
+
+    Args:
+        forget_ND: A row each forget text.
+        retain_ND: A row each retain text.
+        ridge: Inverse of the strength of the penalty.
+
+    Raises:
+        DsgError: One side is empty, a value is not finite, or nothing varies.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if not len(forget_ND) or not len(retain_ND):
+        raise DsgError("The classifier has no text of one side to learn from.", "Give more text.")
+    x_ND = torch.cat([forget_ND, retain_ND]).double()
+    if not bool(x_ND.isfinite().all()):
+        raise DsgError("On a piece of text an activation is not finite.", "Check the weights, or try --dtype float32.")
+    mean_D, deviation_D = x_ND.mean(0), x_ND.std(0)
+    varies_D = deviation_D > CONSTANT * deviation_D.max()
+    if not bool(varies_D.any()):
+        raise DsgError("The residual stream is the same on all text.", "Choose another methods layer.")
+    scale_D = torch.where(varies_D, 1 / deviation_D.clamp(min=1e-300), 0.0)
+    labels = (torch.arange(len(x_ND)) < len(forget_ND)).numpy()
+    model = LogisticRegression(C=ridge, class_weight="balanced", max_iter=MOST_STEPS)
+    model.fit(((x_ND - mean_D) * scale_D).numpy(), labels)
+    weight_D = torch.from_numpy(model.coef_[0]).double() * scale_D
+    bias = float(model.intercept_[0]) - float(weight_D @ mean_D)
+    return weight_D.float(), torch.tensor(bias, dtype=torch.float32)
+
+
+def _fit(material: Material, layer: int, ridge: float) -> tuple[dict[str, Tensor], int]:
+    """The classifier's tensors, and how many tokens were read for it."""
+    pieces = {role: _pieces(material, getattr(material, role), "select") for role in ("forget", "retain")}
+    means = {
+        role: mean_residuals(
+            material.loaded.model,
+            material.loaded.tokenizer,
+            [piece.ids for piece in several],
+            layer=layer,
+            batch_size=material.batch_size,
+            report=material.report,
+            what=f"select pieces of {role} text",
+        )
+        for role, several in pieces.items()
+    }
+    weight_D, bias = fit_classifier(means["forget"], means["retain"], ridge)
+    return {"weight": weight_D, "bias": bias}, sum(len(piece.ids) for several in pieces.values() for piece in several)
+
+
+def _keywords(settings: Filter, material: Material) -> list[str]:
+    if settings.keywords_file is not None:
+        return read_keywords(settings.keywords_file)
+    forget, retain = (
+        (text for corpus in corpora for text in corpus.part("select")) for corpora in (material.forget, material.retain)
+    )
+    return telling_words(forget, retain, settings.n_keywords)
+
+
+def _pieces(material: Material, corpora: Sequence[Corpus], part: Part) -> list[Piece]:
+    return draw_pieces(
+        material.loaded.tokenizer,
+        corpora,
+        part,
+        bos=material.bos,
+        lengths=material.lengths,
+        at_most=material.max_pieces,
+        seed=material.seed,
+    )
+
+
+def _statistics(
+    module: WrapperModule, material: Material, corpora: Sequence[Corpus], part: Part
+) -> list[tuple[Piece, float]]:
+    """Pieces of one part of corpora with their statistics.
+
+    Raises:
+        DsgError: One is not finite.
+    """
+    pieces = _pieces(material, corpora, part)
+    values = statistics_of(
+        module,
+        material.loaded.model,
+        material.loaded.tokenizer,
+        [piece.ids for piece in pieces],
+        batch_size=material.batch_size,
+        report=material.report,
+        what=f"{part} pieces",
+    )
+    if not all(map(math.isfinite, values)):
+        raise DsgError("On a piece of text an activation is not finite.", "Check the weights, or try --dtype float32.")
+    return list(zip(pieces, values, strict=True))
+
+
+def _threshold(found: Sequence[tuple[Piece, float]], alpha: float) -> float:
+    try:
+        return threshold_of([(piece.corpus, value) for piece, value in found], alpha, is_each=True)
+    except DsgError as error:
+        raise DsgError(error.message, "Give more retain text, or a larger alpha of the method.") from error
+
+
+def _rates(found: Sequence[tuple[Piece, float]], threshold: float, *, is_forget: bool) -> list[Json]:
+    """Share refused of the pieces of each corpus."""
+    of_corpus: dict[str, list[float]] = {}
+    for piece, value in found:
+        of_corpus.setdefault(piece.corpus, []).append(value)
+    return [
+        {"what": name, "is_forget": is_forget, **rate_above(threshold, values)} for name, values in of_corpus.items()
+    ]
+
+
+def _notes(body: Wrapper) -> list[str]:
+    """That it refuses nothing, where it does."""
+    if any(rate["rate"] for rate in body.rates if rate["is_forget"]):
+        return []
+    return ["The filter refuses none of the fresh forget text."]
