@@ -39,9 +39,8 @@ __all__ = [
 ]
 
 CalibratedGate = Literal["mean", "causal-mean", "window", "cusum", "probe"]
-"""Gate forms that have a threshold to be set, see runtime/gates.py."""
 Gate = Literal[CalibratedGate, "token"]
-"""All gate forms; `token` is for guardrails that clamp every hot token."""
+"""Gate forms, see runtime/gates.py; `token`, which is none, has no threshold to be calibrated."""
 
 
 @dataclass(frozen=True)
@@ -160,14 +159,10 @@ class Guardrail:
     effect: Json
     """What it did on forget text when it was made (effect.py); empty in files of schemas before 3."""
     method: str
-    """By its name in methods/names.py."""
     clamp: Literal["all", "each"]
-    """On a hot token every clamped feature is set, or those that are themselves active above `above`."""
     coefficients: list[float]
-    """What each clamped feature is set to; empty where it is -strength."""
     above: list[float]
-    """Of each feature in the order of the tensors' columns, the activation above which a token is hot (or runtime's
-    `NEVER`); empty where it is 0 for the clamped features, and never for those only watched."""
+    """Which token is hot, and what is set to what there: as in runtime/spec.py."""
 
 
 @dataclass(frozen=True)

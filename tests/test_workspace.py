@@ -154,7 +154,7 @@ def test_a_write_that_fails_between_side_file_and_json_leaves_nothing(workspace,
         (lambda p: p.write_text(p.read_text().replace('"2r"', '"9r"')), "was altered"),
         (lambda p: p.write_text(p.read_text()[:-40]), "is not an artifact"),
         (lambda p: p.write_text("[]"), "is not an artifact"),
-        (lambda p: p.write_text(p.read_text().replace('"schema": 4', '"schema": "x"')), "is not an artifact"),
+        (lambda p: p.write_text(p.read_text().replace('"schema": 5', '"schema": "x"')), "is not an artifact"),
         (lambda p: p.write_text(p.read_text().replace("0.001", "NaN")), "is not an artifact"),
         (lambda p: p.rename(p.with_name("guardrail-002.json")), "was renamed: it is guardrail-001"),
         (lambda p: p.with_suffix(".safetensors").write_bytes(b"x"), "safetensors was altered"),
@@ -173,7 +173,7 @@ def test_a_newer_schema_is_refused_with_both_numbers(workspace):
     data = json.loads(stored.path.read_text()) | {"schema": 7}
     data["sha256"] = digest_of(data)
     stored.path.write_text(json.dumps(data))
-    with pytest.raises(DsgError, match="schema 7; this version reads up to 4"):
+    with pytest.raises(DsgError, match="schema 7; this version reads up to 5"):
         workspace.read(stored.id)
 
 
