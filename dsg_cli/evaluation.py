@@ -16,7 +16,7 @@ from dsg_cli.benches.tasks import task_index
 from dsg_cli.calibration import wilson
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, check_model
-from dsg_cli.harness import ScoringLM
+from dsg_cli.harness import ScoringLM, asked_key
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
 from dsg_cli.scorer import Decision, Known, Scorer
@@ -102,7 +102,7 @@ def evaluate(
         check_model((unlearned or loaded).model, guard)
     found: dict[str, Any] = {}
     scorers: dict[str, Scorer] = {}
-    decisions: dict[tuple[str, str], Decision] = {}
+    decisions: dict[tuple[str, ...], Decision] = {}
     for side in ("base", "unlearned"):
         guards = guardrails if side == "unlearned" else ()
         model = (unlearned or loaded) if side == "unlearned" else loaded
@@ -202,12 +202,12 @@ def gate_rate(rows: Sequence[Json]) -> Json:
     return {"rate": len(edits) / len(rows), "n": len(rows), "edit": sum(edits) / len(edits) if edits else 0.0}
 
 
-def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, str], Decision], samples: bool) -> list[Json]:
+def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, ...], Decision], samples: bool) -> list[Json]:
     rows = []
     for bench, asked in unlearned["samples"].items():
         by_id = {sample["doc_id"]: sample for sample in base["samples"][bench]}
         for sample in asked:
-            decided = [decisions[key] for key in map(tuple, sample["arguments"]) if key in decisions]
+            decided = [decisions[key] for key in map(asked_key, sample["arguments"]) if key in decisions]
             row: Json = {
                 "bench": bench,
                 "id": _label(sample["doc"].get("id"), str(sample["doc_id"])),
@@ -222,7 +222,7 @@ def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, str], Decision],
             }
             if samples:
                 row["context"] = sample["arguments"][0][0]
-                row["choices"] = [argument[1] for argument in sample["arguments"]]
+                row["choices"] = [argument[1] for argument in sample["arguments"] if isinstance(argument[1], str)]
             rows.append(row)
     return rows
 

@@ -14,7 +14,12 @@ from dsg_cli.guardrail import guarded
 from dsg_cli.scorer import Decision, Scorer
 from dsg_cli.scoring import Request
 from dsg_cli.tokens import with_bos
-from dsg_cli.wrapper import WrapperModule, judged, on_side, prefix_ids, prompt_with
+from dsg_cli.wrapper import Verdict, WrapperModule, judged, on_side, prefix_ids, prompt_with
+
+
+def asked_key(arguments: Sequence[Any]) -> tuple[str, ...]:
+    """What tells requests of lm-eval apart: context and continuation, or the context alone of what is to be written."""
+    return tuple(one for one in arguments if isinstance(one, str))
 
 
 class ScoringLM(HFLM):
@@ -27,7 +32,8 @@ class ScoringLM(HFLM):
         self.scorer = scorer
         scorer.max_length = self.max_length
         scorer.bos = bos
-        self.decisions: dict[tuple[str, str], Decision] = {}
+        self.decisions: dict[tuple[str, ...], Decision] = {}
+        """By `asked_key`."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Without lm-eval's progress bar: ours reports the same work."""
@@ -52,7 +58,8 @@ class ScoringLM(HFLM):
         """
         wrappers = self.scorer.wrappers
         prompts = [tuple(with_bos(self.tok_encode(request.args[0]), self.bos)) for request in requests]
-        answers = self._refusals(on_side(wrappers, "input"), [Request(prompt, ()) for prompt in prompts])
+        verdicts = self._judged(on_side(wrappers, "input"), [Request(prompt, ()) for prompt in prompts])
+        answers = [one.refusal for one in verdicts]
         asked = [i for i, refusal in enumerate(answers) if refusal is None]
         with guarded(self.scorer.loaded.model, self.scorer.guardrails, allow_mismatch=True):
             written = super().generate_until([requests[i] for i in asked], disable_tqdm=disable_tqdm) if asked else []
@@ -60,15 +67,18 @@ class ScoringLM(HFLM):
             Request(prompts[i], tuple(self.tok_encode(text, add_special_tokens=False)))
             for i, text in zip(asked, written, strict=True)
         ]
-        refusals = self._refusals(on_side(wrappers, "output"), whole)
-        for i, text, refusal in zip(asked, written, refusals, strict=True):
-            answers[i] = text if refusal is None else refusal
+        for i, text, verdict in zip(asked, written, self._judged(on_side(wrappers, "output"), whole), strict=True):
+            answers[i] = text if verdict.refusal is None else verdict.refusal
+            verdicts[i] = verdict if verdict.statistic is not None else verdicts[i]
+        for request, prompt, verdict in zip(requests, prompts, verdicts, strict=True):
+            if verdict.statistic is not None:
+                is_refused = verdict.refusal is not None
+                self.decisions[asked_key(request.args)] = Decision(len(prompt), verdict.statistic, is_refused, 0.0)
         return [str(answer) for answer in answers]
 
-    def _refusals(self, filters: Sequence[WrapperModule], requests: Sequence[Request]) -> list[str | None]:
+    def _judged(self, filters: Sequence[WrapperModule], requests: Sequence[Request]) -> list[Verdict]:
         loaded, batch_size = self.scorer.loaded, self.scorer.batch_size
-        verdicts = judged(filters, loaded.model, loaded.tokenizer, requests, batch_size=batch_size)
-        return [one.refusal for one in verdicts]
+        return judged(filters, loaded.model, loaded.tokenizer, requests, batch_size=batch_size)
 
     def tok_batch_encode(
         self,

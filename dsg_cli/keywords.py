@@ -30,7 +30,9 @@ PRIOR_WORDS = 1000.0
 def words_of(text: str) -> list[str]:
     """The words of a text, in order."""
     words, marks, invisible = _patterns()
-    text = marks.sub(r"\1", text.translate(invisible))
+    if text.isascii():
+        return words.findall(text.lower())
+    text = marks.sub(lambda run: run[0][:MARKS_AT_MOST], text.translate(invisible))
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return words.findall(text)
 
@@ -46,8 +48,8 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], dict[int, None]]:
                 several.append(character)
     marks = "".join(kinds["M"])
     return (
-        re.compile(rf"(?:\w|[{marks}])+"),
-        re.compile(rf"([{marks}]{{{MARKS_AT_MOST}}})[{marks}]+"),
+        re.compile(rf"[\w{marks}]+"),
+        re.compile(rf"[{marks}]{{{MARKS_AT_MOST},}}"),
         dict.fromkeys(map(ord, kinds["Cf"])),
     )
 
