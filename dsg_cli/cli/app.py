@@ -16,7 +16,22 @@ from typing import Annotated, NoReturn
 import typer
 
 from dsg_cli import __version__
-from dsg_cli.cli import apply, attack, calibrate, demo, evaluate, export, generate, lab, ls, run, select, show, verify
+from dsg_cli.cli import (
+    apply,
+    attack,
+    calibrate,
+    compare,
+    demo,
+    evaluate,
+    export,
+    generate,
+    lab,
+    ls,
+    run,
+    select,
+    show,
+    verify,
+)
 from dsg_cli.cli.running import be_quiet_unless_first, check_shared, resume_command
 from dsg_cli.errors import DsgError
 from dsg_cli.interruption import Signalled, install
@@ -39,6 +54,7 @@ app.command("calibrate")(calibrate.command)
 app.command("apply")(apply.command)
 app.command("eval")(evaluate.command)
 app.command("attack")(attack.command)
+app.command("compare")(compare.command)
 app.command("export")(export.command)
 app.command("generate")(generate.command)
 app.command("demo")(demo.command)

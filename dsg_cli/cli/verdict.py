@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 EXPECTATION_NOT_MET = 3
 
 
-def summary_to(name: str | None) -> Callable[[Sequence[Stored]], None]:
-    """What appends a Markdown section to a file; without a file, nothing.
+def appended(name: str | None) -> Callable[[str], None]:
+    """What appends text to a file; without a file, nothing.
 
     Raises:
         DsgError: The file cannot be written to, which is tried now, before any work.
     """
     if name is None or not launched().is_first:
-        return lambda _chain: None
+        return lambda _text: None
 
     def append(text: str) -> None:
         try:
@@ -35,12 +35,23 @@ def summary_to(name: str | None) -> Callable[[Sequence[Stored]], None]:
             reason = f"The summary file {name!r} cannot be written to: {error.strerror}."
             raise DsgError(reason, "Give --summary a file in a folder that exists.") from error
 
+    append("")
+    return append
+
+
+def summary_to(name: str | None) -> Callable[[Sequence[Stored]], None]:
+    """What appends a Markdown section on artifacts to a file, likewise.
+
+    Raises:
+        DsgError: The file cannot be written to.
+    """
+    append = appended(name)
+
     def write(chain: Sequence[Stored]) -> None:
         from dsg_cli.report.summary import markdown
 
-        append(markdown(chain))
+        append(markdown(chain) if name is not None and launched().is_first else "")
 
-    append("")
     return write
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dsg_cli.artifacts import AttackReport, EvalReport, Header, Json
 from dsg_cli.report.attacks import place, ranking
 from dsg_cli.report.expectations import verdicts, verdicts_of_attack
+from dsg_cli.report.markdown import code, table
 from dsg_cli.report.tables import shown_benches
 from dsg_cli.workspace import Stored
 
@@ -28,18 +29,6 @@ def markdown(chain: Sequence[Stored]) -> str:
         f"Artifacts: {', '.join(code(stored.id) for stored in chain)}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def code(text: str, *, in_table: bool = False) -> str:
-    """A name as Markdown code, which nothing in it can break out of; a table wants its bars escaped even there."""
-    plain = " ".join(text.split()).replace("`", "'")
-    return f"`{plain.replace('|', chr(92) + '|') if in_table else plain}`"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; cells that hold names are `code`."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _guardrails(chain: Sequence[Stored]) -> list[str]:

@@ -9,11 +9,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.artifacts import EvalReport, FeatureSet, Guardrail, Json, ModelWeights, Threshold, Wrapper
+from dsg_cli.artifacts import Comparison, EvalReport, FeatureSet, Guardrail, Json, ModelWeights, Threshold, Wrapper
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 from dsg_cli.report.attacks import curve_table, place, share
+from dsg_cli.report.comparison import comparison_table
 from dsg_cli.report.expectations import verdicts
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
 from dsg_cli.report.methods import composed, model_rows, rate_row, wrapper_rows
@@ -32,6 +33,8 @@ def artifact_table(stored: Stored) -> Group:
         table = _pairs(guardrail_rows(body))
     elif isinstance(body, EvalReport):
         table = _evaluation(body, stored.header.settings.get("benches", []))
+    elif isinstance(body, Comparison):
+        table = comparison_table(body)
     elif isinstance(body, ModelWeights):
         table = _pairs(model_rows(body))
     elif isinstance(body, Wrapper):
@@ -100,6 +103,8 @@ def headline(stored: Stored) -> str:
     if isinstance(body, EvalReport):
         shown = [f"{bench} {percent(sides, 'unlearned')}" for bench, sides in body.results.items()]
         return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
+    if isinstance(body, Comparison):
+        return f"{len({row['method'] for row in body.rows})} methods, {len(body.trials)} trials"
     if isinstance(body, ModelWeights):
         return f"{body.method}, {body.form}, {len(body.losses)} steps"
     if isinstance(body, Wrapper):

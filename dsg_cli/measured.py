@@ -1,0 +1,67 @@
+"""Bodies of the artifacts that say what was measured: evaluations, attacks, comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsg_cli.provenance import Json
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Body of `eval-NNN`; one row a question beside it."""
+
+    split: str
+    results: dict[str, Json]
+    """bench -> side (base, unlearned) -> metric, metric_stderr, n."""
+    gate: dict[str, Json]
+    """bench -> rate of questions with a gated choice, number of questions."""
+    expected: list[Json]
+    """[{expect, value, bound, met}]; evaluations of 0.1 have no bound."""
+    question_ids: dict[str, list[str]]
+    """bench -> the questions that the base model knows; of benches of the paper's protocol."""
+    base_from: dict[str, int]
+    """Earlier evaluation -> answers of the base model that were taken from it."""
+    composition: list[Json]
+    """What unlearned the model, in the order in which it acts: [{id, kind, method}]"""
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """Body of `attack-NNN`."""
+
+    attack: str
+    threat_model: str
+    bench: str
+    before: Json
+    """{guarded: {forget_acc, ...}, unguarded: {forget_acc, ...}} without any attack."""
+    curve: list[Json]
+    """[{x, variant, guarded: {forget_acc, forget_low, forget_high, n, gate_rate, ...}, unguarded: {...}}]"""
+    summary: Json
+    """Where most came back; nulls if the unguarded model answers nowhere on the curve."""
+    expected: list[Json]
+    """[{expect, value, bound, met}]"""
+    composition: list[Json]
+    """As in an evaluation."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Body of `compare-NNN`: methods side by side."""
+
+    benches: Json
+    """{forget: bench, near: [bench], other: [bench]}"""
+    chance: float
+    """Accuracy on forget questions without any knowledge."""
+    criterion: str
+    """By which settings were chosen, on dev questions."""
+    base: Json
+    """{dev: {bench: acc}, test: {bench: {acc, acc_low, acc_high, n}}} of the model that no method has changed."""
+    rows: list[Json]
+    """One a method and SAE, on test questions: {method, sae, artifacts, eval, attack, values, results, gate, relearned,
+    cost, n_features, error}"""
+    trials: list[Json]
+    """{method, values, dev: {bench: acc}, forget, utility, forgetting, score, seconds, is_chosen, error}: the data of a
+    scatter of forget accuracy against utility."""
+    sequences: list[Json]
+    """{method, curve: [{request, artifacts, results: {bench: acc}}], error}: requests one after another."""
