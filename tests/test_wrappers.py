@@ -220,7 +220,7 @@ class TestAsking:
 class TestKeywords:
     def test_counts_are_those_of_a_naive_search(self):
         rng = random.Random(0)
-        alphabet = ["Hex", "hexes", "a", "straße", "Σίσυφος", "co-op", "x_1", "9", "naïve", "हिन्दी"]
+        alphabet = ["Hex", "hexes", "a", "straße", "Σίσυφος", "co-op", "x_1", "9", "naïve", "हिन्दी", "𝐡𝐞𝐱", "😀"]
         keywords = ["hex", "STRASSE", "σίσυφοσ", "co op", "nai\u0308ve", "hex a", "हिन्दी", "हिन्"]
         for _ in range(200):
             parts = [rng.choice(alphabet) for _ in range(rng.randint(0, 12))]
@@ -458,7 +458,8 @@ class TestStage:
         w = tmp_path / "w"
         code, _, err = dsg(
             "select", "--model", folders["model"], "--sae", folders["sae"], "--forget", folders["forget.jsonl"],
-            "--retain", folders["retain.jsonl"], "--set", "select.seq_len=64", "-n", 5, "--ratio-percentile", 50, "-w", w,
+            "--retain", folders["retain.jsonl"], "--set", "select.seq_len=64", "-n", 5, "--ratio-percentile", 50,
+            "-w", w,
         )  # fmt: skip
         assert code == 0, err
         workspace = Workspace(w)
