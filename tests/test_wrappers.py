@@ -12,6 +12,7 @@ from conftest import make_guardrail, write_task
 
 from dsg_cli.artifacts import Wrapper
 from dsg_cli.attacks.asking import ask
+from dsg_cli.attacks.soft_prompt import embedded
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.calibration import conformal_threshold, rate_above
 from dsg_cli.errors import DsgError
@@ -215,6 +216,17 @@ class TestAsking:
             **options,
         )
         assert found["gate_rate"] == 3 / 12  # Two that have it, and the one that was changed.
+
+    def test_a_soft_prompt_goes_with_its_question(self, tiny):
+        """Behind a prefix it is where its ids are; a refusal in the place of the question has none of it."""
+        rows = torch.tensor([[2, 5, 9, 10, 30, 9, 10], [2, 9, 10, 30, 31, 0, 0], [2, 11, 12, 0, 0, 0, 0]])
+        table = tiny.model.get_input_embeddings()
+        plain, vectors = table(rows), torch.ones(2, 16)
+        with embedded(tiny.model, vectors, [9, 10]):
+            found, short = table(rows), table(torch.tensor([[9]]))
+        assert torch.equal(found[0, 2:4], vectors) and torch.equal(found[1, 1:3], vectors)
+        untouched = [(0, 0), (0, 1), (0, 4), (0, 5), (0, 6), (1, 0), (1, 3), (2, 0), (2, 1), (2, 2)]
+        assert all(torch.equal(found[at], plain[at]) for at in untouched) and short.shape == (1, 1, 16)
 
 
 class TestKeywords:
