@@ -236,12 +236,12 @@ def test_a_soft_prompt_stands_after_bos_and_counts(tiny):
     ids, others = torch.tensor([[2, 9, 10, 30, 31]]), torch.tensor([[2, 40, 41, 30, 31]])
     prompt = tiny.model.get_input_embeddings()(others[0, 1:3])
     seen = []
-    for asked, first in ((others, None), (ids, 1)):
+    for asked, replaced in ((others, None), (ids, [9, 10])):
         with guarded(tiny.model, tiny.guardrails, allow_mismatch=True), torch.no_grad():
-            if first is None:
+            if replaced is None:
                 tiny.model(input_ids=asked)
             else:
-                with soft_prompt.embedded(tiny.model, prompt, first=first):
+                with soft_prompt.embedded(tiny.model, prompt, replaced):
                     tiny.model(input_ids=asked)
         seen.append(tiny.guardrails[0].last.statistic_BL)
     assert torch.equal(*seen) and seen[0].max() > 0
@@ -272,7 +272,7 @@ def test_the_slope_of_a_suffix_is_that_of_its_embeddings(tiny):
     slope_SD = suffix.slope_of_embeddings(tiny.model, loss, batch, torch.full((3,), 2), 2)
     step = 1e-3 * slope_SD / slope_SD.norm()
     before, prompt = loss(batch), tiny.model.get_input_embeddings()(torch.tensor([20, 21]))
-    with soft_prompt.embedded(tiny.model, prompt + step, first=2), torch.no_grad():
+    with soft_prompt.embedded(tiny.model, prompt + step, [20, 21]), torch.no_grad():
         after = loss(batch)
     assert float((after - before) / 1e-3) == pytest.approx(float(slope_SD.norm()), rel=0.05)
 

@@ -12,6 +12,7 @@ from conftest import make_guardrail, write_task
 
 from dsg_cli.artifacts import Wrapper
 from dsg_cli.attacks.asking import ask
+from dsg_cli.attacks.soft_prompt import embedded
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.calibration import conformal_threshold, rate_above
 from dsg_cli.errors import DsgError
@@ -216,11 +217,22 @@ class TestAsking:
         )
         assert found["gate_rate"] == 3 / 12  # Two that have it, and the one that was changed.
 
+    def test_a_soft_prompt_goes_with_its_question(self, tiny):
+        """Behind a prefix it is where its ids are; a refusal in the place of the question has none of it."""
+        rows = torch.tensor([[2, 5, 9, 10, 30, 9, 10], [2, 9, 10, 30, 31, 0, 0], [2, 11, 12, 0, 0, 0, 0]])
+        table = tiny.model.get_input_embeddings()
+        plain, vectors = table(rows), torch.ones(2, 16)
+        with embedded(tiny.model, vectors, [9, 10]):
+            found, short = table(rows), table(torch.tensor([[9]]))
+        assert torch.equal(found[0, 2:4], vectors) and torch.equal(found[1, 1:3], vectors)
+        untouched = [(0, 0), (0, 1), (0, 4), (0, 5), (0, 6), (1, 0), (1, 3), (2, 0), (2, 1), (2, 2)]
+        assert all(torch.equal(found[at], plain[at]) for at in untouched) and short.shape == (1, 1, 16)
+
 
 class TestKeywords:
     def test_counts_are_those_of_a_naive_search(self):
         rng = random.Random(0)
-        alphabet = ["Hex", "hexes", "a", "straße", "Σίσυφος", "co-op", "x_1", "9", "naïve", "हिन्दी"]
+        alphabet = ["Hex", "hexes", "a", "straße", "Σίσυφος", "co-op", "x_1", "9", "naïve", "हिन्दी", "𝐡𝐞𝐱", "😀"]
         keywords = ["hex", "STRASSE", "σίσυφοσ", "co op", "nai\u0308ve", "hex a", "हिन्दी", "हिन्"]
         for _ in range(200):
             parts = [rng.choice(alphabet) for _ in range(rng.randint(0, 12))]
@@ -458,7 +470,8 @@ class TestStage:
         w = tmp_path / "w"
         code, _, err = dsg(
             "select", "--model", folders["model"], "--sae", folders["sae"], "--forget", folders["forget.jsonl"],
-            "--retain", folders["retain.jsonl"], "--set", "select.seq_len=64", "-n", 5, "--ratio-percentile", 50, "-w", w,
+            "--retain", folders["retain.jsonl"], "--set", "select.seq_len=64", "-n", 5, "--ratio-percentile", 50,
+            "-w", w,
         )  # fmt: skip
         assert code == 0, err
         workspace = Workspace(w)

@@ -90,7 +90,7 @@ def _measured(
     optimizer = torch.optim.Adam([prompt_PD], lr=learning_rate * size)
     objective = _objective(target, model, how, gate_weight)
     n_done, points = 0, []
-    with embedded(model, prompt_PD, first=int(target.bos is not None)):
+    with embedded(model, prompt_PD, begun):
         loss = objective(batch)
         for step in steps:
             while n_done < step:
@@ -131,13 +131,22 @@ def in_front(ids: Sequence[int], bos: int | None) -> Change:
 
 
 @contextmanager
-def embedded(model: PreTrainedModel, prompt_PD: Tensor, *, first: int) -> Iterator[None]:
-    """While the block runs, every row's P embeddings from position `first` on are those of a prompt."""
-    last = first + len(prompt_PD)
+def embedded(model: PreTrainedModel, prompt_PD: Tensor, ids: Sequence[int]) -> Iterator[None]:
+    """While the block runs, the embeddings of P ids in a row are those of a prompt, where a row first has them.
 
-    def replace(_module: nn.Module, _args: tuple[Tensor, ...], output_BLD: Tensor) -> Tensor:
-        prompt_BPD = prompt_PD.to(output_BLD).expand(len(output_BLD), -1, -1)
-        return torch.cat([output_BLD[:, :first], prompt_BPD, output_BLD[:, last:]], 1)
+    Rows without them stay as they are: a filter may have put a refusal in the place of the question.
+    """
+
+    def replace(_module: nn.Module, args: tuple[Tensor, ...], output_BLD: Tensor) -> Tensor:
+        ids_BL, wanted_P = args[0], torch.tensor(list(ids), device=output_BLD.device)
+        if ids_BL.shape[1] < len(wanted_P):
+            return output_BLD
+        is_there_BN = (ids_BL.unfold(1, len(wanted_P), 1) == wanted_P).all(-1)
+        row_R = is_there_BN.any(1).nonzero()[:, 0]
+        start_R = is_there_BN.int().argmax(1)[row_R]
+        place_RP = start_R[:, None] + torch.arange(len(wanted_P), device=output_BLD.device)
+        prompt_RPD = prompt_PD.to(output_BLD).expand(len(row_R), -1, -1)
+        return output_BLD.index_put((row_R[:, None], place_RP), prompt_RPD)
 
     handle = model.get_input_embeddings().register_forward_hook(replace)
     try:

@@ -8,6 +8,8 @@ first and written too.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dsg_cli.artifacts import MADE_BY
 from dsg_cli.errors import DsgError
 from dsg_cli.methods.names import METHODS, check_method
@@ -43,7 +45,10 @@ def run(
     if method == "dsg":
         return _guardrail(recipe, workspace, origin, session)
     if METHODS[method].needs_sae and (origin is None or origin.header.kind != "features"):
-        origin = select.run(_with_sae(taken_from(recipe, origin), method), workspace, session=session)
+        recipe = _with_sae(taken_from(recipe, origin), method)
+        # The probe is for the gate of `dsg`, and costs more than all else.
+        without = replace(recipe, select=replace(recipe.select, probe_features=0))
+        origin = select.run(without, workspace, session=session)
     if METHODS[method].form == "model":
         return unlearn.run(recipe, workspace, method, origin=origin, session=session)
     if METHODS[method].form == "guardrail":
