@@ -101,8 +101,9 @@ def make_guardrail(
     bias=0.0,
     clip=0.0,
     model=None,
+    **clamping,
 ):
-    """A guardrail from an SAE that has been read; `model` is the identity it is made for."""
+    """A guardrail from an SAE that has been read; `model` is the identity it is made for, the rest how it clamps."""
     from dataclasses import asdict
 
     from dsg_cli.runtime.guardrail import build_guardrail
@@ -122,6 +123,7 @@ def make_guardrail(
         model=model or {},
         bias=bias,
         clip=clip,
+        **clamping,
     )
     return build_guardrail(spec, tensors | {"detect": detector_weights(indices, detectors, weights)}, where="test")
 

@@ -23,7 +23,7 @@ from dsg_cli.export.light import light_file, read_light
 from dsg_cli.integrity import digest_of
 from dsg_cli.lab import data as lab
 from dsg_cli.model import load_model
-from dsg_cli.runtime.spec import tensors_digest
+from dsg_cli.runtime.spec import NEVER, tensors_digest
 from dsg_cli.sae import read_sae
 from dsg_cli.workspace import Workspace
 
@@ -242,14 +242,21 @@ def workspace(tmp_path):
     return tmp_path / "w"
 
 
-def test_a_probe_with_its_bias_and_weights_survives_both_forms(tmp_path):
-    stored = Workspace(DATA.with_name("schema-4")).read("guardrail-001")
+@pytest.mark.parametrize("schema", ["schema-4", "schema-5"])
+def test_all_that_a_guardrail_says_survives_both_forms(schema, tmp_path):
+    """A probe with its bias and weights; a refusal clamp, in which one feature is set to another value than others."""
+    stored = Workspace(DATA.with_name(schema)).read("guardrail-001")
     path = tmp_path / "g.safetensors"
     path.write_bytes(
         light_file(stored.header, stored.body_as(Guardrail), load_file(stored.path.with_suffix(".safetensors")))
     )
     guard = load_guardrail(path)
-    assert guard.gate.form == "probe" and guard.gate.bias and guard.gate.clip and guard.detect.unique().numel() > 2
+    assert guard.key == load_guardrail(stored.path).key
+    if schema == "schema-4":
+        assert guard.gate.form == "probe" and guard.gate.bias and guard.gate.clip and guard.detect.unique().numel() > 2
+    else:
+        assert guard.gate.form == "token" and guard.spec.coefficients == [300.0] + [-300.0] * 5
+        assert guard.spec.above == [NEVER] + [0.05] * 5
     folder = tmp_path / "model"
     options = {"architecture": "Gemma2ForCausalLM", "tokenizer_class": "PreTrainedTokenizerFast"}
     export_folder(folder, base=lab.MODEL_DIR, guardrails=[guard], light_files=[], **options)
@@ -261,6 +268,15 @@ def test_a_probe_with_its_bias_and_weights_survives_both_forms(tmp_path):
     with torch.no_grad():
         assert torch.equal(exported(ids, use_cache=False).logits, wanted)
         assert not torch.equal(loaded.model(ids, use_cache=False).logits, wanted)  # The gate opened.
+
+
+KEYS = {"schema-1": "e4e98649fe35", "schema-2": "fd9a6ba0eafb", "schema-4": "e76d8ca88718"}
+
+
+@pytest.mark.parametrize("schema", KEYS)
+def test_a_guardrail_keeps_the_digest_that_its_version_gave_it(schema):
+    """What was exported then, and what caches hold of it, is known by that."""
+    assert load_guardrail(DATA.with_name(schema) / "guardrail-001.json").key.startswith(KEYS[schema])
 
 
 class TestCommand:

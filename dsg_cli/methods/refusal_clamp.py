@@ -37,6 +37,12 @@ def clamping(statistics: Mapping[str, Tensor], settings: RefusalClamp, median_re
             f"The refusal feature {refusal} is a stand-in: of the live features the one that is most frequent on "
             "retain text and rarest on forget text. It turns answers to something else rather than to a refusal.",
         )
+    n_features = len(statistics["forget_rate"])
+    if refusal >= n_features:
+        raise DsgError(
+            f"The SAE has {n_features} features; there is no {refusal} to be the refusal feature.",
+            "Name another with methods.refusal_clamp.refusal_feature (--set).",
+        )
     coefficient = coefficient_of(settings.coefficient, median_residual_norm, key="refusal_clamp.coefficient")
     return refusing(
         selected,

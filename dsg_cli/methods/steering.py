@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.integrity import read_bounded
+from dsg_cli.integrity import is_file, read_bounded
 from dsg_cli.methods.clamping import Clamping, refusing
 from dsg_cli.releases import locate_release, releases
 from dsg_cli.runtime.spec import NEVER
@@ -65,6 +65,8 @@ def read_steering(path: Path) -> Steering:
     Raises:
         DsgError: It cannot be read, is no such file, or asks for what no one method does; with the line.
     """
+    if not is_file(path):
+        raise DsgError(f"There is no steering file {str(path)[:200]}.", "Set methods.<method>.steering_file to one.")
     content = read_bounded(path, LARGEST_FILE)
     try:
         text = content.decode("utf-8-sig")

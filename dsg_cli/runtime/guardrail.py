@@ -110,8 +110,9 @@ class GuardrailModule(nn.Module):
     ) -> Watched:
         """The gate's statistic at every token of one call; arguments as for `decide`."""
         acts_BLK, scale_BL1, finite_BL = self.slice(resid_BLD)
-        strength_BLK = self.clamp.strength(acts_BLK)
-        hot_BL = self.clamp.hot(strength_BLK) & counted_BL
+        clamp = self.clamp
+        strength_BLK = clamp.strength(acts_BLK)
+        hot_BL = clamp.hot(strength_BLK) & counted_BL
         signal_BL = self.gate.score(hot_BL, strength_BLK @ self.detect)
         # Fails closed: what cannot be computed counts as the strongest signal there is.
         signal_BL = torch.where(finite_BL, signal_BL, torch.inf)

@@ -1,0 +1,323 @@
+"""Static, conditional and refusal clamp against naive loops over the whole SAE, and as guardrails of a user's own."""
+
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from conftest import LAYER, N_FEATURES, WIDTH, make_guardrail, make_sae
+from test_serving import alone, generate
+
+from dsg_cli import guarded, load_guardrail
+from dsg_cli.artifacts import CalibratedGate, FeatureSet, Guardrail
+from dsg_cli.cli.names import NAMES
+from dsg_cli.errors import DsgError
+from dsg_cli.export.light import light_file
+from dsg_cli.methods import conditional_clamp, refusal_clamp, static_clamp
+from dsg_cli.methods.settings import ConditionalClamp, RefusalClamp, StaticClamp
+from dsg_cli.model import load_model
+from dsg_cli.recipe import load_recipe
+from dsg_cli.report.tables import artifact_table, headline
+from dsg_cli.residuals import read_residual
+from dsg_cli.runtime.guardrail import build_guardrail
+from dsg_cli.runtime.sites import HookSite
+from dsg_cli.runtime.spec import NEVER
+from dsg_cli.sae import read_sae
+from dsg_cli.settings import CalibrateSection
+from dsg_cli.stages import clamp, select
+from dsg_cli.tokens import pad_rows
+from dsg_cli.workspace import Workspace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SITE, SPECIAL = HookSite(LAYER, "resid_post"), (0, 1, 2)
+ROWS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 1, 40, 41, 42, 43, 44, 45], [2, 50, 51, 52]]
+C = 30.0
+ARCHITECTURES = {"jumprelu": {"bias": 2.0}, "abstopk": {"bias": 0.0, "k": 8}}
+ANYTHING = {"max_retain_rate": 1.0, "n_features": 6}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def whole(request, tmp_path_factory, model):
+    """An SAE, its source, how often its features are active on the rows, and about how strongly the median one is.
+
+    Of retain text it is said that one feature is active there.
+    """
+    folder = tmp_path_factory.mktemp("sae")
+    sae = make_sae(folder, request.param, **ARCHITECTURES[request.param])
+    acts = torch.cat([sae.encode(residual(model, ids)[0][1:]).detach() for ids in ROWS])
+    rates = {"forget_rate": (acts != 0).double().mean(0), "retain_rate": torch.zeros(N_FEATURES).double()}
+    rates["retain_rate"][rates["forget_rate"].argmin()] = 0.9
+    return sae, read_sae(str(folder)), rates, float(acts[acts != 0].abs().median()) + 0.01  # No activation itself.
+
+
+def residual(model, ids):
+    batch = pad_rows([ids], 0, SPECIAL)
+    return read_residual(model, SITE, batch.ids_BL, batch.mask_BL)[0], batch.counted_BL
+
+
+def strength(f):
+    return abs(float(f))
+
+
+def static(f, chosen, _raised, _above):
+    return {j: -C for j in chosen if strength(f[j]) > 0}
+
+
+def conditional(f, chosen, _raised, above):
+    return {j: -C for j in chosen if strength(f[j]) > above}
+
+
+def refusal(f, chosen, raised, above):
+    return {raised: C} if any(strength(f[j]) > above for j in chosen) else {}
+
+
+def both(f, chosen, raised, above):
+    return {raised: C, **dict.fromkeys(chosen, -C)} if any(strength(f[j]) > above for j in chosen) else {}
+
+
+RULES = {
+    static: lambda rates, above: static_clamp.clamping(rates, StaticClamp(**ANYTHING, strength="10r"), C / 10),
+    conditional: lambda rates, above: conditional_clamp.clamping(
+        rates, ConditionalClamp(**ANYTHING, above=above, strength=str(C)), 1.0
+    ),
+    refusal: lambda rates, above: refusal_clamp.clamping(
+        rates, RefusalClamp(**ANYTHING, above=above, coefficient=str(C)), 1.0
+    ),
+    both: lambda rates, above: refusal_clamp.clamping(
+        rates, RefusalClamp(**ANYTHING, above=above, coefficient="10r", clamps_features=True), C / 10
+    ),
+}
+
+
+def module_of(source, clamping, **changes):
+    values = {"clamp": clamping.clamp, "coefficients": clamping.coefficients, "above": clamping.above} | changes
+    options = {"gate": "token", "threshold": 0.5, "strength": C, "detectors": clamping.detectors}
+    return make_guardrail(source, clamping.indices, **options, **values)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_equals_the_definition_token_by_token(whole, model, rule):
+    sae, source, rates, above = whole
+    source = replace(source, site=SITE, write=SITE)
+    clamping = RULES[rule](rates, above)
+    chosen = sorted(range(N_FEATURES), key=lambda j: -rates["forget_rate"][j])[:6]
+    raised = int(rates["retain_rate"].argmax())
+    module = module_of(source, clamping)
+    n_set, n_hot, n_calm, n_weak = 0, 0, 0, 0
+    for ids in ROWS:
+        resid_LD, counted_BL = residual(model, ids)
+        found_LD = module(resid_LD[None], counted_BL)[0]
+        has_fired = False
+        for i, (token, h) in enumerate(zip(ids, resid_LD, strict=True)):
+            f = sae.encode(h[None]).detach()[0]
+            targets = rule(f, chosen, raised, above) if token not in SPECIAL else {}
+            has_fired |= bool(targets)
+            assert bool(module.last.gated_BL[0, i]) == has_fired
+            if not targets:
+                assert torch.equal(found_LD[i], h)
+                n_calm += 1
+                continue
+            clamped = f.clone()
+            for j, value in targets.items():
+                clamped[j] = value
+            wanted = sae.decode(clamped[None])[0].detach() + (h - sae.decode(f[None])[0].detach())
+            torch.testing.assert_close(found_LD[i], wanted, rtol=1e-4, atol=1e-3)
+            assert float((found_LD[i] - h).norm()) > 1.0
+            n_hot, n_set = n_hot + 1, n_set + len(targets)
+            n_weak += any(0 < strength(f[j]) <= above for j in chosen)
+    assert n_hot > 2 and n_calm > 2 and module.counters()["n_clamped"] == n_hot
+    assert rule is static or n_weak > 0  # Features that are active, but not above the value.
+    assert n_set < n_hot * len(chosen) or rule is both
+
+
+def test_what_is_said_of_the_default_changes_no_bit(whole):
+    """A spec of before, and one that says in full what it meant."""
+    source = whole[1]
+    resid_BLD, counted_BL = torch.randn(3, 20, WIDTH) * 3, torch.rand(3, 20) > 0.2
+    for gate, threshold in (("mean", 0.02), ("window", 0.1), ("token", 0.5)):
+        options = {"gate": gate, "threshold": threshold, "strength": 7.3, "detectors": [4, 9]}
+        default = make_guardrail(source, [3, 11, 30], **options)
+        said = make_guardrail(
+            source, [3, 11, 30], **options, coefficients=[-7.3] * 3, above=[0.0] * 3 + [NEVER] * 2, clamp="all"
+        )
+        assert torch.equal(default(resid_BLD, counted_BL), said(resid_BLD, counted_BL))
+        assert torch.equal(default.last.statistic_BL, said.last.statistic_BL)
+        assert default.counters() == said.counters() and default.counters()["n_clamped"] > 0
+        acts_BLK = default.slice(resid_BLD).acts
+        hot_BL = (acts_BLK[..., :3] != 0).any(-1) & counted_BL & default.last.gated_BL
+        by_hand = torch.where(hot_BL[..., None], -7.3 - acts_BLK[..., :3], 0.0)
+        assert torch.equal(default.last.change_BLC, by_hand)
+        assert default.key != said.key
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_generation_with_a_cache_equals_the_whole_text_anew(whole, model, rule):
+    source = replace(whole[1], site=SITE, write=SITE)
+    module, n_changed = module_of(source, RULES[rule](*whole[2:])), 0
+    for ids in ROWS:
+        base = alone(model, ids, 8)
+        with guarded(model, module, allow_mismatch=True):
+            expected = alone(model, ids, 8)
+            found = generate(model, [ids], n_new=8)[0]
+            assert found == expected[: len(found)] and (len(found) == len(expected) or found[-1] == 1)  # EOS.
+        n_changed += expected != base
+    assert n_changed > 0
+
+
+def test_a_clamp_compiles_in_one_piece(whole):
+    for rule in (static, both):
+        clamp_of = module_of(whole[1], RULES[rule](*whole[2:])).clamp
+
+        def both_of(acts_BLK, clamp_of=clamp_of):
+            return clamp_of.hot(clamp_of.strength(acts_BLK)), clamp_of.change(acts_BLK[..., : clamp_of.n_clamped])
+
+        acts_BLK = torch.randn(2, 9, len(clamp_of.chosen))
+        found = torch.compile(both_of, backend="eager", fullgraph=True)(acts_BLK)
+        assert all(torch.equal(one, two) for one, two in zip(found, both_of(acts_BLK), strict=True))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"coefficients": [1.0]},
+        {"above": [0.0, 0.0]},
+        {"above": [0.0, -1.0, 0.0]},
+        {"coefficients": [1.0, float("nan"), 1.0]},
+        {"coefficients": [1.0, 1e39, 1.0]},
+        {"clamp": "some"},
+    ],
+)
+def test_a_clamp_that_does_not_fit_is_refused(whole, values):
+    guard = make_guardrail(whole[1], [3, 11, 30], threshold=0.5, strength=1.0)
+    with pytest.raises(DsgError, match="how it clamps does not fit"):
+        build_guardrail(replace(guard.spec, **values), guard.tensors(), where="test")
+
+
+RATES = {
+    "forget_rate": torch.tensor([0.5, 0.0, 0.3, 0.3, 0.9, 0.1, 0.0]),
+    "retain_rate": torch.tensor([0.01, 0.0, 0.0, 0.005, 0.02, 0.0, 0.4]),
+}
+
+
+class TestSelection:
+    def test_drops_what_retain_text_has_and_ranks_by_forget_text(self):
+        found = static_clamp.clamping(RATES, StaticClamp(n_features=4, strength="2r"), 10.0)
+        assert found.indices == [0, 2, 3, 5] and found.coefficients == [-20.0] * 4 and found.above == [0.0] * 4
+        looser = static_clamp.clamping(RATES, StaticClamp(n_features=2, max_retain_rate=0.02), 10.0)
+        assert looser.indices == [4, 0]
+
+    @pytest.mark.parametrize(("n", "words"), [(5, "4 features are active"), (9, "4 features are active")])
+    def test_too_few_are_an_error_that_says_what_to_change(self, n, words):
+        for method, section in ((static_clamp, StaticClamp), (conditional_clamp, ConditionalClamp)):
+            with pytest.raises(DsgError, match=words) as error:
+                method.clamping(RATES, section(n_features=n), 1.0)
+            assert f"methods.{method.__name__.rpartition('.')[2]}.max_retain_rate" in str(error.value)
+        none = RATES | {"forget_rate": torch.zeros(7)}
+        with pytest.raises(DsgError, match="No features are active"):
+            refusal_clamp.clamping(none, RefusalClamp(), 1.0)
+
+    def test_a_stand_in_is_live_and_not_selected_and_said_to_be_one(self):
+        found = refusal_clamp.clamping(RATES, RefusalClamp(n_features=2, coefficient="2r"), 10.0)
+        assert (found.indices, found.detectors, found.coefficients) == ([6], [0, 2], [20.0])
+        assert found.above == [NEVER, 0.05, 0.05] and "6 is a stand-in" in found.notes[0]
+        named = refusal_clamp.clamping(RATES, RefusalClamp(n_features=2, refusal_feature=1), 10.0)
+        assert named.indices == [1] and named.notes == ()
+
+    @pytest.mark.parametrize(("feature", "words"), [(0, "is one of those"), (7, "has 7 features; there is no 7 ")])
+    def test_a_refusal_feature_that_cannot_be_one(self, feature, words):
+        with pytest.raises(DsgError, match=words):
+            refusal_clamp.clamping(RATES, RefusalClamp(n_features=2, refusal_feature=feature), 10.0)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "static_clamp.n_features=0",
+        "static_clamp.max_retain_rate=1.5",
+        "static_clamp.max_retain_rate=.nan",
+        "static_clamp.strength=auto",
+        "static_clamp.strength=0r",
+        "conditional_clamp.above=-1",
+        "conditional_clamp.above=.inf",
+        "conditional_clamp.strength=-300",
+        "refusal_clamp.coefficient=strong",
+        "refusal_clamp.refusal_feature=-1",
+    ],
+)
+def test_settings_out_of_range_are_refused_with_the_recipe(item):
+    with pytest.raises(DsgError, match=f"methods.{item.partition('=')[0]}"):
+        load_recipe(sets=[f"methods.{item}"])
+
+
+def test_without_a_gate_is_nothing_that_calibrate_takes():
+    assert set(get_args(get_type_hints(CalibrateSection)["gate"])) == set(get_args(CalibratedGate))
+    assert NAMES["gates"]() == list(get_args(CalibratedGate)) and "token" not in NAMES["gates"]()
+    with pytest.raises(DsgError, match="calibrate.gate must be one of"):
+        load_recipe(sets=["calibrate.gate=token"])
+
+
+class TestStage:
+    SETS = ("methods.static_clamp.max_retain_rate=1", "methods.conditional_clamp.max_retain_rate=1",
+            "methods.refusal_clamp.max_retain_rate=1", "methods.conditional_clamp.n_features=3")  # fmt: skip
+
+    @pytest.fixture(scope="class")
+    def made(self, folders, tmp_path_factory):
+        workspace = Workspace(tmp_path_factory.mktemp("clamps") / "ws")
+        recipe = self.recipe(folders)
+        select.run(recipe, workspace)
+        return workspace, folders
+
+    def recipe(self, folders, *sets):
+        corpora = (f"corpora.forget={folders['forget.txt']}", f"corpora.retain={folders['retain.txt']}")
+        model = (f"model.source={folders['model']}", f"sae.source={folders['sae']}", "select.n_features=4")
+        own = ("select.ratio_percentile=60", "select.probe_features=0", "model.device=cpu", *self.SETS, *sets)
+        return load_recipe(sets=[*corpora, *model, *own])
+
+    @pytest.mark.parametrize("method", clamp.METHODS)
+    def test_makes_a_guardrail_that_acts_on_the_model(self, made, method):
+        workspace, folders = made
+        stored = clamp.run(self.recipe(folders), workspace, method)
+        again = clamp.run(self.recipe(folders), workspace, method, session=replace(clamp.QUIET, reuse=True))
+        assert again.id == stored.id and stored.header.settings["method"] == method
+        body = workspace.read(stored.id).body_as(Guardrail)
+        features = workspace.find("features")
+        norm = features.body_as(FeatureSet).median_residual_norm
+        assert (body.method, body.gate, body.threshold, body.median_residual_norm) == (method, "token", 0.5, norm)
+        assert [one.id for one in stored.header.inputs] == [features.id]
+        assert body.special_ids == [0, 1, 2] and body.bos == 2 and body.forget == [str(folders["forget.txt"])]
+        assert body.effect["changed_rate"] > 0.5 and body.effect["n_clamped"] > 0
+        assert method in headline(stored) and artifact_table(stored)
+        assert ("stand-in" in " ".join(stored.header.notes)) == (method == "refusal-clamp")
+        loaded, guard = load_model(str(folders["model"])), load_guardrail(stored.path)
+        ids = torch.tensor([[2, *range(4, 34)]])
+        with torch.no_grad():
+            base = loaded.model(ids, use_cache=False).logits
+            with guarded(loaded.model, guard):
+                assert not torch.equal(loaded.model(ids, use_cache=False).logits, base)
+        assert guard.counters()["n_clamped"] > 0
+
+    def test_one_that_does_nothing_is_refused_unless_allowed(self, made):
+        workspace, folders = made
+        before = workspace.ids()
+        never = "methods.conditional_clamp.above=99999"
+        with pytest.raises(DsgError, match="gate never fires") as error:
+            clamp.run(self.recipe(folders, never), workspace, "conditional-clamp")
+        assert "methods.conditional_clamp" in str(error.value) and workspace.ids() == before
+        allowed = self.recipe(folders, never, "guardrail.allow_ineffective=true")
+        assert clamp.run(allowed, workspace, "conditional-clamp").body_as(Guardrail).effect["gate_rate"] == 0
+
+    def test_a_steering_file_takes_the_place_of_statistics(self, made, tmp_path):
+        workspace, folders = made
+        path = tmp_path / "steering.csv"
+        path.write_text("latent_idx,hook_action,steering_coefficient,sae_id\n7,clamp,-9,x/y\n3,,4.5,x/y\n")
+        recipe = self.recipe(folders, f"methods.static_clamp.steering_file={path}")
+        stored = clamp.run(recipe, workspace, "static-clamp")
+        body, settings = stored.body_as(Guardrail), stored.header.settings
+        assert (body.indices, body.coefficients, body.above) == ([7, 3], [-9.0, 4.5], [0.0, 0.0])
+        assert settings["steering_file"] == "steering.csv" and len(settings["steering_sha256"]) == 64
+        assert "cannot be told" in stored.header.notes[0]
+        assert str(tmp_path).encode() not in light_file(stored.header, body, workspace.tensors(stored))
+        with pytest.raises(DsgError, match="those of static-clamp"):
+            clamp.run(self.recipe(folders, f"methods.refusal_clamp.steering_file={path}"), workspace, "refusal-clamp")
+        with pytest.raises(DsgError, match="nothing.csv"):
+            clamp.run(self.recipe(folders, "methods.static_clamp.steering_file=nothing.csv"), workspace, "static-clamp")
