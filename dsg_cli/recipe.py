@@ -16,7 +16,7 @@ import yaml
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import is_file
-from dsg_cli.methods import clamp_checks, comparison, wrapper_checks
+from dsg_cli.methods import clamp_checks, comparison, training_checks, wrapper_checks
 from dsg_cli.settings import AttackSection, Recipe
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "recipe_names"]
@@ -199,6 +199,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
         *_checks_of_weights(attack),
         *clamp_checks.checks(recipe.methods),
         *wrapper_checks.checks(recipe.methods),
+        *training_checks.checks(recipe.methods),
         *comparison.checks(recipe.compare),
     )
     return [words for is_fine, words in checks if not is_fine]

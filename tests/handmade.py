@@ -39,7 +39,7 @@ def judged(*conditions):
 
 
 def report(*conditions):
-    return EvalReport("test", RESULTS, GATE, judged(*conditions), {}, {})
+    return EvalReport("test", RESULTS, GATE, judged(*conditions), {}, {}, [])
 
 
 def attack(kind="dilution"):
@@ -48,14 +48,14 @@ def attack(kind="dilution"):
         for x in (0, 48)
     ]
     before = {side: curve[0][side] for side in ("guarded", "unguarded")}
-    return AttackReport(kind, "anyone", "a|b", before, curve, summarise(before, curve, on_prompts=True), [])
+    return AttackReport(kind, "anyone", "a|b", before, curve, summarise(before, curve, on_prompts=True), [], [])
 
 
 def write(workspace: Workspace) -> list[Stored]:
     """An evaluation that misses two conditions, and an attack."""
     return [
         workspace.write(HEADER, report(*CONDITIONS)),
-        workspace.write(replace(HEADER, kind="attack", schema=2), attack()),
+        workspace.write(replace(HEADER, kind="attack", schema=SCHEMAS["attack"]), attack()),
     ]
 
 

@@ -143,10 +143,18 @@ def find_subject(workspace: Workspace, sources: Sequence[str]) -> Subject:
         one, two = first.header.model, other.header.model
         if (one.architecture, one.n_layers, one.width) != (two.architecture, two.n_layers, two.width):
             raise DsgError(f"{first.id} and {other.id} were made for different models.")
-        if _body(first).bos != _body(other).bos:
-            raise DsgError(f"{first.id} and {other.id} were made for sequences that begin differently (BOS).")
+    # Weights read any sequence; what decides by activations was made for those that begin as they did.
+    deciding = [one for one in (*guardrails, *wrappers) if _reads_activations(one)]
+    for other in deciding[1:]:
+        if _body(deciding[0]).bos != _body(other).bos:
+            raise DsgError(f"{deciding[0].id} and {other.id} were made for sequences that begin differently (BOS).")
     weights = [*_history(beneath)] if beneath is not None else []
-    return Subject(named, weights, guardrails, wrappers, _body(first).bos)
+    return Subject(named, weights, guardrails, wrappers, _body((deciding or named)[0]).bos)
+
+
+def _reads_activations(stored: Stored) -> bool:
+    """Whether it is for one model alone: a prefix or a list of words is for any."""
+    return stored.header.kind == "guardrail" or (isinstance(stored.body, Wrapper) and stored.body.rule == "classifier")
 
 
 def _history(stored: Stored) -> Iterator[Stored]:
@@ -212,9 +220,7 @@ def load_subject(workspace: Workspace, subject: Subject, recipe: Recipe, *, cut:
     base = model if instead or not subject.weights else _loaded(subject.base, recipe, last_layer)
     for stored in [*subject.guardrails, *subject.wrappers]:
         check_tokens(model, _body(stored).special_ids, stored.id)
-        # A prefix or a list of words is for any model; what reads activations is for its own.
-        reads = stored.header.kind == "guardrail" or stored.body_as(Wrapper).rule == "classifier"
-        if reads and not recipe.model.allow_mismatch:
+        if _reads_activations(stored) and not recipe.model.allow_mismatch:
             _check_model(model, stored, subject)
     return LoadedSubject(base, model, guardrails, wrappers)
 
