@@ -38,7 +38,7 @@ def model_card(guardrails: Sequence[GuardrailModule], *, architecture: str, is_w
     """The README's text, with a row a guardrail."""
     rows = "\n".join(
         f"| {guard.gate.form} | {guard.gate.threshold:.4g} | {guard.n_chosen} | {guard.read.name} "
-        f"| {guard.spec.strength:.4g} | {guard.key[:12]} |"
+        f"| {_set_to(guard)} | {guard.key[:12]} |"
         for guard in guardrails
     )
     title, use = ("A guarded model", USE_MODEL) if is_whole_model else ("A guardrail", USE_LIGHT)
@@ -53,8 +53,14 @@ tags: [unlearning, sparse-autoencoder, guardrail]
 autoencoder are watched, and clamped in sequences on which they fire too much.
 
 {use}
-| gate | threshold | features | hook | strength | digest |
+| gate | threshold | features | hook | set to | digest |
 |---|---|---|---|---|---|
 {rows}
 
 {LIMITS}"""
+
+
+def _set_to(guard: GuardrailModule) -> str:
+    """The values that clamped features are set to, each once."""
+    values = dict.fromkeys(guard.spec.coefficients or [-guard.spec.strength])
+    return ", ".join(f"{value:.4g}" for value in values)
