@@ -10,9 +10,9 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dsg_cli.artifacts import KINDS, SCHEMAS, Body, Header, Json
 from dsg_cli.conversion import build_section
@@ -21,6 +21,8 @@ from dsg_cli.locks import held, locked
 from dsg_cli.migrations import migrate
 from dsg_cli.shapes import misfits
 
+CHUNK = 2**24
+"""Bytes that are read at a time."""
 LARGEST_JSON = 256 * 2**20
 """Bytes of an artifact's JSON file, at most."""
 IN_USE = "in-use"
@@ -82,12 +84,20 @@ def read_bounded(path: Path, largest: int) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(largest + 1)
+            content = b"".join(_chunks(file, largest))
     except OSError as error:
         raise DsgError(f"{path} cannot be read: {error.strerror}.") from error
     if len(content) > largest:
         raise DsgError(f"{path} is larger than the {largest:,} bytes that such a file may have.")
     return content
+
+
+def _chunks(file: BinaryIO, largest: int) -> Iterator[bytes]:
+    """What a file holds, and no more than a chunk beyond what is allowed."""
+    n_read = 0
+    while n_read <= largest and (chunk := file.read(CHUNK)):
+        n_read += len(chunk)
+        yield chunk
 
 
 def file_digest(path: Path) -> str:

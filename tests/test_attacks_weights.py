@@ -82,7 +82,7 @@ def test_every_combination_is_a_variant_and_shares_the_unguarded_side(tiny):
 @pytest.mark.parametrize("frozen_below", [False, True])
 def test_only_what_should_be_trained_is(tiny, monkeypatch, kind, frozen_below):
     attacked = []
-    monkeypatch.setattr(relearn, "copied", lambda target: attacked.append(copy.deepcopy(target.model)) or attacked[-1])
+    monkeypatch.setattr(relearn, "copied", lambda model: attacked.append(copy.deepcopy(model)) or attacked[-1])
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     losses = [
         point["unguarded"]["loss"]

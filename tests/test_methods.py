@@ -16,7 +16,8 @@ from dsg_cli.interruption import Signalled, install
 from dsg_cli.methods.names import METHODS, section_of
 from dsg_cli.model import load_model
 from dsg_cli.recipe import load_recipe
-from dsg_cli.stages import attack, evaluate, export, method, verify
+from dsg_cli.stages import attack, evaluate, export, method, select, verify
+from dsg_cli.stages.chain import settle
 from dsg_cli.stages.session import Session
 from dsg_cli.stages.subject import find_subject, load_subject
 from dsg_cli.workspace import Workspace
@@ -24,6 +25,13 @@ from dsg_cli.workspace import Workspace
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINED = [name for name, one in METHODS.items() if one.is_trained]
 WEIGHTS = [name for name, one in METHODS.items() if one.form == "model"]
+SMALL = [
+    *("methods.sspu.n_relevant=4", "methods.sspu.n_irrelevant=4", "methods.ssd.n_rows=8", "methods.ssd.alpha=1"),
+    *("methods.ssd.dampening=0.5", "select.n_features=4", "select.ratio_percentile=50", "eval.benches=[mine]"),
+    *("guardrail.allow_ineffective=true", "calibrate.gate=window", "calibrate.lengths=[4, 20]", "calibrate.alpha=0.2"),
+    *("calibrate.n_detectors=2", "calibrate.detector_percentile=50", "attack.bench=mine", "attack.known_questions=4"),
+    *("attack.relearn_learning_rates=[1e-2]", "attack.relearn_steps=[0, 2]"),
+]
 QUESTIONS = [{"q": f"w{i} w{i + 1}", "c": [" w40", " w41", " w42", " w43"], "a": i % 4} for i in range(24)]
 
 
@@ -32,32 +40,16 @@ def recipe(folders, tmp_path_factory):
     tasks = tmp_path_factory.mktemp("tasks")
     write_task(tasks, QUESTIONS)
 
+    names = [f"corpora.{role}=[{folders[f'{role}.jsonl']}]" for role in ("forget", "retain")]
+    named = [*names, f"model.source={folders['model']}", f"sae.source={folders['sae']}", f"eval.include_path={tasks}"]
+    for name in TRAINED:
+        values = ("steps=3", "accumulation=1", "learning_rate=1e-2")
+        named += [f"methods.{section_of(name)}.{value}" for value in values]
+    (tasks / "unknown.txt").write_text("\n".join(" ".join(f"w{i + j}" for j in range(12)) for i in range(30, 46)))
+    named.append(f"methods.sae_representation.unknown_file={tasks / 'unknown.txt'}")
+
     def make(*sets):
-        training = [f"methods.{section_of(name)}.{key}" for name in TRAINED for key in ("steps=3", "accumulation=1")]
-        rates = [f"methods.{section_of(name)}.learning_rate=1e-2" for name in TRAINED]
-        names = [f"corpora.{role}=[{folders[f'{role}.jsonl']}]" for role in ("forget", "retain")]
-        own = [f"model.source={folders['model']}", f"sae.source={folders['sae']}", f"eval.include_path={tasks}"]
-        small = [
-            "methods.sspu.n_relevant=4",
-            "methods.sspu.n_irrelevant=4",
-            "methods.ssd.n_rows=8",
-            "methods.ssd.alpha=1",
-        ]
-        small += [
-            "select.n_features=4",
-            "select.ratio_percentile=50",
-            "eval.benches=[mine]",
-            "methods.ssd.dampening=0.5",
-        ]
-        small += [
-            "calibrate.gate=window",
-            "calibrate.lengths=[4, 20]",
-            "calibrate.alpha=0.2",
-            "calibrate.n_detectors=2",
-        ]
-        small += ["calibrate.detector_percentile=50", "guardrail.allow_ineffective=true", "attack.bench=mine"]
-        small += ["attack.known_questions=4", "attack.relearn_learning_rates=[1e-2]", "attack.relearn_steps=[0, 2]"]
-        return load_recipe(sets=[*names, *own, *training, *rates, *small, *sets])
+        return settle(load_recipe(sets=[*named, *SMALL, *sets]))
 
     return make
 
@@ -66,7 +58,8 @@ def recipe(folders, tmp_path_factory):
 def made(recipe, tmp_path_factory):
     """A workspace with two models: by npo, and by an adapter on top of that; and a guardrail on the first."""
     workspace = Workspace(tmp_path_factory.mktemp("made"))
-    method.run(recipe(), workspace, "npo")
+    select.run(recipe(), workspace)
+    method.run(recipe(), workspace, "npo", source="features-001")  # As the SAE reads text: with BOS.
     method.run(recipe("methods.grad_diff.lora=true"), workspace, "grad-diff", source="model-001")
     method.run(recipe(), workspace, "dsg", source="model-001")
     return workspace
