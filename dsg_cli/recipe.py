@@ -6,8 +6,9 @@ Precedence: command-line flag, then `--set section.key=value`, then the recipe f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,11 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     if problems:
         raise DsgError("In the grid of a comparison:\n  " + "\n  ".join(problems))
     return made
+
+
+def values_at(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
+    """The values at dotted keys, of the types that they have in a recipe."""
+    return {key: functools.reduce(getattr, key.split("."), recipe) for key in keys}
 
 
 def _parsed(text: str, what: str) -> Any:

@@ -123,9 +123,12 @@ def test_a_sequence_without_counted_tokens_is_not_gated():
 
 def test_hooks_are_gone_after_the_block_and_after_an_exception(model, whole):
     ids = torch.tensor([ROWS[0]])
+    hooked = (model, model.model, model.model.layers[LAYER])
+    hooks = [(dict(one._forward_pre_hooks), dict(one._forward_hooks)) for one in hooked]
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
         with guarded(model, guard(whole, threshold=0.0), allow_mismatch=True):
+            assert [(dict(one._forward_pre_hooks), dict(one._forward_hooks)) for one in hooked] != hooks
             assert not torch.equal(model(ids, use_cache=False).logits, before)
         assert torch.equal(model(ids, use_cache=False).logits, before)
         with (
@@ -134,7 +137,7 @@ def test_hooks_are_gone_after_the_block_and_after_an_exception(model, whole):
         ):
             raise RuntimeError("stop")
         assert torch.equal(model(ids, use_cache=False).logits, before)
-    assert not model._forward_pre_hooks and not model.model.layers[LAYER]._forward_hooks
+    assert [(dict(one._forward_pre_hooks), dict(one._forward_hooks)) for one in hooked] == hooks
 
 
 def test_the_input_of_a_layer_is_the_output_of_the_one_before(model, whole):

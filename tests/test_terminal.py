@@ -120,7 +120,7 @@ def test_from_completes_artifacts_of_the_kind_that_the_command_takes(written):
         (Path("elsewhere") / f"{name}.json").write_text("{}")
     for command, found in (
         ("calibrate", ["features-001"]),
-        ("apply", ["threshold-001"]),
+        ("apply", ["threshold-001", "features-001"]),
         ("eval", ["guardrail-001", "guardrail-002"]),
     ):
         assert completed(command, "--from", "", DSG_WORKSPACE="elsewhere") == found

@@ -479,7 +479,7 @@ class TestStage:
         recipe = settings(folders, f"methods.{section}.rule={rule}", f"methods.{section}.alpha=0.1", corpora=False)
         said = []
         session = Session(report=lambda what, _n, _total: said.append(what))
-        stored = stage.run(recipe, workspace, method, features=features, session=session)
+        stored = stage.run(recipe, workspace, method, origin=features, session=session)
         assert stored.id == "wrapper-001" and workspace.read("wrapper-001").body == stored.body
         body = stored.body_as(Wrapper)
         assert (body.method, body.rule, body.side) == (method, rule, section.partition("_")[0])
@@ -500,8 +500,8 @@ class TestStage:
             texts = [" ".join(f"w{rng.choice(words)}" for _ in range(5)) for _ in range(100)]
             found = wrapped([module], loaded, *zip(texts, texts, strict=True))
             assert low <= sum(one.is_refused for one in found) / 100 <= high
-        assert stage.run(recipe, workspace, method, features=features, session=Session(reuse=True)).id == "wrapper-001"
-        again = stage.run(recipe, workspace, method, features=features)
+        assert stage.run(recipe, workspace, method, origin=features, session=Session(reuse=True)).id == "wrapper-001"
+        again = stage.run(recipe, workspace, method, origin=features)
         assert again.id == "wrapper-002" and again.body == stored.body
 
     def test_prompt_and_in_context_need_no_corpora(self, folders, tmp_path):

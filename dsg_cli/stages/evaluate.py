@@ -41,6 +41,8 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), se
             should forget. An expectation that is not met is no error here; it is in the report.
     """
     clock = Clock()
+    for text in recipe.eval.expect:
+        parse_expected(text, recipe.eval.benches)
     sources = session.named_together(workspace, sources, newest)
     with session.workers.in_turn():
         made = _prepared(recipe, workspace, sources)

@@ -18,7 +18,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.methods.comparison import Values, best_of, judged, trials_of
 from dsg_cli.model import LoadedModel, context_length
-from dsg_cli.recipe import Recipe, with_values
+from dsg_cli.recipe import Recipe, values_at, with_values
 from dsg_cli.stages import method
 from dsg_cli.stages.session import Session
 from dsg_cli.stages.subject import find_subject, load_subject
@@ -67,14 +67,16 @@ class Search:
 
     def trials(self, name: str) -> list[Json]:
         """Every trial of a method, the best one marked; those that an interrupted run had done are not done again."""
-        wanted = trials_of(name, self.recipe.compare, self.recipe.seed)
+        points = trials_of(name, self.recipe.compare, self.recipe.seed)
+        wanted = [values_at(with_values(self.recipe, values), values) for values in points]
         done: list[Json] = (self.checkpoint.entry(f"trials/{name}") or {"trials": []})["trials"]
         # Features that trials share are computed once: they lie in one scratch workspace until the method is done.
         with tempfile.TemporaryDirectory(prefix=".compare-", suffix=".tmp", dir=self.workspace.folder) as scratch:
             for number, values in enumerate(wanted[len(done) :], start=len(done) + 1):
                 self.session.say(f"{name}: trial {number} of {len(wanted)}")
                 done = [*done, self._trial(name, values, Workspace(Path(scratch)))]
-                self.checkpoint.reached(f"trials/{name}", lambda done=done: {"trials": done})  # type: ignore[misc]
+                self.checkpoint.keep(f"trials/{name}", {"trials": done})
+                self.checkpoint.write()
         best = best_of(done)
         return [{**trial, "is_chosen": number == best} for number, trial in enumerate(done)]
 
