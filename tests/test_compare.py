@@ -1,8 +1,10 @@
 """Methods side by side: the same search for each, one table, and a row that says why where a method fails."""
 
+import io
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -68,7 +70,7 @@ def test_every_method_has_its_row_and_every_trial_is_there(compared):
     # Everybody's unguarded side is the same model under the same attack.
     assert len({row["relearned"]["unguarded"] for row in body.rows[:-1]}) == 1
     clamp, prompt, ascent = body.rows[0], body.rows[2], body.rows[3]
-    assert clamp["n_features"] == 5 and clamp["gate"] and not prompt["gate"] and not ascent["gate"]
+    assert clamp["n_features"] == 20 and clamp["gate"] and not prompt["gate"] and not ascent["gate"]
     assert ascent["cost"]["backward_tokens"] > 0 == clamp["cost"]["backward_tokens"] < clamp["cost"]["forward_tokens"]
     assert prompt["cost"]["bytes"] < clamp["cost"]["bytes"] < ascent["cost"]["bytes"]
 
@@ -89,7 +91,7 @@ def test_requests_come_one_after_another(compared):
 
 def test_the_tables(compared):
     body = compared[1].body_as(Comparison)
-    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(comparison_table(body))
     text = console.export_text()
     assert all(len(line) <= 80 for line in text.splitlines())
@@ -163,8 +165,7 @@ def test_the_command_line(dsg):
     small = ["--set", "compare.relearn_steps=[]", "--set", "compare.sequence=[]", "--set", "eval.limit=4", "-w", "ws"]
     code, out, err = dsg("compare", "--recipe", "lab-compare", "--method", "prompt", *small, "--summary", "summary.md")
     assert code == 0 and "prompt" in out and "compare-001 in ws" in out, err
-    with open("summary.md") as file:
-        assert "## dsg: compare-001" in file.read()
+    assert "## dsg: compare-001" in Path("summary.md").read_text()
     code, out, _ = dsg("compare", "--recipe", "lab-compare", "--method", "prompt", *small, "--json", "--reuse")
     assert code == 0 and json.loads(out)["id"] == "compare-001"
     code, out, _ = dsg("compare", "--from", "wrapper-001", "--bench", "lab-hexes", *small, "--markdown")
