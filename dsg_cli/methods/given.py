@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsg_cli.artifacts import Json
 from dsg_cli.checkpoints import Checkpoint
+from dsg_cli.methods.mentions import Mentions
 from dsg_cli.methods.text import Text
 from dsg_cli.progress import Report, silent
 from dsg_cli.runtime.sites import HookSite
@@ -47,8 +48,8 @@ class Given:
     retain: Text
     features: Features | None = None
     """For methods that an SAE guides."""
-    unknown: Text | None = None
-    """Text about entities that do not exist, for the method that needs it."""
+    unknown: Text | Mentions | None = None
+    """Entities that do not exist, for the method that needs them."""
     seed: int = 0
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     """Where the training goes on from, and is kept."""

@@ -123,14 +123,15 @@ class Sspu(Training):
 
 @dataclass(frozen=True)
 class SaeRepresentation(Training):
-    """L = |z(forget) - z_unknown|^2 - p |z(forget) - z_known|^2, bounded, + a R(retain), in the SAE's latent space."""
+    """L = |z - u|^2 / s + p max(0, 1 - |z - k|^2 / s) + a R(retain), with SAE latents z of forget text, k of it as it
+    was, u of unknown text, and s = |u - k|^2."""
 
     steps: int = 150
     learning_rate: float = 5e-5
     batch_size: int = 4
     accumulation: int = 1
     push_weight: float = 0.1
-    """p: away from the latents of forget text as it was."""
+    """p."""
     retain_loss: RetainLoss = "kl"
     retain_weight: float = 1.0
     unknown_file: str | None = None

@@ -9,12 +9,11 @@ import torch
 from dsg_cli.artifacts import FeatureSet
 from dsg_cli.errors import DsgError
 from dsg_cli.methods.given import Features
+from dsg_cli.methods.mentions import Mentions, find_mentions
 from dsg_cli.methods.names import section_of
-from dsg_cli.methods.sae_representation import with_unknown_names
-from dsg_cli.methods.text import PARTS, Text, rows_of
+from dsg_cli.methods.text import Text, rows_of
 from dsg_cli.model import LoadedModel
 from dsg_cli.prompt_files import read_prompts
-from dsg_cli.prompting import prompts
 from dsg_cli.recipe import Recipe
 from dsg_cli.sae import load_encoder
 from dsg_cli.selection import EPSILON, select_features
@@ -52,9 +51,9 @@ def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Sto
     return Features(sae.site, load_encoder(sae, device=device), relevant, *rows)
 
 
-def unknown_text(recipe: Recipe, material: Material, loaded: LoadedModel, forget: Text) -> Text:
-    """Text about entities that do not exist: from a file, or forget text with its names recombined."""
+def unknown_text(recipe: Recipe, material: Material, loaded: LoadedModel, forget: Text) -> Text | Mentions:
+    """Entities that do not exist: in the texts of a file, or in forget text in the place of its names."""
     path = recipe.methods.sae_representation.unknown_file
-    texts = [text for corpus in material.forget for part in PARTS for text in prompts(loaded.tokenizer, corpus, part)]
-    made = read_prompts((), Path(path)) if path else with_unknown_names(texts, recipe.seed)
-    return rows_of(loaded.tokenizer, made, bos=material.bos, like=forget)
+    if path:
+        return rows_of(loaded.tokenizer, read_prompts((), Path(path)), bos=material.bos, like=forget)
+    return find_mentions(loaded.tokenizer, forget, bos=material.bos, seed=recipe.seed)
