@@ -90,7 +90,10 @@ class _Run:
     def __init__(self, given: Given, free: Free) -> None:
         self.free, self.settings = free, free.settings
         self.autocast = torch.autocast(
-            given.model.device.type, torch.bfloat16, enabled=free.settings.mixed_precision == "bfloat16"
+            given.model.device.type,
+            torch.bfloat16,
+            enabled=free.settings.mixed_precision == "bfloat16",
+            cache_enabled=False,  # It knows weights by their object, whose values a `Reference` exchanges.
         )
         self.optimizer = torch.optim.AdamW(
             free.parameters, lr=free.settings.learning_rate, weight_decay=free.settings.weight_decay
