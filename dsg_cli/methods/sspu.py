@@ -1,6 +1,6 @@
 """SSPU (Wang et al., 2505.24428): RMU guided by the subspaces that SAE features span.
 
-Decoder rows of the most and of the least relevant features, made orthonormal by QR, are the bases U_rel and U_irr.
+Decoder rows of the most and of the least relevant features span two subspaces, of which U_rel and U_irr are bases.
 Forget text is pulled to c times a random vector projected into span(U_irr), so that it turns into something that has
 nothing to do with the knowledge; and |(I - U_rel U_rel^T) dW|^2 keeps the update of each weight matrix, on its side of
 the residual stream, within span(U_rel). Of the paper's own settings only the form is followed: see settings.py.
@@ -55,10 +55,12 @@ def unlearn(given: Given, settings: Sspu) -> Changed:
 
 
 def orthonormal(rows_KD: Tensor) -> Tensor:
-    """A basis of what some vectors span, [D, K']; K' is their number, or the rank if that is lower."""
-    q_DK, r_KK = torch.linalg.qr(rows_KD.double().T)
-    size = r_KK.diagonal().abs()
-    return q_DK[:, size > 1e-9 * size.max()].float()
+    """A basis of what some vectors span, [D, K']; K' is their number, or the rank if that is lower.
+
+    By singular values: the paper's QR has the same span, but for vectors that depend on those before them.
+    """
+    u_DK, size_K, _ = torch.linalg.svd(rows_KD.double().T, full_matrices=False)
+    return u_DK[:, size_K > 1e-9 * size_K.max()].float()
 
 
 def outside(changes: Sequence[Tensor], basis_DK: Tensor) -> Tensor:
