@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dsg_cli.errors import DsgError
-from dsg_cli.methods.freedom import freed
+from dsg_cli.methods.freedom import OUT, freed
 from dsg_cli.methods.given import Changed, Given
 from dsg_cli.methods.settings import Sspu
 from dsg_cli.methods.steered import below, steering_loss, unit
 from dsg_cli.methods.training import train
+from dsg_cli.runtime.sites import OUT_PROJECTION
 
 
 def unlearn(given: Given, settings: Sspu) -> Changed:
@@ -38,10 +40,11 @@ def unlearn(given: Given, settings: Sspu) -> Changed:
     random_D = torch.randn(len(irrelevant_DK), generator=torch.Generator().manual_seed(given.seed)).to(given.device)
     control_D = settings.coefficient * unit(irrelevant_DK @ (irrelevant_DK.T @ random_D))
     before = [one.detach().clone() for one in free.parameters]
+    sides = stream_sides(given.model, free.names)
 
     def penalty() -> Tensor:
         changes = [now - then for now, then in zip(free.parameters, before, strict=True)]
-        return settings.subspace_weight * outside(changes, relevant_DK)
+        return settings.subspace_weight * outside(changes, relevant_DK, sides)
 
     loss = steering_loss(
         given,
@@ -63,19 +66,37 @@ def orthonormal(rows_KD: Tensor) -> Tensor:
     return u_DK[:, size_K > 1e-9 * size_K.max()].float()
 
 
-def outside(changes: Sequence[Tensor], basis_DK: Tensor) -> Tensor:
+def stream_sides(model: nn.Module, names: Sequence[str]) -> list[int]:
+    """Of each weight, the dimension that is the residual stream if both have its width: 0 or -1.
+
+    A linear layer stores [outputs, inputs], GPT-2's `Conv1D` the other way round.
+    """
+    sides = []
+    for name in names:
+        path = name.rpartition(".")[0]
+        is_writing = path.rpartition(".")[2] in (*OUT, *OUT_PROJECTION)
+        sides.append(0 if is_writing != isinstance(model.get_submodule(path), Conv1D) else -1)
+    return sides
+
+
+def outside(changes: Sequence[Tensor], basis_DK: Tensor, sides: Sequence[int]) -> Tensor:
     """Sum over weights of |(I - U U^T) dW|^2, [].
 
     D, the width of the residual stream, is the outputs of a matrix that writes to it and the inputs of one that reads
     it; what has neither side, such as a bias within an MLP, counts whole. For an orthonormal U the norm of what is
     outside is |dW|^2 - |U^T dW|^2, which takes K products a column in place of D.
+
+    Args:
+        changes: dW of each weight.
+        basis_DK: U.
+        sides: Which dimension of each is D where both are as wide.
     """
     width = len(basis_DK)
     total = torch.zeros((), device=basis_DK.device)
-    for change in changes:
+    for change, side in zip(changes, sides, strict=True):
         total = total + change.square().sum()
-        if change.shape[0] == width:
-            total = total - (basis_DK.T @ change).square().sum()
-        elif change.shape[-1] == width:
-            total = total - (change @ basis_DK).square().sum()
+        wide = [one for one in (0, -1) if change.shape[one] == width]
+        if wide:
+            inside = torch.tensordot(change, basis_DK, dims=([side if len(wide) == 2 else wide[0]], [0]))
+            total = total - inside.square().sum()
     return total
