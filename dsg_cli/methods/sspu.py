@@ -63,7 +63,7 @@ def orthonormal(rows_KD: Tensor) -> Tensor:
     By singular values: the paper's QR has the same span, but for vectors that depend on those before them.
     """
     u_DK, size_K, _ = torch.linalg.svd(rows_KD.double().T, full_matrices=False)
-    return u_DK[:, size_K > 1e-9 * size_K.max()].float()
+    return u_DK[:, size_K > 1e-6 * size_K.max()].float()
 
 
 def stream_sides(model: nn.Module, names: Sequence[str]) -> list[int]:
