@@ -1,0 +1,276 @@
+"""Methods that change weights against their papers' formulas (papers.py): losses, steps, and what they are made of."""
+
+import copy
+import math
+import re
+
+import papers
+import pytest
+import torch
+from conftest import WIDTH
+from papers import (
+    ENDS,
+    FEATURES,
+    RELEVANT,
+    SEED,
+    UNKNOWN,
+    forget_text,
+    mentions,
+    nll,
+    projector,
+    retain_text,
+    run,
+    text,
+)
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dsg_cli.errors import DsgError
+from dsg_cli.methods import grad_diff, gradient_ascent, npo, rmu, sae_representation, scrub, simnpo, ssd, sspu
+from dsg_cli.methods.given import Given
+from dsg_cli.methods.mentions import Mentions
+from dsg_cli.methods.settings import GradDiff, GradientAscent, Npo, Rmu, SaeRepresentation, Scrub, SimNpo, Ssd, Sspu
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS, RATE, WARMUP, DECAY, LARGEST_NORM = 3, 0.01, 2, 0.1, 0.5
+LAYERS = r"layers\.[01]\."
+CASES = [
+    (gradient_ascent, GradientAscent, {}, papers.ga_loss, ""),
+    (gradient_ascent, GradientAscent, {"trained": "mlp", "layers": [1]}, papers.ga_loss, r"layers\.1\.mlp"),
+    (grad_diff, GradDiff, {"forget_weight": 0.7, "retain_weight": 1.5}, papers.grad_diff_loss, ""),
+    (grad_diff, GradDiff, {"retain_loss": "kl", "retain_weight": 3.0}, papers.grad_diff_loss, ""),
+    (npo, Npo, {"beta": 0.5, "forget_weight": 0.7, "retain_weight": 2.0}, papers.npo_loss, ""),
+    (npo, Npo, {"retain_loss": "kl"}, papers.npo_loss, ""),
+    (npo, Npo, {"retain_loss": "none"}, papers.npo_loss, ""),
+    (simnpo, SimNpo, {"gamma": 3.0, "beta": 1.2}, papers.simnpo_loss, ""),
+    (simnpo, SimNpo, {"retain_loss": "kl", "forget_weight": 1.0, "beta": 0.5}, papers.simnpo_loss, ""),
+    (scrub, Scrub, {"kl_weight": 5.0, "last_max_step": 9}, papers.scrub_loss, ""),
+    (rmu, Rmu, {"retain_weight": 30.0}, papers.rmu_loss, LAYERS + r"mlp\.down_proj"),
+    (rmu, Rmu, {"layer": 0, "trained": "mlp", "retain_weight": 30.0}, papers.rmu_loss, r"layers\.0\.mlp\."),
+    (sspu, Sspu, {"retain_weight": 30.0, "subspace_weight": 20.0}, papers.sspu_loss, LAYERS + r"mlp\.down_proj"),
+    (sspu, Sspu, {"trained": "all", "retain_weight": 3.0, "subspace_weight": 30.0}, papers.sspu_loss, LAYERS),
+    (sae_representation, SaeRepresentation, {"push_weight": 0.8}, papers.sae_loss, LAYERS),
+    (sae_representation, SaeRepresentation, {"push_weight": 0.8, "retain_weight": 2.0}, papers.mentions_loss, LAYERS),
+]
+
+
+def by_hand(model, values, formula, settings, groups, names, step):
+    """A loss at some weights, and its gradients."""
+    m = copy.deepcopy(model)
+    m.load_state_dict(values)
+    free = {name: one.requires_grad_(True) for name, one in m.named_parameters() if name in names}
+    loss = sum(formula(m, model, F, R, settings, step) for F, R in groups) / len(groups)
+    found = torch.autograd.grad(loss, list(free.values()), allow_unused=True, materialize_grads=True)
+    return loss.item(), dict(zip(free, found, strict=True))
+
+
+def adamw(history, before, name, step):
+    """Weights after a step, from the clipped gradients of all steps so far."""
+    m = v = 0.0
+    for grads in history:
+        norm = math.sqrt(sum(float(one.square().sum()) for one in grads.values()))
+        g = grads[name] * min(1.0, LARGEST_NORM / norm)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    rate, n = RATE * min(1.0, (step + 1) / WARMUP), step + 1
+    kept = before * (1 - rate * DECAY)
+    return kept - rate * (m / (1 - 0.9**n)) / ((v / (1 - 0.999**n)).sqrt() + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "options", "formula", "trained", "size", "accumulation"),
+    [(*case, 2, 2) for case in CASES] + [(*CASES[i], *shape) for i in (0, 2, 4, 7, 10) for shape in ((4, 1), (1, 4))],
+)
+def test_losses_and_steps_are_those_of_the_paper(model, method, kind, options, formula, trained, size, accumulation):
+    own = {"steps": STEPS, "learning_rate": RATE, "warmup_steps": WARMUP, "weight_decay": DECAY}
+    own |= {"max_gradient_norm": LARGEST_NORM, "batch_size": size, "accumulation": accumulation}
+    settings, forget, retain = kind(**own, **options), forget_text(), retain_text()
+    given = {"features": FEATURES} if kind in (Sspu, SaeRepresentation) else {}
+    if kind is SaeRepresentation:
+        given["unknown"] = UNKNOWN if formula is papers.sae_loss else mentions()
+    changed, kept = run(model, method, settings, forget, retain, **given)
+    names = [name for name in kept[0] if re.search(trained, name)]
+    assert changed.names == names and len(kept) == STEPS + 1
+    history = []
+    for step in range(STEPS):
+        starts = [(step * accumulation + i) * size for i in range(accumulation)]
+        groups = [tuple([one.rows[j] for j in one.drawn[0][i : i + size]] for one in (forget, retain)) for i in starts]
+        loss, grads = by_hand(model, kept[step], formula, settings, groups, names, step)
+        assert changed.losses[step]["loss"] == pytest.approx(loss, rel=2e-4, abs=1e-5), step
+        history.append(grads)
+        largest, n_sure = max(float(one.abs().max()) for one in grads.values()), 0
+        for name, before in kept[step].items():
+            after = kept[step + 1][name]
+            if name not in names:
+                assert torch.equal(after, before), name
+                continue
+            # AdamW makes a whole step even of a gradient that is all rounding.
+            never = torch.stack([one[name] for one in history]).count_nonzero(0) == 0
+            sure = never | (grads[name].abs() > max(1e-3 * largest, 1e-6))
+            n_sure += int(sure.sum())
+            wanted = adamw(history, before, name, step)
+            torch.testing.assert_close(after[sure], wanted[sure], rtol=0, atol=0.02 * RATE)
+        is_flat = formula is papers.scrub_loss and step == 0  # The student is still its teacher.
+        assert is_flat or n_sure > 0.5 * changed.n_parameters
+
+
+@pytest.mark.parametrize("method", [npo, simnpo])
+def test_means_over_sequences_do_not_depend_on_how_a_step_is_cut_but_means_over_tokens_do(model, method):
+    def first(method, kind, lengths, **options):
+        found = []
+        for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+            settings = kind(steps=1, batch_size=size, accumulation=accumulation, **options)
+            changed, _ = run(model, method, settings, text(*lengths), text(*lengths, seed=3))
+            found.append(changed.losses[0]["loss"])
+        return found
+
+    ragged, even = (9, 3, 5, 17), (6, 6, 6, 6)
+    found = first(method, {npo: Npo, simnpo: SimNpo}[method], ragged, retain_loss="none")
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+    found = first(gradient_ascent, GradientAscent, even)
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+    found = first(gradient_ascent, GradientAscent, ragged)  # As everywhere: a mean of the batches' own means.
+    assert abs(found[2] - found[0]) > 1e-3
+
+
+@pytest.mark.parametrize("beta", [1e-4, 0.1, 2.0])
+def test_npo_is_bounded_below_and_becomes_ascent(beta):
+    reference = torch.tensor([3.0, 50.0, 9.0])
+    for fall in (0.0, 5.0, 1e5):
+        nll_B = (reference + fall).requires_grad_()
+        value = npo.npo_loss(nll_B, reference, beta)
+        (grad,) = torch.autograd.grad(value, nll_B)
+        # d/dNLL of 2/b log(1 + e^(-b fall)), over three sequences; of ascent it is -1.
+        share = 2 * math.exp(-beta * fall) / (1 + math.exp(-beta * fall))
+        assert value.item() >= 0 and grad.tolist() == pytest.approx([-share / 3] * 3, rel=1e-3, abs=1e-7)
+    if beta == 1e-4:
+        (grad,) = torch.autograd.grad(npo.npo_loss(nll_B := (reference + 5).requires_grad_(), reference, beta), nll_B)
+        assert grad.tolist() == pytest.approx([-1 / 3] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rmu_steers_to_a_unit_vector_of_entries_that_are_not_negative(seed):
+    found = rmu.random_direction(WIDTH, seed)
+    assert (found >= 0).all() and float((found**2).sum()) == pytest.approx(1, rel=1e-6)
+    assert torch.equal(found, rmu.random_direction(WIDTH, seed))
+    assert not torch.equal(found, rmu.random_direction(WIDTH, seed + 1))
+
+
+@pytest.mark.parametrize("method", [rmu, sspu])
+def test_layers_above_are_never_run(model, method):
+    own, calls = copy.deepcopy(model), [0, 0, 0, 0]
+    for number, module in enumerate([*own.model.layers, own.lm_head]):
+        module.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
+    settings = {rmu: Rmu(steps=2, layer=1), sspu: Sspu(steps=2)}[method]
+    method.unlearn(Given(own, None, forget_text(), retain_text(), features=FEATURES), settings)
+    assert calls[0] == 6 and calls[2:] == [0, 0]  # Forget, retain, and retain as it was. Of layer 1, the output.
+
+
+DEPENDENT = torch.stack([RELEVANT[0], RELEVANT[0] * -2, RELEVANT[1], RELEVANT[0] + RELEVANT[1], RELEVANT[2]])
+MANY = torch.cat(
+    [RELEVANT[:1], RELEVANT[:1], torch.randn(WIDTH + 4, WIDTH, generator=torch.Generator().manual_seed(0))]
+)
+
+
+@pytest.mark.parametrize(
+    ("rows_KD", "rank"), [(RELEVANT, 5), (DEPENDENT, 3), (RELEVANT[:1], 1), (MANY, WIDTH)], ids=range(4)
+)
+def test_bases_are_orthonormal_and_span_what_they_should(rows_KD, rank):
+    basis = sspu.orthonormal(rows_KD)
+    assert basis.shape == (WIDTH, rank)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
+    torch.testing.assert_close(basis @ basis.T, projector(rows_KD), rtol=0, atol=1e-5)
+    changes = [torch.randn(WIDTH, 40), torch.randn(30, WIDTH), torch.randn(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH)]
+    left = torch.eye(WIDTH) - projector(rows_KD)
+    writes, reads = left @ changes[0], changes[1] @ left
+    for change, side, outside in (
+        (changes[0], 0, writes),
+        (changes[0], -1, writes),  # Its shape says enough.
+        (changes[1], 0, reads),
+        (changes[2], 0, left @ changes[2]),
+        (changes[2], -1, changes[2] @ left),
+    ):
+        wanted = float((outside**2).sum())
+        assert float(sspu.outside([change], basis, [side])) == pytest.approx(wanted, rel=1e-5, abs=1e-3)
+    total = float(sspu.outside([*changes[:2], torch.ones(7)], basis, [0, 0, 0]))
+    assert total == pytest.approx(float((writes**2).sum() + (reads**2).sum()) + 7, rel=1e-5, abs=1e-3)
+
+
+def test_sides_of_square_matrices_follow_from_what_they_are(model):
+    names = [f"model.layers.0.{one}.weight" for one in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
+    assert sspu.stream_sides(model, names) == [-1, 0, 0]
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=8, n_positions=8))
+    names = [f"transformer.h.0.{one}.weight" for one in ("attn.c_proj", "attn.c_attn", "mlp.c_proj")]
+    assert sspu.stream_sides(gpt2, names) == [-1, 0, -1]  # [inputs, outputs]
+
+
+def test_rows_without_a_name_teach_nothing_and_stop_nothing(model):
+    settings = SaeRepresentation(steps=6, batch_size=1, retain_loss="none", weight_decay=0.0, learning_rate=0.01)
+    changed, _ = run(model, sae_representation, settings, forget := forget_text(), retain_text(),
+                        features=FEATURES, unknown=mentions())  # fmt: skip
+    is_named = [bool(ENDS[i]) for i in forget.drawn[0]]
+    assert [one["loss"] != 0 for one in changed.losses] == is_named and is_named.count(False) == 1
+    same = Mentions((forget_text(), forget_text()), (ENDS, ENDS))
+    with pytest.raises(DsgError, match="not apart"):
+        run(model, sae_representation, settings, forget_text(), retain_text(), features=FEATURES, unknown=same)
+
+
+@pytest.mark.parametrize(
+    ("options", "turns"),
+    [
+        ({"steps": 6}, "MmMmmm"),
+        ({"steps": 7, "max_steps": 2, "last_max_step": 5}, "MMmMMmm"),
+        ({"steps": 5, "min_steps": 2, "last_max_step": 5}, "MmmMm"),
+        ({"steps": 4, "min_steps": 0, "last_max_step": 3}, "MMMm"),
+        ({"steps": 3, "last_max_step": 0}, "mmm"),
+        ({"steps": 4, "max_steps": 3, "last_max_step": 10}, "MMMm"),
+    ],
+)
+def test_scrub_takes_turns(model, options, turns):
+    changed, _ = run(model, scrub, Scrub(batch_size=1, accumulation=1, **options), forget_text(), retain_text())
+    assert "".join("M" if "forget_kl" in one else "m" for one in changed.losses) == turns
+    assert all(("retain_kl" in one) != ("forget_kl" in one) for one in changed.losses)
+
+
+@pytest.mark.parametrize("n_rows", [3, 100])
+@pytest.mark.parametrize(("alpha", "dampening"), [(1.0, 1.0), (2.0, 0.5), (1.0, 3.0), (1e9, 1.0)])
+def test_ssd_dampens_what_matters_more_to_forget_text(model, n_rows, alpha, dampening):
+    forget, retain, changed_model = forget_text(), retain_text(), copy.deepcopy(model)
+    settings = Ssd(alpha=alpha, dampening=dampening, n_rows=n_rows)
+    changed = ssd.unlearn(Given(changed_model, None, forget, retain, seed=SEED), settings)
+    own = copy.deepcopy(model).requires_grad_(True)
+    importance = []
+    for one in (forget, retain):
+        (drawn,) = one.drawn
+        assert len(drawn) == len(set(drawn)) == min(n_rows, len(one.rows))
+        grads = [torch.autograd.grad(nll(own, [one.rows[i]]), list(own.parameters())) for i in drawn]
+        importance.append([sum(g**2 for g in several) / len(drawn) for several in zip(*grads, strict=True)])
+    n_less = n_sure = 0
+    for before, after, f, r in zip(model.parameters(), changed_model.parameters(), *importance, strict=True):
+        chosen = f > alpha * r
+        sure = (f == 0) | ((f / (alpha * r) - 1).abs() > 1e-2)  # Rounding decides over the others.
+        n_sure += int(sure.sum())
+        n_less += int((chosen & (dampening * r < f)).sum())
+        assert torch.equal(after[sure & ~chosen], before[sure & ~chosen])
+        wanted = before * torch.clamp(dampening * r / f, max=1.0)
+        torch.testing.assert_close(after[sure & chosen], wanted[sure & chosen], rtol=1e-3, atol=1e-6)
+    assert n_sure > 0.97 * changed.n_parameters
+    assert changed.n_changed == pytest.approx(n_less, abs=0.03 * changed.n_parameters)
+    assert (changed.n_changed > 0.2 * changed.n_parameters) == (alpha < 10)
+    assert not any(one.requires_grad for one in changed_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "alpha", "dampening", "factor"),
+    [
+        (0.0, 0.0, 10, 1, 1.0),
+        (1.0, 0.0, 10, 1, 0.0),
+        (0.0, 1.0, 10, 1, 1.0),
+        (10.0, 1.0, 10, 1, 1.0),
+        (16.0, 1.0, 10, 1, 1 / 16),
+        (16.0, 1.0, 10, 4, 0.25),
+        (16.0, 1.0, 10, 20, 1.0),
+        (1e-30, 1e-32, 10, 1, 0.01),
+    ],
+)
+def test_dampening_case_by_case(forget, retain, alpha, dampening, factor):
+    found = ssd.factors(torch.tensor([forget]), torch.tensor([retain]), alpha, dampening)
+    assert found.item() == pytest.approx(factor, rel=1e-5)
