@@ -55,11 +55,16 @@ def weights(model):
 
 
 def run(model, method, settings, forget, retain, **given):
-    """What the method says, and the weights before the first step and after each."""
-    own = copy.deepcopy(model)
+    """What the method says, the weights before the first step and after each, and the gradients of each."""
+    own, grads = copy.deepcopy(model), []
     kept = [weights(own)]
-    given = Given(own, None, forget, retain, report=lambda *_: kept.append(weights(own)), seed=SEED, **given)
-    return method.unlearn(given, settings), kept
+
+    def report(*_):
+        kept.append(weights(own))
+        grads.append({name: one.grad.clone() for name, one in own.named_parameters() if one.requires_grad})
+
+    given = Given(own, None, forget, retain, report=report, seed=SEED, **given)
+    return method.unlearn(given, settings), kept, grads
 
 
 # The papers' terms. `m` is the model in training, `ref` the model before it; F and R are rows of text.
@@ -119,7 +124,11 @@ def scrub_loss(m, ref, F, R, s, step):
 
 
 def hidden(m, row, layer):
-    return m(torch.tensor([row]), output_hidden_states=True).hidden_states[layer + 1][0]
+    found = []
+    handle = m.model.layers[layer].register_forward_hook(lambda _module, _args, output: found.append(output))
+    m(torch.tensor([row]))
+    handle.remove()
+    return found[0][0]
 
 
 def steered(m, ref, F, R, layer, control, retain_weight):

@@ -31,7 +31,7 @@ from dsg_cli.methods.mentions import Mentions
 from dsg_cli.methods.settings import GradDiff, GradientAscent, Npo, Rmu, SaeRepresentation, Scrub, SimNpo, Ssd, Sspu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-STEPS, RATE, WARMUP, DECAY, LARGEST_NORM = 3, 0.01, 2, 0.1, 0.5
+STEPS, RATE, WARMUP, DECAY = 3, 0.01, 2, 0.1
 LAYERS = r"layers\.[01]\."
 CASES = [
     (gradient_ascent, GradientAscent, {}, papers.ga_loss, ""),
@@ -46,6 +46,7 @@ CASES = [
     (scrub, Scrub, {"kl_weight": 5.0, "last_max_step": 9}, papers.scrub_loss, ""),
     (rmu, Rmu, {"retain_weight": 30.0}, papers.rmu_loss, LAYERS + r"mlp\.down_proj"),
     (rmu, Rmu, {"layer": 0, "trained": "mlp", "retain_weight": 30.0}, papers.rmu_loss, r"layers\.0\.mlp\."),
+    (rmu, Rmu, {"layer": 2, "trained": "mlp-out", "retain_weight": 30.0}, papers.rmu_loss, r"mlp\.down_proj"),
     (sspu, Sspu, {"retain_weight": 30.0, "subspace_weight": 20.0}, papers.sspu_loss, LAYERS + r"mlp\.down_proj"),
     (sspu, Sspu, {"trained": "all", "retain_weight": 3.0, "subspace_weight": 30.0}, papers.sspu_loss, LAYERS),
     (sae_representation, SaeRepresentation, {"push_weight": 0.8}, papers.sae_loss, LAYERS),
@@ -63,53 +64,48 @@ def by_hand(model, values, formula, settings, groups, names, step):
     return loss.item(), dict(zip(free, found, strict=True))
 
 
-def adamw(history, before, name, step):
-    """Weights after a step, from the clipped gradients of all steps so far."""
+def adamw(history, before, step):
+    """A weight after a step, from its gradients so far."""
     m = v = 0.0
-    for grads in history:
-        norm = math.sqrt(sum(float(one.square().sum()) for one in grads.values()))
-        g = grads[name] * min(1.0, LARGEST_NORM / norm)
+    for g in history:
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
     rate, n = RATE * min(1.0, (step + 1) / WARMUP), step + 1
-    kept = before * (1 - rate * DECAY)
-    return kept - rate * (m / (1 - 0.9**n)) / ((v / (1 - 0.999**n)).sqrt() + 1e-8)
+    return before * (1 - rate * DECAY) - rate * (m / (1 - 0.9**n)) / ((v / (1 - 0.999**n)).sqrt() + 1e-8)
 
 
 @pytest.mark.parametrize(
-    ("method", "kind", "options", "formula", "trained", "size", "accumulation"),
-    [(*case, 2, 2) for case in CASES] + [(*CASES[i], *shape) for i in (0, 2, 4, 7, 10) for shape in ((4, 1), (1, 4))],
+    ("method", "kind", "options", "formula", "trained", "size", "accumulation", "largest_norm"),
+    [(*case, 2, 2, 0.1) for case in CASES]
+    + [(*CASES[i], *shape, 1e9) for i in (0, 4, 7) for shape in ((4, 1), (1, 4))]
+    + [(*CASES[10], 1, 4, 1e9)],
 )
-def test_losses_and_steps_are_those_of_the_paper(model, method, kind, options, formula, trained, size, accumulation):
+def test_losses_and_steps_are_those_of_the_paper(
+    model, method, kind, options, formula, trained, size, accumulation, largest_norm
+):
     own = {"steps": STEPS, "learning_rate": RATE, "warmup_steps": WARMUP, "weight_decay": DECAY}
-    own |= {"max_gradient_norm": LARGEST_NORM, "batch_size": size, "accumulation": accumulation}
+    own |= {"max_gradient_norm": largest_norm, "batch_size": size, "accumulation": accumulation}
     settings, forget, retain = kind(**own, **options), forget_text(), retain_text()
     given = {"features": FEATURES} if kind in (Sspu, SaeRepresentation) else {}
     if kind is SaeRepresentation:
         given["unknown"] = UNKNOWN if formula is papers.sae_loss else mentions()
-    changed, kept = run(model, method, settings, forget, retain, **given)
+    changed, kept, taken = run(model, method, settings, forget, retain, **given)
     names = [name for name in kept[0] if re.search(trained, name)]
     assert changed.names == names and len(kept) == STEPS + 1
-    history = []
     for step in range(STEPS):
         starts = [(step * accumulation + i) * size for i in range(accumulation)]
         groups = [tuple([one.rows[j] for j in one.drawn[0][i : i + size]] for one in (forget, retain)) for i in starts]
         loss, grads = by_hand(model, kept[step], formula, settings, groups, names, step)
-        assert changed.losses[step]["loss"] == pytest.approx(loss, rel=2e-4, abs=1e-5), step
-        history.append(grads)
-        largest, n_sure = max(float(one.abs().max()) for one in grads.values()), 0
+        assert changed.losses[step]["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5), step
+        norm = math.sqrt(sum(float(one.square().sum()) for one in grads.values()))
+        assert norm > 0.1 or (formula is papers.scrub_loss and step == 0)  # The student is still its teacher.
+        share = min(1.0, largest_norm / norm)
         for name, before in kept[step].items():
-            after = kept[step + 1][name]
             if name not in names:
-                assert torch.equal(after, before), name
+                assert torch.equal(kept[step + 1][name], before), name
                 continue
-            # AdamW makes a whole step even of a gradient that is all rounding.
-            never = torch.stack([one[name] for one in history]).count_nonzero(0) == 0
-            sure = never | (grads[name].abs() > max(1e-3 * largest, 1e-6))
-            n_sure += int(sure.sum())
-            wanted = adamw(history, before, name, step)
-            torch.testing.assert_close(after[sure], wanted[sure], rtol=0, atol=0.02 * RATE)
-        is_flat = formula is papers.scrub_loss and step == 0  # The student is still its teacher.
-        assert is_flat or n_sure > 0.5 * changed.n_parameters
+            torch.testing.assert_close(taken[step][name], grads[name] * share, rtol=0, atol=2e-5 * share * norm + 1e-6)
+            wanted = adamw([one[name] for one in taken[: step + 1]], before, step)
+            torch.testing.assert_close(kept[step + 1][name], wanted, rtol=0, atol=1e-3 * RATE)
 
 
 @pytest.mark.parametrize("method", [npo, simnpo])
@@ -118,7 +114,7 @@ def test_means_over_sequences_do_not_depend_on_how_a_step_is_cut_but_means_over_
         found = []
         for size, accumulation in ((4, 1), (2, 2), (1, 4)):
             settings = kind(steps=1, batch_size=size, accumulation=accumulation, **options)
-            changed, _ = run(model, method, settings, text(*lengths), text(*lengths, seed=3))
+            changed, *_ = run(model, method, settings, text(*lengths), text(*lengths, seed=3))
             found.append(changed.losses[0]["loss"])
         return found
 
@@ -204,7 +200,7 @@ def test_sides_of_square_matrices_follow_from_what_they_are(model):
 
 def test_rows_without_a_name_teach_nothing_and_stop_nothing(model):
     settings = SaeRepresentation(steps=6, batch_size=1, retain_loss="none", weight_decay=0.0, learning_rate=0.01)
-    changed, _ = run(model, sae_representation, settings, forget := forget_text(), retain_text(),
+    changed, *_ = run(model, sae_representation, settings, forget := forget_text(), retain_text(),
                         features=FEATURES, unknown=mentions())  # fmt: skip
     is_named = [bool(ENDS[i]) for i in forget.drawn[0]]
     assert [one["loss"] != 0 for one in changed.losses] == is_named and is_named.count(False) == 1
@@ -225,7 +221,7 @@ def test_rows_without_a_name_teach_nothing_and_stop_nothing(model):
     ],
 )
 def test_scrub_takes_turns(model, options, turns):
-    changed, _ = run(model, scrub, Scrub(batch_size=1, accumulation=1, **options), forget_text(), retain_text())
+    changed, *_ = run(model, scrub, Scrub(batch_size=1, accumulation=1, **options), forget_text(), retain_text())
     assert "".join("M" if "forget_kl" in one else "m" for one in changed.losses) == turns
     assert all(("retain_kl" in one) != ("forget_kl" in one) for one in changed.losses)
 
