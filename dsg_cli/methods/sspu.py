@@ -20,6 +20,9 @@ from dsg_cli.methods.settings import Sspu
 from dsg_cli.methods.steered import below, steering_loss, unit
 from dsg_cli.methods.training import train
 
+RANK_TOLERANCE = 1e-6
+"""Part of the longest direction below which a further one is none: float32 holds no more."""
+
 
 def unlearn(given: Given, settings: Sspu) -> Changed:
     """Train.
@@ -58,7 +61,7 @@ def orthonormal(rows_KD: Tensor) -> Tensor:
     """A basis of what some vectors span, [D, K']; K' is their number, or the rank if that is lower."""
     q_DK, r_KK = torch.linalg.qr(rows_KD.double().T)
     size = r_KK.diagonal().abs()
-    return q_DK[:, size > 1e-9 * size.max()].float()
+    return q_DK[:, size > RANK_TOLERANCE * size.max()].float()
 
 
 def outside(changes: Sequence[Tensor], basis_DK: Tensor) -> Tensor:

@@ -21,8 +21,6 @@ from dsg_cli.methods.given import Changed, Given
 from dsg_cli.model import devices_of
 from dsg_cli.tokens import TokenBatch
 
-KEPT_EVERY = 10
-"""Steps after which the weights are kept in case that training diverges."""
 RETAIN_SEED = 2**31
 """Added to the seed of retain text, so that the two orders differ."""
 
@@ -120,8 +118,9 @@ class _Run:
         if not bool(torch.isfinite(norm)) or not torch.isfinite(torch.tensor(list(terms.values()))).all():
             self.diverged_at = self.step + 1
             return
-        if self.step % KEPT_EVERY == 0:  # They have just given a finite loss.
-            self.kept, self.kept_steps = self._values(), self.step
+        for kept, one in zip(self.kept, self.free.parameters, strict=True):
+            kept.copy_(one.detach())  # They have just given a finite loss.
+        self.kept_steps = self.step
         self.optimizer.step()
         self.step += 1
         self.losses.append({"step": self.step, **terms})
