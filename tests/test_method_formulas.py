@@ -128,9 +128,8 @@ def test_simnpo(given):
 
 
 def test_rmu(given):
-    settings = Rmu(
-        **SIZE | {"steps": 2, "learning_rate": 1e-2}, trained="mlp", layer=1, coefficient=7.0, retain_weight=3.0
-    )
+    chosen = {"trained": "mlp", "layer": 1, "coefficient": 7.0, "retain_weight": 3.0}
+    settings = Rmu(**SIZE | {"steps": 2, "learning_rate": 1e-2}, **chosen)
     u = rmu.random_direction(16, 3)
     assert (u >= 0).all() and u.norm().item() == pytest.approx(1.0) and torch.equal(u, rmu.random_direction(16, 3))
     assert not torch.equal(u, rmu.random_direction(16, 4))
