@@ -167,7 +167,7 @@ def save(loaded: LoadedModel, changed: Changed, folder: Path, *, base: str, dtyp
         dtype: Of a whole model's weights.
     """
     if changed.adapter is None:
-        model = loaded.model.to(getattr(torch, dtype))  # type: ignore[arg-type]
+        model = loaded.model.to(getattr(torch, dtype))
         model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         return model
