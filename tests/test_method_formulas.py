@@ -168,8 +168,8 @@ def test_sspu_keeps_to_its_subspaces():
     projector = torch.eye(16) - basis @ basis.T
     writes, reads, bias = torch.randn(16, 24), torch.randn(24, 16), torch.randn(24)
     wanted = (projector @ writes).square().sum() + (reads @ projector).square().sum() + bias.square().sum()
-    assert sspu.outside([writes, reads, bias], basis).item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert sspu.outside([basis @ torch.randn(5, 24)], basis).item() == pytest.approx(0.0, abs=1e-3)
+    assert sspu.outside([writes, reads, bias], basis, [0, -1, 0]).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert sspu.outside([basis @ torch.randn(5, 24)], basis, [0]).item() == pytest.approx(0.0, abs=1e-3)
 
 
 def test_sspu_pulls_into_the_irrelevant_span_and_adds_its_penalty(given, monkeypatch):

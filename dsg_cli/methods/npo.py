@@ -25,12 +25,13 @@ def unlearn(given: Given, settings: Npo) -> Changed:
     known: dict[int, Tensor] = {}
 
     def before(batches: Batches) -> Tensor:
-        batch = batches.forget
-        if any(i not in known for i in batch.index):
-            with reference():
-                found_B = sequence_losses(logits_of(given.model, batch), batch)
-            known.update(zip(batch.index, found_B, strict=True))
-        return torch.stack([known[i] for i in batch.index])
+        index = batches.forget.index
+        for i in index:
+            if i not in known:  # Alone, so that its bits do not depend on what was drawn beside it, nor on a resume.
+                row = given.forget.batch([i])
+                with reference():
+                    known[i] = sequence_losses(logits_of(given.model, row), row)[0]
+        return torch.stack([known[i] for i in index])
 
     def loss(batches: Batches) -> dict[str, Tensor]:
         nll_B = sequence_losses(logits_of(given.model, batches.forget), batches.forget)

@@ -88,7 +88,10 @@ class _Run:
     def __init__(self, given: Given, free: Free) -> None:
         self.free, self.settings = free, free.settings
         self.autocast = torch.autocast(
-            given.model.device.type, torch.bfloat16, enabled=free.settings.mixed_precision == "bfloat16"
+            given.model.device.type,
+            torch.bfloat16,
+            enabled=free.settings.mixed_precision == "bfloat16",
+            cache_enabled=False,  # It knows weights by their object, whose values a `Reference` exchanges.
         )
         self.optimizer = torch.optim.AdamW(
             free.parameters, lr=free.settings.learning_rate, weight_decay=free.settings.weight_decay
@@ -115,7 +118,7 @@ class _Run:
             for name, value in found.items():
                 terms[name] = terms.get(name, 0.0) + value.item() / len(several)
         norm = torch.nn.utils.clip_grad_norm_(self.free.parameters, self.settings.max_gradient_norm)
-        if not bool(torch.isfinite(norm)) or not torch.isfinite(torch.tensor(list(terms.values()))).all():
+        if not torch.isfinite(torch.tensor([float(norm), *terms.values()])).all() or not self._is_finite():
             self.diverged_at = self.step + 1
             return
         for kept, one in zip(self.kept, self.free.parameters, strict=True):
@@ -131,24 +134,27 @@ class _Run:
         Raises:
             DsgError: There are none but those that it began with.
         """
-        if self.diverged_at is None and all(bool(torch.isfinite(one).all()) for one in self.free.parameters):
+        if self.diverged_at is None and self._is_finite():
             return
         self.diverged_at = self.diverged_at or self.step
+        with torch.no_grad():
+            for one, value in zip(self.free.parameters, self.kept, strict=True):
+                one.copy_(value)
         if not self.losses or self.kept_steps == 0:
             raise DsgError(
                 f"The loss was not finite at step {self.diverged_at}, before any weights could be kept.",
                 "Lower the learning rate, or raise warmup_steps.",
             )
         self.kept_at = self.kept_steps
-        with torch.no_grad():
-            for one, value in zip(self.free.parameters, self.kept, strict=True):
-                one.copy_(value)
         self.losses = self.losses[: self.kept_at]
 
     def _set_rate(self) -> None:
         share = min(1.0, (self.step + 1) / self.settings.warmup_steps) if self.settings.warmup_steps else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * share
+
+    def _is_finite(self) -> bool:
+        return all(bool(torch.isfinite(one).all()) for one in self.free.parameters)
 
     def _values(self) -> list[Tensor]:
         return [one.detach().clone() for one in self.free.parameters]
