@@ -11,6 +11,8 @@ file of texts about unknown entities, z and k are means over the tokens of a row
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,39 +46,54 @@ def unlearn(given: Given, settings: SaeRepresentation) -> Changed:
     with torch.no_grad():
         centre_F = None if isinstance(unknown, Mentions) else _centre(given, features, unknown)
 
-    def loss(batches: Batches) -> dict[str, Tensor]:
+    def looks(index: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """k and u of some rows."""
         if isinstance(unknown, Mentions):
-            batch, at_BL = unknown.known(batches.forget.index)
-            z_NF = _activations(given, features, batch, at_BL)
-            with reference():
-                known_NF = _activations(given, features, batch, at_BL)
-                unknown_NF = _activations(given, features, *unknown.unknown(batches.forget.index))
+            known_NF = _activations(given, features, *unknown.known(index))
+            return known_NF, _activations(given, features, *unknown.unknown(index))
+        known_NF = latents(given, features, given.forget.batch(index))
+        assert centre_F is not None
+        return known_NF, centre_F.expand_as(known_NF)
+
+    def loss(batches: Batches) -> dict[str, Tensor]:
+        index = batches.forget.index
+        if isinstance(unknown, Mentions):
+            z_NF = _activations(given, features, *unknown.known(index))
         else:
-            assert centre_F is not None
-            z_NF, unknown_NF = latents(given, features, batches.forget), centre_F
-            with reference():
-                known_NF = latents(given, features, batches.forget)
+            z_NF = latents(given, features, batches.forget)
+        with reference():
+            known_NF, unknown_NF = looks(index)
         pull, push = representation_loss(z_NF, known_NF, unknown_NF)
         retain = retain_term(given.model, reference, batches.retain, settings.retain_loss)
         total = pull + settings.push_weight * push + settings.retain_weight * retain
         return {"loss": total, "pull": pull.detach(), "push": push.detach(), "retain": retain.detach()}
 
+    _check_apart(looks, len(given.forget.rows))
     return train(given, free, loss)
+
+
+def _check_apart(looks: Callable[[Sequence[int]], tuple[Tensor, Tensor]], n_rows: int) -> None:
+    """Refuse to train where no row looks different from unknown text; most often the first tells that one does."""
+    with torch.no_grad():
+        for start in range(0, n_rows, 8):
+            known_NF, unknown_NF = looks(range(start, min(start + 8, n_rows)))
+            if bool((known_NF != unknown_NF).any()):
+                return
+    raise DsgError(
+        "The SAE tells forget text and text about unknown entities not apart.",
+        "Give other texts: --set methods.sae_representation.unknown_file=FILE.",
+    )
 
 
 def representation_loss(z_NF: Tensor, known_NF: Tensor, unknown_NF: Tensor) -> tuple[Tensor, Tensor]:
     """|z - u|^2 / s and max(0, 1 - |z - k|^2 / s), each in the mean over those whose u and k differ, [] each.
 
-    Raises:
-        DsgError: None of them differ.
+    Where none do, as in rows without a name, both are 0.
     """
     scale_N = (known_NF - unknown_NF).square().sum(-1)
     differ_N = scale_N > 0
     if not bool(differ_N.any()):
-        raise DsgError(
-            "The SAE tells forget text and text about unknown entities not apart.",
-            "Give other texts: --set methods.sae_representation.unknown_file=FILE.",
-        )
+        return 0 * z_NF.sum(), 0 * z_NF.sum()
     scale_N = torch.where(differ_N, scale_N, 1.0)
     pull_N = (z_NF - unknown_NF).square().sum(-1) / scale_N
     push_N = (1 - (z_NF - known_NF).square().sum(-1) / scale_N).clamp(min=0)
