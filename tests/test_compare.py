@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from conftest import write_task
 from rich.console import Console
 
 from dsg_cli.artifacts import Comparison
@@ -172,6 +173,19 @@ def test_the_command_line(dsg):
     assert code == 0 and "| `prompt` |" in out
     code, out, err = dsg("compare", "--from", "wrapper-009", "--bench", "lab-hexes", *small)
     assert code == 1 and "no artifact wrapper-009" in err and not out
+
+
+def test_what_is_reported_is_never_searched_on(folders, tmp_path):
+    write_task(tmp_path / "tasks", [{"q": f"w{i} w{i + 1}", "c": [" w40", " w41"], "a": i % 2} for i in range(24)])
+    sets = [f"model.source={folders['model']}", f"eval.include_path={tmp_path / 'tasks'}", "compare.forget=mine"]
+    sets += [f"corpora.{role}=[{folders[f'{role}.jsonl']}]" for role in ("forget", "retain")]
+    sets += ["compare.methods=[prompt]", "compare.relearn_steps=[0, 1]", "attack.known_questions=4"]
+    grid = "compare.grids={prompt: {topic: [a, b]}}"
+    with pytest.raises(DsgError, match="mine is reported, so the settings of prompt cannot be searched"):
+        compare.run(load_recipe(sets=[*sets, grid]), Workspace(tmp_path / "a"))
+    alone = compare.run(load_recipe(sets=sets), Workspace(tmp_path / "b")).body_as(Comparison)
+    assert alone.trials == [] and alone.base["dev"] == {} and len(alone.rows) == 1 and not alone.rows[0]["error"]
+    assert comparison_table(alone) and comparison_markdown(alone)
 
 
 @pytest.mark.slow

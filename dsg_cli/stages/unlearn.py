@@ -167,13 +167,10 @@ def save(loaded: LoadedModel, changed: Changed, folder: Path, *, base: str, dtyp
         dtype: Of a whole model's weights.
     """
     if changed.adapter is None:
-        # A copy in another dtype only for the file: later stages cast to what they are told.
-        states = {name: value.to(getattr(torch, dtype)) for name, value in loaded.model.state_dict().items()}
-        loaded.model.save_pretrained(folder, state_dict=states)
+        model = loaded.model.to(getattr(torch, dtype))
+        model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        if dtype != "float32":
-            loaded.model.to(getattr(torch, dtype))
-        return loaded.model
+        return model
     config = changed.adapter.peft_config["default"]
     config.base_model_name_or_path, _, revision = base.partition("@")
     config.revision = revision or None
