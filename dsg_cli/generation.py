@@ -61,6 +61,8 @@ def prompt_ids(
     """
     if not prompt.strip():
         raise DsgError("The prompt is empty.", "Give text.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise DsgError("The prompt is no text: it holds half of a surrogate pair.", "Give it in UTF-8.")
     if not chat:
         ids = encode(loaded.tokenizer, [prompt], bos=bos)[0]
     elif loaded.tokenizer.chat_template is None:

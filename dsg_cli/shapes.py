@@ -62,7 +62,10 @@ _ROW = {
     "results": {"*": _ACCURACY},
     "gate": {"*": NUMBER},
     "relearned": ({"x": int, "guarded": NUMBER, "unguarded": NUMBER}, OR_EMPTY),
-    "cost": {"*": (NUMBER, OR_NONE)},
+    "cost": (
+        dict.fromkeys(("forward_tokens", "backward_tokens", "seconds", "peak_memory_mb", "bytes"), NUMBER),
+        OR_EMPTY,
+    ),
     "n_features": int,
     "error": str,
 }
@@ -83,7 +86,7 @@ SETTINGS: dict[str, Any] = {
     "threshold": {"retain": _CORPORA, "forget?": _CORPORA, "lengths": _is_pair},
     "guardrail": {},
     "model": {"forget": _CORPORA, "retain": _CORPORA},
-    "wrapper": {},
+    "wrapper": {"forget?": ([str], _CORPORA), "retain?": ([str], _CORPORA)},
     "eval": {"benches": [str]},
     "attack": {"retain?": {"*": str}},
     "compare": {},
@@ -132,7 +135,9 @@ BODY: dict[str, Any] = {
         "base": {"dev": {"*": NUMBER}, "test": {"*": _ACCURACY}},
         "rows": [_ROW],
         "trials": [_TRIAL],
-        "sequences": [{"method": str, "curve": [{"request": str, "artifacts": [str], "results": {"*": NUMBER}}]}],
+        "sequences": [
+            {"method": str, "error": str, "curve": [{"request": str, "artifacts": [str], "results": {"*": NUMBER}}]}
+        ],
     },
 }
 """By kind of artifact."""

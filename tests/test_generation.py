@@ -131,5 +131,5 @@ class TestCommand:
 
     def test_the_papers_gate_is_refused(self, dsg, tmp_path):
         shutil.copytree(DATA / "schema-1", tmp_path / "w1")
-        code, _, err = dsg("generate", HEX, "-w", tmp_path / "w1")
+        code, _, err = dsg("generate", HEX, "--from", "guardrail-001", "-w", tmp_path / "w1")
         assert code == 1 and "needs whole sequences" in err and "another --gate" in err

@@ -1,5 +1,7 @@
 """Streaming statistics against a naive loop over a full encode."""
 
+import copy
+
 import pytest
 import torch
 from conftest import LAYER, N_FEATURES, make_sae
@@ -30,7 +32,7 @@ def test_statistics_equal_a_naive_loop(model, tokenizer, sae, batch_tokens):
     for text in TEXTS:
         ids = [2, *tokenizer(text)["input_ids"]]
         with torch.no_grad():
-            hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[LAYER + 1][0]
+            hidden = copy.deepcopy(model)(torch.tensor([ids]), output_hidden_states=True).hidden_states[LAYER + 1][0]
         for token, residual in zip(ids, hidden, strict=True):
             if token in (0, 1, 2):
                 continue

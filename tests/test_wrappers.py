@@ -1,5 +1,6 @@
 """Wrappers: prefixes and filters around a model that stays as it is, on the tiny model and on the lab."""
 
+import copy
 import dataclasses
 import math
 import random
@@ -190,7 +191,7 @@ def naive(tiny, rows):
     means = []
     for row in rows:
         with torch.no_grad():
-            states = tiny.model(torch.tensor([row]), output_hidden_states=True).hidden_states[2][0]
+            states = copy.deepcopy(tiny.model)(torch.tensor([row]), output_hidden_states=True).hidden_states[2][0]
         means.append(states[[i for i, token in enumerate(row) if token > 2]].mean(0))
     return torch.stack(means)
 

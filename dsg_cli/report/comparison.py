@@ -43,7 +43,7 @@ def legend(body: Comparison) -> str:
     """What the columns are."""
     benches, steps = body.benches, next((row["relearned"]["x"] for row in body.rows if row["relearned"]), None)
     forget, test = benches["forget"], body.base["test"]
-    base = f" (base {share(test[forget]['acc'])})" if forget in test else ""
+    base = f" (base {share(test[forget].get('acc'))})" if forget in test else ""
     sentences = [
         f"forget: accuracy on {forget}{base}, chance {body.chance:.2f}.",
         f"near: {_listed(benches['near'])}; other: {_listed(benches['other'])}; means over benches.",
@@ -63,7 +63,9 @@ def quality_rows(body: Comparison) -> list[list[str]]:
     for row in body.rows:
         forget = row["results"].get(body.benches["forget"], {})
         kept = [*body.benches["near"], *body.benches["other"]]
-        interval = f"{forget['acc_low']:.2f}-{forget['acc_high']:.2f}" if "acc_low" in forget else "-"
+        interval = (
+            f"{forget['acc_low']:.2f}-{forget['acc_high']:.2f}" if {"acc_low", "acc_high"} <= set(forget) else "-"
+        )
         gated = [row["gate"][bench] for bench in kept if bench in row["gate"]]
         rows.append(
             [
@@ -80,10 +82,10 @@ def quality_rows(body: Comparison) -> list[list[str]]:
     relearned = next((row["relearned"] for row in body.rows if row["relearned"]), None)
     if body.base["test"]:
         base: Json = {"results": body.base["test"]}
-        own = body.base["test"][body.benches["forget"]]
+        own = body.base["test"].get(body.benches["forget"], {})
         parts = [_mean(base, body.benches[role]) for role in ("near", "other")]
         again = share(relearned["unguarded"]) if relearned else "-"
-        rows.append(["(base model)", share(own["acc"]), "-", *map(share, parts), "-", again, "-"])
+        rows.append(["(base model)", share(own.get("acc")), "-", *map(share, parts), "-", again, "-"])
     return rows
 
 

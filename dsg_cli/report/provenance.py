@@ -56,8 +56,11 @@ def _made_with(header: Header) -> dict[str, str]:
     }
 
 
-def _corpora(described: dict[str, str] | list[Json]) -> str:
+def _corpora(described: dict[str, str] | list[str] | list[Json]) -> str:
     if isinstance(described, dict):
         return ", ".join(f"{name} ({digest[:12]})" for name, digest in described.items())
-    counts = [f"{one['documents']} documents, " if "documents" in one else "" for one in described]
-    return ", ".join(f"{one['name']} ({n}{one['sha256'][:12]})" for one, n in zip(described, counts, strict=True))
+    if any(isinstance(one, str) for one in described):
+        return ", ".join(map(str, described))  # Of a method that read no text.
+    known = [one for one in described if isinstance(one, dict)]
+    counts = [f"{one['documents']} documents, " if "documents" in one else "" for one in known]
+    return ", ".join(f"{one['name']} ({n}{one['sha256'][:12]})" for one, n in zip(known, counts, strict=True))
