@@ -39,12 +39,10 @@ class Session:
     def named_together(
         self, workspace: Workspace, wanted: Sequence[str], newest: Callable[[Workspace], str]
     ) -> Sequence[str]:
-        """The artifacts to start from together, likewise; of none that are named, which one was taken is said."""
+        """The artifacts to start from together, likewise; what is made names the one that was taken (`composition`)."""
         if wanted:
             return wanted
-        found = self.workers.agreed(newest(workspace) if self.workers.is_first else None)
-        self.say(f"Taking the newest: {found}.")
-        return [str(found)]
+        return [str(self.workers.agreed(newest(workspace) if self.workers.is_first else None))]
 
     def existing(self, workspace: Workspace, header: Header) -> Stored | None:
         """What `--reuse` returns: every worker the same."""
