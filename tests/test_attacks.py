@@ -1,5 +1,7 @@
 """Each attack has a property that would fail if it did nothing."""
 
+import dataclasses
+
 import pytest
 from conftest import make_guardrail, make_sae
 
@@ -89,6 +91,12 @@ def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
     asked = questions["lab-hexes"]
     material = Material(asked[8:], known=asked[:8], utility=questions["lab-near"])
     curve = relearn.attack(target, material, steps=[0, 1, 6], learning_rates=[1e-3], **RELEARN)
+    # Under another guard on the same model, only the guarded side is trained and asked.
+    seen = []
+    again = dataclasses.replace(target, report=lambda task, done, of: seen.append((task, done)))
+    second = relearn.attack(again, material, steps=[0, 1, 6], learning_rates=[1e-3], **RELEARN)
+    assert second == curve and ("relearning, forget/all/0.001/guard", 6) in seen
+    assert not any("/none" in task for task, _ in seen)
     plain = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"][8:], guardrails=guardrail, **OPTIONS)
     assert curve[0]["guarded"]["forget_acc"] == plain["acc"] and "loss" not in curve[0]["guarded"]
     assert curve[0]["unguarded"]["forget_acc"] == 1.0 and curve[0]["unguarded"]["utility_acc"] == 1.0

@@ -42,7 +42,8 @@ def test_a_name_becomes_the_same_name_that_nobody_has_everywhere(seed):
 
 
 @pytest.mark.parametrize("bos", [None, BOS])
-def test_mentions_are_where_names_end(bos):
+@pytest.mark.parametrize(("longest", "seed"), [(0, 20), (120, SEED)])
+def test_mentions_are_where_names_end_and_rows_grow_no_longer(bos, longest, seed):
     letters = " .;,abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:"
     vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3} | {letter: i + 4 for i, letter in enumerate(letters)}
     fast = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -50,14 +51,19 @@ def test_mentions_are_where_names_end(bos):
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, **special)
     head = [] if bos is None else [bos]
-    forget = Text([[*head, *map(vocab.get, one)] for one in TEXTS], [0, 0, 1], [1.0, 3.0], 0, SPECIAL, "cpu")
-    found = find_mentions(tokenizer, forget, bos=bos, seed=SEED)
-    names, made = with_unknown_names(TEXTS, SEED)
-    for rows, ends, texts in zip(found.rows, found.ends, (TEXTS, made), strict=True):
-        assert rows.rows == [[*head, *map(vocab.get, one)] for one in texts]
+    before = [*TEXTS, "x" * longest]
+    forget = Text([[*head, *map(vocab.get, one)] for one in before], [0, 0, 1, 1], [1.0, 3.0], 0, SPECIAL, "cpu")
+    found = find_mentions(tokenizer, forget, bos=bos, seed=seed)
+    names, made = with_unknown_names(before, seed)
+    n = max(map(len, forget.rows))
+    fit = [[a.end() - 1 + len(head) < n for a in re.finditer(r"\w+", one)] for one in made]
+    assert all(map(all, fit)) == bool(longest)  # Made-up names are longer here: without room, some are cut off.
+    for rows, ends, texts in zip(found.rows, found.ends, (before, made), strict=True):
+        assert rows.rows == [[*head, *map(vocab.get, one)][:n] for one in texts]
         assert (rows.corpus, rows.weights, rows.pad, rows.special) == (forget.corpus, forget.weights, 0, SPECIAL)
-        for ends_of_row, text_of_row, original in zip(ends, texts, TEXTS, strict=True):
-            is_name = [word in names for word in re.findall(r"\w+", original)]
+        for ends_of_row, text_of_row, original, fits in zip(ends, texts, before, fit, strict=True):
+            words = re.findall(r"\w+", original)
+            is_name = [word in names and fitting for word, fitting in zip(words, fits, strict=True)]
             words = [one for one, wanted in zip(re.finditer(r"\w+", text_of_row), is_name, strict=True) if wanted]
             assert ends_of_row == [one.end() - 1 + len(head) for one in words]
     batch, at_BL = found.unknown([2, 0])

@@ -98,9 +98,8 @@ def attack(
     before: dict[str, Json] = {}
     for number, training in enumerate(trainings):
         if target.workers.owns(number):
-            sides = _sides(target, training, guard)
-            chosen = _Chosen(training, rank, frozen_below, steps, sides)
-            found[training.name] = _measured(target, material, batches[training.data], chosen, before)
+            chosen = _Chosen(training, rank, frozen_below, steps, _sides(target, training, guard))
+            found[training.name] = _remembered(target, material, batches[training.data], chosen, before)
     of_all = {name: sides for several in target.workers.gathered(found) for name, sides in several.items()}
     return [
         point
@@ -157,6 +156,20 @@ def _curve(
         {"x": step, "variant": ", ".join(words), "guarded": guarded_points[i], "unguarded": alone["unguarded"][i]}
         for i, step in enumerate(steps)
     ]
+
+
+def _remembered(
+    target: Target, material: Material, batch: TokenBatch, chosen: _Chosen, before: dict[str, Json]
+) -> dict[str, list[Json]]:
+    """Points of each side; a training that no guard has to do with is done once for all guards on a model."""
+    is_same = chosen.sides == ("unguarded",) and chosen.training.is_base and not chosen.frozen_below
+    key = f"relearn/{chosen.training.name}/rank {chosen.rank}/{list(chosen.steps)}"
+    if is_same and key in target.remembered:
+        return {"unguarded": target.remembered[key]}
+    points = _measured(target, material, batch, chosen, before)
+    if is_same:
+        target.remembered[key] = points["unguarded"]
+    return points
 
 
 def _measured(

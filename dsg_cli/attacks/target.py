@@ -69,6 +69,8 @@ class Target:
     """Who asks; each gets the whole curve."""
     checkpoint: Checkpoint | None = None
     """Where asking goes on from, and is kept."""
+    remembered: dict[str, list[Json]] = field(default_factory=dict)
+    """What attacks found of the unguarded base model: another guard on the same model finds the same."""
     report: Report = silent
 
     @property

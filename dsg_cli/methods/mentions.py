@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections.abc import Sequence
@@ -83,37 +84,36 @@ def find_mentions(tokenizer: PreTrainedTokenizerBase, forget: Text, *, bos: int 
         )
     texts = [str(text) for text in tokenizer.batch_decode(forget.rows, skip_special_tokens=True)]
     names, others = with_unknown_names(texts, seed)
-    rows: list[Text] = []
-    ends: list[list[list[int]]] = []
-    for several in (texts, others):
-        found = [
-            _encoded(tokenizer, text, others_at, bos=bos)
-            for text, others_at in zip(several, _ends(texts, several, names), strict=True)
-        ]
-        rows.append(
-            Text([ids for ids, _ in found], forget.corpus, forget.weights, forget.pad, forget.special, forget.device)
-        )
-        ends.append([at for _, at in found])
-    return Mentions((rows[0], rows[1]), (ends[0], ends[1]))
+    longest = max(map(len, forget.rows))
+    rows: tuple[list[list[int]], list[list[int]]] = ([], [])
+    ends: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for text, other in zip(texts, others, strict=True):
+        at, others_at = _ends(text, other, names)
+        versions = (_encoded(tokenizer, text, at, bos=bos), _encoded(tokenizer, other, others_at, bos=bos))
+        # A made-up name may have more tokens than the one it replaces; what no longer fits is left out of both.
+        found = zip(*(positions for _, positions in versions), strict=True)
+        pairs = [pair for pair in found if min(pair) >= 0 and max(pair) < longest]
+        for which, (ids, _) in enumerate(versions):
+            rows[which].append(ids[:longest])
+            ends[which].append([pair[which] for pair in pairs])
+    known, unknown = (dataclasses.replace(forget, rows=several) for several in rows)
+    return Mentions((known, unknown), ends)
 
 
-def _ends(texts: Sequence[str], several: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """In each text, where the words end that are names in the first version of it."""
+def _ends(text: str, other: str, names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Where the words end that are names, in a text and in the version of it with other names."""
     known = set(names)
-    found = []
-    for text, other in zip(texts, several, strict=True):
-        is_name = [match[0] in known for match in WORD.finditer(text)]
-        found.append([match.end() for match, wanted in zip(WORD.finditer(other), is_name, strict=True) if wanted])
-    return found
+    words = zip(WORD.finditer(text), WORD.finditer(other), strict=True)
+    pairs = [(word.end(), new.end()) for word, new in words if word[0] in known]
+    return [end for end, _ in pairs], [end for _, end in pairs]
 
 
 def _encoded(
     tokenizer: PreTrainedTokenizerBase, text: str, ends: Sequence[int], *, bos: int | None
 ) -> tuple[list[int], list[int]]:
-    """Token ids, and the positions of the tokens in which those characters end."""
+    """Token ids, and the positions of the tokens in which those characters end; -1 for one that is in no token."""
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = with_bos(found["input_ids"], bos)
     shift = len(ids) - len(found["input_ids"])
-    spans = list(enumerate(found["offset_mapping"]))
-    at = [next((i for i, (start, stop) in spans if start < end <= stop), None) for end in ends]
-    return ids, [i + shift for i in at if i is not None]
+    spans = [(i + shift, *span) for i, span in enumerate(found["offset_mapping"])]
+    return ids, [next((i for i, start, stop in spans if start < end <= stop), -1) for end in ends]

@@ -23,7 +23,7 @@ from dsg_cli.corpora import Corpus, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.expect import Expected, check_expected, check_metrics, parse_expected
 from dsg_cli.lab import data as lab
-from dsg_cli.model import context_length
+from dsg_cli.model import context_length, fingerprint
 from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.provenance import Clock, new_header
@@ -41,8 +41,17 @@ def run(
     *,
     sources: Sequence[str] = (),
     session: Session = QUIET,
+    remembered: dict[str, dict[str, list[Json]]] | None = None,
 ) -> list[Stored]:
     """Attack the newest guardrail, model or wrapper, or those named together, in every way that is named.
+
+    Args:
+        recipe: Settings of the attacks, and the questions that are asked.
+        workspace: Where artifacts are and go.
+        kinds: Attacks by name, or groups of them.
+        sources: What is attacked, by id or path.
+        session: How it is run.
+        remembered: What earlier calls with the same recipe found of unguarded models, by their weights.
 
     Raises:
         DsgError: Anything the user can mend.
@@ -54,7 +63,7 @@ def run(
         made = _prepared(recipe, workspace, kinds, sources, session)
     stored = []
     for kind in made.headers:
-        stored.append(_one(made, kind, recipe, workspace, clock, session))
+        stored.append(_one(made, kind, recipe, workspace, clock, session, remembered))
         clock = Clock()
     return stored
 
@@ -152,13 +161,25 @@ def _header(
     )
 
 
-def _one(made: _Prepared, kind: str, recipe: Recipe, workspace: Workspace, clock: Clock, session: Session) -> Stored:
+def _one(
+    made: _Prepared,
+    kind: str,
+    recipe: Recipe,
+    workspace: Workspace,
+    clock: Clock,
+    session: Session,
+    remembered: dict[str, dict[str, list[Json]]] | None,
+) -> Stored:
     """One attack, measured and written."""
     header = made.headers[kind]
     if made.is_known and (found := session.existing(workspace, header)) is not None:
         return found
     with session.checkpoint(workspace, header) as checkpoint:
         target = _target(made, recipe, session, checkpoint)
+        if remembered is not None:
+            base = made.loaded.base
+            whole = fingerprint(base.model, base.n_layers - 1)
+            target = dataclasses.replace(target, remembered=remembered.setdefault(whole, {}))
         material = dataclasses.replace(made.material, rephrased=made.wordings.rephrased.get(kind, {}))
         if "known" in KINDS[kind].needs:
             material = dataclasses.replace(material, known=made.known[0], forget=made.known[1])

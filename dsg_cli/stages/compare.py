@@ -93,6 +93,8 @@ class _Prepared:
     """Accuracy of the base model on them."""
     chance: float
     header: Header
+    remembered: dict[str, dict[str, list[Json]]] = dataclasses.field(default_factory=dict)
+    """What attacks found of unguarded models: the same for every row."""
 
 
 def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _Prepared:
@@ -238,7 +240,9 @@ def _measured(made: _Prepared, workspace: Workspace, row: Json, ids: Sequence[st
             "eval.split": "test",
         }
         recipe = with_values(made.recipe, attacking)
-        (attacked,) = attack.run(recipe, workspace, ["relearn"], sources=ids, session=session)
+        (attacked,) = attack.run(
+            recipe, workspace, ["relearn"], sources=ids, session=session, remembered=made.remembered
+        )
         last = attacked.body_as(AttackReport).curve[-1]
         row |= {
             "attack": attacked.id,
