@@ -236,7 +236,7 @@ SCHEMAS: dict[str, int] = {
     "guardrail": 5,
     "model": 1,
     "wrapper": 1,
-    "eval": 3,
+    "eval": 4,
     "attack": 3,
     "compare": 1,
 }

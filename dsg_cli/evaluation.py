@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lm_eval import evaluator
@@ -13,38 +13,18 @@ from lm_eval import evaluator
 from dsg_cli.artifacts import Json
 from dsg_cli.benches.names import bench_name
 from dsg_cli.benches.tasks import task_index
-from dsg_cli.calibration import wilson
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, check_model
 from dsg_cli.harness import ScoringLM, asked_key
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
 from dsg_cli.scorer import Decision, Known, Scorer
+from dsg_cli.sides import SideBySide, counts, gate_rate
 from dsg_cli.workers import ALONE, Workers
 from dsg_cli.wrapper import WrapperModule
 
 COUNTED = ("acc", "acc_norm", "exact_match")
 """Metrics that are shares of questions, for which an interval is given."""
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """An evaluation of two models on the same questions."""
-
-    results: dict[str, Json]
-    """bench -> side -> metrics"""
-    gate: dict[str, Json]
-    rows: list[Json]
-    """One a question."""
-    n_tokens: int
-    answers: Known = field(default_factory=dict)
-    """Of the base model, for a later evaluation."""
-    n_known: int = 0
-    """Requests of the base model that an earlier evaluation had answered."""
-    found: dict[str, Any] = field(default_factory=dict)
-    """lm-eval's own results of each side."""
-    question_ids: dict[str, list[str]] = field(default_factory=dict)
-    """Questions that the base model knows, of the benches that count only those."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +151,6 @@ def _metrics(found: Any, name: str) -> Json:
     return metrics
 
 
-def counts(k: int, n: int, metric: str = "acc") -> Json:
-    """How many, and the Wilson interval of the share."""
-    low, high = wilson(k, n)
-    return {f"{metric}_count": k, f"{metric}_low": low, f"{metric}_high": high}
-
-
 def _tasks_of(found: Any, name: str) -> list[str]:
     """The tasks of a group, however deep, or the task itself."""
     children = found.get("group_subtasks", {}).get(name) or []
@@ -191,15 +165,6 @@ def _gate_rates(rows: list[Json], found: Any, names: list[str]) -> dict[str, Jso
         if asked:
             rates[name] = gate_rate(asked)
     return rates
-
-
-def gate_rate(rows: Sequence[Json]) -> Json:
-    """Share of questions that were gated, their number, and how large a change that made.
-
-    `edit` is the mean over gated questions of the largest change of a token's residual, relative to its norm.
-    """
-    edits = [row["edit"] for row in rows if row["gated"]]
-    return {"rate": len(edits) / len(rows), "n": len(rows), "edit": sum(edits) / len(edits) if edits else 0.0}
 
 
 def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, ...], Decision], samples: bool) -> list[Json]:

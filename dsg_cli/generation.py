@@ -17,6 +17,15 @@ from dsg_cli.tokens import as_chat, encode, special_ids
 from dsg_cli.wrapper import WrapperModule, on_side, prompt_with, refuses_answer, refuses_prompt
 
 Write = Callable[[str], None]
+ONE_BY_ONE: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    "prompt_lookup_num_tokens": None,
+    "stop_strings": None,
+}
+"""Whatever a model's own generation settings say: one sequence a prompt, token by token."""
 
 
 @dataclass(frozen=True)
@@ -174,13 +183,7 @@ def _continued(
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=StoppingCriteriaList([opened] if opened else []),
                 streamer=stream,
-                # Whatever the model's own generation settings say: one sequence, token by token.
-                num_beams=1,
-                num_return_sequences=1,
-                use_cache=True,
-                return_dict_in_generate=False,
-                prompt_lookup_num_tokens=None,
-                stop_strings=None,
+                **ONE_BY_ONE,
                 **sampling,
             )
         traces = [gate_trace(guard) for guard in guardrails]

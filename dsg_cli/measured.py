@@ -24,6 +24,12 @@ class EvalReport:
     """Earlier evaluation -> answers of the base model that were taken from it."""
     composition: list[Json]
     """What unlearned the model, in the order in which it acts: [{id, kind, method}]"""
+    asked: dict[str, str]
+    """Bench on free text -> digest of all that was asked: only evaluations that asked the same can be compared."""
+    reference: Json
+    """A model that never saw what is forgotten: {source, digest, scores: {bench: ...}}; empty without one."""
+    refused: dict[str, Json]
+    """Bench -> metric that could not be computed -> why."""
 
 
 @dataclass(frozen=True)

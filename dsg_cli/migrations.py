@@ -14,6 +14,7 @@ ADDED: dict[tuple[str, int], Json] = {
     ("guardrail", 5): {"method": "dsg", "clamp": "all", "coefficients": [], "above": []},
     ("eval", 2): {"question_ids": {}, "base_from": {}},
     ("eval", 3): {"composition": []},
+    ("eval", 4): {"asked": {}, "reference": {}, "refused": {}},
     ("attack", 2): {"expected": []},
     ("attack", 3): {"composition": []},
 }

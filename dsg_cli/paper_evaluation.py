@@ -8,11 +8,11 @@ from dsg_cli.artifacts import Json
 from dsg_cli.benches.paper import ORDERS, Letters, PaperQuestion, chosen_questions
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
-from dsg_cli.evaluation import SideBySide, counts, gate_rate
 from dsg_cli.guardrail import GuardrailModule, check_model
 from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.progress import Report, silent
 from dsg_cli.scorer import Decision, Known, Scorer
+from dsg_cli.sides import SideBySide, counts, gate_rate
 from dsg_cli.workers import ALONE, Workers
 from dsg_cli.wrapper import WrapperModule
 

@@ -14,7 +14,7 @@ from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, guarded, last_decisions
 from dsg_cli.model import LoadedModel
 from dsg_cli.progress import Report, silent
-from dsg_cli.scoring import Request, Score, score
+from dsg_cli.scoring import Measure, Request, Score, score
 from dsg_cli.tokens import TokenBatch, special_ids
 from dsg_cli.workers import ALONE, Workers
 from dsg_cli.wrapper import Wrapped, WrapperModule, has_filter, wrap
@@ -60,8 +60,12 @@ class Scorer:
     answers: dict[bytes, tuple[float, bool]] = field(default_factory=dict)
     """Of everything that was asked."""
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[list[Score], list[Decision | None]]:
+    def __call__(
+        self, requests: Sequence[Request], measure: Measure | None = None
+    ) -> tuple[list[Score], list[Decision | None]]:
         """The scores of requests and, under guardrails or behind filters, what those decided.
+
+        With something to measure, every request is asked: what is known holds log-likelihoods only.
 
         The guardrails are put on here: filters read the model without them, and the caller has checked that it is the
         model that they were made for.
@@ -69,7 +73,7 @@ class Scorer:
         wrapped = self._wrapped(requests)
         requests = [one.request for one in wrapped]
         keys = [request_key(request, self.max_length) for request in requests]
-        unknown = [i for i, key in enumerate(keys) if key not in self.known]
+        unknown = [i for i, key in enumerate(keys) if measure is not None or key not in self.known]
         with guarded(self.loaded.model, self.guardrails, allow_mismatch=True):
             found = score(
                 self.loaded.model,
@@ -80,6 +84,7 @@ class Scorer:
                 max_length=self.max_length,
                 device=str(self.loaded.model.device),
                 note=self._note if self.guardrails else None,
+                measure=measure,
                 what=self.what,
                 workers=self.workers,
                 checkpoint=self.checkpoint,

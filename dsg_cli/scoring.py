@@ -30,6 +30,8 @@ from dsg_cli.workers import ALONE, Workers
 
 Note = Callable[[TokenBatch], Sequence[Any]]
 """Called after each forward pass: a JSON value for each of its rows."""
+Measure = Callable[[Tensor, Tensor], Any]
+"""Log-probabilities [C, V] and target ids [C] of a continuation -> a JSON value."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Score:
     """Every token of the continuation is the model's first choice."""
     note: Any = None
     """What was noted of its row."""
+    measured: Any = None
+    """What was measured of its tokens."""
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *, bos: int | None) -> Request:
@@ -87,6 +91,7 @@ def score(
     max_length: int,
     device: str = "cpu",
     note: Note | None = None,
+    measure: Measure | None = None,
     what: str = "scoring",
     workers: Workers = ALONE,
     checkpoint: Checkpoint | None = None,
@@ -104,6 +109,7 @@ def score(
         max_length: Tokens the model can read.
         device: Where the model is.
         note: What to note of each row.
+        measure: What to measure of each continuation's tokens.
         what: Name of the work, for progress.
         workers: Who computes; each gets the scores of all.
         checkpoint: Where the work goes on from, and is kept,
@@ -139,7 +145,7 @@ def score(
             if workers.owns(start // batch_size):
                 asked = [[(i, requests[i].continuation) for i in by_input[row]] for row in rows]
                 batch = pad_rows([list(row) for row in rows], pad, special, device)
-                found |= _scored(model, batch, asked, fit, note)
+                found |= _scored(model, batch, asked, fit, note, measure)
             n_batches = start // batch_size + 1
             n_tokens += sum(map(len, rows))
             report(f"{what}, tokens", n_tokens, total)
@@ -164,6 +170,7 @@ def _scored(
     asked: Sequence[Sequence[tuple[int, tuple[int, ...]]]],
     fit: Fitting,
     note: Note | None,
+    measure: Measure | None,
 ) -> dict[int, list[Any]]:
     """The requests of one batch: number -> log-likelihood, whether it is greedy, and the note on its row.
 
@@ -173,6 +180,7 @@ def _scored(
         asked: Of each row, numbers and continuations of the requests that share it.
         fit: Halves what does not fit.
         note: What to note of each row.
+        measure: What to measure of each continuation's tokens.
     """
     lengths = whole.mask_BL.sum(-1).tolist()
     n_tail = [max(len(continuation) for _, continuation in several) for several in asked]
@@ -189,7 +197,7 @@ def _scored(
             n_kept = min(n_tail[i_row], lengths[i_row])
             tail_CV = logits_BPV[row_index, first : first + n_kept].float().log_softmax(-1)
             for i, continuation in asked[i_row]:
-                found[i] = [*_one(tail_CV, continuation), notes[row_index]]
+                found[i] = [*_one(tail_CV, continuation), notes[row_index], _measured(tail_CV, continuation, measure)]
     return found
 
 
@@ -219,8 +227,7 @@ def _one(tail_CV: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
     Raises:
         DsgError: The log-likelihood is not finite.
     """
-    tail_CV = tail_CV[-len(continuation) :]
-    target_C = torch.tensor(continuation, device=tail_CV.device)[-len(tail_CV) :]
+    tail_CV, target_C = _aligned(tail_CV, continuation)
     loglikelihood = float(tail_CV.gather(-1, target_C[:, None]).sum())
     if not math.isfinite(loglikelihood):
         raise DsgError(
@@ -228,3 +235,13 @@ def _one(tail_CV: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
             "Check the weights, lower --strength, or try --dtype float32.",
         )
     return loglikelihood, bool((tail_CV.argmax(-1) == target_C).all())
+
+
+def _measured(tail_CV: Tensor, continuation: tuple[int, ...], measure: Measure | None) -> Any:
+    return measure(*_aligned(tail_CV, continuation)) if measure is not None else None
+
+
+def _aligned(tail_CV: Tensor, continuation: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities at the tokens of a continuation, and the tokens."""
+    tail_CV = tail_CV[-len(continuation) :]
+    return tail_CV, torch.tensor(continuation, device=tail_CV.device)[-len(tail_CV) :]

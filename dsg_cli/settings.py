@@ -136,6 +136,11 @@ class EvalSection:
     """Examples in front of each question of lm-eval's tasks; null leaves it to the task."""
     apply_chat_template: bool = False
     """Put lm-eval's questions in the tokenizer's chat template."""
+    reference: str | None = None
+    """For benches on free text: a model that never saw what is forgotten (a name, a folder, model-NNN), or its stored
+    scores: an evaluation that asked one, or a file of {bench: {auc}} or {bench: {truth_ratios}}."""
+    holdout: list[str] = field(default_factory=list)
+    """For benches memory:CORPUS: corpora that the model never saw, for the AUCs of membership scores."""
     question_ids: str | None = None
     """For benches of the paper's protocol: an earlier evaluation, or a file of ids, that says which questions count."""
 

@@ -207,6 +207,18 @@ class Workspace:
         except (OSError, SafetensorError) as error:
             raise DsgError(f"{path} cannot be read: {error}.", "Make the artifact again.") from error
 
+    def rows(self, stored: Stored) -> list[Json]:
+        """The rows beside an artifact, which reading it has verified.
+
+        Raises:
+            DsgError: There are none, or they cannot be read.
+        """
+        path = stored.path.with_suffix(".jsonl")
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise DsgError(f"{path} cannot be read: {error}.", "Make the artifact again.") from error
+
     def matching(self, header: Header) -> Stored | None:
         """The newest artifact with the same settings, inputs, model, SAE and versions, for `--reuse`."""
         for artifact_id in reversed(self.ids(header.kind)):

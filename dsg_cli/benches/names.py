@@ -1,4 +1,4 @@
-"""Names of benches: the lab's, the field's own, those of the paper's protocol, and lm-eval's."""
+"""Names of benches: the lab's, the field's own, those of the paper's protocol, free text, and lm-eval's."""
 
 from __future__ import annotations
 
@@ -21,11 +21,27 @@ PAPER: dict[str, tuple[tuple[str, str, str], ...]] = {
     },
 }
 """Benches of the paper's protocol: data set, configuration and the subject that its prompt names."""
+MUSE = {"muse-news": "muse-bench/MUSE-News", "muse-books": "muse-bench/MUSE-Books", "lab-muse": ""}
+"""Benches of MUSE, and their data sets; the lab's is made."""
+TOFU = {
+    **{name: ("locuslab/TOFU", name.removeprefix("tofu-")) for name in ("tofu-forget01", "tofu-forget05")},
+    **dict.fromkeys(("tofu-forget10", "tofu"), ("locuslab/TOFU", "forget10")),
+    "lab-tofu": ("", "forget10"),
+}
+"""Benches of TOFU: data set, and what is to be forgotten."""
+CORPUS_BENCHES = ("memory", "fluency")
+"""Benches of any corpus: `memory:CORPUS`, `fluency:CORPUS`."""
+
+
+def is_free(bench: str) -> bool:
+    """Whether a bench is on free text (benches/text.py)."""
+    kind, colon, _ = bench.partition(":")
+    return bench in MUSE or bench in TOFU or (bool(colon) and kind in CORPUS_BENCHES)
 
 
 def known_benches() -> list[str]:
     """Every bench with a name of ours; lm-eval's tasks and groups come on top."""
-    return [*lab.bench_names(), *ALIASES, "mmlu", *PAPER]
+    return [*lab.bench_names(), *ALIASES, "mmlu", *PAPER, *MUSE, *TOFU]
 
 
 def task_name(bench: str) -> str:

@@ -28,6 +28,13 @@ def command(
     question_ids: Annotated[
         str | None, typer.Option("--question-ids", help="Questions that count: an eval-NNN.json, or a file of ids.")
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", help="Model that never saw what is forgotten, or its stored scores."),
+    ] = None,
+    holdout: Annotated[
+        list[str] | None, typer.Option("--holdout", help="Corpus that the model never saw, for memory:CORPUS.")
+    ] = None,
     expect: Annotated[
         list[str] | None, typer.Option("--expect", help="'lab-hexes<=0.30', 'mmlu>=0.99*base'; exit 3 if not met.")
     ] = None,
@@ -72,6 +79,8 @@ def command(
         eval__num_fewshot=num_fewshot,
         eval__apply_chat_template=chat,
         eval__question_ids=question_ids,
+        eval__reference=reference,
+        eval__holdout=holdout,
         eval__expect=expect,
         eval__samples=samples,
     )

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from dsg_cli.artifacts import AttackReport, EvalReport, Guardrail, Json, Threshold
 from dsg_cli.report.attacks import share
-from dsg_cli.report.tables import percent
+from dsg_cli.report.evaluations import percent
 from dsg_cli.settings import PublishedSection
 from dsg_cli.workspace import Stored
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from dsg_cli.artifacts import AttackReport, EvalReport, Header, Json
 from dsg_cli.report.attacks import place, ranking
+from dsg_cli.report.evaluations import shown_benches
 from dsg_cli.report.expectations import verdicts, verdicts_of_attack
 from dsg_cli.report.markdown import code, table
-from dsg_cli.report.tables import shown_benches
+from dsg_cli.report.metrics import refusals, shown_metrics
 from dsg_cli.workspace import Stored
 
 
@@ -50,26 +51,31 @@ def _provenance(header: Header, guardrails: Sequence[str]) -> str:
 def _evaluation(stored: Stored) -> str:
     body = stored.body_as(EvalReport)
     shown = shown_benches(body, stored.header.settings.get("benches", []))
-    rows = [_bench(bench, body.results[bench], body.gate.get(bench)) for bench in shown]
+    rows = [row for bench in shown for row in _bench(bench, body.results[bench], body.gate.get(bench))]
     text = table(["bench", "base", "unlearned", "95 % interval", "gated", "n"], rows)
     n_more = len(body.results) - len(shown)
-    return text + (f"\n\n{n_more} parts more in {code(stored.id)}." if n_more else "")
+    text += f"\n\n{n_more} parts more in {code(stored.id)}." if n_more else ""
+    return text + "".join(f"\n\n{one}." for one in refusals(body.refused))
 
 
-def _bench(bench: str, sides: Json, gate: Json | None) -> list[str]:
-    after = sides["unlearned"]
-    names = [name for name in after if name != "n" and not name.endswith("_stderr")]
-    metric = "acc" if "acc" in after or not names else names[0]
-    has_interval = f"{metric}_low" in after
-    asked = sides["base"].get("n_asked")
-    return [
-        code(bench if metric == "acc" else f"{bench}.{metric}", in_table=True),
-        _share(sides["base"].get(metric)),
-        _share(after.get(metric)),
-        f"{after[f'{metric}_low']:.3f} to {after[f'{metric}_high']:.3f}" if has_interval else "-",
-        _share(gate["rate"] if gate else None),
-        str(after["n"]) + (f" of {asked}" if asked else ""),
-    ]
+def _bench(bench: str, sides: Json, gate: Json | None) -> list[list[str]]:
+    """A row a metric."""
+    base, after = sides["base"], sides["unlearned"]
+    asked = base.get("n_asked")
+    rows = []
+    for metric in shown_metrics(sides):
+        low, high = after.get(f"{metric}_low"), after.get(f"{metric}_high")
+        rows.append(
+            [
+                code(bench if metric == "acc" else f"{bench}.{metric}", in_table=True),
+                _share(base.get(metric)),
+                _share(after.get(metric)),
+                f"{low:.3f} to {high:.3f}" if low is not None and high is not None else "-",
+                _share(gate["rate"] if gate else None),
+                str(after["n"]) + (f" of {asked}" if asked else ""),
+            ]
+        )
+    return rows
 
 
 def _expectations(body: EvalReport | AttackReport) -> str:

@@ -15,9 +15,9 @@ from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 from dsg_cli.report.attacks import curve_table, place, share
 from dsg_cli.report.comparison import comparison_table
-from dsg_cli.report.expectations import verdicts
+from dsg_cli.report.evaluations import evaluation_table, first_metric
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
-from dsg_cli.report.methods import composed, model_rows, rate_row, wrapper_rows
+from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
 
@@ -32,7 +32,7 @@ def artifact_table(stored: Stored) -> Group:
     elif isinstance(body, Guardrail):
         table = _pairs(guardrail_rows(body))
     elif isinstance(body, EvalReport):
-        table = _evaluation(body, stored.header.settings.get("benches", []))
+        table = evaluation_table(body, stored.header.settings.get("benches", []))
     elif isinstance(body, Comparison):
         table = comparison_table(body)
     elif isinstance(body, ModelWeights):
@@ -101,7 +101,7 @@ def headline(stored: Stored) -> str:
     if isinstance(body, Guardrail):
         return clamp_line(body)
     if isinstance(body, EvalReport):
-        shown = [f"{bench} {percent(sides, 'unlearned')}" for bench, sides in body.results.items()]
+        shown = [f"{bench} {first_metric(sides)}" for bench, sides in body.results.items()]
         return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
     if isinstance(body, Comparison):
         return f"{len({row['method'] for row in body.rows})} methods, {len(body.trials)} trials"
@@ -110,17 +110,6 @@ def headline(stored: Stored) -> str:
     if isinstance(body, Wrapper):
         return f"{body.method}, {body.rule} on the {body.side}"
     return f"{body.attack} on {body.bench}: {share(body.summary['forget_acc_worst'])} at {place(body)}"
-
-
-def percent(sides: Json, side: str) -> str:
-    """Accuracy of one side, or a dash."""
-    value = sides[side].get("acc")
-    return "-" if value is None else f"{value:.2f}"
-
-
-def shown_benches(body: EvalReport, named: Sequence[str]) -> list[str]:
-    """Of an evaluation's benches those that were named, not their parts."""
-    return [bench for bench in body.results if bench in named] or list(body.results)
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
@@ -170,30 +159,3 @@ def _threshold(body: Threshold, lengths: Sequence[int]) -> list[tuple[str, str]]
         ("false positives", rate),
         *(rate_row(one) for one in body.rates),
     ]
-
-
-def _evaluation(body: EvalReport, named: Sequence[str]) -> Table:
-    table = Table("bench", "questions", "base", "guarded", "95 %", "gated", box=None, pad_edge=False)
-    shown = shown_benches(body, named)
-    for bench in shown:
-        sides, gate = body.results[bench], body.gate.get(bench)
-        after = sides["unlearned"]
-        interval = f"{after['acc_low']:.2f}-{after['acc_high']:.2f}" if {"acc_low", "acc_high"} <= set(after) else "-"
-        guarded = percent(sides, "unlearned")
-        asked = sides["base"].get("n_asked")
-        table.add_row(
-            bench,
-            str(sides["base"]["n"]) + (f" of {asked}" if asked else ""),
-            percent(sides, "base"),
-            guarded,
-            interval,
-            f"{gate['rate']:.2f}" if gate else "-",
-        )
-    for one in verdicts(body):
-        table.add_row(Text(one.expect), "", "", one.unlearned, one.bound, "met" if one.is_met else "NOT MET")
-    remarks = [composed(body.composition)] if body.composition else []
-    if len(shown) < len(body.results):
-        remarks.append(f"{len(body.results) - len(shown)} parts more with --json")
-    remarks += [f"{n} answers of the base model are from {name}" for name, n in body.base_from.items()]
-    table.caption = "; ".join(remarks) or None
-    return table

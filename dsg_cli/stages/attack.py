@@ -16,7 +16,7 @@ from dsg_cli.artifacts import AttackReport, Header, Json
 from dsg_cli.attacks.names import KINDS, expanded, module_name, options_of
 from dsg_cli.attacks.summary import summarise
 from dsg_cli.attacks.target import SIDES, Material, Target, of_forget
-from dsg_cli.benches.names import PAPER, known_benches
+from dsg_cli.benches.names import PAPER, is_free, known_benches
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.corpora import Corpus, load_corpora
@@ -250,6 +250,8 @@ def check_bench(bench: str) -> None:
     """
     if bench in PAPER:
         raise DsgError(f"Attacks cannot ask {bench}.", f"Take {bench.partition('-paper')[0]}.")
+    if is_free(bench):
+        raise DsgError(f"Attacks cannot ask {bench}, whose answers are free text.", "Name multiple-choice questions.")
 
 
 def load_questions(recipe: Recipe, bench: str, split: str) -> list[Question]:

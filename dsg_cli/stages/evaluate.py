@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsg_cli.artifacts import EvalReport, Header
-from dsg_cli.benches.names import PAPER
+from dsg_cli.artifacts import EvalReport, Header, Json
+from dsg_cli.benches.free import load_free
+from dsg_cli.benches.names import PAPER, is_free
 from dsg_cli.benches.paper import PaperQuestion, load_questions, read_question_ids
 from dsg_cli.benches.tasks import commits, load_tasks, metrics_of
 from dsg_cli.checkpoints import Checkpoint
@@ -23,12 +24,14 @@ from dsg_cli.model import whole_digest
 from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.provenance import Clock, new_header
+from dsg_cli.stages.reference import find_reference, load_reference
 from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.stages.subject import LoadedSubject, Subject, find_subject, load_subject, newest
+from dsg_cli.text_evaluation import Reference, Results, Side, Texts, check_texts, evaluate_texts
 from dsg_cli.workspace import Stored, Workspace
 
 if TYPE_CHECKING:
-    from dsg_cli.evaluation import SideBySide
+    from dsg_cli.sides import SideBySide
 
 Answers = dict[bytes, tuple[float, bool]]
 
@@ -52,7 +55,8 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), se
         return stored
     with session.checkpoint(workspace, made.header) as checkpoint:
         earlier = _earlier_answers(workspace, made.header, session, checkpoint)
-        found = _asked(made, recipe, earlier, session, checkpoint)
+        texts = {} if recipe.eval.samples else _earlier_texts(workspace, made, checkpoint)
+        found = _asked(made, recipe, earlier, texts, session, checkpoint)
         stored = session.write(workspace, lambda: _write(workspace, clock, made, recipe, found, earlier))
     _check_effect(stored, made.subject, recipe)
     return stored
@@ -69,6 +73,9 @@ class _Prepared:
     """Of benches of the paper's protocol."""
     wanted: dict[str, list[str]]
     """The questions of such benches that count, where they are given."""
+    texts: Texts
+    """Of benches on free text."""
+    reference: Reference | None
     expected: list[Expected]
     header: Header
 
@@ -87,11 +94,21 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
     workspace.check_writable()
     in_paper = [bench for bench in settings.benches if bench in PAPER]
     wanted = read_question_ids(Path(settings.question_ids) if settings.question_ids else None, in_paper)
-    others = [bench for bench in settings.benches if bench not in PAPER]
-    tasks = load_tasks(
-        others, split=settings.split, include_path=settings.include_path, can_generate=subject.can_generate
+    others = [bench for bench in settings.benches if bench not in PAPER and not is_free(bench)]
+    tasks = (
+        load_tasks(others, split=settings.split, include_path=settings.include_path, can_generate=subject.can_generate)
+        if others
+        else []
     )
-    check_metrics(expected, metrics_of(tasks))
+    free, free_commits = load_free(
+        settings.benches, split=settings.split, limit=settings.limit, holdout=settings.holdout, seed=recipe.seed
+    )
+    check_metrics(expected, metrics_of(tasks) | {bench.name: set(bench.metrics) for bench in free})
+    texts = Texts(free, subject.bos, settings.batch_size, settings.apply_chat_template)
+    needing = {bench.name for bench in free if bench.relative}
+    reference = find_reference(
+        recipe, workspace, {name: digest for name, digest in texts.digests().items() if name in needing}
+    )
     questions = {bench: load_questions(bench) for bench in in_paper}
     recipe = settle(recipe, subject.header)
     loaded = load_subject(workspace, subject, recipe)
@@ -99,6 +116,8 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
         raise DsgError(
             f"The tokenizer of {loaded.base.source} has no chat template.", "Leave --apply-chat-template out."
         )
+    check_texts(texts, loaded.model, _sides(loaded))
+    reference = load_reference(reference, recipe, loaded.base) if reference is not None else None
     header = new_header(
         "eval",
         recipe,
@@ -106,17 +125,32 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
             **dataclasses.asdict(settings),
             "allow_mismatch": recipe.model.allow_mismatch,
             "model_digest": whole_digest(loaded.base.model),
-            "commits": commits(tasks) | {bench: several[0].revision for bench, several in questions.items()},
+            "commits": commits(tasks)
+            | {bench: several[0].revision for bench, several in questions.items()}
+            | free_commits,
+            "asked": texts.digests(),
+            "reference_digest": reference.digest if reference is not None else "",
+            "reference_scores": dict(reference.scores) if reference is not None else {},
         },
         model=identify(loaded.base, subject.header.model.last_layer),
         sae=subject.header.sae,
         inputs=subject.named,
     )
-    return _Prepared(subject, loaded, tasks, questions, wanted, expected, header)
+    return _Prepared(subject, loaded, tasks, questions, wanted, texts, reference, expected, header)
+
+
+def _sides(loaded: LoadedSubject) -> tuple[Side, Side]:
+    """The two models that are asked."""
+    return Side("base", loaded.base), Side("unlearned", loaded.model, loaded.guardrails, loaded.wrappers)
 
 
 def _asked(
-    made: _Prepared, recipe: Recipe, earlier: dict[str, Answers], session: Session, checkpoint: Checkpoint
+    made: _Prepared,
+    recipe: Recipe,
+    earlier: dict[str, Answers],
+    known_texts: Results,
+    session: Session,
+    checkpoint: Checkpoint,
 ) -> list[SideBySide]:
     """Every bench of both sides."""
     settings = recipe.eval
@@ -143,6 +177,20 @@ def _asked(
 
         options |= {"limit": settings.limit, "question_ids": made.wanted}
         found.append(evaluate_paper(loaded.base, loaded.guardrails, made.questions, **options))
+    if made.texts.benches:
+        base, unlearned = _sides(loaded)
+        texts = dataclasses.replace(made.texts, workers=session.workers, checkpoint=checkpoint, report=session.report)
+        found.append(
+            evaluate_texts(
+                base,
+                unlearned,
+                texts,
+                reference=made.reference,
+                known=known_texts,
+                samples=settings.samples,
+                allow_mismatch=recipe.model.allow_mismatch,
+            )
+        )
     return found
 
 
@@ -193,6 +241,9 @@ def _write(
         question_ids={bench: ids for one in found for bench, ids in one.question_ids.items()},
         base_from=_taken(answers, earlier),
         composition=made.subject.composition(),
+        asked={bench: digest for one in found for bench, digest in one.asked.items()},
+        reference=_reference(made.reference, found),
+        refused={bench: metrics for one in found for bench, metrics in one.refused.items()},
     )
     files: dict[str, bytes] = {}
     for one in found:
@@ -210,6 +261,13 @@ def _write(
         rows=[row for one in found for row in one.rows],
         folder=files,
     )
+
+
+def _reference(reference: Reference | None, found: Sequence[SideBySide]) -> Json:
+    if reference is None:
+        return {}
+    scores = {bench: several for one in found for bench, several in one.scores.items()}
+    return {"source": reference.source, "digest": reference.digest, "scores": scores}
 
 
 def _unheeded(found: Any, recipe: Recipe) -> list[str]:
@@ -240,6 +298,22 @@ def _earlier_answers(
         if _answers_count(stored.header, header) and stored.path.with_suffix(".safetensors").exists():
             earlier[artifact_id] = answers_from_tensors(workspace.tensors(stored))
     return earlier
+
+
+def _earlier_texts(workspace: Workspace, made: _Prepared, checkpoint: Checkpoint) -> Results:
+    """Bench on free text -> what an earlier evaluation found of the same items of the same base model."""
+    found: Results = {}
+    for artifact_id in (checkpoint.entry("evaluations") or {"ids": []})["ids"] if made.texts.benches else ():
+        try:
+            stored = workspace.read(artifact_id)
+            asked = stored.body_as(EvalReport).asked
+            same = [name for name, digest in made.texts.digests().items() if asked.get(name) == digest]
+            if same and _answers_count(stored.header, made.header):
+                rows = workspace.rows(stored)
+                found |= {name: [row["base"] for row in rows if row["bench"] == name] for name in same}
+        except DsgError:
+            continue
+    return found
 
 
 def _answers_count(one: Header, other: Header) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from dsg_cli.attacks.names import expanded
-from dsg_cli.benches.names import PAPER, known_benches, task_name
+from dsg_cli.benches.names import PAPER, is_free, known_benches, task_name
 from dsg_cli.catalogue import HubText
 from dsg_cli.corpora import check_disjoint, check_named, parse_name
 from dsg_cli.errors import DsgError, close_to
@@ -67,7 +67,7 @@ def _check_benches(recipe: Recipe) -> None:
     for bench in recipe.eval.benches:
         # Others may be lm-eval's, or in a folder of the user's own.
         alike = close_to(bench, known_benches())
-        if bench not in known_benches() and alike and not recipe.eval.include_path:
+        if bench not in known_benches() and not is_free(bench) and alike and not recipe.eval.include_path:
             from dsg_cli.benches.tasks import task_index
 
             if task_name(bench) not in task_index((), True).all_tasks:
@@ -111,6 +111,7 @@ def _evaluate(recipe: Recipe) -> Iterator[Step]:
             n = sum(f'"split": "{section.split}"' in line for line in lines)
             size = f"{min(n, section.limit or n):,} questions"
         how = "24 orders until one fails, chat prompt" if bench in PAPER else "through lm-eval"
+        how = "written and read" if is_free(bench) else how
         yield Step("eval", "compute", f"{bench}, base and guarded, {how}", size)
     yield Step("eval", "write", "eval-NNN, a row a question, and lm-eval's own results", "about 300 bytes a question")
 

@@ -34,7 +34,8 @@ def run(
         raise DsgError("The recipe names no bench.", "Add eval.benches.")
 
     from dsg_cli.attacks.names import expanded
-    from dsg_cli.benches.names import PAPER
+    from dsg_cli.benches.free import load_free
+    from dsg_cli.benches.names import PAPER, is_free
     from dsg_cli.benches.paper import load_questions
     from dsg_cli.benches.tasks import load_tasks, metrics_of
     from dsg_cli.expect import check_metrics, parse_expected
@@ -50,12 +51,13 @@ def run(
     asked_too = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
     benches = [*recipe.eval.benches, *sorted(asked_too - set(recipe.eval.benches))]
     tasks = load_tasks(
-        [bench for bench in benches if bench not in PAPER],
+        [bench for bench in benches if bench not in PAPER and not is_free(bench)],
         split=recipe.eval.split,
         include_path=recipe.eval.include_path,
         can_generate=recipe.calibrate.gate != "mean",
     )
-    check_metrics(expected, metrics_of(tasks))
+    free, _ = load_free(recipe.eval.benches, split=recipe.eval.split, limit=recipe.eval.limit, seed=recipe.seed)
+    check_metrics(expected, metrics_of(tasks) | {bench.name: set(bench.metrics) for bench in free})
     for bench in recipe.eval.benches:
         if bench in PAPER:
             load_questions(bench)
