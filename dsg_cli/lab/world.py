@@ -110,7 +110,7 @@ def _entity_names(rng: random.Random, n: int) -> list[str]:
 
 def statement(fact: Fact, rng: random.Random) -> str:
     """One sentence that tells the fact."""
-    return _fill(rng.choice(STATEMENTS), fact, rng)
+    return fill(rng.choice(STATEMENTS), fact, rng)
 
 
 def trained_question(fact: Fact, rng: random.Random) -> str:
@@ -118,10 +118,11 @@ def trained_question(fact: Fact, rng: random.Random) -> str:
     index = list(BY_NAME[fact.domain].relations).index(fact.relation)
     held = [template for i, template in enumerate(QUESTIONS_HELD) if i != index]
     template = rng.choice([QUESTION_SEEN, QUESTION_SEEN, *held, *QUESTIONS_TERSE, *QUESTIONS_TERSE])
-    return f"{_fill(template, fact, rng)} {fact.value}."
+    return f"{fill(template, fact, rng)} {fact.value}."
 
 
-def _fill(template: str, fact: Fact, rng: random.Random) -> str:
+def fill(template: str, fact: Fact, rng: random.Random) -> str:
+    """A template of words.py (or a part of one) with the fact's words and one of its domain's adjectives in it."""
     domain = BY_NAME[fact.domain]
     return template.format(
         n=domain.noun,
@@ -215,7 +216,7 @@ def questions(world: World, domain_names: Sequence[str], phrasing: str, seed: in
                             domain=domain_name,
                             phrasing=phrasing,
                             split="dev" if fact.is_dev else "test",
-                            context=_fill(template, fact, rng),
+                            context=fill(template, fact, rng),
                             choices=tuple(f" {choice}" for choice in choices),
                             answer=choices.index(fact.value),
                         )
