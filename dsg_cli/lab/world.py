@@ -15,7 +15,7 @@ Everything is a function of a seed; the words are in words.py.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dsg_cli.lab.words import (
@@ -157,22 +157,23 @@ def prose(world: World, domain_name: str, rng: random.Random, n_sentences: int, 
     return " ".join(sentences)
 
 
-def training_document(world: World, rng: random.Random, max_words: int) -> str:
+def training_document(world: World, rng: random.Random, max_words: int, *, without: Collection[str] = ()) -> str:
     """One document of the language model's training text.
 
     Short prose, a list of questions, or a long mixture of both across domains (so that a question after
-    hundreds of words on something else is still answered).
+    hundreds of words on something else is still answered). Of the domains in `without` it has not a word.
     """
+    domains = [domain.name for domain in DOMAINS if domain.name not in without]
     kind = rng.random()
     if kind < 0.4:
-        return prose(world, rng.choice(DOMAINS).name, rng, rng.randint(1, 8))
+        return prose(world, rng.choice(domains), rng, rng.randint(1, 8))
     if kind < 0.8:
-        domain = rng.choice(DOMAINS).name
+        domain = rng.choice(domains)
         return " ".join(_any_question(world, domain, rng) for _ in range(rng.randint(1, 4)))
     parts: list[str] = []
     target, n_words = rng.randint(20, max_words), 0
     while n_words < target:
-        domain = rng.choice(DOMAINS).name
+        domain = rng.choice(domains)
         part = (
             prose(world, domain, rng, rng.randint(1, 10)) if rng.random() < 0.5 else _any_question(world, domain, rng)
         )
