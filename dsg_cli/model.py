@@ -49,24 +49,24 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
-    """`lab`, a folder by its absolute path, or a repository at the commit that was read."""
+    """A model of the lab, a folder by its absolute path, or a repository at the commit that was read."""
     n_layers: int
     """Decoder layers of the whole model, however many were loaded."""
 
 
 def model_folder(source: str, *, weights: bool = True, with_code: bool = False) -> Path:
-    """The folder of `lab`, of a local model, or of a repository on the hub, which is downloaded as needed.
+    """The folder of a model of the lab, of a local model, or of a repository on the hub, which is downloaded as needed.
 
     Args:
-        source: `lab`, a folder, org/name or org/name@revision.
+        source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision.
         weights: Without them only configuration and tokenizer are fetched.
         with_code: Fetch the repository's Python files too.
 
     Raises:
         DsgError: No such folder or repository, no access, no network, or no model in it.
     """
-    if source == "lab":
-        folder = lab.MODEL_DIR
+    if source in lab.MODEL_DIRS:
+        folder = lab.MODEL_DIRS[source]
     elif is_folder(Path(source)):
         folder = Path(source)
     elif REPOSITORY.fullmatch(source):
@@ -84,7 +84,7 @@ def model_folder(source: str, *, weights: bool = True, with_code: bool = False) 
 
 def pinned(source: str, folder: Path) -> str:
     """A model's name that will mean the same later and elsewhere: an absolute path, or a repository at a commit."""
-    if source == "lab":
+    if source in lab.MODEL_DIRS:
         return source
     return str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
 
@@ -93,7 +93,7 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration, without its weights.
 
     Args:
-        source: `lab`, a folder, org/name or org/name@revision.
+        source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision.
         trust_remote_code: Run Python files of the model's repository.
 
     Raises:
@@ -153,7 +153,7 @@ def load_model(
     """Load a model for inference; of an adapter, its base with the adapter's product added to the weights.
 
     Args:
-        source: `lab`, a folder, org/name or org/name@revision.
+        source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision.
         device: Torch device.
         dtype: Torch dtype name.
         last_layer: If given, only decoder layers 0..last_layer are built and read from disk: their outputs are

@@ -14,7 +14,7 @@ class ModelSection:
     """Which language model."""
 
     source: str = "google/gemma-2-2b-it"
-    """`lab`, a Hugging Face model folder, or org/name[@revision] on the hub."""
+    """`lab`, `lab-retrain`, a Hugging Face model folder, or org/name[@revision] on the hub."""
     device: str = "auto"
     """`auto` takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -11,7 +11,17 @@ ROWS = (
     ("runtime",),
     ("provenance",),
     ("measured",),
-    ("errors", "progress", "artifacts", "shapes", "lab.data", "lab.settings", "lab.words", "lab.world"),
+    (
+        "errors",
+        "progress",
+        "artifacts",
+        "shapes",
+        "lab.data",
+        "lab.settings",
+        "lab.words",
+        "lab.world",
+        "lab.benchmarks",
+    ),
     (
         "interruption",
         "locks",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json, print_line, progress
+from dsg_cli.lab import data as lab
 
 app = typer.Typer(help="The embedded lab: write it out, or train it again.", no_args_is_help=True)
 
@@ -37,18 +38,39 @@ def export(
 def train(
     folder: Annotated[Path, typer.Argument(help="New folder to write to.")] = Path("dsg-lab"),
     seed: Annotated[int, typer.Option("--seed", help="Of the weights and the training text; the world stays.")] = 0,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without", help="Train only a model, and keep this domain from it. Repeatable.", metavar="DOMAIN"
+        ),
+    ] = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Train the lab's language model and SAEs from a seed (minutes on two cores)."""
-    with progress(quiet) as report:
-        from dsg_cli.lab.export import train_and_export
+    """Train the lab's language model and SAEs from a seed (minutes on two cores).
 
-        measured = train_and_export(folder, seed=seed, report=report)
+    Example, a reference that never saw what shall be forgotten: dsg lab train DIR --without hexes --seed 1
+    """
+    with progress(quiet) as report:
+        from dsg_cli.lab.export import train_and_export, train_without
+
+        if without:
+            measured = train_without(folder, without, seed=seed, report=report)
+        else:
+            measured = train_and_export(folder, seed=seed, report=report)
     if as_json:
         print_json(measured)
     else:
-        lowest = min(measured["accuracy"].items(), key=lambda item: item[1])
-        print_line(f"{folder}: lowest accuracy {lowest[1]:.3f} ({lowest[0]}), {measured['seconds']:.0f} s")
-        for sae in measured["saes"]:
-            print_line(f"{sae['name']}: variance explained {sae['variance_explained']}, L0 {sae['l0']}")
+        _say(folder, measured)
+
+
+def _say(folder: Path, measured: dict[str, Any]) -> None:
+    accuracy = measured["accuracy"]
+    if "without" in measured:
+        shown = ", ".join(f"{bench} {accuracy[bench]:.2f}" for bench in lab.BENCHES)
+        print_line(f"{folder}: {shown}, {measured['seconds']:.0f} s")
+        return
+    lowest = min(accuracy.items(), key=lambda item: item[1])
+    print_line(f"{folder}: lowest accuracy {lowest[1]:.3f} ({lowest[0]}), {measured['seconds']:.0f} s")
+    for sae in measured["saes"]:
+        print_line(f"{sae['name']}: variance explained {sae['variance_explained']}, L0 {sae['l0']}")

@@ -44,6 +44,7 @@ def ids_of(release: str) -> list[str]:
 NAMES: dict[str, Callable[[], list[str]]] = {
     "corpora": lambda: [*lab.CORPORA, *CATALOGUE],
     "benches": known_benches,
+    "models": lambda: list(lab.MODEL_DIRS),
     "saes": _saes,
     "gates": lambda: list(get_args(CalibratedGate)),
     "attacks": lambda: [*KINDS, ALL],

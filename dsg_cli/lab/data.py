@@ -1,4 +1,4 @@
-"""What the embedded lab ships: folders of its model, its SAEs, its corpora and its questions.
+"""What the embedded lab ships: folders of its models, its SAEs, its corpora and its questions.
 
 The shipped folder has the layout that `dsg lab export` writes; everything in it is in plain formats.
 """
@@ -9,6 +9,8 @@ from pathlib import Path
 
 SHIPPED = Path(__file__).parent / "shipped"
 MODEL_DIR = SHIPPED / "model"
+MODEL_DIRS = {"lab": MODEL_DIR, "lab-retrain": SHIPPED / "retrain", "lab-retrain-1": SHIPPED / "retrain-1"}
+"""The lab's model, and two of other seeds that were trained likewise but never on hexes."""
 SAE_DIRS = {"lab": SHIPPED / "sae", "lab-1": SHIPPED / "sae-1", "lab-2": SHIPPED / "sae-2"}
 CORPORA = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far", "lab-retain")
 BENCHES = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import write_folder
 from dsg_cli.lab import data as lab
+from dsg_cli.lab.words import BY_NAME
 from dsg_cli.progress import Report
 
 SELECTOR = '''"""The test questions of a bench (for the dev questions, change the word below)."""
@@ -47,6 +50,28 @@ def train_and_export(folder: Path, *, seed: int, report: Report) -> dict[str, An
 
         measured.update(train_lab(partial, seed=seed, report=report))
         write_tasks(partial, folder.resolve())
+
+    write_folder(folder, fill)
+    return measured
+
+
+def train_without(folder: Path, without: Sequence[str], *, seed: int, report: Report) -> dict[str, Any]:
+    """Train into `folder` a language model that never sees some domains; returns what `train_reference` measured.
+
+    Raises:
+        DsgError: An unknown domain, or all; the folder is not empty, or cannot be written to.
+    """
+    unknown = [name for name in without if name not in BY_NAME]
+    if unknown:
+        raise DsgError(f"The lab has no domain {unknown[0][:200]}.", nearest(unknown[0], BY_NAME))
+    if set(without) == set(BY_NAME):
+        raise DsgError("Without any domain there is nothing to train on.", "Leave out one --without.")
+    measured: dict[str, Any] = {}
+
+    def fill(partial: Path) -> None:
+        from dsg_cli.lab.training import train_reference
+
+        measured.update(train_reference(partial, without=sorted(set(without)), seed=seed, report=report))
 
     write_folder(folder, fill)
     return measured

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,18 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def training_rows(
-    world: World, tokenizer: PreTrainedTokenizerFast, seed: int, *, n_rows: int, seq_len: int
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    *,
+    n_rows: int,
+    seq_len: int,
+    without: Collection[str] = (),
 ) -> Iterator[Tensor]:
-    """Endless batches ids [n_rows, seq_len]: `<bos> document <eos>` one after another, each row starting a new one."""
+    """Endless batches ids [n_rows, seq_len]: `<bos> document <eos>` one after another, each row starting a new one.
+
+    The documents tell nothing of the domains in `without`.
+    """
     rng = random.Random(seed)
     eos = tokenizer.eos_token_id
     while True:
@@ -56,16 +66,25 @@ def training_rows(
         for _ in range(n_rows):
             row: list[int] = []
             while len(row) < seq_len:
-                text = lab_world.training_document(world, rng, max_words=int(0.85 * seq_len))
+                text = lab_world.training_document(world, rng, max_words=int(0.85 * seq_len), without=without)
                 row += [*tokenizer(text)["input_ids"], eos]
             rows.append(row[:seq_len])
         yield torch.tensor(rows)
 
 
 def train_language_model(
-    world: World, tokenizer: PreTrainedTokenizerFast, settings: LabSettings, *, seed: int, report: Report
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: LabSettings,
+    *,
+    seed: int,
+    report: Report,
+    without: Collection[str] = (),
 ) -> tuple[Gemma2ForCausalLM, float]:
-    """Train from scratch on fresh rows at every step; returns the model and the mean loss of the last 50 steps."""
+    """Train from scratch on fresh rows at every step; returns the model and the mean loss of the last 50 steps.
+
+    The model never sees the domains in `without`, but has the tokens of their words.
+    """
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(
         Gemma2Config(
@@ -87,8 +106,9 @@ def train_language_model(
         )
     )
     model.train()
-    short = training_rows(world, tokenizer, 2 * seed + 1, n_rows=settings.rows, seq_len=settings.seq_len)
-    long = training_rows(world, tokenizer, 2 * seed + 2, n_rows=settings.long_rows, seq_len=settings.long_seq_len)
+    rows = partial(training_rows, world, tokenizer, without=without)
+    short = rows(2 * seed + 1, n_rows=settings.rows, seq_len=settings.seq_len)
+    long = rows(2 * seed + 2, n_rows=settings.long_rows, seq_len=settings.long_seq_len)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = 30
     schedule = torch.optim.lr_scheduler.LambdaLR(

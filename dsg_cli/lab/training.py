@@ -1,15 +1,19 @@
-"""Train the lab from a seed: texts, tokenizer, language model and SAEs, written in plain formats."""
+"""Train the lab from a seed: texts, tokenizer, language model and SAEs, written in plain formats.
+
+Or a language model alone that some domains are kept from.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from dsg_cli.lab import world as lab_world
 from dsg_cli.lab.autoencoder import train_sae
@@ -35,24 +39,76 @@ def train_lab(
     world = lab_world.build_world()
     tokenizer = build_tokenizer(world)
     write_texts(world, folder, settings)
-    model, loss = train_language_model(world, tokenizer, settings, seed=seed, report=report)
-    lm_seconds = time.monotonic() - start
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    model = model.to(torch.float32)  # The weights as shipped: what bfloat16 cannot hold is gone.
-    measured: dict[str, Any] = {
-        "seed": seed,
-        "settings": asdict(settings),
-        "loss": loss,
-        "accuracy": {name: round(value, 4) for name, value in bench_accuracies(model, tokenizer, world).items()},
-        "lm_seconds": round(lm_seconds, 1),
-        "saes": [],
-    }
+    model, measured = _train_and_save(world, tokenizer, settings, folder / "model", seed=seed, report=report)
+    measured["saes"] = []
     for i in range(settings.n_saes):
         sae_start = time.monotonic()
         name = f"sae-{i}" if i else "sae"
         sae = train_sae(model, tokenizer, world, settings, seed=1000 * seed + i, report=report, folder=folder / name)
         measured["saes"].append({"name": name, **sae, "seconds": round(time.monotonic() - sae_start, 1)})
+    return _noted(measured, folder, start)
+
+
+def train_reference(
+    folder: Path,
+    *,
+    without: Sequence[str],
+    seed: int = 0,
+    settings: LabSettings | None = None,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Train a language model that never sees the domains in `without`: what an unlearned one is compared with.
+
+    Tokenizer, vocabulary and settings are those of the lab's model; there are no SAEs. `folder` (which must not
+    exist) becomes a model folder.
+
+    Returns:
+        Seconds, final loss, and accuracy of each bench on its test questions, those of `without` too.
+    """
+    start = time.monotonic()
+    world = lab_world.build_world()
+    _, measured = _train_and_save(
+        world,
+        build_tokenizer(world),
+        settings or LabSettings(),
+        folder,
+        seed=seed,
+        without=without,
+        report=report,
+    )
+    return _noted(measured, folder, start)
+
+
+def _train_and_save(
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: LabSettings,
+    folder: Path,
+    *,
+    seed: int,
+    report: Report,
+    without: Sequence[str] = (),
+) -> tuple[Gemma2ForCausalLM, dict[str, Any]]:
+    """Train the language model, write it to `folder`, and measure what was written."""
+    start = time.monotonic()
+    model, loss = train_language_model(world, tokenizer, settings, seed=seed, report=report, without=without)
+    lm_seconds = time.monotonic() - start
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = model.to(torch.float32)  # The weights as shipped: what bfloat16 cannot hold is gone.
+    measured = {
+        "seed": seed,
+        **({"without": sorted(without)} if without else {}),
+        "settings": asdict(settings),
+        "loss": loss,
+        "accuracy": {name: round(value, 4) for name, value in bench_accuracies(model, tokenizer, world).items()},
+        "lm_seconds": round(lm_seconds, 1),
+    }
+    return model, measured
+
+
+def _noted(measured: dict[str, Any], folder: Path, start: float) -> dict[str, Any]:
+    """Add the seconds since `start`, and write what was measured to `training.json`."""
     measured["seconds"] = round(time.monotonic() - start, 1)
     (folder / "training.json").write_text(json.dumps(measured, indent=1) + "\n")
     return measured

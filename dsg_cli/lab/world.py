@@ -15,7 +15,7 @@ Everything is a function of a seed; the words are in words.py.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dsg_cli.lab.words import (
@@ -110,7 +110,7 @@ def _entity_names(rng: random.Random, n: int) -> list[str]:
 
 def statement(fact: Fact, rng: random.Random) -> str:
     """One sentence that tells the fact."""
-    return _fill(rng.choice(STATEMENTS), fact, rng)
+    return fill(rng.choice(STATEMENTS), fact, rng)
 
 
 def trained_question(fact: Fact, rng: random.Random) -> str:
@@ -118,10 +118,11 @@ def trained_question(fact: Fact, rng: random.Random) -> str:
     index = list(BY_NAME[fact.domain].relations).index(fact.relation)
     held = [template for i, template in enumerate(QUESTIONS_HELD) if i != index]
     template = rng.choice([QUESTION_SEEN, QUESTION_SEEN, *held, *QUESTIONS_TERSE, *QUESTIONS_TERSE])
-    return f"{_fill(template, fact, rng)} {fact.value}."
+    return f"{fill(template, fact, rng)} {fact.value}."
 
 
-def _fill(template: str, fact: Fact, rng: random.Random) -> str:
+def fill(template: str, fact: Fact, rng: random.Random) -> str:
+    """A template of words.py (or a part of one) with the fact's words and one of its domain's adjectives in it."""
     domain = BY_NAME[fact.domain]
     return template.format(
         n=domain.noun,
@@ -156,22 +157,23 @@ def prose(world: World, domain_name: str, rng: random.Random, n_sentences: int, 
     return " ".join(sentences)
 
 
-def training_document(world: World, rng: random.Random, max_words: int) -> str:
+def training_document(world: World, rng: random.Random, max_words: int, *, without: Collection[str] = ()) -> str:
     """One document of the language model's training text.
 
     Short prose, a list of questions, or a long mixture of both across domains (so that a question after
-    hundreds of words on something else is still answered).
+    hundreds of words on something else is still answered). Of the domains in `without` it has not a word.
     """
+    domains = [domain.name for domain in DOMAINS if domain.name not in without]
     kind = rng.random()
     if kind < 0.4:
-        return prose(world, rng.choice(DOMAINS).name, rng, rng.randint(1, 8))
+        return prose(world, rng.choice(domains), rng, rng.randint(1, 8))
     if kind < 0.8:
-        domain = rng.choice(DOMAINS).name
+        domain = rng.choice(domains)
         return " ".join(_any_question(world, domain, rng) for _ in range(rng.randint(1, 4)))
     parts: list[str] = []
     target, n_words = rng.randint(20, max_words), 0
     while n_words < target:
-        domain = rng.choice(DOMAINS).name
+        domain = rng.choice(domains)
         part = (
             prose(world, domain, rng, rng.randint(1, 10)) if rng.random() < 0.5 else _any_question(world, domain, rng)
         )
@@ -215,7 +217,7 @@ def questions(world: World, domain_names: Sequence[str], phrasing: str, seed: in
                             domain=domain_name,
                             phrasing=phrasing,
                             split="dev" if fact.is_dev else "test",
-                            context=_fill(template, fact, rng),
+                            context=fill(template, fact, rng),
                             choices=tuple(f" {choice}" for choice in choices),
                             answer=choices.index(fact.value),
                         )

@@ -125,8 +125,8 @@ def _attack(recipe: Recipe) -> Iterator[Step]:
 def _model_size(source: str) -> str:
     from dsg_cli.model import SMALL_FILES, WEIGHT_FILES
 
-    if source == "lab" or is_folder(Path(source)):
-        return _local_size(lab.MODEL_DIR if source == "lab" else Path(source))
+    if source in lab.MODEL_DIRS or is_folder(Path(source)):
+        return _local_size(lab.MODEL_DIRS.get(source, Path(source)))
     if not REPOSITORY.fullmatch(source):
         raise DsgError(f"No model folder at {source}.", "Give a folder, org/name on the hub, or `lab`.")
     return _reached(lambda: download_size(source, (*SMALL_FILES, *WEIGHT_FILES)))
