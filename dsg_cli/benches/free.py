@@ -15,8 +15,8 @@ from dsg_cli.corpora import load_corpus
 from dsg_cli.errors import DsgError
 from dsg_cli.hub_data import commit_read, load_rows
 
-LAB_ANSWER = 8
-"""Tokens of an answer of the lab's, at most; it ends with a full stop."""
+LAB_VERBATIM, LAB_ANSWER = 2, 8
+"""Tokens that are written in the lab: a value with its full stop, and an answer, which ends with one."""
 
 
 def load_free(
@@ -69,6 +69,8 @@ def _bench(
                 asked="{question}",
                 shown="{question} {answer} ",
                 stop=(".",),
+                n_verbatim=LAB_VERBATIM,
+                n_answer=LAB_ANSWER,
                 limit=limit,
             )
         return Muse(name, _rows_of(MUSE[name], commits, name), limit=limit)

@@ -35,6 +35,8 @@ class Muse:
         asked: How a question is put, with `{question}`; the answer follows after a space.
         shown: How a question is shown with its answer, before others, with `{question}` and `{answer}`.
         stop: Where an answer ends.
+        n_verbatim: Tokens that are written after the beginning of a text.
+        n_answer: Tokens of an answer, at most.
         limit: Items of each part, at most.
     """
 
@@ -43,6 +45,8 @@ class Muse:
     asked: str = "Question: {question}\nAnswer:"
     shown: str = "Question: {question}\nAnswer: {answer}\n\n"
     stop: tuple[str, ...] = STOP
+    n_verbatim: int = N_VERBATIM
+    n_answer: int = N_ANSWER
     limit: int | None = None
 
     metrics = ("verbmem_forget", "knowmem_forget", "knowmem_retain", "auc_forget", "privleak")
@@ -55,7 +59,7 @@ class Muse:
             DsgError: A part is empty, or a column is missing.
         """
         found = [
-            Item(f"verbmem/{i}", "verbmem_forget", prompt, truth, n_new=N_VERBATIM, is_free=True, is_forget=True)
+            Item(f"verbmem/{i}", "verbmem_forget", prompt, truth, n_new=self.n_verbatim, is_free=True, is_forget=True)
             for i, (prompt, truth) in enumerate(self._columns("verbmem", "forget", "prompt", "gt"))
         ]
         for side in ("forget", "retain"):
@@ -67,7 +71,7 @@ class Muse:
                     f"knowmem_{side}",
                     before + self.asked.format(question=question),
                     answer,
-                    n_new=N_ANSWER,
+                    n_new=self.n_answer,
                     stop=self.stop,
                     is_forget=side == "forget",
                 )
