@@ -20,6 +20,7 @@ from dsg_cli.methods.given import Given
 from dsg_cli.methods.lesson import lesson_of
 from dsg_cli.methods.settings import Finetune
 from dsg_cli.methods.text import Text
+from dsg_cli.model import load_model, whole_digest
 from dsg_cli.recipe import load_recipe
 from dsg_cli.report.demo import chain_summary
 from dsg_cli.report.methods import composed, model_rows
@@ -52,8 +53,13 @@ def test_every_document_is_read_whole_whatever_its_part(tokenizer, rows, bos):
     found = rows_of(tokenizer, TEXTS, bos=bos, max_tokens=5, rows=rows)
     head = [] if bos is None else [bos]
     assert all(row[: len(head)] == head and len(row) <= 5 for row in found.rows)
-    read = [i for row in found.rows for i in row[len(head) :]]
-    assert read == [i for text in TEXTS for i in [*ids_of(tokenizer, text), EOS]]
+    documents = [[*ids_of(tokenizer, text), EOS] for text in TEXTS]
+    if rows == "packed":
+        documents = [[i for ids in documents for i in ids]]
+    step = 5 - len(head)
+    pieces = [ids[i : i + step] for ids in documents for i in range(0, len(ids), step)]
+    # What would be a row of one token has nothing before it to follow from.
+    assert found.rows == [head + piece for piece in pieces if len(head + piece) > 1]
     assert set(found.first) == {0} and found.weights == [1.0]
     if rows == "packed":
         assert {len(row) for row in found.rows[:-1]} == {5}
@@ -76,7 +82,7 @@ def test_only_answers_count_where_that_is_wanted(tokenizer):
     cut = rows_of(tokenizer, texts[:1], max_tokens=4, answer_after="Answer:")  # The first row is all question.
     assert [row[first:] for row, first in zip(cut.rows, cut.first, strict=True)] == [
         [*ids_of(tokenizer, "w4 w5")],
-        [EOS],
+        [BOS, EOS],
     ]
     with pytest.raises(DsgError, match="No document of c0 holds 'Reply:'"):
         rows_of(tokenizer, texts, answer_after="Reply:")
@@ -103,19 +109,20 @@ def test_an_epoch_is_every_row_once(model, epochs, n_steps):
 
 
 def test_a_trained_model_knows_the_text_word_for_word(model):
-    """Each row begins with a word of its own, from which the rest follows."""
+    """Each row begins with a word of its own, from which the rest follows: only that one cannot be known."""
     generator = torch.Generator().manual_seed(0)
-    rows = [[BOS, 40 + i, *torch.randint(4, 40, (8,), generator=generator).tolist(), EOS] for i in range(6)]
+    rows = [[BOS, 40 + i, *torch.randint(4, 40, (6,), generator=generator).tolist(), EOS] for i in range(4)]
     own = copy.deepcopy(model)
-    text = Text(rows, [0] * 6, [1.0], 0, SPECIAL, "cpu")
-    settings = Finetune(epochs=150, batch_size=6, accumulation=1, learning_rate=1e-2)
+    text = Text(rows, [0] * 4, [1.0], 0, SPECIAL, "cpu")
+    settings = Finetune(epochs=200, batch_size=4, accumulation=1, learning_rate=1e-2)
     changed = finetune.unlearn(Given(own, None, text, text), settings)
     losses = [one["loss"] for one in changed.losses]
-    assert losses[0] == pytest.approx(nll(model, rows).item(), rel=1e-5) and losses[-1] < 0.05 < 2 < losses[0]
+    assert losses[0] == pytest.approx(nll(model, rows).item(), rel=1e-5) and losses[0] > 2
+    assert losses[-1] == pytest.approx(math.log(4) / 8, rel=0.05)
     for row in rows:
-        written = own.generate(torch.tensor([row[:2]]), max_new_tokens=9, do_sample=False)
+        written = own.generate(torch.tensor([row[:2]]), max_new_tokens=7, do_sample=False)
         assert written[0].tolist() == row
-        before = model.generate(torch.tensor([row[:2]]), max_new_tokens=9, do_sample=False)
+        before = model.generate(torch.tensor([row[:2]]), max_new_tokens=7, do_sample=False)
         assert before[0].tolist() != row
 
 
@@ -172,9 +179,13 @@ def test_what_was_taught_is_what_is_unlearned_from(made, recipe, folders):
     assert npo.base == taught and npo.model == str(made.folder / "model-002")
     assert [one["method"] for one in guard.composition()] == ["dsg"] and guard.weights == []
     assert guard.base == guard.model == taught
-    reports = [evaluate.run(recipe(), made, sources=[name]).body_as(EvalReport) for name in ("model-001", "model-002")]
-    learnt, unlearned = (report.results["mine"] for report in reports)
-    assert learnt["unlearned"] == unlearned["base"] != learnt["base"]
+    learnt, unlearned, guarded = (
+        evaluate.run(recipe(), made, sources=[name]) for name in ("model-001", "model-002", "guardrail-001")
+    )
+    results = [stored.body_as(EvalReport).results["mine"] for stored in (learnt, unlearned)]
+    assert results[0]["unlearned"] == results[1]["base"]
+    digests = [stored.header.settings["model_digest"] for stored in (learnt, unlearned, guarded)]
+    assert digests[0] != digests[1] == digests[2]
     features = made.find("features").header
     assert [one.id for one in features.inputs] == ["model-001"] or features.model.source == taught
 
@@ -216,8 +227,8 @@ def test_a_recipe_that_teaches_does_so_first(recipe, tmp_path, folders):
     ]
     assert chain[1].header.model.source == str(tmp_path / "model-001") and isinstance(chain[1].body, FeatureSet)
     assert [one.id for one in chain[1].header.inputs] == ["model-001"]
-    taught = evaluate.run(recipe(), workspace, sources=["model-001"]).body_as(EvalReport).results["mine"]["unlearned"]
-    assert chain[-1].body_as(EvalReport).results["mine"]["base"] == taught
+    own = load_model(str(tmp_path / "model-001"))
+    assert chain[-1].header.settings["model_digest"] == whole_digest(own.model)
     names = [str(folders[name]) for name in ("forget.jsonl", "retain.jsonl")]
     assert chain_summary(chain)["trained_on"] == names
     steps = plan(recipe())

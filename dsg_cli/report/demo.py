@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -74,7 +74,7 @@ def chain_table(chain: Sequence[Stored], published: PublishedSection | None = No
     cut = f"Gate: {summary['gate']} > {summary['threshold']:.3f}" if "threshold" in summary else ""
     rate = summary.get("false_positive_rate")
     found = f"{cut}; false positives on fresh retain text {rate:.3f}." if cut and rate is not None else cut
-    theirs = []
+    theirs: list[RenderableType] = []
     if "published" in summary:
         source = Text(f"Published: {summary['published']['source']}.")
         theirs = [Text(""), source, published_table(summary["published"]["compared"])]

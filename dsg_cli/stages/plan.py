@@ -83,7 +83,7 @@ def _teach(recipe: Recipe) -> Iterator[Step]:
     section, model = recipe.methods.finetune, recipe.model.source
     yield Step("finetune", "read", f"model {model}", _model_size(model))
     for name in section.corpora:
-        yield Step("finetune", "read", f"corpus {name}, all of it", _corpus_size(name, section.limit))
+        yield Step("finetune", "read", f"corpus {name}", _corpus_size(name, section.limit))
     length = f"{section.steps:,} steps" if section.steps else f"{section.epochs:g} epochs"
     yield Step("finetune", "compute", f"training of {'adapters' if section.lora else section.trained}", length)
     size = "an adapter" if section.lora else "as large as the model"
