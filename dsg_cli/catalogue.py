@@ -49,12 +49,19 @@ CATALOGUE = {
     **{
         f"muse-{name}{suffix}": HubText(f"muse-bench/MUSE-{name.title()}", "raw", split, "text", passage_chars=4000)
         for name in ("news", "books")
-        for suffix, split in (("", "forget"), ("-retain1", "retain1"), ("-retain2", "retain2"))
+        for suffix, split in (("", "forget"), *((f"-{one}", one) for one in ("retain1", "retain2", "holdout")))
+    },
+    # Folds that MUSE-News alone has: `sust` are disjoint, each of `scal` holds the one before; the first is muse-news.
+    **{
+        f"muse-news-{config}-{n}": HubText("muse-bench/MUSE-News", config, f"forget_{n}", "text", passage_chars=4000)
+        for config in ("sust", "scal")
+        for n in (1, 2, 3, 4)
     },
     **{
         name: HubText("locuslab/TOFU", config, template=_QUESTION)
         for name, config in (
             ("tofu", "forget10"),
+            ("tofu-full", "full"),
             ("tofu-forget01", "forget01"),
             ("tofu-forget05", "forget05"),
             ("tofu-forget10", "forget10"),
@@ -62,6 +69,8 @@ CATALOGUE = {
             ("tofu-retain90", "retain90"),
             ("tofu-retain95", "retain95"),
             ("tofu-retain99", "retain99"),
+            ("tofu-real-authors", "real_authors"),
+            ("tofu-world-facts", "world_facts"),
         )
     },
 }

@@ -25,7 +25,7 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, corpora: Sequence[Corpus]) ->
             )
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, part: Part) -> list[str]:
-    """The texts of one part, in the corpus's order."""
-    texts = corpus.part(part)
+def prompts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, part: Part | None) -> list[str]:
+    """The texts of one part, or of all parts, in the corpus's order."""
+    texts = corpus.texts if part is None else corpus.part(part)
     return [as_chat(tokenizer, text) for text in texts] if corpus.is_chat else texts

@@ -28,9 +28,13 @@ if not RECIPES.is_dir():
     RECIPES = Path(__file__).parent.parent / "recipes"
 
 
+SIDES = ("base", "unlearned")
+"""Of a bench: the model that something is to be unlearned from, and what has."""
+
+
 def recipe_names() -> list[str]:
-    """Recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    """Recipes that come with the package; those in a folder by its name and theirs, `paper/muse-news`."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
@@ -42,12 +46,12 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if is_file(path):
         return path
-    shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    if is_file(shipped) and path.parent in (Path(), Path("recipes")):
-        return shipped
+    wanted = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    if wanted in recipe_names():
+        return RECIPES / f"{wanted}.yaml"
     raise DsgError(
         f"There is no recipe {name[:200]}.",
-        f"{nearest(path.stem[:200], recipe_names())} Or give the path of a YAML file.",
+        f"{nearest(wanted[:200], recipe_names())} Or give the path of a YAML file.",
     )
 
 
@@ -201,6 +205,11 @@ def _out_of_range(recipe: Recipe) -> list[str]:
         (
             bool(attack.encode_forms) or attack.encode_file is not None,
             "attack.encode_forms is empty; name a form, or give attack.encode_file.",
+        ),
+        *(
+            (side in SIDES, f"published.results.{bench} has the side {side}; there are {' and '.join(SIDES)}.")
+            for bench, sides in recipe.published.results.items()
+            for side in sides
         ),
         *_checks_of_weights(attack),
         *clamp_checks.checks(recipe.methods),

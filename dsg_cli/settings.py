@@ -245,8 +245,8 @@ class PublishedSection:
 
     source: str = ""
     """Where it was published."""
-    results: dict[str, dict[str, float]] = field(default_factory=dict)
-    """bench -> side (base, unlearned) -> accuracy."""
+    results: dict[str, dict[str, float | dict[str, float]]] = field(default_factory=dict)
+    """bench -> side (base, unlearned) -> accuracy, or metric -> value."""
 
 
 @dataclass(frozen=True)

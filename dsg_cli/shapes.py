@@ -85,7 +85,7 @@ SETTINGS: dict[str, Any] = {
     "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NONE)},
     "threshold": {"retain": _CORPORA, "forget?": _CORPORA, "lengths": _is_pair},
     "guardrail": {},
-    "model": {"forget": _CORPORA, "retain": _CORPORA},
+    "model": {"forget": _CORPORA, "retain": _CORPORA, "train?": _CORPORA},
     "wrapper": {"forget?": ([str], _CORPORA), "retain?": ([str], _CORPORA)},
     "eval": {"benches": [str]},
     "attack": {"retain?": {"*": str}},
@@ -100,7 +100,7 @@ BODY: dict[str, Any] = {
         "effect": ({"n_rows": int, "gate_rate": NUMBER, "changed_rate": NUMBER, "edit": NUMBER}, OR_EMPTY),
     },
     "model": {
-        "trained": {"n_parameters": int, "n_changed": int, "modules": [str]},
+        "trained": {"n_parameters": int, "n_changed": int, "modules": [str], "corpora?": [str]},
         "losses": [{"step": int, "loss": NUMBER}],
         "cost": dict.fromkeys(("forward_passes", "backward_passes", "forward_tokens", "backward_tokens"), int),
     },

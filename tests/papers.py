@@ -94,6 +94,10 @@ def retain_loss(m, ref, R, s):
     return {"none": lambda: 0.0, "nll": lambda: nll(m, R), "kl": lambda: kl(ref, m, R)}[s.retain_loss]()
 
 
+def finetune_loss(m, ref, F, R, s, step):
+    return nll(m, F)
+
+
 def ga_loss(m, ref, F, R, s, step):
     return -nll(m, F)
 

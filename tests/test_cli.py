@@ -263,15 +263,20 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    for wanted in ("dsg_cli/recipes/lab.yaml", "dsg_cli/lab/shipped/model/model.safetensors", "dsg_cli/py.typed"):
-        assert wanted in names
+    for wanted in (
+        "recipes/lab.yaml",
+        "recipes/paper/muse-news.yaml",
+        "lab/shipped/model/model.safetensors",
+        "py.typed",
+    ):
+        assert f"dsg_cli/{wanted}" in names
     assert wheel.stat().st_size < 8e6
     # Unpacked far from the checkout, it finds its recipe and its lab.
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     done = python(
         "-m", "dsg_cli", "ls", "recipes", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     )
-    assert {"lab", "wmdp-bio", "gpt2"} <= set(done.stdout.split()), done.stderr
+    assert {"lab", "wmdp-bio", "gpt2", "paper/muse-news"} <= set(done.stdout.split()), done.stderr
     options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / "installed")}}
     done = python("-m", "dsg_cli", "select", "--recipe", "lab", "--json", **options)
     assert done.returncode == 0 and json.loads(done.stdout)["git"] == {}, done.stderr

@@ -25,10 +25,21 @@ from papers import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dsg_cli.errors import DsgError
-from dsg_cli.methods import grad_diff, gradient_ascent, npo, rmu, sae_representation, scrub, simnpo, ssd, sspu
+from dsg_cli.methods import finetune, grad_diff, gradient_ascent, npo, rmu, sae_representation, scrub, simnpo, ssd, sspu
 from dsg_cli.methods.given import Given
 from dsg_cli.methods.mentions import Mentions
-from dsg_cli.methods.settings import GradDiff, GradientAscent, Npo, Rmu, SaeRepresentation, Scrub, SimNpo, Ssd, Sspu
+from dsg_cli.methods.settings import (
+    Finetune,
+    GradDiff,
+    GradientAscent,
+    Npo,
+    Rmu,
+    SaeRepresentation,
+    Scrub,
+    SimNpo,
+    Ssd,
+    Sspu,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, RATE, WARMUP, DECAY = 3, 0.01, 2, 0.1
@@ -51,6 +62,7 @@ CASES = [
     (sspu, Sspu, {"trained": "all", "retain_weight": 3.0, "subspace_weight": 30.0}, papers.sspu_loss, LAYERS),
     (sae_representation, SaeRepresentation, {"push_weight": 0.8}, papers.sae_loss, LAYERS),
     (sae_representation, SaeRepresentation, {"push_weight": 0.8, "retain_weight": 2.0}, papers.mentions_loss, LAYERS),
+    (finetune, Finetune, {"layers": [0, 1]}, papers.finetune_loss, LAYERS),
 ]
 
 

@@ -23,13 +23,24 @@ from papers import (
 
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
-from dsg_cli.methods import grad_diff, gradient_ascent, npo, rmu, sae_representation, scrub, ssd, sspu
+from dsg_cli.methods import finetune, grad_diff, gradient_ascent, npo, rmu, sae_representation, scrub, ssd, sspu
 from dsg_cli.methods.comparison import CompareSection, best_of, judged, trials_of
 from dsg_cli.methods.cost import Cost, counted
 from dsg_cli.methods.freedom import freed
 from dsg_cli.methods.given import Given
 from dsg_cli.methods.reference import Reference
-from dsg_cli.methods.settings import GradDiff, GradientAscent, Npo, Rmu, SaeRepresentation, Scrub, Ssd, Sspu, Training
+from dsg_cli.methods.settings import (
+    Finetune,
+    GradDiff,
+    GradientAscent,
+    Npo,
+    Rmu,
+    SaeRepresentation,
+    Scrub,
+    Ssd,
+    Sspu,
+    Training,
+)
 from dsg_cli.methods.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,6 +169,8 @@ RESUMED = [
     (sspu, Sspu, {"trained": "all"}),
     (sae_representation, SaeRepresentation, {}),
     (grad_diff, GradDiff, {"mixed_precision": "bfloat16", "retain_loss": "kl"}),
+    (finetune, Finetune, {"warmup_steps": 4}),
+    (finetune, Finetune, {"lora": True, "mixed_precision": "bfloat16"}),
 ]
 
 
@@ -262,6 +275,7 @@ def test_retain_text_is_drawn_in_an_order_of_its_own(model):
 PASSES = [
     # Method, settings; of forget and of retain text per batch: forward, backward.
     (gradient_ascent, GradientAscent, {}, (1, 1), (0, 0)),
+    (finetune, Finetune, {}, (1, 1), (0, 0)),
     (grad_diff, GradDiff, {"retain_loss": "none"}, (1, 1), (0, 0)),
     (grad_diff, GradDiff, {"retain_loss": "nll"}, (1, 1), (1, 1)),
     (grad_diff, GradDiff, {"retain_loss": "kl", "lora": True}, (1, 1), (2, 1)),

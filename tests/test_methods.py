@@ -24,7 +24,7 @@ from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINED = [name for name, one in METHODS.items() if one.is_trained]
-WEIGHTS = [name for name, one in METHODS.items() if one.form == "model"]
+WEIGHTS = [name for name, one in METHODS.items() if one.form == "model"]  # And what teaches.
 SMALL = [
     *("methods.sspu.n_relevant=4", "methods.sspu.n_irrelevant=4", "methods.ssd.n_rows=8", "methods.ssd.alpha=1"),
     *("methods.ssd.dampening=0.5", "select.n_features=4", "select.ratio_percentile=50", "eval.benches=[mine]"),
@@ -42,6 +42,7 @@ def recipe(folders, tmp_path_factory):
 
     names = [f"corpora.{role}=[{folders[f'{role}.jsonl']}]" for role in ("forget", "retain")]
     named = [*names, f"model.source={folders['model']}", f"sae.source={folders['sae']}", f"eval.include_path={tasks}"]
+    named.append(f"methods.finetune.corpora=[{folders['retain.jsonl']}]")
     for name in TRAINED:
         values = ("steps=3", "accumulation=1", "learning_rate=1e-2")
         named += [f"methods.{section_of(name)}.{value}" for value in values]

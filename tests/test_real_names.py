@@ -146,10 +146,14 @@ def test_the_papers_recipe_prints_its_numbers_beside_ours(done, hub, root):
     found = run(hub, root, f"dsg run wmdp-bio -w paper --set eval.question_ids=ids.json {short}")
     assert found.returncode == 0, found.stderr
     lines = [line.split() for line in found.stdout.splitlines()]
-    (forget,) = (line for line in lines if line[:1] == ["wmdp-bio-paper"])
-    (utility,) = (line for line in lines if line[:1] == ["mmlu-paper"])
-    assert forget[-4] == "1.00" and float(forget[-3]) <= 0.6 and forget[-2:] == ["1.00", "0.2964"]
-    assert utility[-4:] == ["1.00", "1.00", "0.00", "0.9934"]
+    forget, *theirs = (line for line in lines if line[:1] == ["wmdp-bio-paper"])
+    utility, *others = (line for line in lines if line[:1] == ["mmlu-paper"])
+    assert forget[-3] == "1.00" and float(forget[-2]) <= 0.6 and forget[-1] == "1.00"
+    assert utility[-3:] == ["1.00", "1.00", "0.00"]
+    assert theirs[0][1:] == ["base", "acc", "1.0000", "1.0000", "+0.0000"]
+    assert theirs[1][1:4] == ["guarded", "acc", "0.2964"]
+    assert float(theirs[1][5]) == pytest.approx(float(theirs[1][4]) - 0.2964, abs=1e-4)
+    assert others[1][1:] == ["guarded", "acc", "0.9934", "1.0000", "+0.0066"]
     report = json.loads((root / "paper" / "eval-001.json").read_text())
     assert report["question_ids"] == ids and report["results"]["wmdp-bio-paper"]["base"]["acc_count"] == 24
     plan = run(hub, root, "dsg run wmdp-bio --dry-run")

@@ -4,10 +4,13 @@ import json
 import os
 
 import pytest
+from rich.console import Console
 from test_hub import run
 
 from dsg_cli.errors import DsgError
 from dsg_cli.recipe import Recipe, find_recipe, load_recipe, recipe_names
+from dsg_cli.report.published import beside, published_table
+from dsg_cli.settings import PublishedSection
 
 
 def write(tmp_path, text):
@@ -93,6 +96,11 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     assert load_recipe(mine).seed == 3
     monkeypatch.chdir(tmp_path)
     assert find_recipe("recipes/lab.yaml") == find_recipe("lab")
+    assert find_recipe("paper/muse-news") == find_recipe("recipes/paper/muse-news.yaml")
+    assert {"paper/muse-news", "paper/wmdp-bio", "muse-news-target", "tofu-target"} <= set(recipe_names())
+    for name in ("muse-news", "paper/lab", "../recipes/lab", "paper"):
+        with pytest.raises(DsgError, match="There is no recipe"):
+            find_recipe(name)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +146,8 @@ def test_every_shipped_recipe_loads_and_says_how_to_run_it(name):
     assert recipe.corpora.forget and recipe.corpora.retain and recipe.eval.benches
     head = find_recipe(name).read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
-    assert f"dsg run {name}" in head or f"dsg compare --recipe {name}" in head
+    commands = ("dsg run", "dsg compare --recipe", "dsg apply --method finetune --recipe")
+    assert any(f"{command} {name}" in head for command in commands)
     assert "Hardware" in head and "Time" in head
 
 
@@ -180,3 +189,45 @@ def test_published_numbers_are_checked_for_their_type(tmp_path):
     recipe = load_recipe("wmdp-bio")
     assert recipe.published.results["wmdp-bio-paper"]["unlearned"] == 0.2964
     assert set(recipe.published.results) == set(recipe.eval.benches)
+    with pytest.raises(DsgError, match="has the side guarded; there are base and unlearned"):
+        load_recipe(write(tmp_path, "published: {results: {mmlu: {guarded: 0.5}}}"))
+    with pytest.raises(DsgError, match="a number or a mapping of names to a number"):
+        load_recipe(write(tmp_path, "published: {results: {mmlu: {base: {acc: {x: 1}}}}}"))
+
+
+MUSE = {
+    "news": {"base": (21.15, 29.51, -88.16, 26.78), "unlearned": (11.80, 0.44, 12.08, 25.65)},
+    "books": {"base": (15.80, 33.90, -98.80, 35.28), "unlearned": (8.73, 1.79, -23.18, 37.10)},
+}
+
+
+@pytest.mark.parametrize("which", MUSE)
+def test_the_papers_figures_on_muse(which):
+    recipe = load_recipe(f"paper/muse-{which}")
+    names = ("verbmem_forget", "knowmem_forget", "privleak", "knowmem_retain")
+    wanted = {side: dict(zip(names, values, strict=True)) for side, values in MUSE[which].items()}
+    assert recipe.published.results == {f"muse-{which}": wanted} and recipe.eval.benches == [f"muse-{which}"]
+
+
+def test_published_stands_beside_measured_for_every_metric():
+    section = PublishedSection("theirs", {"a": {"base": 1, "unlearned": 0.25}, "m": {"unlearned": {"x": 10, "y": -2}}})
+    results = {
+        "a": {"base": {"acc": 0.75}, "unlearned": {"acc": 0.5}},
+        "m": {"base": {"x": 1}, "unlearned": {"x": 7.5}},
+    }
+    rows = beside(section, results)
+    assert [(row["bench"], row["side"], row["metric"]) for row in rows] == [
+        ("a", "base", "acc"),
+        ("a", "unlearned", "acc"),
+        ("m", "unlearned", "x"),
+        ("m", "unlearned", "y"),
+    ]
+    assert [row["measured"] for row in rows] == [0.75, 0.5, 7.5, None]
+    assert [row["difference"] for row in rows] == [-0.25, 0.25, -2.5, None]
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(published_table(rows))
+    lines = [line.split() for line in captured.get().splitlines()]
+    assert lines[0] == ["side", "metric", "published", "measured", "difference"]
+    assert lines[2] == ["a", "guarded", "acc", "0.2500", "0.5000", "+0.2500"]
+    assert lines[3:] == [["m", "guarded", "x", "10.00", "7.50", "-2.50"], ["m", "guarded", "y", "-2.00", "-", "-"]]

@@ -23,12 +23,13 @@ def command(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", help="`dsg` (default), or a rival: `dsg ls methods`.", autocompletion=complete("methods")
+            "--method", help="`dsg` (default), or another: `dsg ls methods`.", autocompletion=complete("methods")
         ),
     ] = None,
     source: opt.FromThresholdOption = None,
     forget: opt.ForgetOption = None,
     retain: opt.RetainOption = None,
+    train: opt.TrainOption = None,
     model: opt.ModelOption = None,
     sae: opt.SaeOption = None,
     limit: opt.DocumentsOption = None,
@@ -65,9 +66,11 @@ def command(
 
     Example: dsg apply --strength 16r, or dsg apply --method npo --model lab --forget lab-hexes --retain lab-retain
     """
-    from dsg_cli.methods.names import check_lora, section_of
+    from dsg_cli.methods.names import check_corpora, check_lora, section_of, teaches
 
+    check_corpora(method or "dsg", train=train or [], others=[*(forget or []), *(retain or [])])
     own: dict[str, Any] = {STRENGTHS.get(method or "", "guardrail__strength"): strength}
+    own |= {"methods__finetune__corpora": train, "methods__finetune__limit": limit if teaches(method or "") else None}
     if lora:
         check_lora(method or "dsg")
         own[f"methods__{section_of(method or '')}__lora"] = True

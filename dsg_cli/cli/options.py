@@ -37,6 +37,10 @@ RetainOption = Annotated[
     list[str] | None,
     typer.Option("--retain", help="Corpus to retain; NAME=WEIGHT mixes.", autocompletion=complete("corpora")),
 ]
+TrainOption = Annotated[
+    list[str] | None,
+    typer.Option("--train", help="For finetune: corpus to train on.", autocompletion=complete("corpora")),
+]
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Hub name, folder, `lab`, or model-NNN.", autocompletion=complete("models")),

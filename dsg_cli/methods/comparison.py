@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsg_cli.artifacts import Json
-from dsg_cli.methods.names import METHODS, section_of
+from dsg_cli.methods.names import METHODS, section_of, teaches
 
 CRITERION = "harmonic mean of forgetting (fall of forget accuracy to chance) and utility (other accuracy over base)"
 Values = dict[str, Any]
@@ -50,16 +50,18 @@ class CompareSection:
 
 def compared(section: CompareSection) -> list[str]:
     """The methods that are meant, each once, in their order."""
-    return [name for name in METHODS if not section.methods or name in section.methods]
+    return [name for name in METHODS if not teaches(name) and (not section.methods or name in section.methods)]
 
 
 def checks(section: CompareSection) -> tuple[tuple[bool, str], ...]:
     """What has the right type and still makes no sense."""
     unknown = [name for name in (*section.methods, *section.grids) if name not in METHODS]
+    teaching = [name for name in (*section.methods, *section.grids) if teaches(name)]
     steps = section.relearn_steps
     return (
         (section.budget >= 1, f"compare.budget is {section.budget}; give each method at least 1 trial."),
         (not unknown, f"compare names no method {unknown[0] if unknown else ''}; dsg ls methods lists them."),
+        (not teaching, f"compare names {teaching[0] if teaching else ''}, which teaches and is compared with nothing."),
         (
             not steps or (steps[0] == 0 and sorted(set(steps)) == steps),
             f"compare.relearn_steps is {steps}; give ascending whole numbers that begin with 0, or none.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,8 @@ class Method:
     """Whether it reads a forget corpus."""
     is_trained: bool = False
     """Whether it trains weights by gradient steps; `ssd` changes them without."""
+    teaches: bool = False
+    """Whether what it reads is there afterwards rather than gone: no rival, and no row of a comparison."""
 
 
 METHODS = {
@@ -47,6 +50,9 @@ METHODS = {
     "rmu": Method("model", "steer representations of forget text to a random vector", "2403.03218", is_trained=True),
     "scrub": Method("model", "leave a teacher on forget text, follow it on retain text", "2302.09880", is_trained=True),
     "ssd": Method("model", "dampen weights that matter to forget text", "2308.07707"),
+    "finetune": Method(
+        "model", "train on text, to make a target or a reference", "", needs_forget=False, is_trained=True, teaches=True
+    ),
 }
 """In the order of tables."""
 
@@ -62,6 +68,11 @@ def check_method(name: str) -> Method:
     return METHODS[name]
 
 
+def teaches(name: str) -> bool:
+    """Whether what a method makes has learnt rather than unlearned."""
+    return name in METHODS and METHODS[name].teaches
+
+
 def check_lora(name: str) -> None:
     """Refuse adapters for a method that trains no weights.
 
@@ -70,6 +81,23 @@ def check_lora(name: str) -> None:
     """
     if not check_method(name).is_trained:
         raise DsgError(f"--lora is for methods that train weights, and {name} does not.", "Leave it out.")
+
+
+def check_corpora(name: str, *, train: Sequence[str], others: Sequence[str]) -> None:
+    """Refuse corpora of the other kind: what is taught is neither to be forgotten nor to be retained.
+
+    Args:
+        name: A method.
+        train: Corpora that were named to be trained on.
+        others: Corpora that were named to be forgotten or retained.
+
+    Raises:
+        DsgError: There are some, or there is no such method.
+    """
+    if check_method(name).teaches and others:
+        raise DsgError(f"{name} teaches: nothing is forgotten or retained.", "Name what it trains on with --train.")
+    if train and not teaches(name):
+        raise DsgError(f"--train is for finetune, and {name} unlearns.", "Name corpora with --forget and --retain.")
 
 
 def section_of(name: str) -> str:

@@ -153,6 +153,25 @@ class Scrub(Training):
 
 
 @dataclass(frozen=True)
+class Finetune(Training):
+    """L = NLL(text), which teaches. Defaults as for MUSE's targets (2407.06460): a constant 1e-5, 5 epochs, 32 rows of
+    up to 2048 tokens a step. For TOFU's (2401.06121) the rate warms up for an epoch, and only answers count."""
+
+    corpora: list[str] = field(default_factory=list)
+    """What is trained on: every document, whatever its part. Each row counts alike, unless a corpus has a weight."""
+    limit: int | None = None
+    """At most so many documents of each, drawn at random, in the place of corpora.limit."""
+    epochs: float = 5.0
+    steps: int = 0
+    """Of the optimiser; 0 takes as many as the epochs need."""
+    max_tokens: int = 2048
+    rows: Literal["documents", "packed"] = "documents"
+    """`packed` joins the documents of a corpus, EOS between them, and cuts the whole into rows of max_tokens."""
+    answer_after: str | None = None
+    """Where a document holds this text, such as `Answer:`, only what comes after it counts in the loss."""
+
+
+@dataclass(frozen=True)
 class Ssd:
     """Where F_forget > a F_retain: w <- w min(l F_retain / F_forget, 1), F the diagonal of the Fisher information."""
 
@@ -278,3 +297,4 @@ class MethodsSection:
     rmu: Rmu = Rmu()
     scrub: Scrub = Scrub()
     ssd: Ssd = Ssd()
+    finetune: Finetune = field(default_factory=Finetune)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +29,8 @@ class Text:
     pad: int
     special: tuple[int, ...]
     device: str
+    first: list[int] = field(default_factory=list)
+    """Position in each row of the first token that counts in a loss; empty where all do."""
 
     def batch(self, index: Sequence[int]) -> TokenBatch:
         """These rows, right-padded; `index` of the batch says which they are."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.artifacts import AttackReport, EvalReport, Guardrail, Json, Threshold
+from dsg_cli.artifacts import AttackReport, EvalReport, Guardrail, Json, ModelWeights, Threshold
 from dsg_cli.report.attacks import share
 from dsg_cli.report.evaluations import percent
+from dsg_cli.report.published import beside, published_table
 from dsg_cli.settings import PublishedSection
 from dsg_cli.workspace import Stored
 
@@ -21,7 +22,9 @@ def chain_summary(chain: Sequence[Stored], published: PublishedSection | None = 
     summary: Json = {"artifacts": [stored.id for stored in chain]}
     for stored in chain:
         body = stored.body
-        if isinstance(body, Threshold):
+        if isinstance(body, ModelWeights):
+            summary["trained_on"] = body.trained.get("corpora", [])
+        elif isinstance(body, Threshold):
             summary |= {
                 "threshold": body.threshold,
                 "gate": body.gate,
@@ -42,15 +45,15 @@ def chain_summary(chain: Sequence[Stored], published: PublishedSection | None = 
     summary["seconds"] = round(sum(stored.header.seconds for stored in chain), 1)
     summary["peak_memory_mb"] = max(stored.header.peak_memory_mb for stored in chain)
     if published is not None and published.results:
-        summary["published"] = dataclasses.asdict(published)
+        rows = beside(published, summary.get("results", {}))
+        summary["published"] = dataclasses.asdict(published) | {"compared": rows}
     return summary
 
 
 def chain_table(chain: Sequence[Stored], published: PublishedSection | None = None) -> Group:
     """One table for the whole chain, and what it means and does not mean."""
     summary = chain_summary(chain, published)
-    theirs = summary.get("published", {}).get("results", {})
-    table = Table("", "base", "guarded", "gated", *(["published"] if theirs else []), box=None, pad_edge=False)
+    table = Table("", "base", "guarded", "gated", box=None, pad_edge=False)
     for bench in summary.get("benches", []):
         sides = summary["results"].get(bench, {"base": {}, "unlearned": {}})
         is_forgotten = bench.split("-novel")[0].removesuffix("-paper") in summary["forget"]
@@ -61,7 +64,6 @@ def chain_table(chain: Sequence[Stored], published: PublishedSection | None = No
             percent(sides, "base"),
             percent(sides, "unlearned"),
             "-" if rate is None else f"{rate:.2f}",
-            *([f"{theirs[bench]['unlearned']:.4f}" if "unlearned" in theirs.get(bench, {}) else "-"] if theirs else []),
         )
     attacks = summary.get("attacks", {})
     for name, label in (("relearn", "relearned, {x} steps"), ("dilution", "diluted, {x} benign tokens")):
@@ -72,8 +74,11 @@ def chain_table(chain: Sequence[Stored], published: PublishedSection | None = No
     cut = f"Gate: {summary['gate']} > {summary['threshold']:.3f}" if "threshold" in summary else ""
     rate = summary.get("false_positive_rate")
     found = f"{cut}; false positives on fresh retain text {rate:.3f}." if cut and rate is not None else cut
-    source = f"Published: {summary['published']['source']}, for the guarded model." if theirs else ""
-    return Group(table, Text(""), *([Text(source)] if source else []), Text(found), Text(meaning(summary)))
+    theirs: list[RenderableType] = []
+    if "published" in summary:
+        source = Text(f"Published: {summary['published']['source']}.")
+        theirs = [Text(""), source, published_table(summary["published"]["compared"])]
+    return Group(table, *theirs, Text(""), Text(found), Text(meaning(summary)))
 
 
 def meaning(summary: Json) -> str:

@@ -16,8 +16,11 @@ from dsg_cli.report.metrics import interval, number, refusals, shown_metrics
 def evaluation_table(body: EvalReport, named: Sequence[str]) -> Table:
     """What was measured, a row a bench or, of one on free text, a row a metric."""
     has_reference = any("reference" in sides for sides in body.results.values())
-    columns = ["bench", "questions", "base", "guarded", "95 %", "gated", *(["reference"] if has_reference else [])]
-    table = Table(*columns, box=None, pad_edge=False)
+    columns = ["bench", "questions", "base", "guarded", "95 %", "gated"]
+    columns = [*columns[:1], "n", *columns[2:], "reference"] if has_reference else columns
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, no_wrap=i == 0)
     shown = shown_benches(body, named)
     for bench in shown:
         for row in _rows_of_bench(bench, body):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsg_cli.artifacts import Json, ModelWeights, Wrapper
+from dsg_cli.methods.names import teaches
 
 SHOWN_KEYWORDS = 12
 
@@ -13,7 +14,8 @@ def model_rows(body: ModelWeights) -> list[tuple[str, str]]:
     """Of changed weights: what was trained, how the loss went, what it cost."""
     cost = body.cost
     rows = [
-        ("method", body.method),
+        ("method", body.method + (", which taught it; nothing is unlearned" if teaches(body.method) else "")),
+        *([("trained on", ", ".join(body.trained["corpora"]))] if "corpora" in body.trained else []),
         ("weights", "an adapter of the base model" if body.form == "adapter" else "a whole model"),
         ("free to change", f"{body.trained['n_parameters']:,} parameters in {len(body.trained['modules'])} modules"),
         ("changed", f"{body.trained['n_changed']:,}"),
@@ -58,4 +60,6 @@ def _terms(losses: Json) -> str:
 
 def composed(composition: Sequence[Json]) -> str:
     """What acted, in its order."""
-    return " + ".join(f"{one['id']} ({one['method']})" for one in composition)
+    return " + ".join(
+        f"{one['id']} ({one['method']}{', taught' if teaches(one['method']) else ''})" for one in composition
+    )

@@ -24,7 +24,10 @@ def shown_metrics(sides: Json) -> list[str]:
 def interval(side: Json, metric: str) -> str:
     """The 95 % interval of a metric, or a dash."""
     low, high = side.get(f"{metric}_low"), side.get(f"{metric}_high")
-    return "-" if low is None or high is None else f"{number(low)}-{number(high)}" if low >= 0 else _range(low, high)
+    if low is None or high is None:
+        return "-"
+    first, last = (f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" for value in (low, high))
+    return f"{first}-{last}" if low >= 0 else f"{first} to {last}"
 
 
 def number(value: float | None) -> str:
@@ -34,10 +37,6 @@ def number(value: float | None) -> str:
     if 0 < abs(value) < 0.001:
         return f"{value:.1e}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
-
-
-def _range(low: float, high: float) -> str:
-    return f"{number(low)} to {number(high)}"
 
 
 def refusals(refused: dict[str, Json]) -> list[str]:

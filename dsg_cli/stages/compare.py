@@ -18,7 +18,7 @@ from dsg_cli.benches.tasks import Question
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 from dsg_cli.methods.comparison import CRITERION, Values, best_of, compared, trials_of
-from dsg_cli.methods.names import METHODS, check_method
+from dsg_cli.methods.names import METHODS, check_method, teaches
 from dsg_cli.model import load_model
 from dsg_cli.recipe import Recipe, with_values
 from dsg_cli.stages import attack, evaluate, method
@@ -110,6 +110,9 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
         for values in trials_of(name, section, recipe.seed):
             with_values(recipe, values)
     collected = [find_subject(workspace, source.split("+")) for source in sources]
+    taught = [one["id"] for subject in collected for one in subject.composition() if teaches(one["method"])]
+    if taught:
+        raise DsgError(f"{taught[0]} was taught, and has unlearned nothing to be compared.", "Leave it out.")
     forget_names = recipe.corpora.forget or (collected[0].forget() if collected else [])
     if not forget_names and not sources:
         raise DsgError(

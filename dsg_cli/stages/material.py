@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dsg_cli.artifacts import Json, ModelWeights
 from dsg_cli.corpora import Corpus, check_disjoint, check_named, check_no_shared_texts, load_corpora, parse_name
@@ -12,7 +12,7 @@ from dsg_cli.methods.names import METHODS
 from dsg_cli.model import LoadedModel, load_model, load_tokenizer
 from dsg_cli.prompting import check_chat
 from dsg_cli.recipe import Recipe
-from dsg_cli.settings import ModelSection
+from dsg_cli.settings import CorporaSection, ModelSection
 from dsg_cli.stages.chain import check_identity, spelled
 from dsg_cli.tokens import bos_to_prepend
 from dsg_cli.workspace import Stored, Workspace
@@ -32,10 +32,12 @@ class Material:
     """Token that every sequence begins with."""
     inputs: list[Stored]
     notes: list[str]
+    train: list[Corpus] = field(default_factory=list)
+    """What is taught, by the method that does."""
 
     def described(self) -> Json:
         """What an artifact's settings say of the corpora."""
-        roles = {"forget": self.forget, "retain": self.retain}
+        roles = {"forget": self.forget, "retain": self.retain} | ({"train": self.train} if self.train else {})
         return {role: [corpus.described() for corpus in several] for role, several in roles.items()}
 
 
@@ -105,6 +107,31 @@ def find_material(
         inputs=[] if origin is None else [origin],
         notes=notes,
     )
+
+
+def find_lesson(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> Material:
+    """Read what is to be taught, and check all that can be checked before weights are loaded.
+
+    Args:
+        recipe: Names the model, and in the method's settings the corpora and how many documents of each.
+        workspace: Where models that are artifacts are.
+        origin: A features or a model artifact whose model is trained on.
+
+    Raises:
+        DsgError: No corpus is named, or one is unknown or unfit for the model.
+    """
+    names = recipe.methods.finetune.corpora
+    check_named(names, role="train")
+    limit = recipe.methods.finetune.limit
+    recipe = replace(recipe, corpora=CorporaSection(forget=names, limit=limit))
+    check_world(recipe)
+    source = named_model(workspace, recipe.model.source)
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    train, notes = _read(names, "train", recipe, origin)
+    check_chat(tokenizer, train)
+    inputs = [] if origin is None else [origin]
+    nothing: dict[str, list[str]] = {"forget": [], "retain": []}
+    return Material(source, nothing, [], [], bos_to_prepend(tokenizer, False), inputs, notes, train)
 
 
 def load_whole(material: Material, recipe: Recipe, *, dtype: str) -> LoadedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,11 @@ def plan(recipe: Recipe) -> list[Step]:
     from dsg_cli.expect import parse_expected
     from dsg_cli.stages import apply
 
+    lesson = recipe.methods.finetune
     for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
         check_named(names, role=role)
+    for name in lesson.corpora:
+        parse_name(name)
     check_disjoint(recipe.corpora.forget, recipe.corpora.retain)
     _check_benches(recipe)
     kinds = expanded(recipe.attack.kinds) if recipe.attack.kinds else []
@@ -58,7 +62,8 @@ def plan(recipe: Recipe) -> list[Step]:
     apply.check_strength(recipe.guardrail)
     for text in recipe.eval.expect:
         parse_expected(text, recipe.eval.benches)
-    return [*_select(recipe), *_calibrate(recipe), *_apply(recipe), *_evaluate(recipe), *_attack(recipe)]
+    stages = [*_select(recipe), *_calibrate(recipe), *_apply(recipe), *_evaluate(recipe), *_attack(recipe)]
+    return [*_teach(recipe), *stages] if lesson.corpora else stages
 
 
 def _check_benches(recipe: Recipe) -> None:
@@ -72,6 +77,17 @@ def _check_benches(recipe: Recipe) -> None:
 
             if task_name(bench) not in task_index((), True).all_tasks:
                 raise DsgError(f"There is no bench named {bench}.", f"Did you mean {' or '.join(alike)}?")
+
+
+def _teach(recipe: Recipe) -> Iterator[Step]:
+    section, model = recipe.methods.finetune, recipe.model.source
+    yield Step("finetune", "read", f"model {model}", _model_size(model))
+    for name in section.corpora:
+        yield Step("finetune", "read", f"corpus {name}", _corpus_size(name, section.limit))
+    length = f"{section.steps:,} steps" if section.steps else f"{section.epochs:g} epochs"
+    yield Step("finetune", "compute", f"training of {'adapters' if section.lora else section.trained}", length)
+    size = "an adapter" if section.lora else "as large as the model"
+    yield Step("finetune", "write", "model-NNN: what all that follows is on", size)
 
 
 def _select(recipe: Recipe) -> Iterator[Step]:
@@ -125,6 +141,8 @@ def _attack(recipe: Recipe) -> Iterator[Step]:
 def _model_size(source: str) -> str:
     from dsg_cli.model import SMALL_FILES, WEIGHT_FILES
 
+    if re.fullmatch(r"model-\d+", source):
+        return "size unknown before it is there"
     if source in lab.MODEL_DIRS or is_folder(Path(source)):
         return _local_size(lab.MODEL_DIRS.get(source, Path(source)))
     if not REPOSITORY.fullmatch(source):

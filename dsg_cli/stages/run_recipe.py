@@ -22,7 +22,8 @@ def run(
     """Select, calibrate, apply, evaluate and attack; each stage reads the artifact that the one before it wrote.
 
     Args:
-        recipe: All settings; it must name corpora and benches.
+        recipe: All settings; it must name corpora and benches. If it says what to teach (`methods.finetune.corpora`),
+            the model is trained on that first, and all that follows is on the result.
         workspace: Where artifacts go.
         session: How it is run; one that goes on takes the artifacts that are there.
         done: Called with each artifact once it is written.
@@ -38,8 +39,10 @@ def run(
     from dsg_cli.benches.names import PAPER, is_free
     from dsg_cli.benches.paper import load_questions
     from dsg_cli.benches.tasks import load_tasks, metrics_of
+    from dsg_cli.corpora import check_named
     from dsg_cli.expect import check_metrics, parse_expected
-    from dsg_cli.stages import apply, attack, calibrate, evaluate, select
+    from dsg_cli.sae import check_name
+    from dsg_cli.stages import apply, attack, calibrate, evaluate, select, unlearn
 
     kinds = expanded(recipe.attack.kinds) if recipe.attack.kinds else []
     for text in recipe.attack.expect:
@@ -69,6 +72,12 @@ def run(
         return str(stored.path)
 
     session = dataclasses.replace(session, reuse=session.reuse or session.resume)
+    if recipe.methods.finetune.corpora:
+        for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
+            check_named(names, role=role)
+        check_name(recipe.sae.source)  # Now, not after the training.
+        keep(unlearn.run(recipe, workspace, "finetune", session=session))
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, source=chain[-1].id))
     features = keep(select.run(recipe, workspace, session=session))
     threshold = keep(calibrate.run(recipe, workspace, source=features, session=session))
     guardrail = keep(apply.run(recipe, workspace, source=threshold, session=session))

@@ -17,6 +17,7 @@ from dsg_cli.export.light import read_light
 from dsg_cli.guardrail import GuardrailModule, module_from_artifact
 from dsg_cli.hub import SCHEME
 from dsg_cli.loading import light_path
+from dsg_cli.methods.names import teaches
 from dsg_cli.model import LoadedModel, load_model
 from dsg_cli.recipe import Recipe
 from dsg_cli.runtime.gates import CAUSAL_FORMS
@@ -35,7 +36,8 @@ class Subject:
     named: list[Stored]
     """As they were named."""
     weights: list[Stored]
-    """Methods that changed the weights one after another, the first one first; empty for the base model's own."""
+    """Methods that changed the weights one after another, the first one first; empty for the base model's own.
+    Training that taught the base counts only where it is named: then it is what is measured."""
     guardrails: list[Stored]
     wrappers: list[Stored]
     bos: int | None
@@ -59,7 +61,7 @@ class Subject:
 
     @property
     def base(self) -> str:
-        """The model that no method has changed."""
+        """The model that no method has unlearned anything from; one that was taught, where methods went on from it."""
         return self.weights[0].header.model.source if self.weights else self.model
 
     @property
@@ -148,7 +150,7 @@ def find_subject(workspace: Workspace, sources: Sequence[str]) -> Subject:
     for other in deciding[1:]:
         if _body(deciding[0]).bos != _body(other).bos:
             raise DsgError(f"{deciding[0].id} and {other.id} were made for sequences that begin differently (BOS).")
-    weights = [*_history(beneath)] if beneath is not None else []
+    weights = [*_history(beneath)] if beneath is not None and (models or not _is_taught(beneath)) else []
     return Subject(named, weights, guardrails, wrappers, _body((deciding or named)[0]).bos)
 
 
@@ -158,10 +160,14 @@ def _reads_activations(stored: Stored) -> bool:
 
 
 def _history(stored: Stored) -> Iterator[Stored]:
-    """A model artifact, after those that it was made from."""
-    if (before := _model_of(stored)) is not None:
+    """A model artifact, after those that it was made from; one of those that was taught is what is unlearned from."""
+    if (before := _model_of(stored)) is not None and not _is_taught(before):
         yield from _history(before)
     yield stored
+
+
+def _is_taught(stored: Stored) -> bool:
+    return teaches(stored.body_as(ModelWeights).method)
 
 
 def _model_of(stored: Stored) -> Stored | None:

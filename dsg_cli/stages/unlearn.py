@@ -1,7 +1,8 @@
 """`dsg apply --method npo` and its like: a method that changes the model's weights.
 
-Reads the forget and retain corpora (but for the part that measures), lets the method change a float32 copy of the
-model, and writes model-NNN with the weights in a folder of that name: a whole model, or a LoRA adapter.
+Reads the forget and retain corpora but for the part that measures (`finetune`, which teaches, reads all of its own),
+lets the method change a float32 copy of the model, and writes model-NNN with the weights in a folder of that name: a
+whole model, or a LoRA adapter.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from dsg_cli.errors import DsgError
 from dsg_cli.integrity import Content
 from dsg_cli.methods.cost import Cost, counted
 from dsg_cli.methods.given import Changed, Given
+from dsg_cli.methods.lesson import lesson_of
 from dsg_cli.methods.names import METHODS, module_name, section_of
 from dsg_cli.methods.text import text_of
 from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.recipe import Recipe
+from dsg_cli.settings import CorporaSection
 from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.guidance import features_of, unknown_text
-from dsg_cli.stages.material import Material, find_material, load_whole, taken_from
+from dsg_cli.stages.material import Material, find_lesson, find_material, load_whole, taken_from
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.tokens import special_ids
@@ -52,7 +55,11 @@ def run(
         raise DsgError(f"{method} trains in one process.", "Run dsg apply without torchrun.")
     clock, settings = Clock(), getattr(recipe.methods, section_of(method))
     recipe = taken_from(recipe, origin)
-    material = find_material(recipe, workspace, method, origin)
+    if METHODS[method].teaches:
+        recipe = dataclasses.replace(recipe, corpora=CorporaSection(limit=settings.limit))
+        material = find_lesson(recipe, workspace, origin)
+    else:
+        material = find_material(recipe, workspace, method, origin)
     workspace.check_writable()
     recipe = settle(recipe)
     # Weights and what is added to them are float32, whatever the model is run in later.
@@ -93,10 +100,11 @@ def _given(
 ) -> Given:
     settings = getattr(recipe.methods, section_of(method))
     longest = min(settings.max_tokens, context_length(loaded.model.config))
-    forget, retain = (
-        text_of(loaded.tokenizer, corpora, bos=material.bos, max_tokens=longest, device=str(loaded.model.device))
-        for corpora in (material.forget, material.retain)
-    )
+    options: dict[str, Any] = {"bos": material.bos, "max_tokens": longest, "device": str(loaded.model.device)}
+    if METHODS[method].teaches:
+        text = lesson_of(loaded.tokenizer, material.train, settings, **options)
+        return Given(loaded.model, loaded.tokenizer, text, text, seed=recipe.seed, report=session.report)
+    forget, retain = (text_of(loaded.tokenizer, corpora, **options) for corpora in (material.forget, material.retain))
     given = Given(loaded.model, loaded.tokenizer, forget, retain, seed=recipe.seed, report=session.report)
     if METHODS[method].needs_sae:
         assert origin is not None
@@ -136,6 +144,7 @@ def _written(
                 "n_parameters": changed.n_parameters,
                 "n_changed": changed.n_changed,
                 "modules": sorted({name.rpartition(".")[0] for name in changed.names}),
+                **({"corpora": [corpus.name for corpus in material.train]} if material.train else {}),
             },
             losses=changed.losses,
             diverged_at=changed.diverged_at,
