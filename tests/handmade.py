@@ -39,7 +39,7 @@ def judged(*conditions):
 
 
 def report(*conditions):
-    return EvalReport("test", RESULTS, GATE, judged(*conditions), {}, {}, [])
+    return EvalReport("test", RESULTS, GATE, judged(*conditions), {}, {}, [], {}, {}, {})
 
 
 def attack(kind="dilution"):

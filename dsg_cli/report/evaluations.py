@@ -16,17 +16,21 @@ from dsg_cli.report.metrics import interval, number, refusals, shown_metrics
 def evaluation_table(body: EvalReport, named: Sequence[str]) -> Table:
     """What was measured, a row a bench or, of one on free text, a row a metric."""
     has_reference = any("reference" in sides for sides in body.results.values())
-    columns = ["bench", "questions", "base", "guarded", "95 %", "gated"]
-    columns = [*columns[:1], "n", *columns[2:], "reference"] if has_reference else columns
+    of_all = ("bench", "questions", "base", "guarded", "95 %", "gated", "reference")
+    # In 80 columns: beside a reference, the number of questions and how many were gated stand with the bench.
+    left_out = {"questions", "gated"} if has_reference else {"reference"}
+    columns = [name for name in of_all if name not in left_out]
     table = Table(box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, no_wrap=i == 0)
+    for name in columns:
+        table.add_column(name, no_wrap=name == "bench")
     shown = shown_benches(body, named)
     for bench in shown:
-        for row in _rows_of_bench(bench, body):
-            table.add_row(*row[: len(columns)])
+        for row in _rows_of_bench(bench, body, has_reference):
+            table.add_row(*(row.get(name, "") for name in columns))
     for one in verdicts(body):
-        table.add_row(Text(one.expect), "", "", one.unlearned, one.bound, "met" if one.is_met else "NOT MET")
+        verdict: dict[str, str | Text] = {"bench": Text(one.expect), "guarded": one.unlearned, "95 %": one.bound}
+        verdict[columns[-1]] = "met" if one.is_met else "NOT MET"
+        table.add_row(*(verdict.get(name, "") for name in columns))
     remarks = [composed(body.composition)] if body.composition else []
     if len(shown) < len(body.results):
         remarks.append(f"{len(body.results) - len(shown)} parts more with --json")
@@ -36,28 +40,27 @@ def evaluation_table(body: EvalReport, named: Sequence[str]) -> Table:
     return table
 
 
-def _rows_of_bench(bench: str, body: EvalReport) -> Iterator[list[str]]:
+def _rows_of_bench(bench: str, body: EvalReport, has_reference: bool) -> Iterator[dict[str, str]]:
     """One row for accuracy; of a bench without one, a row a metric after the first, which says the rest."""
     sides, gate = body.results[bench], body.gate.get(bench)
     base, after = sides["base"], sides["unlearned"]
     n = str(base["n"]) + (f" of {base['n_asked']}" if base.get("n_asked") else "")
     gated = f"{gate['rate']:.2f}" if gate else "-"
+    head = {"bench": f"{bench}, {n}, gated {gated}" if has_reference else bench, "questions": n, "gated": gated}
     metrics = shown_metrics(sides)
     if metrics == ["acc"]:
-        low_high = f"{after['acc_low']:.2f}-{after['acc_high']:.2f}" if {"acc_low", "acc_high"} <= set(after) else "-"
-        yield [bench, n, percent(sides, "base"), percent(sides, "unlearned"), low_high, gated, ""]
+        shares = {"base": percent(sides, "base"), "guarded": percent(sides, "unlearned")}
+        yield head | shares | {"95 %": interval(after, "acc")}
         return
-    yield [bench, n, "", "", "", gated, ""]
+    yield head
     for metric in metrics:
-        yield [
-            f"  {metric}",
-            "",
-            number(base.get(metric)),
-            number(after[metric]),
-            interval(after, metric),
-            f"{after[f'gated_{metric}']:.2f}" if f"gated_{metric}" in after else "",
-            number(sides["reference"].get(metric)) if "reference" in sides else "",
-        ]
+        row = {"bench": f"  {metric}", "base": number(base.get(metric)), "guarded": number(after[metric])}
+        row |= {"95 %": interval(after, metric)}
+        if f"gated_{metric}" in after:
+            row["gated"] = f"{after[f'gated_{metric}']:.2f}"
+        if "reference" in sides:
+            row["reference"] = number(sides["reference"].get(metric))
+        yield row
 
 
 def percent(sides: Json, side: str) -> str:
