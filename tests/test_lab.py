@@ -39,7 +39,7 @@ def test_shipped_texts_are_what_the_code_writes(tmp_path):
 
 def test_weights_are_small_and_safe():
     weights = list(data.SHIPPED.rglob("*.safetensors"))
-    assert len(weights) == 4 and sum(path.stat().st_size for path in weights) <= 8e6
+    assert len(weights) == 6 and sum(path.stat().st_size for path in weights) <= 8e6
     assert {path.suffix for path in data.SHIPPED.rglob("*") if path.is_file()} == {".json", ".jsonl", ".safetensors"}
 
 
