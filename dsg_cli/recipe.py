@@ -106,7 +106,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     made: Recipe = build_section(Recipe, data, "", problems)
     problems += _out_of_range(made) if not problems else []
     if problems:
-        raise DsgError("In the grid of a comparison:\n  " + "\n  ".join(problems))
+        raise DsgError("In a grid:\n  " + "\n  ".join(problems))
     return made
 
 

@@ -44,44 +44,25 @@ def run(recipe: Recipe, workspace: Workspace, *, session: Session = QUIET) -> St
     """
     clock = Clock()
     with session.workers.in_turn():
-        made = _prepared(recipe, workspace)
+        made = prepared(recipe, workspace)
     if (stored := session.existing(workspace, made.header)) is not None:
         return stored
     with session.checkpoint(workspace, made.header) as checkpoint:
-        parts = _statistics(made, recipe.select, session, checkpoint)
-        statistics = {
-            role: mix(of_role, [corpus.weight for corpus in made.corpora[role]]) for role, of_role in parts.items()
-        }
-        score = recipe.select.score
-        selection = select_features(
-            statistics["forget"].score(score),
-            statistics["retain"].score(score),
-            n_features=recipe.select.n_features,
-            ratio_percentile=recipe.select.ratio_percentile,
-        )
-        body = FeatureSet(
-            features=selection.features,
-            score=score,
-            ratio_cut=selection.ratio_cut,
-            forget_cut=selection.forget_cut,
-            percentiles_over=selection.percentiles_over,
-            n_live=selection.n_live,
-            n_passed=selection.n_passed,
-            forget_tokens=statistics["forget"].n_tokens,
-            retain_tokens=statistics["retain"].n_tokens,
-            median_residual_norm=statistics["retain"].median_residual_norm,
-            probe=_probe(made, recipe.select, statistics, parts, session),
-        )
-        tensors = {name: tensor for role in statistics for name, tensor in statistics[role].tensors(role).items()}
-        header = _noted(made, parts, selection.features)
-        n_tokens = body.forget_tokens + body.retain_tokens
-        return session.write(
-            workspace, lambda: workspace.write(clock.close(header, n_tokens=n_tokens), body, tensors=tensors)
-        )
+        found = selected(made, recipe.select, session, checkpoint)
+        header = _noted(made, found.parts, found.body.features)
+        n_tokens = found.body.forget_tokens + found.body.retain_tokens
+        closed = clock.close(header, n_tokens=n_tokens)
+        return session.write(workspace, lambda: workspace.write(closed, found.body, tensors=found.tensors))
+
+
+Parts = dict[str, list[FeatureStatistics]]
+"""Role -> the statistics of each of its corpora."""
+Remembered = dict[tuple[object, ...], FeatureStatistics]
+"""Statistics of corpora by all that they depend on, beside the model."""
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """All that the pass needs."""
 
     loaded: LoadedModel
@@ -91,8 +72,23 @@ class _Prepared:
     seq_len: int
 
 
-def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
+@dataclass(frozen=True)
+class Selected:
+    """What a pass over the corpora found."""
+
+    body: FeatureSet
+    tensors: dict[str, Tensor]
+    """Statistics of every feature of the SAE."""
+    parts: Parts
+
+
+def prepared(recipe: Recipe, workspace: Workspace, *, loaded: LoadedModel | None = None) -> Prepared:
     """Everything checked and read.
+
+    Args:
+        recipe: Model, SAE, corpora and settings.
+        workspace: Where models that are artifacts are.
+        loaded: The model, if it has been loaded already.
 
     Raises:
         DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
@@ -122,7 +118,7 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
             "Choose another number with -n.",
         )
 
-    loaded = load_model(
+    loaded = loaded or load_model(
         recipe.model.source,
         device=recipe.model.device,
         dtype=recipe.model.dtype,
@@ -140,7 +136,7 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
         notes=notes,
     )
     seq_len = min(recipe.select.seq_len, context_length(model_config))
-    return _Prepared(loaded, sae, {"forget": forget, "retain": retain}, header, seq_len)
+    return Prepared(loaded, sae, {"forget": forget, "retain": retain}, header, seq_len)
 
 
 def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]) -> Json:
@@ -152,37 +148,84 @@ def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]
     }
 
 
-Parts = dict[str, list[FeatureStatistics]]
-"""Role -> the statistics of each of its corpora."""
+def selected(
+    made: Prepared,
+    settings: SelectSection,
+    session: Session,
+    checkpoint: Checkpoint,
+    *,
+    remembered: Remembered | None = None,
+) -> Selected:
+    """Statistics, features and probe.
+
+    Args:
+        made: From `prepared`.
+        settings: Of the selection.
+        session: How it is run.
+        checkpoint: Where the pass goes on from, and is kept.
+        remembered: What earlier calls found of the same corpora by the same SAE.
+
+    Raises:
+        DsgError: Too few features pass, or an activation is not finite.
+    """
+    parts = _statistics(made, settings, session, checkpoint, {} if remembered is None else remembered)
+    statistics = {
+        role: mix(of_role, [corpus.weight for corpus in made.corpora[role]]) for role, of_role in parts.items()
+    }
+    selection = select_features(
+        statistics["forget"].score(settings.score),
+        statistics["retain"].score(settings.score),
+        n_features=settings.n_features,
+        ratio_percentile=settings.ratio_percentile,
+    )
+    body = FeatureSet(
+        features=selection.features,
+        score=settings.score,
+        ratio_cut=selection.ratio_cut,
+        forget_cut=selection.forget_cut,
+        percentiles_over=selection.percentiles_over,
+        n_live=selection.n_live,
+        n_passed=selection.n_passed,
+        forget_tokens=statistics["forget"].n_tokens,
+        retain_tokens=statistics["retain"].n_tokens,
+        median_residual_norm=statistics["retain"].median_residual_norm,
+        probe=_probe(made, settings, statistics, parts, session),
+    )
+    tensors = {name: tensor for role in statistics for name, tensor in statistics[role].tensors(role).items()}
+    return Selected(body, tensors, parts)
 
 
-def _statistics(made: _Prepared, settings: SelectSection, session: Session, checkpoint: Checkpoint) -> Parts:
-    """From one pass over each corpus's `select` part."""
+def _statistics(
+    made: Prepared, settings: SelectSection, session: Session, checkpoint: Checkpoint, remembered: Remembered
+) -> Parts:
+    """From one pass over each corpus's `select` part, but for those that are remembered."""
     encoder = load_encoder(made.sae, device=str(made.loaded.model.device))
     parts: Parts = {role: [] for role in made.corpora}
     for role, several in made.corpora.items():
         for corpus in several:
-            parts[role].append(
-                feature_statistics(
+            at_most = _max_tokens(made, settings, role)
+            key = (made.sae.identity, corpus.name, corpus.sha256, at_most, made.seq_len, settings.rows)
+            if key not in remembered:
+                remembered[key] = feature_statistics(
                     made.loaded.model,
                     made.sae.site,
                     encoder,
                     _batches(made, settings, role, corpus),
-                    total_tokens=estimated_tokens(corpus.part("select"), _max_tokens(made, settings, role)),
+                    total_tokens=estimated_tokens(corpus.part("select"), at_most),
                     what=f"{role} corpus {corpus.name.rsplit('/', 1)[-1]}",
                     workers=session.workers,
                     checkpoint=checkpoint,
                     report=session.report,
                 )
-            )
+            parts[role].append(remembered[key])
     return parts
 
 
-def _max_tokens(made: _Prepared, settings: SelectSection, role: str) -> int:
+def _max_tokens(made: Prepared, settings: SelectSection, role: str) -> int:
     return settings.max_rows * made.seq_len // len(made.corpora[role])
 
 
-def _batches(made: _Prepared, settings: SelectSection, role: str, corpus: Corpus) -> Iterator[TokenBatch]:
+def _batches(made: Prepared, settings: SelectSection, role: str, corpus: Corpus) -> Iterator[TokenBatch]:
     """The `select` part of one corpus."""
     return stream_batches(
         made.loaded.tokenizer,
@@ -196,7 +239,7 @@ def _batches(made: _Prepared, settings: SelectSection, role: str, corpus: Corpus
 
 
 def _probe(
-    made: _Prepared, settings: SelectSection, mixed: dict[str, FeatureStatistics], parts: Parts, session: Session
+    made: Prepared, settings: SelectSection, mixed: dict[str, FeatureStatistics], parts: Parts, session: Session
 ) -> Json:
     """A probe of tokens, from a second pass over a sample of the same text; nothing if none is wanted."""
     if not settings.probe_features:
@@ -231,7 +274,7 @@ def _probe(
     ).as_json()
 
 
-def _noted(made: _Prepared, parts: Parts, features: Sequence[Feature]) -> Header:
+def _noted(made: Prepared, parts: Parts, features: Sequence[Feature]) -> Header:
     """The header with what a person should know of the features: which look like formatting."""
     together = list(zip(made.corpora["retain"], parts["retain"], strict=True))
     chat, plain = ([one for corpus, one in together if corpus.is_chat == is_chat] for is_chat in (True, False))
