@@ -1,8 +1,9 @@
 """A workspace: a flat folder of numbered, immutable artifacts that are either complete or not there.
 
-`<kind>-<NNN>.json`, with `<kind>-<NNN>.safetensors` (tensors), `<kind>-<NNN>.jsonl` (rows), `<kind>-<NNN>.csv` (a table) and
-a folder `<kind>-<NNN>/` (files of others) beside it. A JSON file that exists is complete (committing.py). It holds the digests of its side files
-and of itself; every read verifies them, and that what it was computed from is what lies beside it.
+`<kind>-<NNN>.json`, with `<kind>-<NNN>.safetensors` (tensors), `<kind>-<NNN>.jsonl` (rows), `<kind>-<NNN>.csv` (a
+table) and a folder `<kind>-<NNN>/` (files of others) beside it. A JSON file that exists is complete (committing.py). It
+holds the digests of its side files and of itself; every read verifies them, and that what it was computed from is what
+lies beside it.
 """
 
 from __future__ import annotations

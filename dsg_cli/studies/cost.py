@@ -34,7 +34,7 @@ def rows_of(point: Json, rig: Rig) -> list[Json]:
     ground, length, batch_size = guards.ground, point["length"], point["batch_size"]
     longest = context_length(ground.loaded.model.config)
     n_body = length - (ground.bos is not None)
-    if not 1 <= n_body or length > longest:
+    if n_body < 1 or length > longest:
         raise DsgError(f"A pass over {length} tokens is not possible: the model reads {longest}, BOS among them.")
     rows = [piece.ids for piece in rig.pieces("fresh", n_body, True)]
     if not rows:

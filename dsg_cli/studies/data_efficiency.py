@@ -1,8 +1,8 @@
 """How much forget text is needed?
 
 By documents: a share of those that select reads, drawn at random. By entities: those that name some of a share of the
-entities that the text is about, and none of the others; documents that name nobody are left out. A larger share contains
-a smaller one. Retain text stays whole, and its statistics are computed once.
+entities that the text is about, and none of the others; documents that name nobody are left out. A larger share
+contains a smaller one. Retain text stays whole, and its statistics are computed once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dsg_cli.corpora import Corpus
 from dsg_cli.errors import DsgError
 from dsg_cli.lab.words import DOMAINS
 from dsg_cli.lab.world import build_world
-from dsg_cli.studies.rig import Rig, guard_rows
-from dsg_cli.studies.rows import accuracy_row
+from dsg_cli.studies.rig import Rig, gate_rows
+from dsg_cli.studies.rows import accuracy_row, accuracy_rows
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,20 @@ def rows_of(point: Json, rig: Rig) -> list[Json]:
     Raises:
         DsgError: No document is left, or the guardrail cannot be made.
     """
-    kept = share_of(rig.forget, point["by"], point["share"], seed=point.get("seed", 0), names=rig.names)
-    whole = point | {"n_documents": kept.n_documents, "n_entities": len(kept.entities)}
+    kept = share_of(rig.forget, point["by"], point["share"], seed=point.get("seed", rig.seed), names=rig.names)
+    point = point | {"n_documents": kept.n_documents, "n_entities": len(kept.entities)}
     guards = rig.guards_on(kept.corpora)
-    rows = guard_rows(whole, rig, guards)
+    guard, asker = guards.make(rig.wanted), rig.asker(guards)
+    found = asker.under([guard])
+    rows = [*accuracy_rows(point, found), *gate_rows(point, guard)]
     if point["by"] == "documents":
         return rows
-    asker = rig.asker(guards)
-    found = asker.under([guards.make(rig.wanted)])[rig.forget_bench]
-    is_named = [bool(_naming(kept.entities).search(one.context)) for one in asker.questions[rig.forget_bench]]
+    naming = _naming(kept.entities)
+    is_named = [bool(naming.search(question.context)) for question in asker.questions[rig.forget_bench]]
     for metric, is_wanted in (("acc_named", True), ("acc_not_named", False)):
-        own = [one for one, named in zip(found, is_named, strict=True) if named == is_wanted]
-        rows += [accuracy_row(whole, rig.forget_bench, own, metric=metric)] if own else []
+        pairs = zip(found[rig.forget_bench], is_named, strict=True)
+        own = [outcome for outcome, named in pairs if named == is_wanted]
+        rows += [accuracy_row(point, rig.forget_bench, own, metric=metric)] if own else []
     return rows
 
 

@@ -200,7 +200,9 @@ class Guards:
         for i, name in enumerate(names):
             self._seen[name] = {part: of_gates[i] for part, of_gates in found.items()}
 
-    def _statistics(self, modules: Sequence[GuardrailModule], pieces: Sequence[Piece], what: str, name: str) -> list[Statistics]:
+    def _statistics(
+        self, modules: Sequence[GuardrailModule], pieces: Sequence[Piece], what: str, name: str
+    ) -> list[Statistics]:
         """Of each gate, from one pass."""
         found = gate_statistics(
             self.ground.loaded,

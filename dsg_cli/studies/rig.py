@@ -15,7 +15,7 @@ from dsg_cli.artifacts import Json
 from dsg_cli.corpora import Corpus
 from dsg_cli.pieces import Piece
 from dsg_cli.studies.asking import Asker
-from dsg_cli.studies.guards import Guards, Wanted
+from dsg_cli.studies.guards import Guard, Guards, Wanted
 from dsg_cli.studies.rows import accuracy_rows, rate_row, row_of
 
 
@@ -43,13 +43,22 @@ class Rig:
     """Corpora that are to be forgotten one after another, the first one first."""
     forget_bench: str
     repeats: int
+    seed: int
 
 
-def guard_rows(point: Json, rig: Rig, guards: Guards) -> list[Json]:
-    """Accuracy on every bench under the guardrail of a point, its threshold and its false positives."""
+def guarded_rows(point: Json, rig: Rig, guards: Guards) -> list[Json]:
+    """The guardrail of a point on every bench, its threshold and its false positives.
+
+    Raises:
+        DsgError: It cannot be made.
+    """
     guard = guards.make(rig.wanted.at(point))
+    return [*accuracy_rows(point, rig.asker(guards).under([guard])), *gate_rows(point, guard)]
+
+
+def gate_rows(point: Json, guard: Guard) -> list[Json]:
+    """What is known of a gate from retain text."""
     return [
-        *accuracy_rows(point, rig.asker(guards).under([guard])),
         rate_row(point, "false_positive_rate", guard.n_false, guard.n_fresh),
         row_of(point, "threshold", value=guard.threshold),
     ]

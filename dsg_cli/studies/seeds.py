@@ -1,14 +1,13 @@
 """Does it hold for other SAEs, and for another draw of the data?
 
-`sae` takes SAEs of other seeds. `seed` is the recipe's: which documents are drawn, where they are cut into pieces, which
-tokens the probe is fitted on.
+`sae` takes SAEs of other seeds. `seed` is the recipe's: which documents are drawn, and where they are cut into pieces.
 """
 
 from __future__ import annotations
 
 from dsg_cli.artifacts import Json
 from dsg_cli.studies.names import AXES
-from dsg_cli.studies.rig import Rig, guard_rows
+from dsg_cli.studies.rig import Rig, guarded_rows
 
 
 def rows_of(point: Json, rig: Rig) -> list[Json]:
@@ -19,4 +18,4 @@ def rows_of(point: Json, rig: Rig) -> list[Json]:
     """
     guards = rig.guards_at({AXES[name].key: point[name] for name in ("sae", "seed") if name in point})
     identity = guards.ground.sae.identity
-    return guard_rows(point | {"hook": identity.hook, "n_in_sae": identity.n_features}, rig, guards)
+    return guarded_rows(point | {"hook": identity.hook, "n_in_sae": identity.n_features}, rig, guards)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsg_cli.artifacts import Json
-from dsg_cli.studies.rig import Rig, guard_rows
+from dsg_cli.studies.rig import Rig, guarded_rows
 
 
 def prepare(points: Sequence[Json], rig: Rig) -> None:
@@ -23,4 +23,4 @@ def rows_of(point: Json, rig: Rig) -> list[Json]:
     Raises:
         DsgError: It cannot be made.
     """
-    return guard_rows(point, rig, rig.guards_at({}))
+    return guarded_rows(point, rig, rig.guards_at({}))
