@@ -89,6 +89,6 @@ class StudyReport:
     error}. Intervals are 95 %: Wilson's of shares, by order statistics of medians. A point that failed has one row,
     which says why."""
     computed: Json
-    """{n_points, n_failed, text_passes, gate_passes, asked, n_requests}: what it took. Passes over a corpus beside those
-    of the features it began with, passes over retain text by which gates were calibrated, requests that went through
-    the whole model, and how many requests all questions of all benches are."""
+    """{n_points, n_failed, text_passes, gate_passes, asked, n_requests}: what it took. Passes over a corpus but for
+    those of the features it began with, passes over retain text by which gates were calibrated, requests that went
+    through the whole model, and how many requests all questions of all benches are."""

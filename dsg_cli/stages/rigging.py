@@ -18,7 +18,7 @@ from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.pieces import Piece, draw_pieces
 from dsg_cli.prompt_files import read_prompts
 from dsg_cli.recipe import Recipe, values_at, with_values
-from dsg_cli.stages import select
+from dsg_cli.stages import select, selecting
 from dsg_cli.stages.calibration_text import all_pieces, piece_lengths
 from dsg_cli.stages.chain import chain_sae
 from dsg_cli.stages.session import Session
@@ -59,7 +59,8 @@ class Rigging:
         file = recipe.calibrate.lengths_from
         self.prompts = read_prompts((), Path(file)) if file else []
         self.made = select.prepared(recipe, workspace, loaded=loaded)
-        self._remembered: select.Remembered = {}
+        self._remembered = selecting.Remembered()
+        self._selected: dict[str, selecting.Selected] = {}
         self._guards: dict[str, Guards] = {}
         self._askers: dict[int | None, Asker] = {}
         self._pieces: dict[tuple[str, int, bool], list[Piece]] = {}
@@ -99,7 +100,7 @@ class Rigging:
             if changes:
                 recipe = with_values(self.recipe, changes)
                 made = select.prepared(recipe, self.workspace, loaded=self.loaded)
-                self._guards[name] = self._selected(name, recipe, made)
+                self._guards[name] = self._ground(name, recipe, made)
             else:
                 assert self.features.header.sae is not None
                 chain_sae(self.features.header.sae, self.features.id)
@@ -116,7 +117,7 @@ class Rigging:
         made = dataclasses.replace(self.made, corpora={**self.made.corpora, "forget": list(forget)})
         name = " ".join(f"{corpus.name} {corpus.sha256}" for corpus in forget)
         if name not in self._guards:
-            self._guards[name] = self._selected(name, self.recipe, made)
+            self._guards[name] = self._ground(name, self.recipe, made)
         return self._guards[name]
 
     def asker(self, bos: int | None) -> Asker:
@@ -157,20 +158,29 @@ class Rigging:
     def computed(self) -> Json:
         """What it took so far."""
         return {
-            "text_passes": len(self._remembered),
+            "text_passes": len(self._remembered.statistics),
             "gate_passes": sum(guards.n_passes for guards in self._guards.values()),
             "asked": sum(asker.n_asked for asker in self._askers.values()),
             "n_requests": sum(len(one.choices) for several in self.questions.values() for one in several),
         }
 
-    def _selected(self, name: str, recipe: Recipe, made: select.Prepared) -> Guards:
+    def _ground(self, name: str, recipe: Recipe, made: selecting.Prepared) -> Guards:
         """A ground of its own, by the same pass as `dsg select`; what is known of a corpus is not computed again."""
-        # The checkpoint is of the points that are done: a pass that was interrupted begins anew.
-        found = select.selected(made, recipe.select, self.session, Checkpoint(), remembered=self._remembered)
+        settings = recipe.select
+        if recipe.calibrate.gate != "probe":
+            settings = dataclasses.replace(settings, probe_features=0)
+        corpora = {role: [one.described() for one in several] for role, several in made.corpora.items()}
+        key = json.dumps([dataclasses.asdict(made.sae.identity), corpora, dataclasses.asdict(settings)])
+        if key not in self._selected:
+            # The checkpoint is of the points that are done: a pass that was interrupted begins anew.
+            self._selected[key] = selecting.selected(
+                made, settings, self.session, Checkpoint(), remembered=self._remembered
+            )
+        found = self._selected[key]
         return self._on(name, recipe, made, found.body, found.tensors)
 
     def _on(
-        self, name: str, recipe: Recipe, made: select.Prepared, body: FeatureSet, tensors: Mapping[str, Any]
+        self, name: str, recipe: Recipe, made: selecting.Prepared, body: FeatureSet, tensors: Mapping[str, Any]
     ) -> Guards:
         """Guardrails on a ground whose features are known; retain text is cut as `dsg calibrate` cuts it."""
         loaded, settings = self.loaded, recipe.calibrate
@@ -184,7 +194,7 @@ class Rigging:
         ground = Ground(name, loaded, made.sae, body, tensors, bos, pieces)
         return Guards(ground, settings, checkpoint=self.checkpoint, report=self.session.report)
 
-    def _retain(self, recipe: Recipe, made: select.Prepared) -> list[Corpus]:
+    def _retain(self, recipe: Recipe, made: selecting.Prepared) -> list[Corpus]:
         """What thresholds are set on."""
         if not recipe.calibrate.retain:
             return made.corpora["retain"]
