@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from dsg_cli.measured import AttackReport, Comparison, EvalReport
+from dsg_cli.measured import AttackReport, Comparison, EvalReport, StudyReport
 from dsg_cli.provenance import Header, InputArtifact, Json, ModelIdentity, SaeIdentity
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "ModelIdentity",
     "ModelWeights",
     "SaeIdentity",
+    "StudyReport",
     "Threshold",
     "Wrapper",
     "to_json",
@@ -217,8 +218,12 @@ class Wrapper:
     retain: list[str]
 
 
-Body = Comparison | FeatureSet | Threshold | Guardrail | ModelWeights | Wrapper | EvalReport | AttackReport
-BodyT = TypeVar("BodyT", Comparison, FeatureSet, Threshold, Guardrail, ModelWeights, Wrapper, EvalReport, AttackReport)
+Body = (
+    Comparison | FeatureSet | Threshold | Guardrail | ModelWeights | Wrapper | EvalReport | AttackReport | StudyReport
+)
+BodyT = TypeVar(
+    "BodyT", Comparison, FeatureSet, Threshold, Guardrail, ModelWeights, Wrapper, EvalReport, AttackReport, StudyReport
+)
 
 KINDS: dict[str, type[Any]] = {
     "features": FeatureSet,
@@ -229,6 +234,7 @@ KINDS: dict[str, type[Any]] = {
     "eval": EvalReport,
     "attack": AttackReport,
     "compare": Comparison,
+    "study": StudyReport,
 }
 SCHEMAS: dict[str, int] = {
     "features": 2,
@@ -239,6 +245,7 @@ SCHEMAS: dict[str, int] = {
     "eval": 4,
     "attack": 3,
     "compare": 1,
+    "study": 1,
 }
 MADE_BY = {
     "features": "dsg select",
@@ -249,6 +256,7 @@ MADE_BY = {
     "eval": "dsg eval",
     "attack": "dsg attack",
     "compare": "dsg compare",
+    "study": "dsg study",
 }
 NEXT_COMMAND = {
     "features": "dsg calibrate",
@@ -259,6 +267,7 @@ NEXT_COMMAND = {
     "eval": "dsg attack",
     "attack": "dsg ls",
     "compare": "dsg ls",
+    "study": "dsg ls",
 }
 
 

@@ -23,7 +23,7 @@ from dsg_cli.locks import locked
 LOCK = ".lock"
 PARTIAL = ".partial"
 ID = re.compile(r"(" + "|".join(KINDS) + r")-([0-9]{3,18})(?![0-9])")
-SIDE_FILES = (".safetensors", ".jsonl")
+SIDE_FILES = (".safetensors", ".jsonl", ".csv")
 
 
 @contextmanager

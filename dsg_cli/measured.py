@@ -1,4 +1,4 @@
-"""Bodies of the artifacts that say what was measured: evaluations, attacks, comparisons."""
+"""Bodies of the artifacts that say what was measured: evaluations, attacks, comparisons, studies."""
 
 from __future__ import annotations
 
@@ -71,3 +71,30 @@ class Comparison:
     scatter of forget accuracy against utility."""
     sequences: list[Json]
     """{method, curve: [{request, artifacts, results: {bench: acc}}], error}: requests one after another."""
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """Body of `study-NNN`; the same rows lie beside it as CSV."""
+
+    study: str
+    split: str
+    """Of the lab's questions: `dev` to choose by, or `test`."""
+    grid: Json
+    """Setting -> values; points are all their combinations."""
+    benches: Json
+    """{forget: [bench], other: [bench]}; of a study that asks nothing, empty lists."""
+    chance: float
+    """Accuracy on forget questions without any knowledge."""
+    base: Json
+    """{bench: {acc, low, high, n}} of the model without any guardrail."""
+    columns: list[str]
+    """Of the table, those of settings and what points turned out to be; those of what was measured follow."""
+    rows: list[Json]
+    """One a point and measure: {<column>, ..., bench, metric, value, low, high, n, gate_rate, gate_low, gate_high,
+    error}. Intervals are 95 %: Wilson's of shares, by order statistics of medians. A point that failed has one row,
+    which says why."""
+    computed: Json
+    """{n_points, n_failed, text_passes, gate_passes, asked, n_requests}: what it took. Passes over a corpus but for
+    those of the features it began with, passes over retain text by which gates were calibrated, requests that went
+    through the whole model, and how many requests all questions of all benches are."""

@@ -9,7 +9,7 @@ by accident, and one of many such features is always on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,6 @@ from dsg_cli.interruption import at_safe_points, safe_point
 from dsg_cli.progress import Report, silent
 from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.sites import HookSite
-from dsg_cli.runtime.slices import SaeSlice
 from dsg_cli.statistics import FeatureStatistics
 from dsg_cli.tokens import TokenBatch
 from dsg_cli.workers import ALONE, Workers
@@ -69,7 +68,8 @@ def candidates(forget: FeatureStatistics, retain: FeatureStatistics, n: int) -> 
 def sampled_activations(
     model: nn.Module,
     site: HookSite,
-    watched: SaeSlice,
+    encode: Callable[[Tensor], Tensor],
+    width: int,
     batches: Iterable[TokenBatch],
     *,
     total_tokens: int,
@@ -78,7 +78,9 @@ def sampled_activations(
     report: Report = silent,
     what: str = "",
 ) -> Tensor:
-    """Activations [T, C] of the watched features on about `n_tokens` tokens, evenly spread over a corpus.
+    """Activations [T, C] on about `n_tokens` tokens, evenly spread over a corpus.
+
+    `encode` makes residuals [T, D] to activations of that width C; one that leaves them as they are samples residuals.
 
     In the order of batches, which all workers form alike, so that the number of workers does not matter.
     """
@@ -91,7 +93,7 @@ def sampled_activations(
         # Every stride-th token of a row, from where the row's own tokens say: however rows are batched.
         place_BL = counted_BL.cumsum(-1) + (batch.ids_BL * batch.mask_BL).sum(-1, keepdim=True)
         taken_BL = counted_BL & (place_BL % stride == 0)
-        return watched(read_residual(model, site, batch.ids_BL, batch.mask_BL)[taken_BL]).acts.abs()
+        return encode(read_residual(model, site, batch.ids_BL, batch.mask_BL)[taken_BL])
 
     n_seen = 0
     with at_safe_points():
@@ -103,7 +105,7 @@ def sampled_activations(
             safe_point()
     lengths = [[number, len(acts_TC)] for number, acts_TC in found.items()]
     of_all = sorted(one for several in workers.gathered(lengths) for one in several)
-    gathered_TC = torch.zeros(sum(length for _, length in of_all), len(watched.W_dec))
+    gathered_TC = torch.zeros(sum(length for _, length in of_all), width)
     start = 0
     for number, length in of_all:
         if number in found:

@@ -19,6 +19,7 @@ from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import is_file
 from dsg_cli.methods import clamp_checks, comparison, training_checks, wrapper_checks
 from dsg_cli.settings import AttackSection, Recipe
+from dsg_cli.studies import settings as study_settings
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "recipe_names"]
 
@@ -110,7 +111,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     made: Recipe = build_section(Recipe, data, "", problems)
     problems += _out_of_range(made) if not problems else []
     if problems:
-        raise DsgError("In the grid of a comparison:\n  " + "\n  ".join(problems))
+        raise DsgError("In a grid:\n  " + "\n  ".join(problems))
     return made
 
 
@@ -216,6 +217,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
         *wrapper_checks.checks(recipe.methods),
         *training_checks.checks(recipe.methods),
         *comparison.checks(recipe.compare),
+        *study_settings.checks(recipe.study),
     )
     return [words for is_fine, words in checks if not is_fine]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,18 @@ def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, rati
         n_live=int(live_F.sum()),
         n_passed=n_passed,
     )
+
+
+def scores_of(score: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Forget and retain score of every feature, each [F], from the statistics that select wrote.
+
+    Args:
+        score: `mean-square` or `squared-mean`.
+        tensors: Beside a features artifact.
+    """
+    if score == "mean-square":
+        return tensors["forget_mean_square"], tensors["retain_mean_square"]
+    return tensors["forget_mean"].square(), tensors["retain_mean"].square()
 
 
 def formatting_notes(chat_F: Tensor, plain_F: Tensor, indices: Sequence[int]) -> list[str]:

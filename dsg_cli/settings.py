@@ -7,6 +7,7 @@ from typing import Literal
 
 from dsg_cli.methods.comparison import CompareSection
 from dsg_cli.methods.settings import MethodsSection
+from dsg_cli.studies.settings import StudySection
 
 
 @dataclass(frozen=True)
@@ -264,5 +265,6 @@ class Recipe:
     generate: GenerateSection = GenerateSection()
     attack: AttackSection = AttackSection()
     compare: CompareSection = field(default_factory=CompareSection)
+    study: StudySection = field(default_factory=StudySection)
     published: PublishedSection = PublishedSection()
     seed: int = 0

@@ -80,6 +80,13 @@ _TRIAL = {
     "is_chosen": bool,
     "error": str,
 }
+_STUDY_ROW = {
+    "bench": str,
+    "metric": str,
+    **dict.fromkeys(("value", "low", "high", "gate_rate", "gate_low", "gate_high"), (NUMBER, OR_NONE)),
+    "n": (int, OR_NONE),
+    "error": str,
+}
 GIT = ({"commit": str, "dirty": bool}, OR_EMPTY)
 SETTINGS: dict[str, Any] = {
     "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NONE)},
@@ -90,6 +97,7 @@ SETTINGS: dict[str, Any] = {
     "eval": {"benches": [str]},
     "attack": {"retain?": {"*": str}},
     "compare": {},
+    "study": {},
 }
 BODY: dict[str, Any] = {
     "features": {"probe": (_PROBE, OR_EMPTY)},
@@ -138,6 +146,13 @@ BODY: dict[str, Any] = {
         "sequences": [
             {"method": str, "error": str, "curve": [{"request": str, "artifacts": [str], "results": {"*": NUMBER}}]}
         ],
+    },
+    "study": {
+        "grid": {"*": [(NUMBER, str)]},
+        "benches": {"forget": [str], "other": [str]},
+        "base": {"*": {"acc": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}},
+        "rows": [_STUDY_ROW],
+        "computed": {"n_points": int, "n_failed": int},
     },
 }
 """By kind of artifact."""

@@ -1,8 +1,9 @@
 """A workspace: a flat folder of numbered, immutable artifacts that are either complete or not there.
 
-`<kind>-<NNN>.json`, with `<kind>-<NNN>.safetensors` (tensors), `<kind>-<NNN>.jsonl` (rows) and a folder `<kind>-<NNN>/`
-(files of others) beside it. A JSON file that exists is complete (committing.py). It holds the digests of its side files
-and of itself; every read verifies them, and that what it was computed from is what lies beside it.
+`<kind>-<NNN>.json`, with `<kind>-<NNN>.safetensors` (tensors), `<kind>-<NNN>.jsonl` (rows), `<kind>-<NNN>.csv` (a
+table) and a folder `<kind>-<NNN>/` (files of others) beside it. A JSON file that exists is complete (committing.py). It
+holds the digests of its side files and of itself; every read verifies them, and that what it was computed from is what
+lies beside it.
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ class Workspace:
         *,
         tensors: dict[str, Tensor] | None = None,
         rows: Iterable[Json] | None = None,
+        table: str | None = None,
         folder: Mapping[str, Content] | None = None,
     ) -> Stored:
         """Write an artifact under the next number; all or nothing.
@@ -165,6 +167,7 @@ class Workspace:
             body: What was found.
             tensors: Written beside it as safetensors.
             rows: Written beside it as JSON lines.
+            table: Written beside it, as CSV.
             folder: Files, by their paths, of a folder beside it that is named like it; those that are given as files
                 are moved.
 
@@ -172,7 +175,7 @@ class Workspace:
             DsgError: The workspace cannot be written to.
         """
         self.check_writable()
-        content = dict(_contents(tensors, rows, folder or {}))
+        content = dict(_contents(tensors, rows, table, folder or {}))
         try:
             with writing(self.folder):
                 artifact_id = next_id(self.folder, header.kind)
@@ -243,7 +246,7 @@ def _digest_said(path: Path) -> str:
 
 
 def _contents(
-    tensors: dict[str, Tensor] | None, rows: Iterable[Json] | None, folder: Mapping[str, Content]
+    tensors: dict[str, Tensor] | None, rows: Iterable[Json] | None, table: str | None, folder: Mapping[str, Content]
 ) -> Iterator[tuple[str, Content]]:
     """Side files, by what follows the id in their names."""
     if tensors is not None:
@@ -252,6 +255,8 @@ def _contents(
         yield ".safetensors", save({k: v.contiguous() for k, v in tensors.items()})
     if rows is not None:
         yield ".jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+    if table is not None:
+        yield ".csv", table.encode()
     for name, what in folder.items():
         yield f"/{name}", what
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from dsg_cli.calibration import wilson
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.guardrail import GuardrailModule, guarded, last_decisions
 from dsg_cli.progress import Report, silent
-from dsg_cli.scoring import Request, encode_pair, score
+from dsg_cli.scoring import Request, Score, encode_pair, score
 from dsg_cli.tokens import TokenBatch, special_ids
 from dsg_cli.workers import ALONE, Workers
 from dsg_cli.wrapper import WrapperModule, has_filter, wrap
@@ -45,13 +46,7 @@ def ask(
 
     What has been asked is kept in the checkpoint under that name, by which progress is reported too.
     """
-    requests: list[Request] = []
-    for number, question in enumerate(questions):
-        for choice in question.choices:
-            request = encode_pair(tokenizer, question.context, choice, bos=bos)
-            context = change(request.context, number) if change is not None else request.context
-            requests.append(Request(context, request.continuation))
-
+    requests = requests_of(tokenizer, questions, bos=bos, change=change)
     wrapped = wrap(wrappers, model, tokenizer, requests, batch_size=batch_size, bos=bos, workers=workers, report=report)
 
     def note(_batch: TokenBatch) -> list[bool]:
@@ -74,14 +69,48 @@ def ask(
             name=name,
             report=report,
         )
-    right, n_gated, start = 0, 0, 0
-    for question in questions:
-        own = slice(start, start + len(question.choices))
-        found = scores[own]
-        values = [one.loglikelihood for one in found]
-        right += values.index(max(values)) == question.answer
-        n_gated += any(one.note for one in found) or any(one.is_refused for one in wrapped[own])
-        start += len(question.choices)
+    decided = [bool(found.note) or one.is_refused for found, one in zip(scores, wrapped, strict=True)]
+    found = outcomes(questions, scores, decided)
+    right, n_gated = sum(one.is_right for one in found), sum(one.is_gated for one in found)
     low, high = wilson(right, len(questions))
     measured: Json = {"acc": right / len(questions), "low": low, "high": high, "n": len(questions)}
     return measured | ({"gate_rate": n_gated / len(questions)} if guardrails or has_filter(wrappers) else {})
+
+
+class Outcome(NamedTuple):
+    """What came of one question."""
+
+    is_right: bool
+    is_gated: bool
+    """One of its choices was gated or refused."""
+
+
+def requests_of(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, bos: int | None, change: Change | None = None
+) -> list[Request]:
+    """A request for each choice of each question, in their order; arguments as for `ask`."""
+    requests: list[Request] = []
+    for number, question in enumerate(questions):
+        for choice in question.choices:
+            request = encode_pair(tokenizer, question.context, choice, bos=bos)
+            context = change(request.context, number) if change is not None else request.context
+            requests.append(Request(context, request.continuation))
+    return requests
+
+
+def outcomes(questions: Sequence[Question], scores: Sequence[Score], decided: Sequence[bool]) -> list[Outcome]:
+    """What came of each question, from the scores of its choices and whether each was gated or refused."""
+    found: list[Outcome] = []
+    start = 0
+    for question in questions:
+        own = slice(start, start + len(question.choices))
+        values = [one.loglikelihood for one in scores[own]]
+        found.append(Outcome(values.index(max(values)) == question.answer, any(decided[own])))
+        start += len(question.choices)
+    return found
+
+
+def chance_of(questions: Sequence[Question]) -> float:
+    """Accuracy without any knowledge; of four choices where there is no question."""
+    sizes = [len(question.choices) for question in questions] or [4]
+    return sum(1 / n for n in sizes) / len(sizes)

@@ -85,7 +85,9 @@ def _build(manager: Any, bench: str, split: str, can_generate: bool) -> list[Any
         with data_errors(DATA_OF.get(name, name)):
             loaded = manager.load([_lab_task(bench, split) if bench in lab.bench_names() else name])
             for task in loaded["tasks"].values():
-                doc = next(iter(task.eval_docs))
+                doc = next(iter(task.eval_docs), None)
+                if doc is None:
+                    raise DsgError("It has no questions.", "Give it a split, or rows, that hold some.")
                 task.doc_to_text(doc), task.doc_to_target(doc)
                 if task.get_config("output_type") == "multiple_choice":
                     task.doc_to_choice(doc)

@@ -30,6 +30,7 @@ from dsg_cli.cli import (
     run,
     select,
     show,
+    study,
     verify,
 )
 from dsg_cli.cli.running import be_quiet_unless_first, check_shared, resume_command
@@ -55,6 +56,7 @@ app.command("apply")(apply.command)
 app.command("eval")(evaluate.command)
 app.command("attack")(attack.command)
 app.command("compare")(compare.command)
+app.command("study")(study.command)
 app.command("export")(export.command)
 app.command("generate")(generate.command)
 app.command("demo")(demo.command)

@@ -14,6 +14,7 @@ from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
 from dsg_cli.methods.names import METHODS
+from dsg_cli.studies.names import STUDIES
 
 
 def _recipes() -> list[str]:
@@ -49,6 +50,7 @@ NAMES: dict[str, Callable[[], list[str]]] = {
     "gates": lambda: list(get_args(CalibratedGate)),
     "attacks": lambda: [*KINDS, ALL],
     "methods": lambda: list(METHODS),
+    "studies": lambda: list(STUDIES),
     "recipes": _recipes,
 }
 

@@ -9,7 +9,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.artifacts import Comparison, EvalReport, FeatureSet, Guardrail, Json, ModelWeights, Threshold, Wrapper
+from dsg_cli.artifacts import (
+    Comparison,
+    EvalReport,
+    FeatureSet,
+    Guardrail,
+    Json,
+    ModelWeights,
+    StudyReport,
+    Threshold,
+    Wrapper,
+)
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
@@ -18,6 +28,7 @@ from dsg_cli.report.comparison import comparison_table
 from dsg_cli.report.evaluations import evaluation_table, first_metric
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
 from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
+from dsg_cli.report.studies import study_headline, study_table
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
 
@@ -35,6 +46,8 @@ def artifact_table(stored: Stored) -> Group:
         table = evaluation_table(body, stored.header.settings.get("benches", []))
     elif isinstance(body, Comparison):
         table = comparison_table(body)
+    elif isinstance(body, StudyReport):
+        table = study_table(body)
     elif isinstance(body, ModelWeights):
         table = _pairs(model_rows(body))
     elif isinstance(body, Wrapper):
@@ -105,6 +118,8 @@ def headline(stored: Stored) -> str:
         return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
     if isinstance(body, Comparison):
         return f"{len({row['method'] for row in body.rows})} methods, {len(body.trials)} trials"
+    if isinstance(body, StudyReport):
+        return study_headline(body)
     if isinstance(body, ModelWeights):
         return f"{body.method}, {body.form}, {len(body.losses)} steps"
     if isinstance(body, Wrapper):

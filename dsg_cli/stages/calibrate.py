@@ -8,37 +8,29 @@ kind: each retain corpus, longer pieces of it, forget text and questions; writes
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from dsg_cli.artifacts import FeatureSet, Header, Json, Threshold
-from dsg_cli.calibration import percentile_threshold, rate_above, threshold_of
-from dsg_cli.checkpoints import Checkpoint, State
+from dsg_cli.calibration import percentile_threshold, rate_above
+from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.corpora import Corpus, check_disjoint, check_named, load_corpora
+from dsg_cli.detection import Detection, check_finite, detection_of, gate_statistics, threshold_at, watching
 from dsg_cli.errors import DsgError
-from dsg_cli.fitting import Fitting
 from dsg_cli.guardrail import GuardrailModule
-from dsg_cli.interruption import at_safe_points
 from dsg_cli.model import LoadedModel, context_length
 from dsg_cli.pieces import Piece
 from dsg_cli.prompt_files import read_prompts
 from dsg_cli.prompting import check_chat
 from dsg_cli.recipe import Recipe
-from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.gates import FORMS
 from dsg_cli.settings import CalibrateSection
-from dsg_cli.stages.calibration_text import all_pieces, dev_questions, lengths_of
+from dsg_cli.stages.calibration_text import all_pieces, dev_questions, piece_lengths
 from dsg_cli.stages.chain import chain_sae, load_chain_model, settle, spelled
-from dsg_cli.stages.detection import Detection, detection_of, watching
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.tokens import TokenBatch, batches, bos_to_prepend, encode, special_ids
+from dsg_cli.tokens import bos_to_prepend, special_ids
 from dsg_cli.workspace import Stored, Workspace
 
 
@@ -95,7 +87,8 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
     check_named(names, role="retain")
     check_disjoint([corpus["name"] for corpus in selected["forget"]], names)
     prompts = read_prompts((), Path(settings.lengths_from)) if settings.lengths_from else []
-    detection = detection_of(recipe.calibrate, workspace, features)
+    of_features = features.body_as(FeatureSet)
+    detection = detection_of(settings, of_features, workspace.tensors(features), made=features.id)
     questions = dev_questions(recipe.calibrate, [corpus["name"] for corpus in selected["forget"]])
     retain = _corpora(names, "retain", recipe, selected["retain"])
     forget = _corpora([corpus["name"] for corpus in selected["forget"]], "forget", recipe, selected["forget"])
@@ -104,7 +97,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
     loaded = load_chain_model(features.header, recipe, cut=True)
     bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
     room = context_length(loaded.model.config) - (bos is not None)
-    lengths = lengths_of(settings, [ids[int(bos is not None) :] for ids in encode(loaded.tokenizer, prompts, bos=bos)])
+    lengths = piece_lengths(settings, loaded.tokenizer, prompts, bos=bos)
     header = new_header(
         "threshold",
         recipe,
@@ -125,7 +118,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
     if min(lengths) > room:
         raise DsgError(f"Pieces of {min(lengths)} tokens do not fit: the model reads {room}.", "Lower --lengths.")
     check_chat(loaded.tokenizer, retain)
-    indices = [feature.index for feature in features.body_as(FeatureSet).features]
+    indices = [feature.index for feature in of_features.features]
     gate = watching(recipe.calibrate, loaded, sae, indices, detection)
     pieces = all_pieces(recipe, loaded, retain, forget, questions, bos=bos, lengths=lengths, room=room)
     return _Prepared(features, pieces, loaded, gate, detection, bos, header)
@@ -149,22 +142,10 @@ def _threshold(made: _Prepared, settings: CalibrateSection, rows: Sequence[Json]
         DsgError: A statistic is not finite, there is too little text, or the gate could never fire.
     """
     selected, of_features = made.features.header.settings, made.features.body_as(FeatureSet)
-    if not all(math.isfinite(row["statistic"]) for row in rows):
-        raise DsgError("On a piece of text an activation is not finite.", "Check the weights, or try --dtype float32.")
+    check_finite([row["statistic"] for row in rows])
     calibration = [row for row in rows if row["part"] == "calibrate"]
     fresh = [row for row in rows if row["part"] == "fresh"]
-    threshold = threshold_of(
-        [(row["group"], row["statistic"]) for row in calibration],
-        settings.alpha,
-        is_each=settings.guarantee == "each",
-        is_conformal=settings.quantile == "conformal",
-    )
-    if FORMS[settings.gate][0] == "hot" and threshold >= 1:
-        raise DsgError(
-            f"The gate could never fire: at alpha {settings.alpha:g} its threshold is {threshold:g}, the largest "
-            "value that the statistic can take.",
-            "The features fire on retain text too: raise --ratio-percentile or lower -n in select, or raise --alpha.",
-        )
+    threshold = threshold_at(settings, [(row["group"], row["statistic"]) for row in calibration])
     of_fresh = rate_above(threshold, [row["statistic"] for row in fresh])
     return Threshold(
         threshold=threshold,
@@ -211,41 +192,20 @@ def _rates(rows: Sequence[Json], threshold: float, longest: int) -> list[Json]:
     ]
 
 
-@torch.inference_mode()
 def _statistics(
     made: _Prepared, part: str, pieces: Sequence[Piece], session: Session, checkpoint: Checkpoint
 ) -> list[Json]:
     """The gate statistic of every piece of one part: `{id, group, part, length, statistic}`, no text."""
-    tokenizer, gate = made.loaded.tokenizer, made.gate
-    kept = checkpoint.entry(part) or {"n_batches": 0, "found": []}
-    n_batches: int = kept["n_batches"]
-    found: list[list[Any]] = kept["found"]
-    """[number of the batch, of the piece, counted tokens, statistic]"""
-    n_tokens, total = 0, sum(len(piece.ids) for piece in pieces)
-    fit = Fitting()
-
-    def watch(batch: TokenBatch) -> Tensor:
-        resid_BLD = read_residual(made.loaded.model, gate.read, batch.ids_BL, batch.mask_BL)
-        return gate.watch(resid_BLD, batch.counted_BL).statistic_BL.amax(-1)
-
-    def state() -> State:
-        return {"n_batches": n_batches, "found": found}
-
-    device = str(made.loaded.model.device)
-    with at_safe_points():
-        for number, whole in enumerate(batches([piece.ids for piece in pieces], tokenizer, device=device)):
-            n_tokens += int(whole.mask_BL.sum())
-            if not session.workers.owns(number) or number < n_batches:
-                continue
-            for batch, statistic_B in fit(whole, watch):
-                several = zip(batch.index, batch.counted_BL.sum(-1).tolist(), statistic_B.tolist(), strict=True)
-                found += [[number, *one] for one in several]
-            n_batches = number + 1
-            session.report(f"{part} pieces, tokens", n_tokens, total)
-            checkpoint.reached(part, state)
-    checkpoint.keep(part, state())
-    of_all = sorted((one for several in session.workers.gathered(found) for one in several), key=lambda one: one[0])
+    found = gate_statistics(
+        made.loaded,
+        [made.gate],
+        pieces,
+        what=part,
+        workers=session.workers,
+        checkpoint=checkpoint,
+        report=session.report,
+    )
     return [
         {"id": pieces[i].id, "group": pieces[i].corpus, "part": part, "length": length, "statistic": statistic}
-        for _, i, length, statistic in of_all
+        for i, length, (statistic,) in found
     ]

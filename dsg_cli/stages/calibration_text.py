@@ -6,6 +6,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from dsg_cli.corpora import Corpus, Part
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
@@ -38,6 +40,17 @@ def lengths_of(settings: CalibrateSection, prompts: Sequence[Sequence[int]]) -> 
             "Lower calibrate.window (--set).",
         )
     return found
+
+
+def piece_lengths(
+    settings: CalibrateSection, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, bos: int | None
+) -> Sequence[int]:
+    """The same from prompts as texts, of which BOS is not counted.
+
+    Raises:
+        DsgError: As `lengths_of`.
+    """
+    return lengths_of(settings, [ids[int(bos is not None) :] for ids in encode(tokenizer, prompts, bos=bos)])
 
 
 def dev_questions(settings: CalibrateSection, forget: Sequence[str]) -> dict[str, list[str]]:

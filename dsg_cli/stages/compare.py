@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsg_cli.artifacts import AttackReport, Comparison, EvalReport, Header, Json
+from dsg_cli.attacks.asking import chance_of
 from dsg_cli.benches.tasks import Question
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
@@ -139,7 +140,6 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
     )
     bos = bos_to_prepend(loaded.tokenizer, False)
     base = accuracies(loaded, questions, recipe, bos=bos) if questions else {}
-    sizes = [len(question.choices) for question in questions.get(forget, [])] or [4]
     settings = {
         name: value for name, value in dataclasses.asdict(recipe).items() if name not in ("generate", "published")
     }
@@ -151,7 +151,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
         sae=None,
         inputs=[stored for subject in collected for stored in subject.named],
     )
-    return _Prepared(recipe, benches, questions, base, sum(1 / n for n in sizes) / len(sizes), header)
+    return _Prepared(recipe, benches, questions, base, chance_of(questions.get(forget, [])), header)
 
 
 def _dev_questions(recipe: Recipe, benches: Sequence[str]) -> dict[str, list[Question]]:

@@ -16,7 +16,7 @@ from dsg_cli.model import LoadedModel
 from dsg_cli.prompt_files import read_prompts
 from dsg_cli.recipe import Recipe
 from dsg_cli.sae import load_encoder
-from dsg_cli.selection import EPSILON, select_features
+from dsg_cli.selection import EPSILON, scores_of, select_features
 from dsg_cli.slicing import slice_sae
 from dsg_cli.stages.chain import chain_sae
 from dsg_cli.stages.material import Material
@@ -33,10 +33,7 @@ def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Sto
     sae = chain_sae(features.header.sae, features.id)
     settings, body = getattr(recipe.methods, section_of(method)), features.body_as(FeatureSet)
     tensors = workspace.tensors(features)
-    name = "mean_square" if body.score == "mean-square" else "mean"
-    forget_F, retain_F = (tensors[f"{role}_{name}"] for role in ("forget", "retain"))
-    if name == "mean":
-        forget_F, retain_F = forget_F.square(), retain_F.square()
+    forget_F, retain_F = scores_of(body.score, tensors)
     n_relevant = getattr(settings, "n_relevant", len(body.features))
     n_irrelevant = getattr(settings, "n_irrelevant", 1)
     percentile = features.header.settings["ratio_percentile"]

@@ -7,32 +7,24 @@ whole SAE, once; ranks the features (METHOD, steps 1 to 4); writes features-NNN.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from dsg_cli.artifacts import Feature, FeatureSet, Header, Json
-from dsg_cli.checkpoints import Checkpoint
+from dsg_cli.artifacts import Feature, Header, Json
 from dsg_cli.corpora import Corpus, check_disjoint, check_named, check_no_shared_texts, load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.fit import check_fits
 from dsg_cli.model import LoadedModel, context_length, load_model, load_tokenizer, read_config, text_config
-from dsg_cli.probe import candidates, fit_probe, sampled_activations
-from dsg_cli.prompting import check_chat, prompts
+from dsg_cli.prompting import check_chat
 from dsg_cli.recipe import Recipe
-from dsg_cli.sae import SaeSource, check_name, load_encoder, read_sae
-from dsg_cli.selection import formatting_notes, select_features
-from dsg_cli.settings import SelectSection
-from dsg_cli.slicing import load_slice
+from dsg_cli.sae import check_name, read_sae
+from dsg_cli.selection import formatting_notes
 from dsg_cli.stages.chain import identify, settle
 from dsg_cli.stages.material import check_world, named_model
 from dsg_cli.stages.provenance import Clock, new_header
+from dsg_cli.stages.selecting import Parts, Prepared, selected
 from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.statistics import FeatureStatistics, feature_statistics, mix
-from dsg_cli.streaming import estimated_tokens, stream_batches
-from dsg_cli.tokens import TokenBatch, bos_to_prepend
+from dsg_cli.statistics import mix
 from dsg_cli.workspace import Stored, Workspace
 
 
@@ -44,55 +36,24 @@ def run(recipe: Recipe, workspace: Workspace, *, session: Session = QUIET) -> St
     """
     clock = Clock()
     with session.workers.in_turn():
-        made = _prepared(recipe, workspace)
+        made = prepared(recipe, workspace)
     if (stored := session.existing(workspace, made.header)) is not None:
         return stored
     with session.checkpoint(workspace, made.header) as checkpoint:
-        parts = _statistics(made, recipe.select, session, checkpoint)
-        statistics = {
-            role: mix(of_role, [corpus.weight for corpus in made.corpora[role]]) for role, of_role in parts.items()
-        }
-        score = recipe.select.score
-        selection = select_features(
-            statistics["forget"].score(score),
-            statistics["retain"].score(score),
-            n_features=recipe.select.n_features,
-            ratio_percentile=recipe.select.ratio_percentile,
-        )
-        body = FeatureSet(
-            features=selection.features,
-            score=score,
-            ratio_cut=selection.ratio_cut,
-            forget_cut=selection.forget_cut,
-            percentiles_over=selection.percentiles_over,
-            n_live=selection.n_live,
-            n_passed=selection.n_passed,
-            forget_tokens=statistics["forget"].n_tokens,
-            retain_tokens=statistics["retain"].n_tokens,
-            median_residual_norm=statistics["retain"].median_residual_norm,
-            probe=_probe(made, recipe.select, statistics, parts, session),
-        )
-        tensors = {name: tensor for role in statistics for name, tensor in statistics[role].tensors(role).items()}
-        header = _noted(made, parts, selection.features)
-        n_tokens = body.forget_tokens + body.retain_tokens
-        return session.write(
-            workspace, lambda: workspace.write(clock.close(header, n_tokens=n_tokens), body, tensors=tensors)
-        )
+        found = selected(made, recipe.select, session, checkpoint)
+        header = _noted(made, found.parts, found.body.features)
+        n_tokens = found.body.forget_tokens + found.body.retain_tokens
+        closed = clock.close(header, n_tokens=n_tokens)
+        return session.write(workspace, lambda: workspace.write(closed, found.body, tensors=found.tensors))
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """All that the pass needs."""
-
-    loaded: LoadedModel
-    sae: SaeSource
-    corpora: dict[str, list[Corpus]]
-    header: Header
-    seq_len: int
-
-
-def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
+def prepared(recipe: Recipe, workspace: Workspace, *, loaded: LoadedModel | None = None) -> Prepared:
     """Everything checked and read.
+
+    Args:
+        recipe: Model, SAE, corpora and settings.
+        workspace: Where models that are artifacts are.
+        loaded: The model, if it has been loaded already.
 
     Raises:
         DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
@@ -122,7 +83,7 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
             "Choose another number with -n.",
         )
 
-    loaded = load_model(
+    loaded = loaded or load_model(
         recipe.model.source,
         device=recipe.model.device,
         dtype=recipe.model.dtype,
@@ -140,7 +101,7 @@ def _prepared(recipe: Recipe, workspace: Workspace) -> _Prepared:
         notes=notes,
     )
     seq_len = min(recipe.select.seq_len, context_length(model_config))
-    return _Prepared(loaded, sae, {"forget": forget, "retain": retain}, header, seq_len)
+    return Prepared(loaded, sae, {"forget": forget, "retain": retain}, header, seq_len)
 
 
 def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]) -> Json:
@@ -152,86 +113,7 @@ def _settings(recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus]
     }
 
 
-Parts = dict[str, list[FeatureStatistics]]
-"""Role -> the statistics of each of its corpora."""
-
-
-def _statistics(made: _Prepared, settings: SelectSection, session: Session, checkpoint: Checkpoint) -> Parts:
-    """From one pass over each corpus's `select` part."""
-    encoder = load_encoder(made.sae, device=str(made.loaded.model.device))
-    parts: Parts = {role: [] for role in made.corpora}
-    for role, several in made.corpora.items():
-        for corpus in several:
-            parts[role].append(
-                feature_statistics(
-                    made.loaded.model,
-                    made.sae.site,
-                    encoder,
-                    _batches(made, settings, role, corpus),
-                    total_tokens=estimated_tokens(corpus.part("select"), _max_tokens(made, settings, role)),
-                    what=f"{role} corpus {corpus.name.rsplit('/', 1)[-1]}",
-                    workers=session.workers,
-                    checkpoint=checkpoint,
-                    report=session.report,
-                )
-            )
-    return parts
-
-
-def _max_tokens(made: _Prepared, settings: SelectSection, role: str) -> int:
-    return settings.max_rows * made.seq_len // len(made.corpora[role])
-
-
-def _batches(made: _Prepared, settings: SelectSection, role: str, corpus: Corpus) -> Iterator[TokenBatch]:
-    """The `select` part of one corpus."""
-    return stream_batches(
-        made.loaded.tokenizer,
-        prompts(made.loaded.tokenizer, corpus, "select"),
-        bos=bos_to_prepend(made.loaded.tokenizer, made.sae.identity.prepend_bos),
-        seq_len=made.seq_len,
-        max_tokens=_max_tokens(made, settings, role),
-        is_packed=settings.rows == "packed",
-        device=str(made.loaded.model.device),
-    )
-
-
-def _probe(
-    made: _Prepared, settings: SelectSection, mixed: dict[str, FeatureStatistics], parts: Parts, session: Session
-) -> Json:
-    """A probe of tokens, from a second pass over a sample of the same text; nothing if none is wanted."""
-    if not settings.probe_features:
-        return {}
-    indices = candidates(mixed["forget"], mixed["retain"], settings.probe_candidates)
-    watched = load_slice(made.sae, indices).to(made.loaded.model.device)
-    found: dict[str, list[Tensor]] = {}
-    for role, several in made.corpora.items():
-        found[role] = [
-            sampled_activations(
-                made.loaded.model,
-                made.sae.site,
-                watched,
-                _batches(made, settings, role, corpus),
-                total_tokens=statistics.n_tokens,
-                n_tokens=max(1, settings.probe_tokens // 2 // len(several)),
-                workers=session.workers,
-                report=session.report,
-                what=f"probe, {role} corpus {corpus.name.rsplit('/', 1)[-1]}",
-            )
-            for corpus, statistics in zip(several, parts[role], strict=True)
-        ]
-    shares = [1.0 if corpus.weight is None else corpus.weight for corpus in made.corpora["retain"]]
-    return fit_probe(
-        torch.cat(found["forget"]),
-        found["retain"],
-        shares,
-        indices,
-        n_features=settings.probe_features,
-        ridge=settings.probe_ridge,
-        report=session.report,
-    ).as_json()
-
-
-def _noted(made: _Prepared, parts: Parts, features: Sequence[Feature]) -> Header:
+def _noted(made: Prepared, parts: Parts, features: Sequence[Feature]) -> Header:
     """The header with what a person should know of the features: which look like formatting."""
     together = list(zip(made.corpora["retain"], parts["retain"], strict=True))
     chat, plain = ([one for corpus, one in together if corpus.is_chat == is_chat] for is_chat in (True, False))

@@ -1,0 +1,233 @@
+"""What a gate watches, and what it sees in pieces of text: shared by calibration and by studies of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsg_cli.artifacts import FeatureSet
+from dsg_cli.calibration import threshold_of
+from dsg_cli.checkpoints import Checkpoint, State
+from dsg_cli.errors import DsgError
+from dsg_cli.fitting import Fitting
+from dsg_cli.guardrail import GuardrailModule
+from dsg_cli.interruption import at_safe_points
+from dsg_cli.model import LoadedModel
+from dsg_cli.pieces import Piece
+from dsg_cli.progress import Report, silent
+from dsg_cli.residuals import read_residual
+from dsg_cli.runtime.gates import DETECTING_FORMS, FORMS
+from dsg_cli.runtime.slices import SliceSpec
+from dsg_cli.runtime.spec import GuardrailSpec
+from dsg_cli.sae import SaeSource
+from dsg_cli.selection import scores_of, select_features
+from dsg_cli.settings import CalibrateSection
+from dsg_cli.slicing import detector_weights, slice_sae
+from dsg_cli.tokens import TokenBatch, batches, special_ids
+from dsg_cli.workers import ALONE, Workers
+
+CUSUM_CLIP = 16.0
+"""Drifts that one token may add."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a gate watches, beside the clamped features."""
+
+    detectors: list[int]
+    weights: list[float]
+    bias: float = 0.0
+    clip: float = 0.0
+
+
+def detection_of(
+    settings: CalibrateSection, features: FeatureSet, tensors: Mapping[str, Tensor], *, made: str
+) -> Detection:
+    """What the gate watches.
+
+    Args:
+        settings: The gate.
+        features: What select chose.
+        tensors: The statistics beside it.
+        made: What messages call it.
+
+    Raises:
+        DsgError: The features have no probe, or too few of them can be detectors.
+    """
+    if settings.gate == "probe":
+        probe = features.probe
+        if not probe:
+            raise DsgError(f"{made} has no probe.", "Run dsg select again, or calibrate with --gate window.")
+        watched = probe["features"]
+        indices, weights = ([one[key] for one in watched] for key in ("index", "weight"))
+        return Detection(indices, weights, probe["bias"], probe["clip"])
+    if settings.gate not in DETECTING_FORMS:
+        return Detection([], [])
+    detectors = _detectors(settings, features, tensors)
+    if settings.gate == "window":
+        return Detection(detectors, [])
+    # Half-way between what a token of retain text and one of forget text has on average.
+    drift = float(sum(tensors[f"{role}_mean"][detectors].sum() for role in ("forget", "retain"))) / 2
+    return Detection(detectors, [1 / drift] * len(detectors), clip=CUSUM_CLIP)
+
+
+def _detectors(settings: CalibrateSection, features: FeatureSet, tensors: Mapping[str, Tensor]) -> list[int]:
+    """Features to watch: more exclusive ones than those to clamp, from the same statistics."""
+    try:
+        chosen = select_features(
+            *scores_of(features.score, tensors),
+            n_features=settings.n_detectors,
+            ratio_percentile=settings.detector_percentile,
+        )
+    except DsgError as error:
+        raise DsgError(
+            f"Choosing the detectors of the gate `{settings.gate}`: {error.message}",
+            "Lower calibrate.detector_percentile or calibrate.n_detectors (--set), or take another --gate.",
+        ) from error
+    return [feature.index for feature in chosen.features]
+
+
+Sliced = tuple[SliceSpec, dict[str, Tensor]]
+"""The features of a guardrail, cut out of an SAE."""
+
+
+def sliced(sae: SaeSource, indices: Sequence[int], detection: Detection) -> Sliced:
+    """The features that are clamped and those that are watched, with the weights in the gate's token score."""
+    slice_spec, tensors = slice_sae(sae, indices, detection.detectors)
+    tensors["detect"] = detector_weights(indices, detection.detectors, detection.weights)
+    return slice_spec, tensors
+
+
+def module_of(
+    settings: CalibrateSection,
+    loaded: LoadedModel,
+    sae: SaeSource,
+    cut: Sliced,
+    detection: Detection,
+    *,
+    threshold: float = 0.0,
+    strength: float = 0.0,
+) -> GuardrailModule:
+    """A guardrail from what `sliced` has cut; of another threshold or strength the tensors are the same."""
+    slice_spec, tensors = cut
+    spec = GuardrailSpec(
+        gate=settings.gate,
+        threshold=threshold,
+        window=settings.window,
+        strength=strength,
+        read=sae.site.name,
+        write=sae.write.name,
+        slice=dataclasses.asdict(slice_spec),
+        special_ids=list(special_ids(loaded.tokenizer)),
+        model={},
+        bias=detection.bias,
+        clip=detection.clip,
+    )
+    return GuardrailModule(spec, tensors).to(loaded.model.device)
+
+
+def watching(
+    settings: CalibrateSection, loaded: LoadedModel, sae: SaeSource, indices: Sequence[int], detection: Detection
+) -> GuardrailModule:
+    """A guardrail without threshold or strength: what watches at run time also watches here."""
+    return module_of(settings, loaded, sae, sliced(sae, indices, detection), detection)
+
+
+def threshold_at(settings: CalibrateSection, statistics: Sequence[tuple[str, float]]) -> float:
+    """The threshold that pieces of retain text set.
+
+    Args:
+        settings: The gate, alpha, and for what it is promised.
+        statistics: Corpus and statistic of each piece.
+
+    Raises:
+        DsgError: There is too little text, or the gate could never fire.
+    """
+    threshold = threshold_of(
+        statistics,
+        settings.alpha,
+        is_each=settings.guarantee == "each",
+        is_conformal=settings.quantile == "conformal",
+    )
+    if FORMS[settings.gate][0] == "hot" and threshold >= 1:
+        raise DsgError(
+            f"The gate could never fire: at alpha {settings.alpha:g} its threshold is {threshold:g}, the largest "
+            "value that the statistic can take.",
+            "The features fire on retain text too: raise --ratio-percentile or lower -n in select, or raise --alpha.",
+        )
+    return threshold
+
+
+def check_finite(statistics: Sequence[float]) -> None:
+    """Refuse statistics of a model that is broken.
+
+    Raises:
+        DsgError: One of them is not finite.
+    """
+    if not all(map(math.isfinite, statistics)):
+        raise DsgError("On a piece of text an activation is not finite.", "Check the weights, or try --dtype float32.")
+
+
+@torch.inference_mode()
+def gate_statistics(
+    loaded: LoadedModel,
+    gates: Sequence[GuardrailModule],
+    pieces: Sequence[Piece],
+    *,
+    what: str,
+    name: str = "",
+    workers: Workers = ALONE,
+    checkpoint: Checkpoint | None = None,
+    report: Report = silent,
+) -> list[tuple[int, int, list[float]]]:
+    """What gates see in pieces of text, from one pass of the model up to where they read.
+
+    Args:
+        loaded: The model, whole or cut.
+        gates: From `watching`; all read at the same place.
+        pieces: Token ids.
+        what: Name of the pass, for progress.
+        name: Under which the checkpoint keeps it; by default the same.
+        workers: Who computes; each gets the statistics of all.
+        checkpoint: Where the pass goes on from, and is kept.
+        report: Progress.
+
+    Returns:
+        Number of the piece, its counted tokens, and the statistic of each gate; in the order of batches.
+    """
+    checkpoint, name = checkpoint or Checkpoint(), name or what
+    kept = checkpoint.entry(name) or {"n_batches": 0, "found": []}
+    n_batches: int = kept["n_batches"]
+    found: list[list[Any]] = kept["found"]
+    """[number of the batch, of the piece, counted tokens, statistic, ...]"""
+    n_tokens, total = 0, sum(len(piece.ids) for piece in pieces)
+    fit = Fitting()
+
+    def watch(batch: TokenBatch) -> Tensor:
+        resid_BLD = read_residual(loaded.model, gates[0].read, batch.ids_BL, batch.mask_BL)
+        return torch.stack([gate.watch(resid_BLD, batch.counted_BL).statistic_BL.amax(-1) for gate in gates], -1)
+
+    def state() -> State:
+        return {"n_batches": n_batches, "found": found}
+
+    ids, device = [piece.ids for piece in pieces], str(loaded.model.device)
+    with at_safe_points():
+        for number, whole in enumerate(batches(ids, loaded.tokenizer, device=device)):
+            n_tokens += int(whole.mask_BL.sum())
+            if not workers.owns(number) or number < n_batches:
+                continue
+            for batch, statistic_BG in fit(whole, watch):
+                several = zip(batch.index, batch.counted_BL.sum(-1).tolist(), statistic_BG.tolist(), strict=True)
+                found += [[number, i, length, *statistics] for i, length, statistics in several]
+            n_batches = number + 1
+            report(f"{what} pieces, tokens", n_tokens, total)
+            checkpoint.reached(name, state)
+    checkpoint.keep(name, state())
+    of_all = sorted((one for several in workers.gathered(found) for one in several), key=lambda one: one[0])
+    return [(i, length, statistics) for _, i, length, *statistics in of_all]
