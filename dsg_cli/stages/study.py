@@ -20,6 +20,7 @@ from dsg_cli.benches.tasks import Question
 from dsg_cli.checkpoints import State
 from dsg_cli.corpora import check_named
 from dsg_cli.errors import DsgError
+from dsg_cli.interruption import at_safe_points
 from dsg_cli.lab import data as lab
 from dsg_cli.prompt_files import read_prompts
 from dsg_cli.recipe import Recipe
@@ -34,6 +35,7 @@ from dsg_cli.stages.rigging import Rigging, questions_digest
 from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.studies.data_efficiency import known_names
 from dsg_cli.studies.names import STUDIES, Grid, check_study, module_name
+from dsg_cli.studies.rig import Rig
 from dsg_cli.studies.rows import accuracy_row, csv_text, failed_row
 from dsg_cli.studies.settings import grid_of, points_of
 from dsg_cli.workspace import Stored, Workspace
@@ -77,16 +79,23 @@ def run(
         def state() -> State:
             return {"rows": done}
 
-        for number, point in enumerate(points[len(done) :], start=len(done) + 1):
-            try:
-                rows = study.rows_of(point, rig)
-            except DsgError as error:
-                rows = [failed_row(point, error.message)]
-            done = [*done, rows]
-            session.report(f"{name}, points", number, len(points))
-            checkpoint.reached("points", state)
+        with at_safe_points():
+            for number, point in enumerate(points[len(done) :], start=len(done) + 1):
+                done = [*done, _measured(study, point, rig)]
+                session.report(f"{name}, points", number, len(points))
+                checkpoint.keep("points", state())
+                checkpoint.reached("points", state)
         body = _body(made, name, done, rigging)
         return workspace.write(clock.close(made.header), body, table=csv_text(body.columns, body.rows))
+
+
+def _measured(study: Any, point: Json, rig: Rig) -> list[Json]:
+    """The rows of one point; of one that fails, a row that says why."""
+    try:
+        rows: list[Json] = study.rows_of(point, rig)
+    except DsgError as error:
+        return [failed_row(point, error.message)]
+    return rows
 
 
 @dataclass(frozen=True)

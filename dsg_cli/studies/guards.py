@@ -143,6 +143,8 @@ class Guards:
         fresh = [statistic for _, statistic in self._seen[watches]["fresh"]]
         strength = parse_strength(wanted.strength, self.ground.features.median_residual_norm)
         module = self._module(indices, threshold=threshold, strength=strength)
+        # By which those that act together are told apart; a digest of its tensors is for guardrails in files.
+        module.key = f"{self.ground.name} {wanted}"
         return Guard(module, watches, len(fresh), sum(statistic > threshold for statistic in fresh))
 
     def threshold(self, wanted: Wanted, statistics: Statistics) -> float:
