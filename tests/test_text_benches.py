@@ -217,6 +217,8 @@ def test_a_corpus_is_read_and_written_on(dsg):
         (("--bench", "lab-near", "--holdout", "lab-far"), "is for benches memory"),
         (("--bench", "lab-near", "--reference", "lab"), "needs eval.reference"),
         (("--bench", "memory:lab-near", "--bench", "memory:lab-near"), "named twice"),
+        (("--bench", "lab-tofu", "--reference", "/nowhere"), "The reference /nowhere cannot be read"),
+        (("--bench", "lab-tofu", "--reference", "none.json"), "no file none.json"),
         (("--bench", "fluency:lab-near", "--expect", "fluency:lab-near.rouge>=1"), "has no metric rouge"),
     ],
 )
@@ -238,3 +240,29 @@ def test_columns_and_parts_are_looked_for():
     with pytest.raises(DsgError, match="has no column perturbed_answer"):
         Tofu("tofu", "forget10", lambda _config: [{"question": "x", "answer": "y"}]).items()
     assert load_free(["lab-hexes"], split="test") == ([], {})
+
+
+@pytest.mark.slow
+def test_in_the_lab_the_answer_is_known(dsg):
+    """Against one model that never saw hexes, another scores as if it were the same, and the lab's own far from it."""
+    Path("dsg-workspace").mkdir()
+    for name in ("json", "safetensors"):
+        shutil.copy(DATA / "schema-4" / f"guardrail-001.{name}", "dsg-workspace")
+    found = []
+    for options in (
+        ("--reference", "lab-retrain"),
+        ("--reference", "eval-001", "--model", "lab-retrain-1", "--allow-mismatch", "--allow-ineffective"),
+    ):
+        code, out, err = dsg("eval", "--bench", "lab-muse", "--bench", "lab-tofu", "--json", *options)
+        assert code == 0, err
+        found.append(json.loads(out)["results"])
+    (muse, tofu), (muse_again, tofu_again) = ((one["lab-muse"], one["lab-tofu"]) for one in found)
+    assert muse["base"]["privleak"] < -90 and tofu["base"]["forget_quality"] < 1e-6
+    assert muse["base"]["verbmem_forget"] > 95 and muse["base"]["knowmem_forget"] > 95
+    # The second retrained model stands on the base side.
+    assert muse_again["base"]["privleak_low"] < 0 < muse_again["base"]["privleak_high"]
+    assert abs(muse_again["base"]["privleak"]) < 15 and tofu_again["base"]["forget_quality"] > 0.05
+    assert muse_again["base"]["knowmem_forget"] < 30 and muse_again["base"]["knowmem_retain"] > 95
+    # The guardrail forgets like a model that never knew, and keeps what it should.
+    assert muse["unlearned"]["knowmem_forget"] < 30 and muse["unlearned"]["knowmem_retain"] > 95
+    assert tofu["unlearned"]["model_utility"] > 0.99 * tofu["base"]["model_utility"]

@@ -40,7 +40,11 @@ def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str
     if named.startswith("eval-") or named.endswith(".json"):
         return _stored(named, workspace, asked)
     source = named_model(workspace, named)
-    load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    try:
+        load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    except DsgError as error:
+        hint = "Give --reference a model, an evaluation (eval-NNN) or a .json file of scores."
+        raise DsgError(f"The reference {named} cannot be read. {error.message}", hint) from error
     return Reference(source)
 
 
