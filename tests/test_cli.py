@@ -37,6 +37,7 @@ def test_help_and_version_do_not_import_torch():
 
 def test_names_are_listed_one_a_line(dsg):
     assert dsg("ls", "benches")[1].splitlines()[:2] == ["lab-hexes", "lab-hexes-held"]
+    assert dsg("ls", "models")[1].splitlines() == ["lab", "lab-retrain", "lab-retrain-1"]
     assert json.loads(dsg("ls", "corpora", "--json")[1])[0] == "lab-hexes"
     code, _, err = dsg("ls", "bench")
     assert code == 1 and "Did you mean benches?" in err
@@ -240,7 +241,8 @@ def test_the_lab_is_exported_in_plain_formats(dsg, tmp_path):
     code, out, err = dsg("lab", "export", "lab")
     assert (code, out) == (0, "lab\n"), err
     names = {path.name for path in (tmp_path / "lab").iterdir()}
-    assert names == {"model", "sae", "sae-1", "sae-2", "corpora", "questions", "tasks", "training.json"}
+    folders = {"model", "retrain", "retrain-1", "sae", "sae-1", "sae-2", "corpora", "questions", "tasks"}
+    assert names == {*folders, "training.json"}
     code, _, err = dsg("lab", "export", "lab")
     assert code == 1 and "not empty" in err
     (tmp_path / "empty").mkdir()
@@ -263,6 +265,7 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
+<<<<<<< HEAD
     for wanted in (
         "recipes/lab.yaml",
         "recipes/paper/muse-news.yaml",
@@ -270,6 +273,10 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
         "py.typed",
     ):
         assert f"dsg_cli/{wanted}" in names
+=======
+    weights = [f"dsg_cli/lab/shipped/{folder}/model.safetensors" for folder in ("model", "retrain", "retrain-1")]
+    assert {"dsg_cli/recipes/lab.yaml", *weights, "dsg_cli/py.typed"} <= set(names)
+>>>>>>> lab-refs
     assert wheel.stat().st_size < 8e6
     # Unpacked far from the checkout, it finds its recipe and its lab.
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")

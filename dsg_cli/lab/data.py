@@ -10,7 +10,10 @@ from pathlib import Path
 SHIPPED = Path(__file__).parent / "shipped"
 MODEL_DIR = SHIPPED / "model"
 MODEL_DIRS = {"lab": MODEL_DIR, "lab-retrain": SHIPPED / "retrain", "lab-retrain-1": SHIPPED / "retrain-1"}
-"""The lab's model, and two of other seeds that were trained likewise but never on hexes."""
+"""The lab's model, and two of other seeds that were trained likewise but never on hexes.
+
+Those two know the other domains in every trained phrasing; the `novel` one they understand less well.
+"""
 SAE_DIRS = {"lab": SHIPPED / "sae", "lab-1": SHIPPED / "sae-1", "lab-2": SHIPPED / "sae-2"}
 CORPORA = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far", "lab-retain")
 BENCHES = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")
