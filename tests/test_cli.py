@@ -265,18 +265,9 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-<<<<<<< HEAD
-    for wanted in (
-        "recipes/lab.yaml",
-        "recipes/paper/muse-news.yaml",
-        "lab/shipped/model/model.safetensors",
-        "py.typed",
-    ):
-        assert f"dsg_cli/{wanted}" in names
-=======
     weights = [f"dsg_cli/lab/shipped/{folder}/model.safetensors" for folder in ("model", "retrain", "retrain-1")]
-    assert {"dsg_cli/recipes/lab.yaml", *weights, "dsg_cli/py.typed"} <= set(names)
->>>>>>> lab-refs
+    recipes = [f"dsg_cli/recipes/{name}.yaml" for name in ("lab", "paper/muse-news")]
+    assert {*recipes, *weights, "dsg_cli/py.typed"} <= set(names)
     assert wheel.stat().st_size < 8e6
     # Unpacked far from the checkout, it finds its recipe and its lab.
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
