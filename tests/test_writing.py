@@ -13,7 +13,7 @@ from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.errors import DsgError
 from dsg_cli.generation import answer, prompt_ids
 from dsg_cli.model import load_model
-from dsg_cli.text_evaluation import Side, Texts, _measure, check_texts
+from dsg_cli.text_answers import Side, Texts, _measure, check_texts
 from dsg_cli.writing import Prompt, Writer
 
 DATA = Path(__file__).parent / "data"

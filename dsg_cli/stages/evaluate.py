@@ -7,7 +7,7 @@ writes eval-NNN with one row a question, and in the folder eval-NNN/ lm-eval's o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +23,17 @@ from dsg_cli.lab import data as lab
 from dsg_cli.model import whole_digest
 from dsg_cli.recipe import Recipe
 from dsg_cli.stages.chain import identify, settle
+from dsg_cli.stages.earlier import Answers, earlier_answers, earlier_texts, taken_from_earlier
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.reference import find_reference, load_reference
 from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.stages.subject import LoadedSubject, Subject, find_subject, load_subject, newest
-from dsg_cli.text_evaluation import Reference, Results, Side, Texts, check_texts, evaluate_texts
+from dsg_cli.text_answers import Results, Side, Texts, check_texts
+from dsg_cli.text_evaluation import Reference, evaluate_texts
 from dsg_cli.workspace import Stored, Workspace
 
 if TYPE_CHECKING:
     from dsg_cli.sides import SideBySide
-
-Answers = dict[bytes, tuple[float, bool]]
 
 
 def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), session: Session = QUIET) -> Stored:
@@ -54,8 +54,8 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), se
     if is_known and (stored := session.existing(workspace, made.header)) is not None:
         return stored
     with session.checkpoint(workspace, made.header) as checkpoint:
-        earlier = _earlier_answers(workspace, made.header, session, checkpoint)
-        texts = {} if recipe.eval.samples else _earlier_texts(workspace, made, checkpoint)
+        earlier = earlier_answers(workspace, made.header, session, checkpoint)
+        texts = {} if recipe.eval.samples else earlier_texts(workspace, made.texts.digests(), made.header, checkpoint)
         found = _asked(made, recipe, earlier, texts, session, checkpoint)
         stored = session.write(workspace, lambda: _write(workspace, clock, made, recipe, found, earlier))
     _check_effect(stored, made.subject, recipe)
@@ -239,7 +239,7 @@ def _write(
         gate=gate,
         expected=check_expected(made.expected, results, gate),
         question_ids={bench: ids for one in found for bench, ids in one.question_ids.items()},
-        base_from=_taken(answers, earlier),
+        base_from=taken_from_earlier(answers, earlier),
         composition=made.subject.composition(),
         asked={bench: digest for one in found for bench, digest in one.asked.items()},
         reference=_reference(made.reference, found),
@@ -275,67 +275,3 @@ def _unheeded(found: Any, recipe: Recipe) -> list[str]:
     wanted = recipe.eval.num_fewshot
     other = sorted({n for n in found.found.get("base", {}).get("n-shot", {}).values() if n != wanted})
     return [f"Some tasks fix their number of examples: {other}, not {wanted}."] if wanted is not None and other else []
-
-
-def _earlier_answers(
-    workspace: Workspace, header: Header, session: Session, checkpoint: Checkpoint
-) -> dict[str, Answers]:
-    """Answers that the same base model gave, by evaluation: same weights, device, dtype and versions.
-
-    Every worker, and a run that goes on, looks at the same evaluations: what is known decides what a batch holds.
-    """
-    from dsg_cli.scorer import answers_from_tensors
-
-    kept = checkpoint.entry("evaluations")
-    ids: list[str] = session.workers.agreed(kept["ids"] if kept else workspace.ids("eval"))
-    checkpoint.keep("evaluations", {"ids": ids})
-    earlier = {}
-    for artifact_id in ids:
-        try:
-            stored = workspace.read(artifact_id)
-        except DsgError:  # A damaged artifact is no reason not to ask again.
-            continue
-        if _answers_count(stored.header, header) and stored.path.with_suffix(".safetensors").exists():
-            earlier[artifact_id] = answers_from_tensors(workspace.tensors(stored))
-    return earlier
-
-
-def _earlier_texts(workspace: Workspace, made: _Prepared, checkpoint: Checkpoint) -> Results:
-    """Bench on free text -> what an earlier evaluation found of the same items of the same base model."""
-    found: Results = {}
-    for artifact_id in (checkpoint.entry("evaluations") or {"ids": []})["ids"] if made.texts.benches else ():
-        try:
-            stored = workspace.read(artifact_id)
-            asked = stored.body_as(EvalReport).asked
-            same = [name for name, digest in made.texts.digests().items() if asked.get(name) == digest]
-            if same and _answers_count(stored.header, made.header):
-                rows = workspace.rows(stored)
-                found |= {name: [row["base"] for row in rows if row["bench"] == name] for name in same}
-        except DsgError:
-            continue
-    return found
-
-
-def _answers_count(one: Header, other: Header) -> bool:
-    def key(header: Header) -> tuple[object, ...]:
-        return (
-            header.settings.get("model_digest"),
-            header.settings.get("batch_size"),
-            header.git,
-            header.device,
-            header.dtype,
-            header.packages,
-            header.dsg_version,
-        )
-
-    return key(one) == key(other)
-
-
-def _taken(answers: Iterable[bytes], earlier: dict[str, Answers]) -> dict[str, int]:
-    """How many answers came from which evaluation; of several that have one, the last."""
-    counts: dict[str, int] = {}
-    for key in answers:
-        holder = next((artifact_id for artifact_id in reversed(earlier) if key in earlier[artifact_id]), None)
-        if holder is not None:
-            counts[holder] = counts.get(holder, 0) + 1
-    return counts
