@@ -196,6 +196,9 @@ def test_less_forget_text(workspace, stability):
         (whole,) = rows_at(body, bench=bench, by="documents", share=100.0)
         (own,) = rows_at(stability.body_as(StudyReport), bench=bench, **point)
         assert whole["value"] == own["value"] and whole["gate_rate"] == own["gate_rate"]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(study_table(body))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in (text := console.export_text()) and "documents" in text and "gated" in text
     named, others = (rows_at(body, f"acc_{which}", share=10.0, by="entities") for which in ("named", "not_named"))
     (both,) = rows_at(body, share=10.0, by="entities", bench="lab-hexes")
     assert sum(row["n"] for row in (*named, *others)) == both["n"]

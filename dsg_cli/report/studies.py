@@ -17,20 +17,23 @@ from dsg_cli.report.markdown import table as markdown_table
 HEADS = {
     "n_features": "n",
     "ratio_percentile": "ratio %",
-    "share": "share %",
-    "n_documents": "documents",
-    "n_entities": "entities",
+    "share": "%",
+    "n_documents": "docs",
+    "n_entities": "names",
     "n_in_sae": "of",
     "batch_size": "batch",
 }
 """Columns of settings that have a shorter name in a table."""
+TERMINAL_WIDTH = 80
+LEFT_OUT = ("score", "95 %", "of", "false pos.")
+"""Columns that go first where a terminal is too narrow."""
 Point = tuple[Json, dict[tuple[str, str], Json], str]
 """Settings; bench and metric -> row; what went wrong."""
 
 
 def study_table(body: StudyReport) -> Group:
     """The table, what its columns are, and which points failed."""
-    columns, rows = table_of(body)
+    columns, rows = _narrowed(*table_of(body))
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(Text, row))
@@ -71,6 +74,16 @@ def table_of(body: StudyReport) -> tuple[list[str], list[list[str]]]:
     if len(body.grid.get("strength", [])) > 1:
         return _strengths(body, points)
     return _lines(body, points, ("forget", "95 %", "gated", "other", "gated", "false pos.", "score"), _guard_cells)
+
+
+def _narrowed(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without columns that are left to the CSV, as long as a terminal has no room for all."""
+    for name in LEFT_OUT:
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        if sum(widths) + 2 * (len(widths) - 1) > TERMINAL_WIDTH and name in columns:
+            place = columns.index(name)
+            columns, *rows = [[*cells[:place], *cells[place + 1 :]] for cells in (columns, *rows)]
+    return columns, rows
 
 
 def legend(body: StudyReport) -> str:
@@ -242,4 +255,5 @@ def _rate(value: float | None) -> str:
 def _shown(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:g}" if isinstance(value, float) else str(value).rsplit("/", 1)[-1]
+    text = f"{value:g}" if isinstance(value, float) else str(value).rsplit("/", 1)[-1]
+    return text.replace(".hook_", ".")
