@@ -6,6 +6,7 @@ wrappers. What it wrote freely is read by the base model, to tell language from 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -60,10 +61,15 @@ class Texts:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     report: Report = silent
 
+    @functools.cached_property
+    def items(self) -> dict[str, Sequence[Item]]:
+        """Bench -> all that is asked, made once."""
+        return {bench.name: bench.items() for bench in self.benches}
+
     def digests(self) -> dict[str, str]:
         """Bench -> digest of all that is asked."""
         how = f"{self.bos}/{self.chat}"
-        return {bench.name: digest_of(bench.items(), how) for bench in self.benches}
+        return {name: digest_of(items, how) for name, items in self.items.items()}
 
 
 def check_texts(texts: Texts, loaded: LoadedModel, sides: Sequence[Side] = ()) -> None:
@@ -75,7 +81,7 @@ def check_texts(texts: Texts, loaded: LoadedModel, sides: Sequence[Side] = ()) -
     """
     room = context_length(loaded.model.config)
     before = max((len(prefix_ids(side.wrappers, loaded.tokenizer)) for side in sides), default=0)
-    writes = [(bench.name, item) for bench in texts.benches for item in bench.items() if item.n_new]
+    writes = [(name, item) for name, items in texts.items.items() for item in items if item.n_new]
     if writes:
         check_causal(guard.gate.form for side in sides for guard in side.guardrails)
     for name, item in writes:
@@ -102,7 +108,7 @@ def answers_of(side: Side, base: Side, texts: Texts, known: Results) -> tuple[Re
         if bench.name in known:
             results[bench.name] = known[bench.name]
             continue
-        items = bench.items()
+        items = texts.items[bench.name]
         written = [i for i, item in enumerate(items) if item.n_new]
         read = [i for i, item in enumerate(items) if not item.n_new]
         found: dict[int, Json] = dict(
@@ -164,11 +170,9 @@ def _read(reader: Scorer, items: Sequence[Item], texts: Texts) -> list[Json]:
     if not items:
         return []
     loaded, room = reader.loaded, reader.max_length
-    requests = []
-    for item in items:
-        one = _pair(loaded, item, texts)
-        # A text longer than the context is read as far as it fits.
-        requests.append(Request(one.context, one.continuation[: max(1, room + 1 - len(one.context))]))
+    wholes = [_pair(loaded, item, texts) for item in items]
+    # A text longer than the context is read as far as it fits.
+    requests = [Request(one.context, one.continuation[: max(1, room + 1 - len(one.context))]) for one in wholes]
     longest = max(len(one.inputs(room)) for one in requests)
     size = reader.batch_size
     reader.batch_size = max(1, min(size, LOGIT_BYTES // (4 * longest * len(loaded.tokenizer))))
@@ -177,11 +181,11 @@ def _read(reader: Scorer, items: Sequence[Item], texts: Texts) -> list[Json]:
     finally:
         reader.batch_size = size
     found = []
-    for item, request, score, decided in zip(items, requests, scores, decisions, strict=True):
+    for item, whole, request, score, decided in zip(items, wholes, requests, scores, decisions, strict=True):
         measured = dict(score.measured)
         total = -measured["loss"] * measured["n_tokens"]
         text = item.target
-        if len(request.continuation) < len(_pair(loaded, item, texts).continuation):
+        if len(request.continuation) < len(whole.continuation):
             text = str(loaded.tokenizer.decode(list(request.continuation)))
         found.append({**measured, "zlib_score": zlib_score([total], text), **_decided(decided)})
     return found

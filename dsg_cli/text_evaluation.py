@@ -72,7 +72,7 @@ def evaluate_texts(
     gate: dict[str, Json] = {}
     rows: list[Json] = []
     for bench in texts.benches:
-        items = bench.items()
+        items = texts.items[bench.name]
         of_sides = {
             name: _by_part(items, several[bench.name]) for name, several in found.items() if bench.name in several
         }

@@ -59,7 +59,13 @@ def run(
         include_path=recipe.eval.include_path,
         can_generate=recipe.calibrate.gate != "mean",
     )
-    free, _ = load_free(recipe.eval.benches, split=recipe.eval.split, limit=recipe.eval.limit, seed=recipe.seed)
+    free, _ = load_free(
+        recipe.eval.benches,
+        split=recipe.eval.split,
+        limit=recipe.eval.limit,
+        holdout=recipe.eval.holdout,
+        seed=recipe.seed,
+    )
     check_metrics(expected, metrics_of(tasks) | {bench.name: set(bench.metrics) for bench in free})
     for bench in recipe.eval.benches:
         if bench in PAPER:
