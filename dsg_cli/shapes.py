@@ -42,6 +42,7 @@ _SLICE = {
 }
 _CORPORA = [{"name": str, "sha256": str, "documents?": int, "revision?": str, "weight?": NUMBER}]
 _ACCURACY = {"acc?": (NUMBER, OR_NONE), "acc_low?": NUMBER, "acc_high?": NUMBER}
+_METRICS = {**_ACCURACY, "*": (NUMBER, OR_NONE)}
 _SIDE = {"forget_acc": NUMBER, "forget_low?": NUMBER, "forget_high?": NUMBER, "n?": int, "utility_acc?": NUMBER}
 _GUARDED = {**_SIDE, "gate_rate?": NUMBER}
 _POINT = {"x": (NUMBER, str), "variant": str, "guarded": _GUARDED, "unguarded": _SIDE}
@@ -115,7 +116,7 @@ BODY: dict[str, Any] = {
     "wrapper": {"rates": _RATES},
     "eval": {
         "composition": _COMPOSITION,
-        "results": {"*": {"base": {**_ACCURACY, "n": int, "n_asked?": int}, "unlearned": _ACCURACY}},
+        "results": {"*": {"base": {**_METRICS, "n": int, "n_asked?": int}, "unlearned": _METRICS}},
         "gate": {"*": {"rate": NUMBER}},
         "expected": [_EXPECTED],
     },

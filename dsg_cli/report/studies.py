@@ -96,14 +96,13 @@ def legend(body: StudyReport) -> str:
         )
     if body.study == "cost":
         return "overhead: guarded over plain, less 1: the median of pairs of passes that took turns, and its interval."
-    forget, other = body.benches["forget"], body.benches["other"]
-    first = body.base.get(forget[0], {})
+    other = body.benches["other"]
+    forget = _forget_bench(body)
+    first = body.base.get(forget, {})
     questions = f"Accuracy on {body.split} questions"
     if body.study == "sequential":
         return f"{questions} after each request, chance {body.chance:.2f}; rest: mean of {', '.join(other) or 'none'}."
-    said = (
-        f"{questions}. forget: {forget[0]} (base {share(first.get('acc'))}, chance {body.chance:.2f}); other: mean of "
-    )
+    said = f"{questions}. forget: {forget} (base {share(first.get('acc'))}, chance {body.chance:.2f}); other: mean of "
     said += f"{', '.join(other) or 'none'}. "
     if len(body.grid.get("strength", [])) > 1:
         return f"{said}Cells: forget / other, by strength."
@@ -118,7 +117,7 @@ def failures(body: StudyReport) -> list[str]:
             found.setdefault(row["error"], []).append(row)
     lines = []
     for error, rows in found.items():
-        where = ", ".join(f"{HEADS.get(name, name)} {_shown(rows[0][name])}" for name in body.grid)
+        where = ", ".join(f"{HEADS.get(name, name)} {_shown(rows[0].get(name))}" for name in body.grid)
         more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         lines.append(f"{where}{more}: {error}")
     return lines
@@ -128,8 +127,8 @@ def points_of(body: StudyReport) -> list[Point]:
     """The rows of each point together, in their order."""
     found: dict[str, Point] = {}
     for row in body.rows:
-        settings = {name: row[name] for name in body.grid}
-        place = found.setdefault(repr(settings), ({name: row[name] for name in body.columns}, {}, ""))
+        settings = {name: row.get(name) for name in body.grid}
+        place = found.setdefault(repr(settings), (settings | {name: row.get(name) for name in body.columns}, {}, ""))
         if row["error"] and not row["metric"]:
             found[repr(settings)] = (*place[:2], row["error"])
         else:
@@ -169,14 +168,18 @@ def _strengths(body: StudyReport, points: Sequence[Point]) -> tuple[list[str], l
     return [*(HEADS.get(name, name) for name in rest), *strengths], rows
 
 
+def _forget_bench(body: StudyReport) -> str:
+    return next(iter(body.benches["forget"]), "")
+
+
 def _pair(body: StudyReport, point: Point) -> str:
     if point[2]:
         return "failed"
-    return f"{share(_value(point, body.benches['forget'][0], 'acc'))} / {share(_mean(point, body.benches['other']))}"
+    return f"{share(_value(point, _forget_bench(body), 'acc'))} / {share(_mean(point, body.benches['other']))}"
 
 
 def _guard_cells(body: StudyReport, point: Point) -> list[str]:
-    forget = point[1].get((body.benches["forget"][0], "acc"), {})
+    forget = point[1].get((_forget_bench(body), "acc"), {})
     return [
         share(forget.get("value")),
         _interval(forget),
@@ -208,11 +211,11 @@ def _length_cells(_body: StudyReport, point: Point) -> list[str]:
 def _cost_cells(_body: StudyReport, point: Point) -> list[str]:
     seconds = [_value(point, "", f"{way}_seconds") for way in ("plain", "guarded")]
     overhead = point[1].get(("", "overhead"), {})
-    interval = f"{overhead['low']:+.1%} to {overhead['high']:+.1%}" if overhead else "-"
+    value, low, high = (overhead.get(name) for name in ("value", "low", "high"))
     return [
         *(f"{1000 * one:.2f}" if one is not None else "-" for one in seconds),
-        f"{overhead['value']:+.1%}" if overhead else "-",
-        interval,
+        "-" if value is None else f"{value:+.1%}",
+        "-" if low is None or high is None else f"{low:+.1%} to {high:+.1%}",
     ]
 
 
@@ -222,7 +225,7 @@ def _score(body: StudyReport, point: Point) -> float | None:
     if len(benches) != 1 or point[2]:
         return None
     found = {bench: _value(point, bench, "acc") for bench in (*benches, *body.benches["other"])}
-    known = {bench: value for bench, value in found.items() if value is not None}
+    known = {bench: value for bench, value in found.items() if value is not None and bench in body.base}
     if benches[0] not in known:
         return None
     base = {bench: body.base[bench]["acc"] for bench in known}
@@ -242,7 +245,7 @@ def _mean(point: Point, benches: Sequence[str], column: str = "value") -> float 
 
 
 def _interval(row: Json, digits: int = 2) -> str:
-    if row.get("low") is None:
+    if row.get("low") is None or row["high"] is None:
         return "-"
     return f"{row['low']:.{digits}f}-{row['high']:.{digits}f}"
 
