@@ -19,6 +19,7 @@ from dsg_cli.lab.settings import LabSettings
 from dsg_cli.lab.training import train_reference
 from dsg_cli.model import load_model
 from dsg_cli.progress import silent
+from dsg_cli.sae import read_sae
 
 WORLD = world.build_world()
 WORD = re.compile(r"[A-Za-z]+")
@@ -219,6 +220,27 @@ def test_the_command_trains_without_a_domain(dsg, tmp_path, monkeypatch):
     assert (noted["without"], noted["seed"]) == (["hexes"], 5)
     code, _, err = dsg("lab", "train", "other", "--without", "hexen")
     assert code == 1 and "no domain hexen" in err and "hexes" in err
+
+
+def test_the_command_trains_saes_at_other_layers_of_the_shipped_model(dsg, tmp_path, monkeypatch):
+    quick = LabSettings(sae_tokens=6_000, sae_batch=512)
+    monkeypatch.setattr(training, "LabSettings", lambda: quick)
+    code, out, err = dsg("lab", "train", "made", "--layer", 3, "--layer", 0, "--quiet")
+    assert code == 0 and out.startswith("made: 2 SAEs"), err
+    sites = [read_sae(str(tmp_path / "made" / f"layer-{layer}")).site for layer in (0, 3)]
+    assert [site.layer for site in sites] == [0, 3]
+    noted = json.loads((tmp_path / "made" / "training.json").read_text())
+    assert [sae["name"] for sae in noted["saes"]] == ["layer-0", "layer-3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--layer", 4], "no layer 4"), (["--layer", 0, "--without", "hexes"], "Leave one of them out")],
+)
+def test_what_cannot_be_trained(dsg, tmp_path, options, said):
+    code, _, err = dsg("lab", "train", "made", *options)
+    assert code == 1 and said in err
+    assert not any(tmp_path.iterdir())
 
 
 def test_text_without_a_domain_has_none_of_its_words():

@@ -9,6 +9,7 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json, print_line, progress
+from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 
 app = typer.Typer(help="The embedded lab: write it out, or train it again.", no_args_is_help=True)
@@ -44,6 +45,10 @@ def train(
             "--without", help="Train only a model, and keep this domain from it. Repeatable.", metavar="DOMAIN"
         ),
     ] = None,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option("--layer", help="Train only an SAE, at this layer of the lab's model. Repeatable."),
+    ] = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
@@ -51,10 +56,14 @@ def train(
 
     Example, a reference that never saw what shall be forgotten: dsg lab train DIR --without hexes --seed 1
     """
+    if without and layers:
+        raise DsgError("--without trains a model, --layer SAEs on the lab's own.", "Leave one of them out.")
     with progress(quiet) as report:
-        from dsg_cli.lab.export import train_and_export, train_without
+        from dsg_cli.lab.export import train_and_export, train_at_layers, train_without
 
-        if without:
+        if layers:
+            measured = train_at_layers(folder, layers, seed=seed, report=report)
+        elif without:
             measured = train_without(folder, without, seed=seed, report=report)
         else:
             measured = train_and_export(folder, seed=seed, report=report)
@@ -65,12 +74,14 @@ def train(
 
 
 def _say(folder: Path, measured: dict[str, Any]) -> None:
-    accuracy = measured["accuracy"]
+    accuracy = measured.get("accuracy", {})
     if "without" in measured:
-        shown = ", ".join(f"{bench} {accuracy[bench]:.2f}" for bench in lab.BENCHES)
-        print_line(f"{folder}: {shown}, {measured['seconds']:.0f} s")
-        return
-    lowest = min(accuracy.items(), key=lambda item: item[1])
-    print_line(f"{folder}: lowest accuracy {lowest[1]:.3f} ({lowest[0]}), {measured['seconds']:.0f} s")
-    for sae in measured["saes"]:
+        said = ", ".join(f"{bench} {accuracy[bench]:.2f}" for bench in lab.BENCHES)
+    elif accuracy:
+        lowest = min(accuracy.items(), key=lambda item: item[1])
+        said = f"lowest accuracy {lowest[1]:.3f} ({lowest[0]})"
+    else:
+        said = f"{len(measured['saes'])} SAEs"
+    print_line(f"{folder}: {said}, {measured['seconds']:.0f} s")
+    for sae in measured.get("saes", []):
         print_line(f"{sae['name']}: variance explained {sae['variance_explained']}, L0 {sae['l0']}")

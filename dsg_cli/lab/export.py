@@ -12,6 +12,7 @@ import yaml
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import write_folder
 from dsg_cli.lab import data as lab
+from dsg_cli.lab.settings import LabSettings
 from dsg_cli.lab.words import BY_NAME
 from dsg_cli.progress import Report
 
@@ -72,6 +73,27 @@ def train_without(folder: Path, without: Sequence[str], *, seed: int, report: Re
         from dsg_cli.lab.training import train_reference
 
         measured.update(train_reference(partial, without=sorted(set(without)), seed=seed, report=report))
+
+    write_folder(folder, fill)
+    return measured
+
+
+def train_at_layers(folder: Path, layers: Sequence[int], *, seed: int, report: Report) -> dict[str, Any]:
+    """Train into `folder` an SAE at each of some layers of the shipped model; returns what `train_saes` measured.
+
+    Raises:
+        DsgError: A layer that the model does not have; the folder is not empty, or cannot be written to.
+    """
+    last = LabSettings().n_layers - 1
+    absent = [layer for layer in layers if not 0 <= layer <= last]
+    if absent:
+        raise DsgError(f"The lab's model has no layer {absent[0]}.", f"It has layers 0 to {last}.")
+    measured: dict[str, Any] = {}
+
+    def fill(partial: Path) -> None:
+        from dsg_cli.lab.training import train_saes
+
+        measured.update(train_saes(partial, layers=sorted(set(layers)), seed=seed, report=report))
 
     write_folder(folder, fill)
     return measured

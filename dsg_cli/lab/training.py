@@ -1,6 +1,6 @@
 """Train the lab from a seed: texts, tokenizer, language model and SAEs, written in plain formats.
 
-Or a language model alone that some domains are kept from.
+Or a language model alone that some domains are kept from, or SAEs alone, at other layers of the shipped model.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from dsg_cli.lab import world as lab_world
 from dsg_cli.lab.autoencoder import train_sae
-from dsg_cli.lab.data import BENCHES, CORPORA, PHRASINGS
+from dsg_cli.lab.data import BENCHES, CORPORA, PHRASINGS, SHIPPED
 from dsg_cli.lab.language_model import bench_accuracies, build_tokenizer, train_language_model
 from dsg_cli.lab.settings import LabSettings
 from dsg_cli.lab.words import DOMAINS_OF
@@ -42,11 +42,52 @@ def train_lab(
     model, measured = _train_and_save(world, tokenizer, settings, folder / "model", seed=seed, report=report)
     measured["saes"] = []
     for i in range(settings.n_saes):
-        sae_start = time.monotonic()
-        name = f"sae-{i}" if i else "sae"
-        sae = train_sae(model, tokenizer, world, settings, seed=1000 * seed + i, report=report, folder=folder / name)
-        measured["saes"].append({"name": name, **sae, "seconds": round(time.monotonic() - sae_start, 1)})
+        sae_folder = folder / (f"sae-{i}" if i else "sae")
+        measured["saes"].append(
+            _train_one_sae(model, tokenizer, world, settings, sae_folder, seed=1000 * seed + i, report=report)
+        )
     return _noted(measured, folder, start)
+
+
+def train_saes(
+    folder: Path, *, layers: Sequence[int], seed: int = 0, settings: LabSettings | None = None, report: Report = silent
+) -> dict[str, Any]:
+    """Train an SAE at each of `layers` of the shipped model, as those that are shipped were at theirs.
+
+    They are written to `layer-<L>` in `folder`, which must not exist, in sae-lens's format.
+
+    Returns:
+        Seconds, and for each SAE what `train_lab` says of it.
+    """
+    settings = settings or LabSettings()
+    start = time.monotonic()
+    world = lab_world.build_world()
+    model = Gemma2ForCausalLM.from_pretrained(SHIPPED / "model", dtype=torch.float32).eval()
+    tokenizer = build_tokenizer(world)
+    folder.mkdir()
+    measured: dict[str, Any] = {"seed": seed, "settings": asdict(settings), "saes": []}
+    for layer in layers:
+        of_layer = replace(settings, sae_layer=layer)
+        sae_folder = folder / f"layer-{layer}"
+        measured["saes"].append(
+            _train_one_sae(model, tokenizer, world, of_layer, sae_folder, seed=1000 * seed, report=report)
+        )
+    return _noted(measured, folder, start)
+
+
+def _train_one_sae(
+    model: Gemma2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    settings: LabSettings,
+    folder: Path,
+    *,
+    seed: int,
+    report: Report,
+) -> dict[str, Any]:
+    start = time.monotonic()
+    sae = train_sae(model, tokenizer, world, settings, seed=seed, report=report, folder=folder)
+    return {"name": folder.name, **sae, "seconds": round(time.monotonic() - start, 1)}
 
 
 def train_reference(
