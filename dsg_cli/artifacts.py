@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from dsg_cli.measured import AttackReport, Comparison, EvalReport, StudyReport
+from dsg_cli.measured import AttackReport, Comparison, EvalReport, Inspection, StudyReport
 from dsg_cli.provenance import Header, InputArtifact, Json, ModelIdentity, SaeIdentity
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Guardrail",
     "Header",
     "InputArtifact",
+    "Inspection",
     "Json",
     "ModelIdentity",
     "ModelWeights",
@@ -219,10 +220,29 @@ class Wrapper:
 
 
 Body = (
-    Comparison | FeatureSet | Threshold | Guardrail | ModelWeights | Wrapper | EvalReport | AttackReport | StudyReport
+    Comparison
+    | FeatureSet
+    | Threshold
+    | Guardrail
+    | Inspection
+    | ModelWeights
+    | Wrapper
+    | EvalReport
+    | AttackReport
+    | StudyReport
 )
 BodyT = TypeVar(
-    "BodyT", Comparison, FeatureSet, Threshold, Guardrail, ModelWeights, Wrapper, EvalReport, AttackReport, StudyReport
+    "BodyT",
+    Comparison,
+    FeatureSet,
+    Threshold,
+    Guardrail,
+    Inspection,
+    ModelWeights,
+    Wrapper,
+    EvalReport,
+    AttackReport,
+    StudyReport,
 )
 
 KINDS: dict[str, type[Any]] = {
@@ -235,6 +255,7 @@ KINDS: dict[str, type[Any]] = {
     "attack": AttackReport,
     "compare": Comparison,
     "study": StudyReport,
+    "inspect": Inspection,
 }
 SCHEMAS: dict[str, int] = {
     "features": 2,
@@ -246,6 +267,7 @@ SCHEMAS: dict[str, int] = {
     "attack": 3,
     "compare": 1,
     "study": 1,
+    "inspect": 1,
 }
 MADE_BY = {
     "features": "dsg select",
@@ -257,6 +279,7 @@ MADE_BY = {
     "attack": "dsg attack",
     "compare": "dsg compare",
     "study": "dsg study",
+    "inspect": "dsg inspect",
 }
 NEXT_COMMAND = {
     "features": "dsg calibrate",
@@ -265,9 +288,10 @@ NEXT_COMMAND = {
     "model": "dsg eval",
     "wrapper": "dsg eval",
     "eval": "dsg attack",
-    "attack": "dsg ls",
-    "compare": "dsg ls",
-    "study": "dsg ls",
+    "attack": "dsg report",
+    "compare": "dsg report",
+    "study": "dsg report",
+    "inspect": "dsg report",
 }
 
 

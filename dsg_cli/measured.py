@@ -1,4 +1,4 @@
-"""Bodies of the artifacts that say what was measured: evaluations, attacks, comparisons, studies."""
+"""Bodies of the artifacts that say what was measured: evaluations, attacks, comparisons, studies, inspections."""
 
 from __future__ import annotations
 
@@ -98,3 +98,25 @@ class StudyReport:
     """{n_points, n_failed, text_passes, gate_passes, asked, n_requests}: what it took. Passes over a corpus but for
     those of the features it began with, passes over retain text by which gates were calibrated, requests that went
     through the whole model, and how many requests all questions of all benches are."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Body of `inspect-NNN`: what the features of a selection or a guardrail are about.
+
+    Beside it one row a feature, group and context: {feature, group, document, position, peak, activations}, and with
+    `--samples` `tokens`, the text of each, and `at`, which of them has the peak. `document` and `position` count.
+    """
+
+    inspected: str
+    """Id of the features or the guardrail."""
+    groups: list[Json]
+    """What was read: [{name, role, n_documents, n_tokens}]; role: forget, near or retain."""
+    features: list[Json]
+    """[{index, roles, weight, forget_score, retain_score, ratio, rates, means, promoted, suppressed, nearest, words,
+    description, warnings}]. roles: `clamped`, `watched`. weight: in the gate's score, or null. rates and means:
+    group -> share of tokens on which it is active, and its mean over all tokens. promoted and suppressed: [{token, value}] by
+    the logit lens on its decoder row. nearest: [{index, cosine, is_selected}] by decoder rows. words: of its contexts,
+    only with `--samples`. description: Neuronpedia's, if asked for. What is not known is null or empty."""
+    overlap: list[Json]
+    """Earlier guardrails on the same SAE: [{id, n_features, shared: [index]}]"""

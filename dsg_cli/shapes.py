@@ -88,6 +88,20 @@ _STUDY_ROW = {
     "n": (int, OR_NONE),
     "error": str,
 }
+_TOKENS = [{"token": str, "value": NUMBER}]
+_INSPECTED = {
+    "index": int,
+    "roles": [("clamped", "watched")],
+    **dict.fromkeys(("weight", "forget_score", "retain_score", "ratio"), (NUMBER, OR_NONE)),
+    "rates": {"*": NUMBER},
+    "means": {"*": NUMBER},
+    "promoted": _TOKENS,
+    "suppressed": _TOKENS,
+    "nearest": [{"index": int, "cosine": NUMBER, "is_selected": bool}],
+    "words": [str],
+    "description": (str, OR_NONE),
+    "warnings": [str],
+}
 GIT = ({"commit": str, "dirty": bool}, OR_EMPTY)
 SETTINGS: dict[str, Any] = {
     "features": {"forget": _CORPORA, "retain": _CORPORA, "limit": (int, OR_NONE)},
@@ -99,6 +113,7 @@ SETTINGS: dict[str, Any] = {
     "attack": {"retain?": {"*": str}},
     "compare": {},
     "study": {},
+    "inspect": {},
 }
 BODY: dict[str, Any] = {
     "features": {"probe": (_PROBE, OR_EMPTY)},
@@ -154,6 +169,11 @@ BODY: dict[str, Any] = {
         "base": {"*": {"acc": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}},
         "rows": [_STUDY_ROW],
         "computed": {"n_points": int, "n_failed": int},
+    },
+    "inspect": {
+        "groups": [{"name": str, "role": ("forget", "near", "retain"), "n_documents": int, "n_tokens": int}],
+        "features": [_INSPECTED],
+        "overlap": [{"id": str, "n_features": int, "shared": [int]}],
     },
 }
 """By kind of artifact."""

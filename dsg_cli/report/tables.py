@@ -14,6 +14,7 @@ from dsg_cli.artifacts import (
     EvalReport,
     FeatureSet,
     Guardrail,
+    Inspection,
     Json,
     ModelWeights,
     StudyReport,
@@ -27,6 +28,7 @@ from dsg_cli.report.attacks import curve_table, place, share
 from dsg_cli.report.comparison import comparison_table
 from dsg_cli.report.evaluations import evaluation_table, first_metric
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
+from dsg_cli.report.inspections import inspection_table
 from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
 from dsg_cli.report.studies import study_headline, study_table
 from dsg_cli.stages.verify import Finding
@@ -48,6 +50,8 @@ def artifact_table(stored: Stored) -> Group:
         table = comparison_table(body)
     elif isinstance(body, StudyReport):
         table = study_table(body)
+    elif isinstance(body, Inspection):
+        table = inspection_table(body)
     elif isinstance(body, ModelWeights):
         table = _pairs(model_rows(body))
     elif isinstance(body, Wrapper):
@@ -120,6 +124,8 @@ def headline(stored: Stored) -> str:
         return f"{len({row['method'] for row in body.rows})} methods, {len(body.trials)} trials"
     if isinstance(body, StudyReport):
         return study_headline(body)
+    if isinstance(body, Inspection):
+        return f"{len(body.features)} features of {body.inspected}"
     if isinstance(body, ModelWeights):
         return f"{body.method}, {body.form}, {len(body.losses)} steps"
     if isinstance(body, Wrapper):
