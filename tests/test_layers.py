@@ -43,7 +43,7 @@ ROWS = (
     ("sae", "residuals", "fitting", "streaming"),
     ("scoring", "prompting", "pooling"),
     ("slicing", "fit", "pieces", "wrapper_module"),
-    ("statistics", "guardrail", "wrapper"),
+    ("statistics", "contexts", "guardrail", "wrapper"),
     ("effect", "probe", "protection"),
     ("scorer", "benches"),
     ("sides", "harness"),

@@ -1,0 +1,160 @@
+"""Where features fire: how often, how much, and in which contexts most, from one streaming pass over some text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dsg_cli.errors import DsgError
+from dsg_cli.fitting import Fitting
+from dsg_cli.progress import Report, silent
+from dsg_cli.residuals import read_residual
+from dsg_cli.runtime.sites import HookSite
+from dsg_cli.tokens import TokenBatch, batches
+
+BEFORE, AFTER = 12, 6
+"""Tokens of a context on either side of its peak. W = 12 + 1 + 6."""
+NOTHING = -1
+"""In the place of a token where a context reaches beyond its row, and of a row where there is no context."""
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Of each of C features: its rate, its mean, and the N rows in which it is strongest, one context a row."""
+
+    n_tokens: int
+    """Counted ones."""
+    rate_C: Tensor
+    """Share of counted tokens on which it is active."""
+    mean_C: Tensor
+    """Mean activation over counted tokens."""
+    peak_CN: Tensor
+    """Largest activation in each of those rows, from the largest magnitude on; 0 where there is no further row."""
+    row_CN: Tensor
+    """Which row."""
+    position_CN: Tensor
+    """Where in the row the peak is."""
+    ids_CNW: Tensor
+    """Tokens around the peak, which is the one at `BEFORE`."""
+    acts_CNW: Tensor
+    """Activations on them; 0 on tokens that do not count."""
+
+
+@torch.inference_mode()
+def read_contexts(
+    model: nn.Module,
+    site: HookSite,
+    encode: Callable[[Tensor], Tensor],
+    rows: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_contexts: int,
+    what: str = "text",
+    report: Report = silent,
+) -> Contexts:
+    """One pass up to the hook. What it keeps is C x N x W, however long the text is.
+
+    Args:
+        model: Whole, or cut after the site's layer.
+        site: Where the SAE reads.
+        encode: Residuals [T, D] -> activations [T, C]: of all features of an SAE, or of some.
+        rows: Token ids; each of at most so many that its activations fit in memory.
+        tokenizer: The model's.
+        n_contexts: N.
+        what: Name of the pass, for progress.
+        report: Progress.
+
+    Raises:
+        DsgError: No counted token, or an activation that is not finite.
+    """
+    fit, kept = Fitting(), _Kept(n_contexts)
+    n_read, total = 0, sum(map(len, rows))
+    device = str(next(model.parameters()).device)
+
+    def resid(batch: TokenBatch) -> Tensor:
+        return read_residual(model, site, batch.ids_BL, batch.mask_BL)
+
+    for whole in batches(rows, tokenizer, device=device):
+        for batch, resid_BLD in fit(whole, resid):
+            for b, row in enumerate(batch.index):
+                length = len(rows[row])
+                counted_L = batch.counted_BL[b, :length]
+                acts_LC = encode(resid_BLD[b, :length].float()) * counted_L[:, None]
+                kept.add(row, batch.ids_BL[b, :length], acts_LC, counted_L)
+                n_read += length
+        report(f"{what}, tokens", n_read, total)
+    if not kept.n_tokens:
+        raise DsgError(f"The {what} has no token that counts: all are padding, BOS or EOS.")
+    return kept.found(what)
+
+
+class _Kept:
+    """Sums, and the largest peaks so far."""
+
+    def __init__(self, n_contexts: int) -> None:
+        self.n_contexts = n_contexts
+        self.n_tokens = 0
+        self.sums: list[Tensor] = []
+        self.best: dict[str, Tensor] = {}
+
+    def add(self, row: int, ids_L: Tensor, acts_LC: Tensor, counted_L: Tensor) -> None:
+        self.n_tokens += int(counted_L.sum())
+        parts = [(acts_LC != 0).sum(0).double(), acts_LC.sum(0, dtype=torch.float64)]
+        self.sums = [total + part for total, part in zip(self.sums, parts, strict=True)] if self.sums else parts
+        size_C, position_C = acts_LC.abs().max(0)
+        if not self.best:
+            self.best = self._nothing(acts_LC.shape[1], acts_LC.device)
+        better = (size_C > self.best["peak"][:, -1].abs()).nonzero()[:, 0]
+        if not len(better):
+            return
+        place_XW = position_C[better, None] + torch.arange(BEFORE + 1 + AFTER, device=ids_L.device)
+        padded_ids = torch.nn.functional.pad(ids_L, (BEFORE, AFTER), value=NOTHING)
+        padded_acts = torch.nn.functional.pad(acts_LC, (0, 0, BEFORE, AFTER))
+        new = {
+            "peak": acts_LC[position_C[better], better],
+            "row": torch.full_like(better, row),
+            "position": position_C[better],
+            "ids": padded_ids[place_XW],
+            "acts": padded_acts[place_XW, better[:, None]],
+        }
+        for name, values in new.items():  # The weakest makes room; then they are put in order again.
+            self.best[name][better, -1] = values.to(self.best[name].dtype)
+        order_XN = self.best["peak"][better].abs().argsort(dim=-1, descending=True, stable=True)
+        for tensor in self.best.values():
+            tensor[better] = tensor[better[:, None], order_XN]
+
+    def _nothing(self, n_features: int, device: torch.device) -> dict[str, Tensor]:
+        empty = partial(torch.full, device=device)
+        shape = (n_features, self.n_contexts)
+        window = (*shape, BEFORE + 1 + AFTER)
+        return {
+            "peak": empty(shape, 0.0),
+            "row": empty(shape, NOTHING),
+            "position": empty(shape, NOTHING),
+            "ids": empty(window, NOTHING, dtype=torch.int32),
+            "acts": empty(window, 0.0),
+        }
+
+    def found(self, what: str) -> Contexts:
+        active_C, total_C = self.sums
+        if not total_C.isfinite().all():
+            raise DsgError(
+                f"On the {what} an activation of the SAE is not finite.",
+                "Check the weights of model and SAE, or try --dtype float32.",
+            )
+        best = {name: tensor.cpu() for name, tensor in self.best.items()}
+        return Contexts(
+            n_tokens=self.n_tokens,
+            rate_C=(active_C / self.n_tokens).cpu(),
+            mean_C=(total_C / self.n_tokens).cpu(),
+            peak_CN=best["peak"],
+            row_CN=best["row"],
+            position_CN=best["position"],
+            ids_CNW=best["ids"],
+            acts_CNW=best["acts"],
+        )
