@@ -106,7 +106,7 @@ function draw() {
   $("chart").replaceChildren();
   $("caption").textContent = "";
   if (!one || !one.statistic.length) return;
-  const [width, height, left, bottom, top] = [720, 180, 50, 24, 10];
+  const [width, height, left, bottom, top] = [Math.max(300, $("chart").clientWidth), 180, 50, 24, 10];
   const finite = one.statistic.filter((value) => value !== null);
   const highest = Math.max(one.threshold * 1.15, ...finite) || 1, lowest = Math.min(0, one.threshold, ...finite);
   const n = one.statistic.length;
@@ -139,4 +139,5 @@ $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); ask(); }
 });
 $("by").addEventListener("change", () => { colour(); draw(); });
+addEventListener("resize", () => shown && draw());
 begin().catch((error) => say(`The page could not begin: ${error.message}.`, "failed"));
