@@ -56,7 +56,7 @@ ROWS = (
     ("lab.language_model", "lab.autoencoder", "lab.training", "lab.export"),
     ("settings",),
     ("recipe", "workspace", "detection"),
-    ("export", "studies"),
+    ("export", "studies", "live"),
     ("loading",),
     ("stages",),
     ("report",),
