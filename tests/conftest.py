@@ -30,6 +30,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+SMALL_LAB = ("--recipe", "lab", "--set", "corpora.limit=80")
+"""For whole commands: the lab's recipe on a third of its text, where what is found is not what is tested."""
 WIDTH, N_FEATURES, N_WORDS, LAYER = 16, 48, 60, 1
 BIAS = 8.0
 
