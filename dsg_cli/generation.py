@@ -90,7 +90,7 @@ def _check_room(loaded: LoadedModel, n_read: int, n_new: int) -> None:
         raise DsgError(
             f"A prompt of {n_read} tokens leaves room for {max(room, 0)} of the model's "
             f"{context_length(loaded.model.config)}.",
-            f"Shorten it, or lower --max-new-tokens (now {n_new}).",
+            f"Shorten it, or lower --max-new-tokens (now {n_new})." if n_new else "Shorten it.",
         )
 
 

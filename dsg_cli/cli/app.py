@@ -25,6 +25,7 @@ from dsg_cli.cli import (
     evaluate,
     export,
     generate,
+    inspect,
     lab,
     ls,
     run,
@@ -57,6 +58,7 @@ app.command("eval")(evaluate.command)
 app.command("attack")(attack.command)
 app.command("compare")(compare.command)
 app.command("study")(study.command)
+app.command("inspect")(inspect.command)
 app.command("export")(export.command)
 app.command("generate")(generate.command)
 app.command("demo")(demo.command)
