@@ -12,7 +12,7 @@ from dsg_cli.recipe import load_recipe
 from dsg_cli.stages import live
 from dsg_cli.workspace import Workspace
 
-GUARDRAIL = Path(__file__).parent / "data" / "schema-5" / "guardrail-001.json"
+GUARDRAIL = Path(__file__).parent / "data" / "schema-4" / "guardrail-001.json"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,8 @@ def test_a_person_types_a_prompt(looked, prompts, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    server = Server(0, looked.about(), looked.ask)
+    server = Server(0)
+    server.about, server.ask = looked.about(), looked.ask
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     with open_browser(tmp_path) as browser:
         browser.get(server.url)

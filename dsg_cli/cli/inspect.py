@@ -9,6 +9,7 @@ import typer
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.names import complete_artifact
 from dsg_cli.cli.output import print_json, progress
+from dsg_cli.cli.serving import serve
 
 
 def command(
@@ -27,6 +28,10 @@ def command(
     features: Annotated[
         list[int] | None, typer.Option("--feature", help="Only these features, any of the SAE; repeatable.")
     ] = None,
+    is_live: Annotated[
+        bool, typer.Option("--serve", help="Show prompts live, on a page that only this machine can open.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", help="Of that page; 0 takes any.", min=0, max=65535)] = 8731,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     recipe: opt.RecipeOption = None,
     sets: opt.SetOption = None,
@@ -55,6 +60,9 @@ def command(
         model__instead=instead,
         model__allow_mismatch=allow_mismatch,
     )
+    if is_live:
+        serve(resolved, workspace, artifact, port=port, quiet=quiet)
+        return
     with progress(quiet):
         from dsg_cli.stages import trace
         from dsg_cli.workspace import Workspace

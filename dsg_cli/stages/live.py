@@ -60,8 +60,8 @@ class Live:
             wanted: {prompt}, and perhaps {chat, on_trigger, max_new_tokens}.
 
         Returns:
-            {tokens, n_prompt, guardrails: [{id, gate, threshold, score, statistic, latched_at, clamped, features}], base,
-            guarded}. A null among numbers is what could not be computed, and counts as the strongest signal there is.
+            {tokens, n_prompt, guardrails: [{id, gate, threshold, score, statistic, latched_at, clamped, features}],
+            base, guarded}. A null among numbers could not be computed, and counts as the strongest signal there is.
 
         Raises:
             DsgError: A setting that there is not, or anything that `dsg generate` refuses.
@@ -75,9 +75,7 @@ class Live:
         found: Json = {
             "tokens": [str(loaded.base.tokenizer.decode([token])) for token in read],
             "n_prompt": len(asked),
-            "guardrails": [
-                self._seen(number, prompt, read, sides["guarded"]) for number in range(len(self.tracers))
-            ],
+            "guardrails": [self._seen(number, prompt, read, sides["guarded"]) for number in range(len(self.tracers))],
         }
         for side, one in sides.items():
             found[side] = {"text": one.text, "n_tokens": one.n_tokens, "refused": one.refused}
