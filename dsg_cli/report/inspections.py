@@ -44,7 +44,7 @@ def inspection_view(stored: Stored, rows: Sequence[Json] | None = None) -> Group
 def inspection_table(body: Inspection) -> Table:
     """One row a feature."""
     table = Table("feature", "role", "weight", *ROLES, "", "promotes", box=None, pad_edge=False)
-    for column, width in zip(table.columns, (0, 7, 6, 6, 6, 6, 2, 0), strict=True):
+    for column, width in zip(table.columns, (7, 7, 6, 6, 6, 6, 2, 0), strict=True):
         column.no_wrap, column.overflow, column.min_width = True, "ellipsis", width or None
         column.justify = "right" if width == 6 else "left"
     for feature in body.features:
