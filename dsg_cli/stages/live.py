@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsg_cli.artifacts import Json
 from dsg_cli.errors import DsgError
 from dsg_cli.generation import Answer
@@ -60,8 +62,9 @@ class Live:
             wanted: {prompt}, and perhaps {chat, on_trigger, max_new_tokens}.
 
         Returns:
-            {tokens, n_prompt, guardrails: [{id, gate, threshold, score, statistic, latched_at, clamped, features}],
-            base, guarded}. A null among numbers could not be computed, and counts as the strongest signal there is.
+            {tokens, n_prompt, guardrails: [{id, gate, threshold, score, floor, statistic, latched_at, clamped,
+            features}], base, guarded}. floor: the score of a token on which no feature is active. A null among numbers
+            could not be computed, and counts as the strongest signal there is.
 
         Raises:
             DsgError: A setting that there is not, or anything that `dsg generate` refuses.
@@ -92,6 +95,7 @@ class Live:
             "gate": gate.form,
             "threshold": gate.threshold,
             "score": steps["score"],
+            "floor": _floor(tracer),
             "statistic": gate.statistic,
             "latched_at": gate.latched_at,
             "clamped": steps["clamped"] if gate.statistic else [False] * len(ids),
@@ -112,6 +116,12 @@ def load(recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> L
         for stored in asked.subject.guardrails
     ]
     return Live(asked, tracers)
+
+
+def _floor(tracer: Tracer) -> float:
+    guard = tracer.inspected.guard
+    assert guard is not None
+    return float(guard.gate.score(torch.zeros(1, dtype=torch.bool), torch.zeros(1)))
 
 
 def _settings(settings: GenerateSection, wanted: Json) -> GenerateSection:
