@@ -45,6 +45,8 @@ class Descriptions:
 def place_of(source: str) -> str | None:
     """model/source on Neuronpedia of an SAE of sae-lens's releases; None if sae-lens knows of none."""
     release, _, sae_id = source.partition("/")
+    if not release or not sae_id:
+        return None  # Of the lab, or a folder: no need to read a list of thousands.
     for one in releases().get(release, {}).get("saes", []):
         if one["id"] == sae_id:
             place = str(one.get("neuronpedia") or "")

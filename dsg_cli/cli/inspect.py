@@ -9,8 +9,9 @@ import typer
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.names import complete, complete_artifact
 from dsg_cli.cli.output import show_stored
-from dsg_cli.cli.prompted import show_prompts
+from dsg_cli.cli.prompted import check_modes, show_prompts
 from dsg_cli.cli.running import running
+from dsg_cli.cli.serving import serve
 from dsg_cli.errors import DsgError
 
 
@@ -30,6 +31,10 @@ def command(
     features: Annotated[
         list[int] | None, typer.Option("--feature", help="These features, any of the SAE; repeatable.")
     ] = None,
+    is_live: Annotated[
+        bool, typer.Option("--serve", help="Show prompts live, on a page that only this machine can open.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", help="Of that page; 0 takes any.", min=0, max=65535)] = 8731,
     near: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,6 +76,11 @@ def command(
         model__instead=instead,
         model__allow_mismatch=allow_mismatch,
     )
+    others = {"--near": near, "--samples": samples, "--neuronpedia": neuronpedia, "--limit": limit, "--reuse": reuse}
+    check_modes({"--serve": is_live, "--prompt": prompts}, others)
+    if is_live:
+        serve(resolved, workspace, artifact, port=port, quiet=quiet)
+        return
     if prompts:
         show_prompts(resolved, workspace, prompts, artifact, features or [], chat=chat, as_json=as_json, quiet=quiet)
         return

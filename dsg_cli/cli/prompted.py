@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsg_cli.cli.output import print_json, progress
+from dsg_cli.errors import DsgError
 
 if TYPE_CHECKING:
     from dsg_cli.recipe import Recipe
+
+
+def check_modes(modes: Mapping[str, object], others: Mapping[str, object]) -> None:
+    """Refuse flags of one way to look at features beside those of another.
+
+    Args:
+        modes: Flags that choose what is done instead of an inspection, and their values.
+        others: Flags that say how features are inspected.
+
+    Raises:
+        DsgError: There are such flags.
+    """
+    chosen = [flag for flag, value in modes.items() if value]
+    given = [*chosen[1:], *([flag for flag, value in others.items() if value] if chosen else [])]
+    if given:
+        raise DsgError(f"{chosen[0]} does not go with {given[0]}.", "Leave one of the two out.")
 
 
 def show_prompts(

@@ -116,8 +116,8 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that the chat template puts around what a user says; none where there is no template."""
     if not tokenizer.chat_template:
         return set()
-    around = [set(tokenizer(as_chat(tokenizer, text), add_special_tokens=False)["input_ids"]) for text in ("a", "1 ?")]
-    return around[0] & around[1]
+    around = [set(tokenizer(as_chat(tokenizer, text), add_special_tokens=False)["input_ids"]) for text in ("a", "the")]
+    return (around[0] & around[1]) - {tokenizer.unk_token_id}
 
 
 def _is_template(token: int, read: Read, template: set[int], tokenizer: PreTrainedTokenizerBase) -> bool:
