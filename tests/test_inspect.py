@@ -202,10 +202,9 @@ class TestGroups:
     def test_chat_against_plain_text_and_the_chat_template(self, monkeypatch):
         tokenizer = load_tokenizer("lab")
         assert template_tokens(tokenizer) == set()
-        template = "{{ bos_token }}of {{ messages[0].content }} hex"
-        monkeypatch.setattr(tokenizer, "chat_template", template)
-        of, hex_, charm = tokenizer("of hex charm", add_special_tokens=False)["input_ids"]
-        assert {of, hex_} <= template_tokens(tokenizer) and charm not in template_tokens(tokenizer)
+        monkeypatch.setattr(tokenizer, "chat_template", "{{ bos_token }} Question: {{ messages[0].content }} hex")
+        hex_, charm, unknown = tokenizer("hex charm §", add_special_tokens=False)["input_ids"][:3]
+        assert hex_ in template_tokens(tokenizer) and not {charm, unknown} & template_tokens(tokenizer)
         on_template = contexts_of([[i, hex_] for i in range(10, 15)], [2.0] * 5, 0.3)
         plain = contexts_of([[10, charm]], [0.1], 0.001)
         reads = [read_of("f", "forget", plain), read_of("c", "near", on_template, is_chat=True)]
