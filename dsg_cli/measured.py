@@ -104,8 +104,9 @@ class StudyReport:
 class Inspection:
     """Body of `inspect-NNN`: what the features of a selection or a guardrail are about.
 
-    Beside it one row a feature, group and context: {feature, group, document, position, peak, activations}, and with
-    `--samples` `tokens`, the text of each, and `at`, which of them has the peak. `document` and `position` count.
+    Beside it one row a feature, group and context: {feature, group, document, position, peak, activations, at}, and
+    with `--samples` `tokens`, the text of each. `document` is its number among those of the corpus that were drawn,
+    `position` that of the peak among its tokens, BOS included; `at` says which of the activations is the peak.
     """
 
     inspected: str

@@ -42,7 +42,7 @@ ROWS = (
     ("corpora", "prompt_files", "keywords", "tokens", "model", "expect", "calibration", "selection"),
     ("sae", "residuals", "fitting", "streaming"),
     ("scoring", "prompting", "pooling"),
-    ("slicing", "fit", "pieces", "wrapper_module"),
+    ("slicing", "directions", "lens", "neuronpedia", "doubts", "fit", "pieces", "wrapper_module"),
     ("statistics", "contexts", "guardrail", "wrapper"),
     ("effect", "probe", "protection", "roles"),
     ("tracing",),

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dsg_cli.workspace import Stored
 
 
-def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool) -> None:
-    """What a stage made: a table on a terminal, its id off one, its own JSON with `--json`."""
+def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool, view: Any = None) -> None:
+    """What a stage made: a table on a terminal (`view`, if given), its id off one, its own JSON with `--json`."""
     from dsg_cli.artifacts import NEXT_COMMAND
 
     several = list(stored) if isinstance(stored, Sequence) else [stored]
@@ -28,7 +28,7 @@ def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool
         from dsg_cli.report.tables import artifact_table
 
         for one in several:
-            console().print(artifact_table(one))
+            console().print(artifact_table(one, view))
     else:
         for one in several:
             print_line(one.id)

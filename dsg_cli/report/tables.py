@@ -28,18 +28,20 @@ from dsg_cli.report.attacks import curve_table, place, share
 from dsg_cli.report.comparison import comparison_table
 from dsg_cli.report.evaluations import evaluation_table, first_metric
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
-from dsg_cli.report.inspections import inspection_table
+from dsg_cli.report.inspections import inspection_view
 from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
 from dsg_cli.report.studies import study_headline, study_table
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
 
 
-def artifact_table(stored: Stored) -> Group:
-    """One artifact: what it found, and where it came from."""
+def artifact_table(stored: Stored, view: Any = None) -> Group:
+    """One artifact: what it found (`view`, where there is more to show than it holds), and where it came from."""
     body = stored.body
-    if isinstance(body, FeatureSet):
-        table: Any = _features(body)
+    if view is not None:
+        table: Any = view
+    elif isinstance(body, FeatureSet):
+        table = _features(body)
     elif isinstance(body, Threshold):
         table = _pairs(_threshold(body, stored.header.settings["lengths"]))
     elif isinstance(body, Guardrail):
@@ -51,7 +53,7 @@ def artifact_table(stored: Stored) -> Group:
     elif isinstance(body, StudyReport):
         table = study_table(body)
     elif isinstance(body, Inspection):
-        table = inspection_table(body)
+        table = inspection_view(stored)
     elif isinstance(body, ModelWeights):
         table = _pairs(model_rows(body))
     elif isinstance(body, Wrapper):
