@@ -28,6 +28,7 @@ from dsg_cli.cli import (
     inspect,
     lab,
     ls,
+    report,
     run,
     select,
     show,
@@ -61,6 +62,7 @@ app.command("study")(study.command)
 app.command("inspect")(inspect.command)
 app.command("export")(export.command)
 app.command("generate")(generate.command)
+app.command("report")(report.command)
 app.command("demo")(demo.command)
 app.command("run")(run.command)
 app.command("ls")(ls.command)
