@@ -7,8 +7,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsg_cli.errors import DsgError
+from dsg_cli.integrity import is_taken
 from dsg_cli.progress import Report, silent
 
 if TYPE_CHECKING:
@@ -47,6 +50,18 @@ def show_ranking(stored: Sequence[Stored]) -> None:
         from dsg_cli.report.console import console
 
         console().print(ranking_table([one.body_as(AttackReport) for one in stored]))
+
+
+def check_new_file(path: Path, flag: str, *, force: bool = False) -> None:
+    """Refuse a file that cannot be written, or that is there already, before anything is computed for it.
+
+    Raises:
+        DsgError: It is one.
+    """
+    if is_taken(path) and (path.is_dir() or not force):
+        raise DsgError(f"{path} is there already.", f"Name another file with {flag}, or replace it with --force.")
+    if not path.parent.is_dir():
+        raise DsgError(f"There is no folder {path.parent}.", f"Make it, or name another file with {flag}.")
 
 
 def print_json(document: Any) -> None:

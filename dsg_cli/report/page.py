@@ -103,7 +103,7 @@ def _section(kind: str, gathered: Gathered, figures: dict[str, list[Drawn]]) -> 
     for stored in gathered.of(kind):
         name = tag("h3", isolated(headline(stored)), " ", _link(stored.id))
         if isinstance(stored.body, Inspection):
-            shown = features_section(stored.id, stored.body, gathered.rows.get(stored.id, []))
+            shown = features_section(stored, gathered.rows.get(stored.id, []))
         else:
             # Its own id, and where it comes from, stand elsewhere.
             shown = Markup("".join(html.of_rich(one, stored.id) for one in artifact_table(stored).renderables[1:-1]))
