@@ -93,7 +93,7 @@ def block_lines(feature: Json, body: Inspection, place: str | None) -> list[tupl
 
 
 def _scores(feature: Json) -> str:
-    if feature["forget_score"] is None:
+    if feature["forget_score"] is None or feature["retain_score"] is None:
         return ""
     ratio = "never on retain text" if feature["ratio"] is None else f"ratio {feature['ratio']:.3g}"
     return f"forget {feature['forget_score']:.3g}, retain {feature['retain_score']:.3g}, {ratio}"
