@@ -167,7 +167,7 @@ def watching(
 
 
 def threshold_at(settings: CalibrateSection, statistics: Sequence[tuple[str, float]]) -> float:
-    """The threshold that pieces of retain text set.
+    """The threshold that pieces of retain text set, unless one is given.
 
     Args:
         settings: The gate, alpha, and for what it is promised.
@@ -176,6 +176,8 @@ def threshold_at(settings: CalibrateSection, statistics: Sequence[tuple[str, flo
     Raises:
         DsgError: There is too little text, or the gate could never fire.
     """
+    if settings.threshold is not None:
+        return settings.threshold
     threshold = threshold_of(
         statistics,
         settings.alpha,

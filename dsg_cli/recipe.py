@@ -159,6 +159,10 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             0 <= calibrate.detector_percentile < 100,
             f"calibrate.detector_percentile is {calibrate.detector_percentile:g}; it must be at least 0 and below 100.",
         ),
+        (
+            calibrate.threshold is None or 0 <= calibrate.threshold < math.inf,
+            f"calibrate.threshold is {calibrate.threshold}; it must be at least 0, or null to set one.",
+        ),
         (0 < calibrate.alpha < 1, f"calibrate.alpha is {calibrate.alpha:g}; it must lie between 0 and 1."),
         (
             len(lengths) == 2 and 1 <= lengths[0] <= lengths[-1],

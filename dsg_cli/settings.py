@@ -100,6 +100,8 @@ class CalibrateSection:
     """Promised rate of false positives on retain text."""
     guarantee: Literal["each", "pooled"] = "each"
     """Whether alpha holds for each retain corpus by itself, or only for all of them together."""
+    threshold: float | None = None
+    """Take this one and set none: a paper's. Then alpha promises nothing, and is only measured against."""
     quantile: Literal["conformal", "percentile"] = "conformal"
     """`percentile` is the paper's, which promises nothing where there is little text."""
     lengths_from: str | None = None

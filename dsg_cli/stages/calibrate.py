@@ -90,6 +90,8 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
     check_named(names, role="retain")
     forget_names = [corpus["name"] for corpus in selected["forget"]]
     check_disjoint(forget_names, names)
+    if settings.threshold is not None:
+        notes.append("The threshold was given, not calibrated: alpha promises nothing.")
     prompts = read_prompts((), Path(settings.lengths_from)) if settings.lengths_from else []
     detection = detection_of(settings, of_features, workspace.tensors(features), made=features.id)
     questions = dev_questions(settings, forget_names)
