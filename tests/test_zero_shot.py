@@ -12,6 +12,7 @@ from dsg_cli.recipe import load_recipe
 from dsg_cli.report.picked import candidates_table
 from dsg_cli.report.tables import artifact_table
 from dsg_cli.stages import apply, calibrate, describe, evaluate, run_recipe, select
+from dsg_cli.stages.session import Session
 from dsg_cli.workspace import Workspace
 
 DOMAINS = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")
@@ -97,6 +98,25 @@ def test_text_of_descriptions_is_kept_only_if_asked_for(folder, workspace, chain
     texts = {row["index"]: row["description"] for row in kept.body.described["ranking"]}
     assert texts and all(text == found[0].texts[j] for j, text in texts.items())
     assert "dire" in shown(kept) and candidates_table(found[0]).row_count == min(40, len(texts))
+
+
+def test_an_embedding_model_ranks_too(folder, workspace):
+    stored = select.run(small(folder, "select.embedding=lab", "select.max_retain_rate=null"), workspace)
+    described = stored.body.described
+    assert described["ranker"] == "embedding lab" and len(stored.body.features) == 12
+    n_described = len((folder / "lab.jsonl").read_text().splitlines())
+    assert len(described["ranking"]) == n_described and all(
+        -1.001 <= row["score"] <= 1.001 for row in described["ranking"]
+    )
+
+
+def test_other_descriptions_are_another_selection(folder, workspace, chain):
+    again = run_recipe.run(small(folder), workspace, session=Session(reuse=True))
+    assert [stored.id for stored in again] == [stored.id for stored in chain]
+    lines = (folder / "lab.jsonl").read_text()
+    (folder / "lab.jsonl").write_text(lines + "\n")
+    assert select.run(small(folder), workspace, session=Session(reuse=True)).id != chain[0].id
+    (folder / "lab.jsonl").write_text(lines)
 
 
 def test_features_that_fire_on_retain_text_are_dropped_and_named(folder, workspace):

@@ -26,6 +26,7 @@ from dsg_cli.cli import (
     evaluate,
     export,
     generate,
+    inspect,
     lab,
     ls,
     run,
@@ -59,6 +60,7 @@ app.command("attack")(attack.command)
 app.command("describe")(describe.command)
 app.command("compare")(compare.command)
 app.command("study")(study.command)
+app.command("inspect")(inspect.command)
 app.command("export")(export.command)
 app.command("generate")(generate.command)
 app.command("demo")(demo.command)

@@ -14,8 +14,9 @@ from dsg_cli.errors import DsgError
 from dsg_cli.generation import Answer, answer, prompt_ids
 from dsg_cli.guardrail import check_causal
 from dsg_cli.recipe import Recipe
+from dsg_cli.settings import GenerateSection
 from dsg_cli.stages.chain import settle
-from dsg_cli.stages.subject import find_subject, load_subject
+from dsg_cli.stages.subject import LoadedSubject, Subject, find_subject, load_subject
 from dsg_cli.workspace import Workspace
 
 Write = Callable[[str, str], None]
@@ -57,19 +58,58 @@ def run(
     Raises:
         DsgError: Anything the user can mend; every prompt is checked before the first is answered.
     """
-    settings = recipe.generate
     if not prompts:
         raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
-    subject = find_subject(workspace, sources)
-    if settings.side != "base":
-        check_causal(body.gate for body in subject.bodies)
-    recipe = settle(recipe, subject.header)
-    loaded = load_subject(workspace, subject, recipe)
-    asked = [
-        prompt_ids(loaded.base, prompt, bos=subject.bos, chat=settings.chat, n_new=settings.max_new_tokens)
-        for prompt in prompts
-    ]
-    for prompt, ids in zip(prompts, asked, strict=True):
+    asked = Asked.load(recipe, workspace, sources)
+    rows = [asked.ids(prompt, recipe.generate) for prompt in prompts]
+    for prompt, ids in zip(prompts, rows, strict=True):
+        yield asked.answers(prompt, ids, recipe.generate, write)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who answers: the base model, and the guarded one."""
+
+    recipe: Recipe
+    subject: Subject
+    loaded: LoadedSubject
+
+    @classmethod
+    def load(cls, recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> Asked:
+        """Both sides, loaded once.
+
+        Raises:
+            DsgError: Nothing that unlearns, a gate that needs whole sequences, or another model.
+        """
+        subject = find_subject(workspace, sources)
+        if recipe.generate.side != "base":
+            check_causal(body.gate for body in subject.bodies)
+        recipe = settle(recipe, subject.header)
+        return cls(recipe, subject, load_subject(workspace, subject, recipe))
+
+    def ids(self, prompt: str, settings: GenerateSection) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            DsgError: As for `prompt_ids`.
+        """
+        return prompt_ids(
+            self.loaded.base, prompt, bos=self.subject.bos, chat=settings.chat, n_new=settings.max_new_tokens
+        )
+
+    def answers(
+        self,
+        prompt: str,
+        ids: Sequence[int],
+        settings: GenerateSection,
+        write: Write = lambda _side, _piece: None,
+    ) -> Answers:
+        """What each side that is wanted writes to a prompt.
+
+        Raises:
+            DsgError: As for `answer`.
+        """
+        loaded = self.loaded
         sides: dict[str, Answer] = {}
         for side in ("base", "guarded") if settings.side == "both" else (settings.side,):
             is_guarded = side == "guarded"
@@ -80,9 +120,9 @@ def run(
                 wrappers=loaded.wrappers if is_guarded else (),
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
-                seed=recipe.seed,
+                seed=self.recipe.seed,
                 refusal=settings.refusal if settings.on_trigger == "refuse" else None,
-                allow_mismatch=recipe.model.allow_mismatch,
+                allow_mismatch=self.recipe.model.allow_mismatch,
                 write=lambda piece, side=side: write(side, piece),  # type: ignore[misc]
             )
-        yield Answers(prompt, [stored.id for stored in subject.guardrails], sides)
+        return Answers(prompt, [stored.id for stored in self.subject.guardrails], sides)

@@ -135,7 +135,9 @@ def _calibrate(recipe: Recipe) -> Iterator[Step]:
 
 
 def _apply(recipe: Recipe) -> Iterator[Step]:
-    n_features = recipe.select.n_features + (recipe.calibrate.n_detectors if recipe.calibrate.gate == "window" else 0)
+    n_features = (len(recipe.select.features) or recipe.select.n_features) + (
+        recipe.calibrate.n_detectors if recipe.calibrate.gate == "window" else 0
+    )
     what = f"guardrail-NNN: {n_features} features, clamped to -{recipe.guardrail.strength}"
     yield Step("apply", "write", what, f"{8 * n_features} bytes times the model's width, about")
 

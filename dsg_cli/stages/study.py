@@ -120,7 +120,8 @@ def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | Non
         DsgError: Anything the user can mend, before any weights are loaded.
     """
     grid = grid_of(name, recipe.study)
-    _check_selected(recipe.select, "The recipe")
+    if source is None:
+        _check_selected(recipe.select, "The recipe")
     is_taken = source is not None or not recipe.corpora.forget
     features = workspace.find("features", source) if is_taken else None
     if features is not None:
