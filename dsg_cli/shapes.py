@@ -53,6 +53,10 @@ _PROBE = {
     "clip": NUMBER,
     "path": [{"n_features": int, "balanced_accuracy": NUMBER}],
 }
+_DESCRIBED = {
+    **dict.fromkeys(("query", "ranker", "source", "sha256"), str),
+    "ranking": [{"index": int, "score": NUMBER, "description?": str}],
+}
 _RATES = [{"what": str, "is_forget": bool, "n": int, "rate": NUMBER, "low": NUMBER, "high": NUMBER}]
 _COMPOSITION = [{"id": str, "kind": str, "method": str}]
 _ROW = {
@@ -117,7 +121,7 @@ SETTINGS: dict[str, Any] = {
     "inspect": {},
 }
 BODY: dict[str, Any] = {
-    "features": {"probe": (_PROBE, OR_EMPTY)},
+    "features": {"probe": (_PROBE, OR_EMPTY), "described": (_DESCRIBED, OR_EMPTY)},
     "threshold": {"rates": _RATES},
     "guardrail": {
         "strength_trials": [{"strength": NUMBER, "setting": str, "acc": NUMBER, "gate_rate": NUMBER}],

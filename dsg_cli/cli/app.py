@@ -22,6 +22,7 @@ from dsg_cli.cli import (
     calibrate,
     compare,
     demo,
+    describe,
     evaluate,
     export,
     generate,
@@ -57,6 +58,7 @@ app.command("calibrate")(calibrate.command)
 app.command("apply")(apply.command)
 app.command("eval")(evaluate.command)
 app.command("attack")(attack.command)
+app.command("describe")(describe.command)
 app.command("compare")(compare.command)
 app.command("study")(study.command)
 app.command("inspect")(inspect.command)

@@ -83,6 +83,13 @@ def print_names(names: Sequence[str], *, as_json: bool) -> None:
             print_line(name)
 
 
+def print_table(table: Any) -> None:
+    """A table for the person at the terminal, on stderr."""
+    from dsg_cli.report.console import console
+
+    console(sys.stderr).print(table)
+
+
 def hint(text: str) -> None:
     """A word to the person at the terminal, on stderr."""
     if sys.stderr.isatty():

@@ -11,8 +11,8 @@ from dsg_cli.report.html import Markup, data_table, isolated, tag
 from dsg_cli.report.inspections import by_role, inspection_table, nearest_text, overlap_line, scores_text
 from dsg_cli.workspace import Stored
 
-MOST_CONTEXTS = 12
-"""Of a feature in the page, over all groups."""
+MOST_CONTEXTS = 5
+"""Of a feature in each group."""
 
 
 def inspection_page(stored: Stored, rows: Sequence[Json]) -> str:
@@ -65,20 +65,25 @@ def _feature(artifact: str, body: Inspection, feature: Json, rows: Sequence[Json
             numeric=[0, 1, 1, 0],
         ),
     ]
+<<<<<<< HEAD
     with_text = by_role([row for row in rows if row.get("tokens")], body)
     shown = [row for of_role in with_text.values() for row in of_role][:MOST_CONTEXTS]
+=======
+    texts = [row for row in rows if row.get("tokens")]
+    shown = [row for name in groups for row in [one for one in texts if one["group"] == name][:MOST_CONTEXTS]]
+    largest = max((abs(row["peak"]) for row in shown), default=0) or 1
+>>>>>>> main
     if rows and not shown:
         parts.append(tag("p", "Its contexts were not stored: dsg inspect --samples stores them.", class_="note"))
-    return tag("section", parts, [_context(row) for row in shown])
+    return tag("section", parts, [_context(row, largest) for row in shown])
 
 
 def _tokens(promoted: Sequence[Json]) -> Markup:
     return Markup(", ".join(isolated(one["token"].strip() or repr(one["token"])) for one in promoted) or "nothing")
 
 
-def _context(row: Json) -> Markup:
-    """Tokens shaded by activation; the peak is underlined too, and every value is in its title."""
-    largest = max((abs(one) for one in row["activations"]), default=0) or 1
+def _context(row: Json, largest: float) -> Markup:
+    """Tokens shaded by activation, of a feature's largest; the peak is underlined too, every value is in its title."""
     shown = []
     for place, (token, value) in enumerate(zip(row["tokens"], row["activations"], strict=False)):
         share = abs(value) / largest

@@ -30,6 +30,7 @@ from dsg_cli.report.evaluations import evaluation_table, first_metric
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
 from dsg_cli.report.inspections import inspection_view
 from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
+from dsg_cli.report.picked import picked_table
 from dsg_cli.report.studies import study_headline, study_table
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
@@ -143,14 +144,14 @@ def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def _features(body: FeatureSet) -> Table:
+    if body.percentiles_over is None:
+        return picked_table(body)
     table = Table("rank", "feature", "forget", "retain", "ratio", box=None, pad_edge=False)
     for rank, feature in enumerate(body.features, start=1):
         table.add_row(
             str(rank),
             str(feature.index),
-            f"{feature.forget_score:.4g}",
-            f"{feature.retain_score:.4g}",
-            f"{feature.ratio:.4g}",
+            *(f"{one:.4g}" for one in (feature.forget_score or 0, feature.retain_score, feature.ratio or 0)),
         )
     over = "of the live features only: nearly all are dead" if body.percentiles_over == "live" else "of all features"
     table.caption = f"{body.n_live} live; {body.n_passed} passed the percentiles {over}{_probe(body.probe)}"
