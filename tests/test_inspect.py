@@ -297,6 +297,8 @@ class TestChain:
         kept = stored.path.read_text() + rows
         phrases = {" ".join(row["tokens"]).split("  ")[0] for row in lab.workspace.rows(inspected)}
         assert "the hex" not in kept and not any(len(phrase) > 20 and phrase in kept for phrase in phrases)
+        assert all(one["words"] == [] for one in stored.body_as(Inspection).features)
+        assert "hex" in inspected.body_as(Inspection).features[0]["words"]
         assert "the hex" in "".join("".join(row["tokens"]) for row in lab.workspace.rows(inspected)).replace(
             "dire ", ""
         )

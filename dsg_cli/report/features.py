@@ -8,7 +8,7 @@ from dsg_cli.artifacts import Inspection, Json
 from dsg_cli.neuronpedia import page_of, place_of
 from dsg_cli.report import html
 from dsg_cli.report.html import Markup, data_table, isolated, tag
-from dsg_cli.report.inspections import by_role, inspection_table, nearest_text, overlap_line, scores_text
+from dsg_cli.report.inspections import inspection_table, nearest_text, overlap_line, scores_text
 from dsg_cli.workspace import Stored
 
 MOST_CONTEXTS = 5
@@ -65,14 +65,10 @@ def _feature(artifact: str, body: Inspection, feature: Json, rows: Sequence[Json
             numeric=[0, 1, 1, 0],
         ),
     ]
-<<<<<<< HEAD
-    with_text = by_role([row for row in rows if row.get("tokens")], body)
-    shown = [row for of_role in with_text.values() for row in of_role][:MOST_CONTEXTS]
-=======
     texts = [row for row in rows if row.get("tokens")]
-    shown = [row for name in groups for row in [one for one in texts if one["group"] == name][:MOST_CONTEXTS]]
+    names = [group["name"] for group in body.groups]
+    shown = [row for name in names for row in [one for one in texts if one["group"] == name][:MOST_CONTEXTS]]
     largest = max((abs(row["peak"]) for row in shown), default=0) or 1
->>>>>>> main
     if rows and not shown:
         parts.append(tag("p", "Its contexts were not stored: dsg inspect --samples stores them.", class_="note"))
     return tag("section", parts, [_context(row, largest) for row in shown])

@@ -29,7 +29,7 @@ from dsg_cli.slicing import load_slice
 from dsg_cli.stages.chain import chain_sae, identify, load_chain_model, settle
 from dsg_cli.stages.inspect_text import LONGEST_ROW, MOST_TOKENS, Group, drawn_as, read_groups, read_rows
 from dsg_cli.stages.inspected import Inspected, features_of, find_inspected
-from dsg_cli.stages.inspecting import Read, context_rows, doubts_of, with_near
+from dsg_cli.stages.inspecting import Read, context_rows, doubts_of, with_near, words_of_all
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.workspace import Stored, Workspace
@@ -201,6 +201,7 @@ def _features(
     nearest = nearest_features(made.sae, indices, N_NEAREST)
     place = place_of(made.sae.identity.source) if wanted.neuronpedia else None
     told = described(place, indices, session.report) if place else Descriptions({}, "")
+    words = words_of_all(reads, len(indices), loaded.tokenizer) if wanted.samples else [[] for _ in indices]
     selected = {one.index for one in made.found.chosen}
     features = []
     for c, one in enumerate(made.chosen):
@@ -213,7 +214,7 @@ def _features(
                 "promoted": _tokens(said[c].promoted if said else []),
                 "suppressed": _tokens(said[c].suppressed if said else []),
                 "nearest": [{"index": j, "cosine": cosine, "is_selected": j in selected} for j, cosine in nearest[c]],
-                "words": [],
+                "words": words[c],
                 "description": told.texts.get(one.index),
                 "warnings": doubts_of(reads, c, one, made.sae.identity.n_features, loaded.tokenizer),
             }
