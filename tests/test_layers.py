@@ -59,6 +59,7 @@ ROWS = (
     (
         "report.markdown",
         "report.metrics",
+        "report.console",
         "report.methods",
         "report.guardrails",
         "report.expectations",

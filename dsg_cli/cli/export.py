@@ -31,7 +31,9 @@ def command(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Hand on the guardrail as one file, or the whole guarded model as a folder that needs no dsg.
+    """Hand the guardrail, or the guarded model, to others.
+
+    The guardrail as one file, or the whole guarded model as a folder that needs no dsg.
 
     Folders and repositories get a model card, with the newest evaluations and attacks of this workspace.
 
