@@ -91,6 +91,7 @@ _STUDY_ROW = {
     **dict.fromkeys(("value", "low", "high", "gate_rate", "gate_low", "gate_high"), (NUMBER, OR_NONE)),
     "n": (int, OR_NONE),
     "error": str,
+    "*": (NUMBER, str, bool, OR_NONE),
 }
 _TOKENS = [{"token": str, "value": NUMBER}]
 _INSPECTED = {
@@ -129,7 +130,7 @@ BODY: dict[str, Any] = {
     },
     "model": {
         "trained": {"n_parameters": int, "n_changed": int, "modules": [str], "corpora?": [str]},
-        "losses": [{"step": int, "loss": NUMBER}],
+        "losses": [{"step": int, "loss": NUMBER, "*": NUMBER}],
         "cost": dict.fromkeys(("forward_passes", "backward_passes", "forward_tokens", "backward_tokens"), int),
     },
     "wrapper": {"rates": _RATES},

@@ -1,5 +1,6 @@
 """Headless Chromium for tests marked `browser`; they are skipped where it or its driver is missing."""
 
+import json
 import shutil
 from contextlib import contextmanager
 
@@ -26,6 +27,8 @@ def open_browser(folder):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(driver))
+    browser.get("data:,")  # Away from the page that it opens with, which asks for much.
+    browser.get_log("performance")
     try:
         yield browser
     finally:
@@ -35,3 +38,10 @@ def open_browser(folder):
 def console_errors(browser):
     """What the page complained about."""
     return [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+def requested(browser):
+    """Addresses that pages asked for, but for data within them."""
+    events = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+    sent = (one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent")
+    return {url.partition("#")[0] for url in sent if not url.startswith("data:")}

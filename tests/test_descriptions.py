@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import torch
 
-from dsg_cli import descriptions, neuronpedia
+from dsg_cli import descriptions, neuronpedia_export
 from dsg_cli.descriptions import read_descriptions
 from dsg_cli.embedding import rank_by_embedding
 from dsg_cli.errors import DsgError
@@ -207,41 +207,34 @@ def export(monkeypatch, tmp_path):
     Export.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Export)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("DSG_NEURONPEDIA", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("DSG_NEURONPEDIA_EXPORT", f"http://127.0.0.1:{server.server_port}")
     yield Export
     server.shutdown()
     server.server_close()
 
 
-def test_names_at_neuronpedia_are_those_that_sae_lens_lists():
-    assert neuronpedia.neuronpedia_id(L0_59) == NAME
-    assert neuronpedia.neuronpedia_id("gemma-scope-2b-pt-res-canonical/layer_3/width_16k/canonical") == NAME
-    assert neuronpedia.neuronpedia_id(L0_59.replace("l0_59", "l0_142")) is None
-    assert neuronpedia.neuronpedia_id("lab") is None and neuronpedia.neuronpedia_id("no/such") is None
-
-
 def test_the_export_is_downloaded_once(export, monkeypatch):
-    path = neuronpedia.fetch_descriptions(NAME, 16384)
+    path = neuronpedia_export.fetch_descriptions(NAME, 16384)
     assert read_descriptions(path, 16384).texts == {2: "viruses", 3: "b acteria"}
     assert len(export.asked) == 4 and not any("secret" in one for one in export.asked)
     assert [one.name for one in path.parent.iterdir()] == [path.name]
-    monkeypatch.setenv("DSG_NEURONPEDIA", "http://127.0.0.1:1")
-    assert neuronpedia.fetch_descriptions(NAME, 16384) == path
+    monkeypatch.setenv("DSG_NEURONPEDIA_EXPORT", "http://127.0.0.1:1")
+    assert neuronpedia_export.fetch_descriptions(NAME, 16384) == path
 
 
 def test_what_to_do_where_there_is_no_export(export, monkeypatch, tmp_path):
     with pytest.raises(DsgError, match="no descriptions of gemma-2-2b/other") as found:
-        neuronpedia.fetch_descriptions("gemma-2-2b/other", 16384)
+        neuronpedia_export.fetch_descriptions("gemma-2-2b/other", 16384)
     assert "--descriptions" in found.value.hint and "dsg describe" in found.value.hint
     with pytest.raises(DsgError, match="the SAE has 3"):  # Another SAE's: nothing is kept.
-        neuronpedia.fetch_descriptions(NAME, 3)
+        neuronpedia_export.fetch_descriptions(NAME, 3)
     asked = len(export.asked)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DsgError, match="not in the cache"):
-        neuronpedia.fetch_descriptions(NAME, 16384)
+        neuronpedia_export.fetch_descriptions(NAME, 16384)
     assert len(export.asked) == asked and not [one for one in (tmp_path / "cache").rglob("*") if one.is_file()]
     monkeypatch.delenv("HF_HUB_OFFLINE")
     for address, words in (("http://127.0.0.1:1", "cannot be reached"), ("file:///etc", "no address")):
-        monkeypatch.setenv("DSG_NEURONPEDIA", address)
+        monkeypatch.setenv("DSG_NEURONPEDIA_EXPORT", address)
         with pytest.raises(DsgError, match=words):
-            neuronpedia.fetch_descriptions(NAME, 16384)
+            neuronpedia_export.fetch_descriptions(NAME, 16384)

@@ -9,7 +9,8 @@ from dsg_cli.artifacts import Json, SaeIdentity
 from dsg_cli.descriptions import Descriptions, read_descriptions
 from dsg_cli.embedding import rank_by_embedding
 from dsg_cli.errors import DsgError
-from dsg_cli.neuronpedia import INSTEAD, fetch_descriptions, neuronpedia_id
+from dsg_cli.neuronpedia import place_of
+from dsg_cli.neuronpedia_export import INSTEAD, fetch_descriptions
 from dsg_cli.ranking import Match, rank_by_terms, unmatched
 from dsg_cli.recipe import Recipe
 from dsg_cli.settings import SelectSection
@@ -85,7 +86,7 @@ def _descriptions(settings: SelectSection, sae: SaeIdentity, session: Session) -
     """
     if settings.descriptions is not None:
         return read_descriptions(Path(settings.descriptions), sae.n_features)
-    name = neuronpedia_id(sae.source)
+    name = place_of(sae.source)
     if name is None:
         raise DsgError(f"Nobody is known to have described the features of {sae.source}.", INSTEAD)
     path = fetch_descriptions(name, sae.n_features, report=session.report)

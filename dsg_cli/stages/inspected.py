@@ -59,6 +59,22 @@ class Inspected:
         return bos_to_prepend(loaded.tokenizer, self.sae.prepend_bos)
 
 
+def features_of(made: Stored) -> Stored | None:
+    """The features that an artifact was made from, where they lie beside it; itself, if it is features.
+
+    Raises:
+        DsgError: They do not verify.
+    """
+    if made.header.kind == "features":
+        return made
+    beside = Workspace(made.path.parent)
+    for one in made.header.inputs:
+        path = made.path.with_name(f"{one.id}.json")
+        if not one.is_elsewhere and path.is_file() and (found := features_of(beside.read(str(path)))) is not None:
+            return found
+    return None
+
+
 def find_inspected(workspace: Workspace, source: str | None) -> Inspected:
     """The newest guardrail, else the newest features, or what is named.
 

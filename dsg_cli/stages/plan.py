@@ -16,7 +16,8 @@ from dsg_cli.errors import DsgError, close_to
 from dsg_cli.hub import REPOSITORY, download_size
 from dsg_cli.integrity import is_file, is_folder
 from dsg_cli.lab import data as lab
-from dsg_cli.neuronpedia import INSTEAD, neuronpedia_id
+from dsg_cli.neuronpedia import place_of
+from dsg_cli.neuronpedia_export import INSTEAD
 from dsg_cli.recipe import Recipe
 from dsg_cli.releases import locate_release
 from dsg_cli.stages.candidates import is_picked
@@ -120,7 +121,7 @@ def _descriptions(recipe: Recipe) -> tuple[str, str]:
     if file is not None:
         size = _local_size(Path(file)) if is_file(Path(file)) else "not there yet: dsg describe makes it"
         return f"{what}: {file}", size
-    name = neuronpedia_id(recipe.sae.source)
+    name = place_of(recipe.sae.source)
     if name is None:
         raise DsgError(f"Nobody is known to have described the features of {recipe.sae.source}.", INSTEAD)
     return f"{what}: neuronpedia:{name}", "a few MB, unless they are in the cache"
