@@ -9,7 +9,7 @@ from dsg_cli import __version__
 from dsg_cli.artifacts import AttackReport, Comparison, EvalReport, Inspection, Json, StudyReport, Threshold
 from dsg_cli.report import html
 from dsg_cli.report.features import features_section
-from dsg_cli.report.figures import attack, comparison, evaluation, histogram, study
+from dsg_cli.report.figures import attack, comparison, evaluation, histogram, sequence, study
 from dsg_cli.report.figures.style import Drawn, theme
 from dsg_cli.report.findings import findings
 from dsg_cli.report.html import Markup, isolated, tag
@@ -72,7 +72,7 @@ def _figures(stored: Stored, rows: Sequence[Json]) -> list[Drawn]:
     body = stored.body
     drawn: list[Drawn | None] = []
     if isinstance(body, Comparison):
-        drawn = [*comparison.draw(stored.id, body)]
+        drawn = [comparison.draw(stored.id, body), sequence.draw(stored.id, body)]
     elif isinstance(body, EvalReport):
         drawn = [evaluation.draw(stored.id, body, stored.header.settings.get("benches", []))]
     elif isinstance(body, AttackReport):

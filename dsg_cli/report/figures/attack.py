@@ -6,7 +6,7 @@ from typing import Any
 
 from dsg_cli.artifacts import AttackReport, Json
 from dsg_cli.report.attacks import place, share, unit
-from dsg_cli.report.figures.style import CYCLE, DASHES, GREY, MARKERS, Drawn, drawing
+from dsg_cli.report.figures.style import CYCLE, DASHES, GREY, MARKERS, Drawn, drawing, short
 
 MOST_VARIANTS = 5
 """Lines in one figure; the table has them all."""
@@ -30,7 +30,7 @@ def draw(artifact: str, body: AttackReport) -> Drawn | None:
         axes.legend(fontsize=8)
     left_out = len(worst) - MOST_VARIANTS
     more = f" The {MOST_VARIANTS} variants of {len(worst)} that brought back most." if left_out > 0 else ""
-    title = f"Attack `{body.attack}` on {body.bench}: what comes back, guarded and unguarded.{more}"
+    title = f"Attack {body.attack} on {body.bench}: what comes back, guarded and unguarded.{more}"
     before, found = body.before["guarded"]["forget_acc"], body.summary
     said = f"Guarded {before:.2f} before, at most {share(found['forget_acc_worst'])} at {place(body)}"
     said += f", where the unguarded model has {share(found['unguarded_at_worst'])}."
@@ -44,7 +44,7 @@ def _lines(axes: Any, variants: dict[str, list[Json]], body: AttackReport) -> No
         colour, dash = CYCLE[number % len(CYCLE)], DASHES[number % len(DASHES)]
         guarded = [point["guarded"] for point in points]
         axes.plot(xs, [one["forget_acc"] for one in guarded], dash, marker=MARKERS[number], color=colour,
-                  label=f"guarded{f', {name[:48]}' if name else ''}")  # fmt: skip
+                  label=f"guarded{f', {short(name, 48)}' if name else ''}")  # fmt: skip
         if all("forget_low" in one and "forget_high" in one for one in guarded):
             low, high = ([one[f"forget_{end}"] for one in guarded] for end in ("low", "high"))
             axes.fill_between(xs, low, high, color=colour, alpha=0.13, linewidth=0)
@@ -52,7 +52,7 @@ def _lines(axes: Any, variants: dict[str, list[Json]], body: AttackReport) -> No
         axes.plot(xs, unguarded, dash, color=GREY, linewidth=1.1, label="unguarded" if number == 0 else None)
     axes.set_ylim(-0.03, 1.05)
     axes.set_xlabel(unit(body.attack) or "x")
-    axes.set_ylabel(f"accuracy on {body.bench[:40]}")
+    axes.set_ylabel(f"accuracy on {short(body.bench, 40)}")
     axes.grid(axis="y")
 
 
@@ -64,7 +64,7 @@ def _points(axes: Any, points: list[Json]) -> None:
         axes.plot(guarded["forget_acc"], at, "o", color=CYCLE[0], label="guarded" if at == 0 else None)
         axes.plot(unguarded["forget_acc"], at, "s", color=GREY, label="unguarded" if at == 0 else None)
     names = [" ".join(str(part) for part in (point["variant"], point["x"]) if part != "") for point in points]
-    axes.set_yticks(range(len(points)), [name[:44] for name in reversed(names)])
+    axes.set_yticks(range(len(points)), [short(name, 44) for name in reversed(names)])
     axes.set_xlim(-0.03, 1.05)
     axes.set_xlabel("accuracy; bars are 95 % intervals")
     axes.grid(axis="x")

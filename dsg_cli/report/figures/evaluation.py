@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dsg_cli.artifacts import EvalReport
 from dsg_cli.report.evaluations import shown_benches
-from dsg_cli.report.figures.style import FORGET, GREY, Drawn, drawing
+from dsg_cli.report.figures.style import FORGET, GREY, Drawn, drawing, short
 
 
 def draw(artifact: str, body: EvalReport, named: Sequence[str]) -> Drawn | None:
@@ -26,7 +26,7 @@ def draw(artifact: str, body: EvalReport, named: Sequence[str]) -> Drawn | None:
                     axes.plot([one["acc_low"], one["acc_high"]], [place + shift] * 2, color=colour, linewidth=1.2)
                 axes.plot(one["acc"], place + shift, marker, color=colour, label=label)
             said.append(f"{bench} {sides['base']['acc']:.2f} to {sides['unlearned']['acc']:.2f}")
-        axes.set_yticks(range(len(benches)), [name[:40] for name in reversed(benches)])
+        axes.set_yticks(range(len(benches)), [short(name, 40) for name in reversed(benches)])
         axes.set_xlim(-0.03, 1.05)
         axes.set_xlabel(f"accuracy, {body.split} questions; bars are 95 % intervals")
         axes.grid(axis="x")
