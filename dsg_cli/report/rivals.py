@@ -39,16 +39,13 @@ def how_well(body: Comparison) -> Iterator[str]:
 
 def costs(body: Comparison) -> Iterator[str]:
     """Of each form of method, the range of time and size that one guarded or changed model took."""
-    for form, name in (
-        ("guardrail", "clamping features"),
-        ("wrapper", "prompts and filters"),
-        ("model", "changing weights"),
-    ):
+    names = {"guardrail": "Clamping features", "wrapper": "A prompt or filter", "model": "Changing weights"}
+    for form, name in names.items():
         rows = [row["cost"] for row in body.rows if row["cost"] and _form(row) == form]
         if rows:
             seconds, sizes = ([one[key] for one in rows] for key in ("seconds", "bytes"))
-            kilobytes = [one / 1000 for one in sizes]
-            yield f"{name.capitalize()} takes {_range(seconds, '.1f')} s and {_range(kilobytes, ',.0f')} kB once chosen."
+            size = _range([one / 1000 for one in sizes], ",.0f")
+            yield f"{name} takes {_range(seconds, '.1f')} s to make, with the settings known, and {size} kB."
 
 
 def relearned(body: Comparison) -> Iterator[str]:

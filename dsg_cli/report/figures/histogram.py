@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsg_cli.artifacts import Json, Threshold
-from dsg_cli.report.figures.style import CYCLE, DASHES, FORGET, INK, Drawn, drawing, short
+from dsg_cli.report.figures.style import CYCLE, DASHES, FORGET, INK, Drawn, drawing, key_above, short
 
 PARTS = ("fresh", "forget")
 """What did not set the threshold."""
@@ -41,6 +41,6 @@ def draw(artifact: str, body: Threshold, rows: Sequence[Json]) -> Drawn | None:
                       textcoords="offset points", fontsize=9)  # fmt: skip
         axes.set_xlabel(f"statistic of the {body.gate} gate over a piece of text")
         axes.set_ylabel("share of pieces")
-        axes.legend()
+        key_above(axes)
     title = f"What the gate sees: its statistic on text that did not set its threshold of {body.threshold:.4g}."
     return Drawn(f"{artifact}-statistic", artifact, title, f"{'; '.join(said)}.", figure)

@@ -73,7 +73,7 @@ class Drawn:
     name: str
     """Of its file, and in the page."""
     artifact: str
-    """Id of what its numbers are from."""
+    """Id of what its numbers are from; empty where it names them itself."""
     title: str
     description: str
     """What it shows, for those who do not see it: with its numbers."""
@@ -95,7 +95,7 @@ class Drawn:
             svg = svg.replace(light, f"var(--{name})")
         svg = svg.replace(INK, "currentColor").replace(LINE, "var(--line)").strip()
         box = tag("div", Markup(svg), class_="scrolls", tabindex="0", role="group", aria_label=f"Figure: {self.title}")
-        return tag("figure", box, tag("figcaption", f"{self.title} ", _link(self.artifact)))
+        return tag("figure", box, tag("figcaption", f"{self.title} ", _link(self.artifact) if self.artifact else None))
 
     def _said(self) -> tuple[tuple[str, str], tuple[str, str]]:
         return ("title", self.title), ("desc", self.description)
@@ -108,7 +108,7 @@ class Drawn:
 
     def _content(self, kind: str, **options: Any) -> bytes:
         metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
-        letters = {"svg.fonttype": "none" if options.get("transparent") else "path"}
+        letters: Any = {"svg.fonttype": "none" if options.get("transparent") else "path"}
         out = io.BytesIO()
         with rc_context({"svg.hashsalt": self.name, **STYLE, **letters}):
             self.figure.savefig(out, format=kind, metadata=metadata[kind], **options)
@@ -141,6 +141,11 @@ def look(number: int) -> dict[str, Any]:
 def chance_line(axes: Axes, chance: float, *, is_vertical: bool = False) -> None:
     """Where guessing lies."""
     (axes.axvline if is_vertical else axes.axhline)(chance, color=GREY, linestyle=":", linewidth=1, label="chance")
+
+
+def key_above(axes: Axes, ncols: int = 2) -> None:
+    """The key where it covers nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, fontsize=8.5, borderaxespad=0.2)
 
 
 def theme() -> str:
