@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from dsg_cli.artifacts import AttackReport, Comparison, StudyReport
 from dsg_cli.report import comparison, studies
@@ -68,7 +69,7 @@ def _comparison(artifact: str, body: Comparison, link: Link) -> list[Markup]:
     ]
     if body.sequences:
         heads, lines = comparison.sequence_rows(body)
-        for above, line in zip(lines, lines[1:], strict=False):
+        for above, line in pairwise(lines):
             line[0] = line[0] or above[0]
         table = data_table(heads, lines, caption=f"{artifact}: accuracy after each request", numeric=[0, *[1] * 99])
         parts.append(folded(table, "Accuracy after each request, by bench"))

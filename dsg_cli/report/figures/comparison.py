@@ -48,8 +48,8 @@ def draw(artifact: str, body: Comparison) -> Drawn | None:
     said = [f"{row['method']}{_sae(row, body)} {y:.2f} at {x:.2f}" for row, x, y, _ in known]
     title = (
         "Forgetting against utility: accuracy on what is to be forgotten (better below), and on everything else "
-        "(better to the right). Large: the chosen settings, on test questions, with 95\N{NO-BREAK SPACE}% intervals; several of a "
-        "number are its SAEs. Small: all trials, on dev questions."
+        "(better to the right). Large: the chosen settings, on test questions, with 95\N{NO-BREAK SPACE}% intervals; "
+        "several of a number are its SAEs. Small: all trials, on dev questions."
     )
     text = f"Forget accuracy at utility: {'; '.join(said)}. Chance is {body.chance:.2f}."
     return Drawn(f"{artifact}-trade-off", artifact, title, text, figure)
