@@ -118,7 +118,7 @@ class Inspection:
     description, warnings}]. roles: `clamped`, `watched`. weight: in the gate's score, or null. rates and means:
     group -> share of tokens on which it is active, and its mean over all tokens. promoted and suppressed:
     [{token, value}] by the logit lens on its decoder row. nearest: [{index, cosine, is_selected}] by decoder rows.
-    words: of its contexts, only with `--samples`. description: Neuronpedia's, if asked for. What is not known is null
-    or empty."""
+    words: characteristic of its strongest contexts (describing.py), only with `--samples`. description: Neuronpedia's,
+    if asked for. What is not known is null or empty."""
     overlap: list[Json]
     """Earlier guardrails on the same SAE: [{id, n_features, shared: [index]}]"""

@@ -43,15 +43,21 @@ class Descriptions:
 
 
 def place_of(source: str) -> str | None:
-    """model/source on Neuronpedia of an SAE of sae-lens's releases; None if sae-lens knows of none."""
+    """MODEL/SOURCE of an SAE `RELEASE/ID`, if sae-lens's list has one, under whatever name."""
     release, _, sae_id = source.partition("/")
-    if not release or not sae_id:
-        return None  # Of the lab, or a folder: no need to read a list of thousands.
-    for one in releases().get(release, {}).get("saes", []):
-        if one["id"] == sae_id:
-            place = str(one.get("neuronpedia") or "")
-            return place if PLACE.fullmatch(place) else None
-    return None
+    listed = releases().get(release) if sae_id else None  # Of the lab, or a folder: the list of thousands is not read.
+    own = next((one for one in listed["saes"] if str(one["id"]) == sae_id), None) if listed else None
+    if own is None or listed is None:
+        return None
+    same = [
+        one.get("neuronpedia")
+        for several in releases().values()
+        if several["repo_id"] == listed["repo_id"]
+        for one in several["saes"]
+        if one["path"] == own["path"]
+    ]
+    place = own.get("neuronpedia") or next((one for one in same if one), None)
+    return place if place and PLACE.fullmatch(place) else None
 
 
 def page_of(place: str, index: int) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from dsg_cli.directions import decoder_rows, nearest_features
 from dsg_cli.doubts import Evidence, doubts, is_bare
 from dsg_cli.lens import lens_logits, logit_lens
 from dsg_cli.model import load_model, load_tokenizer
-from dsg_cli.report.inspections import inspection_view
+from dsg_cli.report.inspections import block_lines, inspection_view
 from dsg_cli.residuals import read_residual
 from dsg_cli.roles import Chosen, chosen_by
 from dsg_cli.runtime.sites import HookSite
@@ -228,7 +229,7 @@ def lab(tmp_path_factory):
     def run(*arguments):
         done = CliRunner().invoke(app, [*map(str, arguments), "-w", str(folder)])
         assert done.exit_code == 0, done.output
-        return done.output
+        return done.stdout
 
     corpora = ("--forget", "lab-hexes", "--retain", "lab-near", "--retain", "lab-far")
     run("select", *corpora, "--model", "lab", "--sae", "lab", "-n", 6, "--limit", 100)
@@ -296,6 +297,8 @@ class TestChain:
         kept = stored.path.read_text() + rows
         phrases = {" ".join(row["tokens"]).split("  ")[0] for row in lab.workspace.rows(inspected)}
         assert "the hex" not in kept and not any(len(phrase) > 20 and phrase in kept for phrase in phrases)
+        assert all(one["words"] == [] for one in stored.body_as(Inspection).features)
+        assert "hex" in inspected.body_as(Inspection).features[0]["words"]
         assert "the hex" in "".join("".join(row["tokens"]) for row in lab.workspace.rows(inspected)).replace(
             "dire ", ""
         )
@@ -311,6 +314,36 @@ class TestChain:
         assert lab.run("inspect", "--samples", "--contexts", 2, "--reuse").strip() == inspected.id
         other = lab.run("inspect", "--samples", "--contexts", 1, "--reuse", "--limit", 40).strip()
         assert other != inspected.id
+
+    def test_neuronpedia_has_nothing_on_the_lab(self, lab):
+        found = json.loads(lab.run("inspect", "--feature", 331, "--limit", 40, "--neuronpedia", "--json"))
+        assert found["features"][0]["description"] is None
+        assert any("Neuronpedia has no pages of the SAE lab" in note for note in found["notes"])
+
+    def test_a_description_and_a_link(self, lab, inspected, monkeypatch):
+        place = "model/source"
+        monkeypatch.setattr("dsg_cli.stages.inspect.place_of", lambda _: place)
+        told = SimpleNamespace(texts={331: "words of harm"}, note="")
+        monkeypatch.setattr("dsg_cli.stages.inspect.described", lambda *_: told)
+        arguments = ("inspect", "--feature", 331, "--feature", 7, "--limit", 40)
+        plain = json.loads(lab.run(*arguments, "--json"))
+        assert [one["description"] for one in plain["features"]] == [None, None]
+        found = json.loads(lab.run(*arguments, "--neuronpedia", "--json"))
+        assert [one["description"] for one in found["features"]] == ["words of harm", None]
+        lines = dict(block_lines(found["features"][0], inspected.body_as(Inspection), place))
+        assert (
+            lines["page"] == "https://www.neuronpedia.org/model/source/331" and lines["said to be"] == "words of harm"
+        )
+
+    def test_a_page_of_its_own(self, dsg, lab):
+        code, _, err = dsg("inspect", "--feature", 331, "--limit", 40, "-w", lab.folder, "--html", "page.html")
+        text = Path("page.html").read_text()
+        assert code == 0 and "default-src &#x27;none&#x27;" in text and "<script" not in text and "://" not in text, err
+        assert "Feature 331 by corpus" in text and 'class="peak"' in text and "clamped" in text
+        code, _, err = dsg("inspect", "-w", lab.folder, "--html", "page.html")
+        assert code == 1 and "is there already" in err and "--force" in err
+        code, _, err = dsg("inspect", "-w", lab.folder, "--html", "nowhere/page.html")
+        assert code == 1 and "no folder nowhere" in err
 
     def test_a_selection_another_near_corpus_and_json(self, lab):
         found = json.loads(lab.run("inspect", "features-001", "--near", "lab-ciphers", "--contexts", 1, "--json"))
@@ -337,6 +370,7 @@ class TestChain:
             (("--chat",), "Give a prompt"),
             (("--prompt", "x", "--samples"), "--samples"),
             (("--serve", "--prompt", "x"), "--serve"),
+            (("--prompt", "x", "--html", "page.html"), "--html"),
             (("threshold-001",), "takes a guardrail or features"),
             (("--limit", "2"), "too small"),
         ],

@@ -48,8 +48,9 @@ def said(*texts):
 
 def test_places_of_sae_lens():
     assert place_of("gemma-scope-2b-pt-res-canonical/layer_3/width_16k/canonical") == PLACE
+    assert place_of("gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_59") == PLACE  # Listed under another name, too.
     assert place_of("gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_142") is None
-    assert place_of("lab") is None and place_of("/some/folder") is None
+    assert place_of("lab") is None and place_of("no/such") is None and place_of("/some/folder") is None
     assert page_of(PLACE, 7) == "https://www.neuronpedia.org/gemma-2-2b/3-gemmascope-res-16k/7"
 
 

@@ -31,7 +31,11 @@ def command(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Hand on the guardrail as one file, or the whole guarded model as a folder that needs no dsg.
+    """Hand the guardrail, or the guarded model, to others.
+
+    The guardrail as one file, or the whole guarded model as a folder that needs no dsg.
+
+    Folders and repositories get a model card, with the newest evaluations and attacks of this workspace.
 
     Example: dsg export my-guarded-model
     """
@@ -69,3 +73,5 @@ def show_exported(exported: Exported, *, as_json: bool, quiet: bool) -> None:
         if exported.form == "model":
             load = f'AutoModelForCausalLM.from_pretrained("{exported.to}", trust_remote_code=True)'
         hint(f"Load it with: {load}")
+        if exported.to.endswith(".safetensors"):
+            hint("A folder with it and a model card: dsg export FOLDER --form light")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.names import complete, complete_artifact
-from dsg_cli.cli.output import show_stored
+from dsg_cli.cli.output import check_new_file, show_stored
 from dsg_cli.cli.prompted import check_modes, show_prompts
 from dsg_cli.cli.running import running
 from dsg_cli.cli.serving import serve
 from dsg_cli.errors import DsgError
+from dsg_cli.integrity import write_atomically
 
 
 def command(
@@ -46,6 +48,8 @@ def command(
     neuronpedia: Annotated[
         bool, typer.Option("--neuronpedia", help="Ask neuronpedia.org what features are said to be.")
     ] = False,
+    page: Annotated[Path | None, typer.Option("--html", help="Write the same to an HTML file, with text.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace that file.")] = False,
     limit: opt.DocumentsOption = None,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     recipe: opt.RecipeOption = None,
@@ -76,14 +80,16 @@ def command(
         model__instead=instead,
         model__allow_mismatch=allow_mismatch,
     )
-    others = {"--near": near, "--samples": samples, "--neuronpedia": neuronpedia, "--limit": limit, "--reuse": reuse}
-    check_modes({"--serve": is_live, "--prompt": prompts}, others)
+    of_inspection = {"--near": near, "--samples": samples, "--neuronpedia": neuronpedia, "--html": page}
+    check_modes({"--serve": is_live, "--prompt": prompts}, {**of_inspection, "--limit": limit, "--reuse": reuse})
     if is_live:
         serve(resolved, workspace, artifact, port=port, quiet=quiet)
         return
     if prompts:
         show_prompts(resolved, workspace, prompts, artifact, features or [], chat=chat, as_json=as_json, quiet=quiet)
         return
+    if page is not None:
+        check_new_file(page, "--html", force=force)
     if chat:
         raise DsgError("--chat says how to put --prompt.", "Give a prompt, or leave it out.")
     with running(quiet, reuse=reuse) as session:
@@ -95,4 +101,8 @@ def command(
         from dsg_cli.report.inspections import inspection_view
 
         view = inspection_view(shown.stored, shown.rows)
+        if page is not None:
+            from dsg_cli.report.features import inspection_page
+
+            write_atomically(page, inspection_page(shown.stored, shown.rows).encode())
     show_stored(shown.stored, as_json=as_json, quiet=quiet, view=view)

@@ -10,7 +10,7 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.names import complete_artifact
-from dsg_cli.cli.output import print_json, print_line, progress
+from dsg_cli.cli.output import check_new_file, print_json, print_line, progress
 from dsg_cli.errors import DsgError
 from dsg_cli.integrity import is_taken, write_atomically
 
@@ -79,9 +79,6 @@ def _check(output: Path, figures: Path | None, kinds: list[str], *, force: bool)
     unknown = [kind for kind in kinds if kind not in ("svg", "png", "pdf")]
     if unknown:
         raise DsgError(f"Figures are written as svg, png or pdf, not as {unknown[0][:40]}.")
-    if is_taken(output) and (output.is_dir() or not force):
-        raise DsgError(f"{output} is there already.", "Name another file with --output, or replace it with --force.")
-    if not output.parent.is_dir():
-        raise DsgError(f"There is no folder {output.parent}.", "Make it, or name another file with --output.")
+    check_new_file(output, "--output", force=force)
     if figures is not None and is_taken(figures) and not figures.is_dir():
         raise DsgError(f"{figures} is no folder.", "Name another with --figures.")

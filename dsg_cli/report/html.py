@@ -143,7 +143,7 @@ def _cell(value: Any) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell.strip() or cell.strip()[0] in "-+.0123456789"
+    return not cell.strip() or cell.strip()[0] in "-+.<0123456789"
 
 
 def page(title: str, *body: Child, figures_style: str = "") -> str:

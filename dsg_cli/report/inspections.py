@@ -75,15 +75,12 @@ def feature_block(feature: Json, body: Inspection, rows: Sequence[Json], place: 
 def block_lines(feature: Json, body: Inspection, place: str | None) -> list[tuple[str, str]]:
     """Names and texts of a block, in order."""
     rates = "  ".join(f"{group['name']} {rate_text(feature['rates'].get(group['name']))}" for group in body.groups)
-    nearest = "  ".join(
-        f"{one['index']} ({one['cosine']:.2f}{', chosen' if one['is_selected'] else ''})" for one in feature["nearest"]
-    )
     lines = [
-        ("scores", _scores(feature)),
+        ("scores", scores_text(feature)),
         ("active on", rates),
         ("promotes", _tokens(feature["promoted"])),
         ("suppresses", _tokens(feature["suppressed"])),
-        ("alike", nearest),
+        ("alike", nearest_text(feature)),
         ("words", visible(" ".join(feature["words"]))),
         ("said to be", visible(feature["description"] or "")),
         *(("doubt", visible(warning)) for warning in feature["warnings"]),
@@ -92,8 +89,16 @@ def block_lines(feature: Json, body: Inspection, place: str | None) -> list[tupl
     return [(name, text) for name, text in lines if text]
 
 
-def _scores(feature: Json) -> str:
-    if feature["forget_score"] is None:
+def nearest_text(feature: Json) -> str:
+    """Features with nearly the same decoder row, with the cosine."""
+    return ", ".join(
+        f"{one['index']} ({one['cosine']:.2f}{', chosen' if one['is_selected'] else ''})" for one in feature["nearest"]
+    )
+
+
+def scores_text(feature: Json) -> str:
+    """Of select; nothing where they were not at hand."""
+    if feature["forget_score"] is None or feature["retain_score"] is None:
         return ""
     ratio = "never on retain text" if feature["ratio"] is None else f"ratio {feature['ratio']:.3g}"
     return f"forget {feature['forget_score']:.3g}, retain {feature['retain_score']:.3g}, {ratio}"

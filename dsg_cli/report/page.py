@@ -111,7 +111,7 @@ def _section(kind: str, gathered: Gathered, figures: dict[str, list[Drawn]], lin
     for stored in of_kind:
         name = tag("h3", isolated(headline(stored)), " ", link(stored.id))
         if isinstance(stored.body, Inspection):
-            shown = features_section(stored.id, stored.body, gathered.rows.get(stored.id, []))
+            shown = features_section(stored, gathered.rows.get(stored.id, []))
         else:
             shown = tables_of(stored, link)
         parts.append(tag("section", name, [one.markup() for one in figures[stored.id]], shown))

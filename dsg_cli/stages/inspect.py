@@ -27,9 +27,9 @@ from dsg_cli.sae import SaeSource
 from dsg_cli.selection import EPSILON, scores_of
 from dsg_cli.slicing import load_slice
 from dsg_cli.stages.chain import chain_sae, identify, load_chain_model, settle
-from dsg_cli.stages.inspect_text import LONGEST_ROW, MOST_TOKENS, Group, read_groups, read_rows
+from dsg_cli.stages.inspect_text import LONGEST_ROW, MOST_TOKENS, Group, drawn_as, read_groups, read_rows
 from dsg_cli.stages.inspected import Inspected, features_of, find_inspected
-from dsg_cli.stages.inspecting import Read, context_rows, doubts_of, with_near
+from dsg_cli.stages.inspecting import Read, context_rows, doubts_of, with_near, words_of_all
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
 from dsg_cli.workspace import Stored, Workspace
@@ -139,7 +139,8 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None, wanted: 
     features = features_of(found.made)
     workspace.check_writable()
     recipe = settle(recipe, found.made.header)
-    groups, notes = read_groups(recipe, found, features, near=wanted.near, limit=wanted.limit)
+    drawn = drawn_as(recipe, features, wanted.limit)
+    groups, notes = read_groups(drawn, found, features, near=wanted.near)
     tokenizer = load_tokenizer(
         recipe.model.instead or found.made.header.model.source, trust_remote_code=recipe.model.trust_remote_code
     )
@@ -152,7 +153,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None, wanted: 
         settings={
             **dataclasses.asdict(wanted),
             "corpora": [group.described() for group in groups],
-            "most_tokens": MOST_TOKENS,
+            "drawn": {"limit": drawn.corpora.limit, "seed": drawn.seed, "most_tokens": MOST_TOKENS},
             "earlier": [stored.id for stored in earlier],
         },
         model=found.made.header.model,
@@ -200,6 +201,7 @@ def _features(
     nearest = nearest_features(made.sae, indices, N_NEAREST)
     place = place_of(made.sae.identity.source) if wanted.neuronpedia else None
     told = described(place, indices, session.report) if place else Descriptions({}, "")
+    words = words_of_all(reads, len(indices), loaded.tokenizer) if wanted.samples else [[] for _ in indices]
     selected = {one.index for one in made.found.chosen}
     features = []
     for c, one in enumerate(made.chosen):
@@ -212,7 +214,7 @@ def _features(
                 "promoted": _tokens(said[c].promoted if said else []),
                 "suppressed": _tokens(said[c].suppressed if said else []),
                 "nearest": [{"index": j, "cosine": cosine, "is_selected": j in selected} for j, cosine in nearest[c]],
-                "words": [],
+                "words": words[c],
                 "description": told.texts.get(one.index),
                 "warnings": doubts_of(reads, c, one, made.sae.identity.n_features, loaded.tokenizer),
             }
@@ -240,12 +242,12 @@ def _earlier(workspace: Workspace, found: Inspected) -> list[Stored]:
     """Guardrails of the workspace on the same SAE that were made before the inspected one; of features, all."""
     known = []
     for artifact_id in workspace.ids("guardrail"):
-        if artifact_id == found.made.id:
-            break
         try:
             stored = workspace.read(artifact_id)
         except DsgError:  # A damaged one is no reason not to look at this one.
             continue
+        if stored.json["sha256"] == found.made.json["sha256"]:
+            break
         sae = stored.header.sae
         if sae is not None and (sae.sha256, sae.config_sha256) == (found.sae.sha256, found.sae.config_sha256):
             known.append(stored)

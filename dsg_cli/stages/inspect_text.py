@@ -51,17 +51,30 @@ class Rows:
     n_documents: int
 
 
+def drawn_as(recipe: Recipe, features: Stored | None, limit: int | None) -> Recipe:
+    """The recipe with the limit and the seed by which documents are drawn: those of select, where they are known.
+
+    Args:
+        recipe: Else its own.
+        features: What select made.
+        limit: Documents of each corpus, if other than those of select are wanted.
+    """
+    drawn = recipe.corpora.limit
+    if features is not None:
+        drawn, recipe = features.header.settings["limit"], replace(recipe, seed=features.header.seed)
+    return replace(recipe, corpora=replace(recipe.corpora, limit=drawn if limit is None else limit))
+
+
 def read_groups(
-    recipe: Recipe, found: Inspected, features: Stored | None, *, near: Sequence[str], limit: int | None
+    recipe: Recipe, found: Inspected, features: Stored | None, *, near: Sequence[str]
 ) -> tuple[list[Group], list[str]]:
     """The corpora of select, and those that are named as near; and a note on each that has changed since.
 
     Args:
-        recipe: Seed and limit, where the artifact does not say how corpora were drawn.
+        recipe: From `drawn_as`.
         found: The artifact that is inspected.
         features: The features that it was made from, if they are at hand.
         near: Names of near corpora, of those that select had or others.
-        limit: Documents of each corpus; by default as many as select drew.
 
     Raises:
         DsgError: A corpus is unknown, cannot be read, or is both forgotten and near.
@@ -72,16 +85,13 @@ def read_groups(
         check_named(near, role="near")
     check_disjoint(forget, near)
     near_names = [parse_name(name).name for name in near]
-    drawn = recipe.corpora.limit
-    if features is not None:  # As select drew them.
-        drawn, recipe = features.header.settings["limit"], replace(recipe, seed=features.header.seed)
-    recipe = replace(recipe, corpora=replace(recipe.corpora, limit=drawn if limit is None else limit))
+    is_whole = features is not None and recipe.corpora.limit == features.header.settings["limit"]
     groups: list[Group] = []
     notes: list[str] = []
     for role, names in (("forget", forget), ("retain", retain)):
         corpora, changed = read_corpora(names, role, recipe, features) if names else ([], [])
         groups += [Group(one, "near" if one.name in near_names else role) for one in corpora]
-        notes += changed if limit in (None, drawn) else []
+        notes += changed if is_whole else []
     further = [name for name in near if parse_name(name).name not in {group.name for group in groups}]
     if further:
         corpora, _ = read_corpora(further, "near", recipe, None)

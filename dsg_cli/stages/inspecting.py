@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.artifacts import Json
 from dsg_cli.contexts import Context, Contexts, distinct_contexts
+from dsg_cli.describing import describe_features
 from dsg_cli.doubts import Evidence, doubts
 from dsg_cli.roles import Chosen
 from dsg_cli.selection import formatting_notes
@@ -18,6 +20,8 @@ from dsg_cli.tokens import as_chat, token_texts
 
 STRONG = 0.5
 """Of the largest peak of a feature: contexts that reach it say where it peaks."""
+
+OF_CONTEXTS = ("peak_CN", "row_CN", "position_CN", "ids_CNW", "acts_CNW")
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,26 @@ def context_rows(
                 }
             )
     return rows
+
+
+def words_of_all(reads: Sequence[Read], n_features: int, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """The words that are characteristic of the strongest contexts of each of the C features, in whatever group.
+
+    Args:
+        reads: Of every group.
+        n_features: C. Words are rare or common among these.
+        tokenizer: The model's.
+    """
+    parts = {name: [getattr(read.contexts, name) for read in reads] for name in OF_CONTEXTS}
+    joined = {name: torch.cat(several, 1) for name, several in parts.items()}
+    order_CN = joined["peak_CN"].abs().argsort(dim=-1, descending=True, stable=True)
+    rank_C1 = torch.arange(n_features)[:, None]
+    in_order: dict[str, Any] = {name: tensor[rank_C1, order_CN] for name, tensor in joined.items()}
+    peak_CN = in_order["peak_CN"]
+    in_order["peak_CN"] = torch.where(peak_CN.abs() >= STRONG * peak_CN[:, :1].abs(), peak_CN, 0.0)
+    together = replace(reads[0].contexts, **in_order)
+    found = {one.index: one.description.split(", ") for one in describe_features(together, tokenizer)}
+    return [[word for word in found.get(c, []) if word] for c in range(n_features)]
 
 
 def doubts_of(
