@@ -48,12 +48,12 @@ Gate = Literal[CalibratedGate, "token"]
 
 @dataclass(frozen=True)
 class Feature:
-    """One selected feature."""
+    """One selected feature; forget score and ratio are null if it was picked without forget text."""
 
     index: int
-    forget_score: float
+    forget_score: float | None
     retain_score: float
-    ratio: float
+    ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,22 @@ class FeatureSet:
     features: list[Feature]
     """In rank order."""
     score: str
-    ratio_cut: float
-    """Smallest ratio that passed."""
-    forget_cut: float
-    """Smallest forget score that passed."""
-    percentiles_over: str
+    ratio_cut: float | None
+    forget_cut: float | None
+    """Smallest ratio and forget score that passed; null where features were picked by description or by hand."""
+    percentiles_over: str | None
     """`all` features, or the `live` ones where nearly all are dead."""
     n_live: int
     n_passed: int
-    """Features that passed both filters, before the best were taken."""
+    """Features that passed the filters, before the best were taken."""
     forget_tokens: int
     retain_tokens: int
     median_residual_norm: float
     """Of retain tokens at the hook; the unit `r` of a strength."""
     probe: Json
     """A sparse probe of a token (probe.py): `features: [{index, weight}]`, `bias`, ...; empty where none was fitted."""
+    described: Json
+    """Of features picked by description: {query, ranker, source, sha256, ranking: [{index, score}]}; else empty."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,8 @@ class Threshold:
     """Token that every sequence began with."""
     median_residual_norm: float
     forget: list[str]
-    """Names of the forget corpora."""
     retain: list[str]
-    """Names of the retain corpora of select."""
+    """Names of the corpora of select."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,12 @@ class Guardrail:
     bos: int | None
     """Token that every sequence began with in selection and calibration."""
     forget: list[str]
-    """Names of the forget corpora: attack finds its bench by them."""
+    """Names of the forget corpora, or of what it was tried on if there were none: attack finds its bench by them."""
     retain: list[str]
     strength_trials: list[Json]
     """Of `--strength auto`: [{strength, setting, acc, gate_rate}] on the questions that it was chosen on."""
     effect: Json
-    """What it did on forget text when it was made (effect.py); empty in files of schemas before 3."""
+    """What it did on forget text when it was made (effect.py); empty if there was none, and in schemas before 3."""
     method: str
     clamp: Literal["all", "each"]
     coefficients: list[float]
@@ -258,7 +258,7 @@ KINDS: dict[str, type[Any]] = {
     "inspect": Inspection,
 }
 SCHEMAS: dict[str, int] = {
-    "features": 2,
+    "features": 3,
     "threshold": 3,
     "guardrail": 5,
     "model": 1,

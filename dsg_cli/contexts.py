@@ -45,6 +45,39 @@ class Contexts:
     """Activations on them; 0 on tokens that do not count."""
 
 
+@dataclass(frozen=True)
+class Context:
+    """One place where a feature is strong."""
+
+    row: int
+    position: int
+    """Of the peak in the row."""
+    peak: float
+    ids: list[int]
+    """Tokens around the peak, those that there are."""
+    acts: list[float]
+    at: int
+    """Which of them has the peak."""
+
+
+def distinct_contexts(contexts: Contexts, feature: int) -> list[Context]:
+    """The contexts of one of the C features, the strongest first; of those with the same text up to the peak, one.
+
+    What follows the peak has no part in it.
+    """
+    found: dict[tuple[int, ...], Context] = {}
+    for n, row in enumerate(contexts.row_CN[feature].tolist()):
+        if row == NOTHING:
+            break
+        there_W = contexts.ids_CNW[feature, n] != NOTHING
+        ids = contexts.ids_CNW[feature, n][there_W].tolist()
+        acts = contexts.acts_CNW[feature, n][there_W].tolist()
+        position, peak = int(contexts.position_CN[feature, n]), float(contexts.peak_CN[feature, n])
+        at = int(there_W[:BEFORE].sum())
+        found.setdefault(tuple(ids[: at + 1]), Context(row, position, peak, ids, acts, at))
+    return list(found.values())
+
+
 @torch.inference_mode()
 def read_contexts(
     model: nn.Module,

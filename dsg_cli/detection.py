@@ -46,6 +46,31 @@ class Detection:
     clip: float = 0.0
 
 
+def gate_for(settings: CalibrateSection, features: FeatureSet) -> tuple[CalibrateSection, list[str]]:
+    """The gate that features allow, and notes on what it has to do without.
+
+    A probe is fitted on forget text, and detectors are chosen by it. For features that were picked without any,
+    `window` watches the selected features themselves, each with weight 1, and takes the place of `probe`.
+
+    Args:
+        settings: The gate that is wanted.
+        features: What select chose.
+
+    Raises:
+        DsgError: It needs forget text, and nothing like it does without.
+    """
+    if features.forget_tokens or settings.gate in ("mean", "causal-mean"):
+        return settings, []
+    if settings.gate == "cusum":
+        raise DsgError(
+            "The drift of the gate cusum lies half-way between retain and forget text, and no forget text was read.",
+            "Take --gate window, or select with --forget.",
+        )
+    instead = ", in the place of the probe, which forget text is needed for" if settings.gate == "probe" else ""
+    note = f"The gate is window{instead}. It watches the selected features themselves: no text says which tell most."
+    return dataclasses.replace(settings, gate="window"), [note]
+
+
 def detection_of(
     settings: CalibrateSection, features: FeatureSet, tensors: Mapping[str, Tensor], *, made: str
 ) -> Detection:
@@ -78,7 +103,9 @@ def detection_of(
 
 
 def _detectors(settings: CalibrateSection, features: FeatureSet, tensors: Mapping[str, Tensor]) -> list[int]:
-    """Features to watch: more exclusive ones than those to clamp, from the same statistics."""
+    """Features to watch: more exclusive ones than those to clamp, from the same statistics; without any, the same."""
+    if not features.forget_tokens:
+        return [feature.index for feature in features.features]
     try:
         chosen = select_features(
             *scores_of(features.score, tensors),
@@ -140,7 +167,7 @@ def watching(
 
 
 def threshold_at(settings: CalibrateSection, statistics: Sequence[tuple[str, float]]) -> float:
-    """The threshold that pieces of retain text set.
+    """The threshold that pieces of retain text set, unless one is given.
 
     Args:
         settings: The gate, alpha, and for what it is promised.
@@ -149,6 +176,8 @@ def threshold_at(settings: CalibrateSection, statistics: Sequence[tuple[str, flo
     Raises:
         DsgError: There is too little text, or the gate could never fire.
     """
+    if settings.threshold is not None:
+        return settings.threshold
     threshold = threshold_of(
         statistics,
         settings.alpha,

@@ -9,7 +9,7 @@ from dsg_cli.runtime.errors import DsgError
 
 __all__ = ["DsgError", "close_to", "nearest"]
 
-SHOWN = 30
+SHOWN = 20
 """Names in a message, at most."""
 
 

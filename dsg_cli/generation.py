@@ -51,6 +51,8 @@ class Answer:
     refused: bool = False
     tokens: list[str] = field(default_factory=list)
     """The tokens that the gates read; empty without guardrails."""
+    ids: list[int] = field(default_factory=list)
+    """Theirs."""
     gates: list[GateTrace] = field(default_factory=list)
 
 
@@ -88,7 +90,7 @@ def _check_room(loaded: LoadedModel, n_read: int, n_new: int) -> None:
         raise DsgError(
             f"A prompt of {n_read} tokens leaves room for {max(room, 0)} of the model's "
             f"{context_length(loaded.model.config)}.",
-            f"Shorten it, or lower --max-new-tokens (now {n_new}).",
+            f"Shorten it, or lower --max-new-tokens (now {n_new})." if n_new else "Shorten it.",
         )
 
 
@@ -201,7 +203,7 @@ def _continued(
         text += ending
     read = [*ids, *new][: len(traces[0].statistic)] if traces else []
     tokens = [str(loaded.tokenizer.decode([token])) for token in read]
-    return Answer(text, len([i for i in new if i not in special_ids(loaded.tokenizer)]), refused, tokens, traces)
+    return Answer(text, len([i for i in new if i not in special_ids(loaded.tokenizer)]), refused, tokens, read, traces)
 
 
 def gate_trace(guard: GuardrailModule) -> GateTrace:

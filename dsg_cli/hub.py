@@ -124,6 +124,15 @@ def cached_commit(repo: str, *, kind: str = "model") -> str:
     return reference.read_text().strip() if reference.is_file() else ""
 
 
+def cached_file(text: str, name: str) -> Path | None:
+    """A file of org/name or org/name@revision as the local cache has it; None if it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, revision = _split(text)
+    found = try_to_load_from_cache(repo, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
 def push_folder(address: HubAddress, folder: Path, *, marker: str, is_public: bool) -> str:
     """Commit a folder's files to a repository, which is made if need be; returns the commit's address.
 

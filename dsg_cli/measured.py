@@ -104,8 +104,9 @@ class StudyReport:
 class Inspection:
     """Body of `inspect-NNN`: what the features of a selection or a guardrail are about.
 
-    Beside it one row a feature, group and context: {feature, group, document, position, peak, activations}, and with
-    `--samples` `tokens`, the text of each, and `at`, which of them has the peak. `document` and `position` count.
+    Beside it one row a feature, group and context: {feature, group, document, position, peak, activations, at}, and
+    with `--samples` `tokens`, the text of each. `document` is its number among those of the corpus that were drawn,
+    `position` that of the peak among its tokens, BOS included; `at` says which of the activations is the peak.
     """
 
     inspected: str
@@ -117,7 +118,7 @@ class Inspection:
     description, warnings}]. roles: `clamped`, `watched`. weight: in the gate's score, or null. rates and means:
     group -> share of tokens on which it is active, and its mean over all tokens. promoted and suppressed:
     [{token, value}] by the logit lens on its decoder row. nearest: [{index, cosine, is_selected}] by decoder rows.
-    words: of its contexts, only with `--samples`. description: Neuronpedia's, if asked for. What is not known is null
-    or empty."""
+    words: characteristic of its strongest contexts (describing.py), only with `--samples`. description: Neuronpedia's,
+    if asked for. What is not known is null or empty."""
     overlap: list[Json]
     """Earlier guardrails on the same SAE: [{id, n_features, shared: [index]}]"""

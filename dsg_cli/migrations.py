@@ -6,6 +6,7 @@ from dsg_cli.artifacts import SCHEMAS, Json
 
 ADDED: dict[tuple[str, int], Json] = {
     ("features", 2): {"probe": {}},
+    ("features", 3): {"described": {}},
     ("threshold", 2): {"detectors": [], "window": 0},
     ("threshold", 3): {"weights": [], "bias": 0.0, "clip": 0.0, "guarantee": "pooled", "percentile": None, "rates": []},
     ("guardrail", 2): {"detectors": [], "window": 0, "slice": {"activation": "threshold"}},

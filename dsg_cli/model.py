@@ -18,7 +18,11 @@ from dsg_cli.lab import data as lab
 from dsg_cli.runtime.identity import evenly_spaced, fingerprint
 from dsg_cli.runtime.sites import decoder_of
 
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+SMALL_FILES = (
+    "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken",
+    "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""README.md says under which licence the model is, for the card of what is exported."""
 __all__ = [
     "LoadedModel",
     "context_length",

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from dsg_cli import select_checks
 from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.integrity import is_file
@@ -134,7 +135,7 @@ def _parsed(text: str, what: str) -> Any:
 
 def _out_of_range(recipe: Recipe) -> list[str]:
     """What has the right type and still makes no sense, so that it is said before anything runs."""
-    select, calibrate, asked, attack = recipe.select, recipe.calibrate, recipe.eval, recipe.attack
+    calibrate, asked, attack = recipe.calibrate, recipe.eval, recipe.attack
     written = recipe.generate
     lengths = calibrate.lengths
     points = {
@@ -146,25 +147,8 @@ def _out_of_range(recipe: Recipe) -> list[str]:
     }
     ascending = "give ascending whole numbers that begin with 0, the state before the attack."
     checks = (
-        (select.n_features >= 1, f"select.n_features is {select.n_features}; take at least 1."),
-        (
-            0 <= select.ratio_percentile < 100,
-            f"select.ratio_percentile is {select.ratio_percentile:g}; it must be at least 0 and below 100.",
-        ),
-        (select.max_rows >= 1, f"select.max_rows is {select.max_rows}; take at least 1."),
         (calibrate.max_pieces >= 1, f"calibrate.max_pieces is {calibrate.max_pieces}; take at least 1."),
-        (select.seq_len >= 2, f"select.seq_len is {select.seq_len}; it must be at least 2."),
         (calibrate.window >= 1, f"calibrate.window is {calibrate.window}; it must be at least 1."),
-        (select.probe_features >= 0, f"select.probe_features is {select.probe_features}; 0 fits no probe."),
-        (
-            select.probe_candidates >= max(select.probe_features, 1),
-            f"select.probe_candidates is {select.probe_candidates}; give at least as many as select.probe_features.",
-        ),
-        (select.probe_tokens >= 100, f"select.probe_tokens is {select.probe_tokens}; take at least 100."),
-        (
-            0 < select.probe_ridge < math.inf,
-            f"select.probe_ridge is {select.probe_ridge:g}; it must be a positive number.",
-        ),
         (
             calibrate.gate not in ("probe", "window", "causal-mean") or calibrate.window <= min(lengths, default=0),
             f"calibrate.window is {calibrate.window}, longer than the shortest piece of text ({lengths[:1]} tokens); "
@@ -174,6 +158,10 @@ def _out_of_range(recipe: Recipe) -> list[str]:
         (
             0 <= calibrate.detector_percentile < 100,
             f"calibrate.detector_percentile is {calibrate.detector_percentile:g}; it must be at least 0 and below 100.",
+        ),
+        (
+            calibrate.threshold is None or 0 <= calibrate.threshold < math.inf,
+            f"calibrate.threshold is {calibrate.threshold}; it must be at least 0, or null to set one.",
         ),
         (0 < calibrate.alpha < 1, f"calibrate.alpha is {calibrate.alpha:g}; it must lie between 0 and 1."),
         (
@@ -213,6 +201,7 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             for side in sides
         ),
         *_checks_of_weights(attack),
+        *select_checks.checks(recipe.select),
         *clamp_checks.checks(recipe.methods),
         *wrapper_checks.checks(recipe.methods),
         *training_checks.checks(recipe.methods),

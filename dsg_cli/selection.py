@@ -17,6 +17,8 @@ FORGET_PERCENTILE = 5.0
 EPSILON = 1e-21
 FORMATTING_RATE = 0.05
 FORMATTING_RATIO = 10.0
+SHOWN = 20
+"""Features in a note, at most."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class Selection:
     """The chosen features and how the choice was cut."""
 
     features: list[Feature]
-    ratio_cut: float
-    forget_cut: float
-    percentiles_over: str
+    ratio_cut: float | None
+    forget_cut: float | None
+    percentiles_over: str | None
     n_live: int
     n_passed: int
+    notes: tuple[str, ...] = ()
+    """What a person should know of the choice."""
 
 
 def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, ratio_percentile: float) -> Selection:
@@ -85,16 +89,95 @@ def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, rati
     )
 
 
+def picked_features(
+    ranking: Sequence[int],
+    forget_F: Tensor | None,
+    retain_F: Tensor,
+    retain_rate_F: Tensor,
+    *,
+    n_features: int | None,
+    max_retain_rate: float | None,
+) -> Selection:
+    """The first features of a ranking that was made without any text, by descriptions or by hand.
+
+    Args:
+        ranking: Indices, the best first.
+        forget_F: Score of each feature on the forget corpus, if there is one.
+        retain_F: The same on the retain corpus.
+        retain_rate_F: Share of retain tokens on which each is active.
+        n_features: How many to take; None takes all, however often they are active.
+        max_retain_rate: Features active on a larger share are dropped, or only named if all are taken.
+
+    Raises:
+        DsgError: None is left.
+    """
+    limit = 1.0 if max_retain_rate is None else max_retain_rate
+    frequent = [j for j in ranking if retain_rate_F[j] > limit]
+    left = [j for j in ranking if n_features is None or retain_rate_F[j] <= limit]
+    if not left:
+        raise DsgError(
+            f"All {len(ranking)} features that match are active on more than {limit:g} of retain tokens.",
+            "Raise select.max_retain_rate (--set), or describe in other words.",
+        )
+    taken = left[:n_features]
+    live_F = retain_F > 0 if forget_F is None else (retain_F > 0) | (forget_F > 0)
+    features = []
+    for j in taken:
+        retain = float(retain_F[j])
+        forget = None if forget_F is None else float(forget_F[j])
+        ratio = None if forget is None else forget / (retain + EPSILON)
+        features.append(Feature(index=j, forget_score=forget, retain_score=retain, ratio=ratio))
+    # Of those dropped only the ones that would have been taken are worth a word.
+    passed_over = [j for j in frequent if n_features is None or ranking.index(j) < ranking.index(taken[-1])]
+    return Selection(
+        features=features,
+        ratio_cut=None,
+        forget_cut=None,
+        percentiles_over=None,
+        n_live=int(live_F.sum()),
+        n_passed=len(left),
+        notes=tuple(_picking_notes(len(taken), passed_over, n_features, limit)),
+    )
+
+
+def _picking_notes(n_taken: int, frequent: Sequence[int], n_features: int | None, limit: float) -> list[str]:
+    notes = []
+    if frequent:
+        which = ", ".join(map(str, frequent[:SHOWN])) + (", ..." if len(frequent) > SHOWN else "")
+        what = "Taken as named, though" if n_features is None else "Dropped, because"
+        notes.append(f"{what} active on more than {limit:g} of retain tokens: {which}.")
+    if n_features is not None and n_taken < n_features:
+        notes.append(f"Only {n_taken} of the {n_features} features that were asked for match and are left.")
+    return notes
+
+
 def scores_of(score: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Forget and retain score of every feature, each [F], from the statistics that select wrote.
 
     Args:
         score: `mean-square` or `squared-mean`.
         tensors: Beside a features artifact.
+
+    Raises:
+        DsgError: They know nothing of forget text.
     """
+    check_measured(tensors)
     if score == "mean-square":
         return tensors["forget_mean_square"], tensors["retain_mean_square"]
     return tensors["forget_mean"].square(), tensors["retain_mean"].square()
+
+
+def check_measured(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse statistics without those of forget text.
+
+    Raises:
+        DsgError: The features were picked without any.
+    """
+    if not any(name.startswith("forget_") for name in tensors):
+        raise DsgError(
+            "These features were picked without forget text, so nothing says how active any feature is on it.",
+            "Select with --forget CORPUS.",
+        )
 
 
 def formatting_notes(chat_F: Tensor, plain_F: Tensor, indices: Sequence[int]) -> list[str]:

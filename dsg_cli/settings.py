@@ -71,6 +71,18 @@ class SelectSection:
     """Sampled to fit it, about: half of them of forget text, and of each retain corpus as many, unless weighted."""
     probe_ridge: float = 0.003
     """Penalty on its squared weights."""
+    describe: str | None = None
+    """Choose by what features' descriptions say, not by forget text: words such as `biology pathogens virus`."""
+    descriptions: str | None = None
+    """File of them (descriptions.py); by default those of Neuronpedia, if it has them for the SAE."""
+    embedding: str | None = None
+    """Rank by this embedding model (a folder or org/name), not by BM25 (ranking.py)."""
+    max_retain_rate: float | None = 0.01
+    """Described features that are active on a larger share of retain tokens are dropped; null drops none."""
+    features: list[int] = field(default_factory=list)
+    """Take these, and choose none."""
+    samples: bool = False
+    """Keep the descriptions in the artifact; those made by `dsg describe` hold words of corpora."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,8 @@ class CalibrateSection:
     """Promised rate of false positives on retain text."""
     guarantee: Literal["each", "pooled"] = "each"
     """Whether alpha holds for each retain corpus by itself, or only for all of them together."""
+    threshold: float | None = None
+    """Take this one and set none: a paper's. Then alpha promises nothing, and is only measured against."""
     quantile: Literal["conformal", "percentile"] = "conformal"
     """`percentile` is the paper's, which promises nothing where there is little text."""
     lengths_from: str | None = None

@@ -53,6 +53,10 @@ _PROBE = {
     "clip": NUMBER,
     "path": [{"n_features": int, "balanced_accuracy": NUMBER}],
 }
+_DESCRIBED = {
+    **dict.fromkeys(("query", "ranker", "source", "sha256"), str),
+    "ranking": [{"index": int, "score": NUMBER, "description?": str}],
+}
 _RATES = [{"what": str, "is_forget": bool, "n": int, "rate": NUMBER, "low": NUMBER, "high": NUMBER}]
 _COMPOSITION = [{"id": str, "kind": str, "method": str}]
 _ROW = {
@@ -87,6 +91,7 @@ _STUDY_ROW = {
     **dict.fromkeys(("value", "low", "high", "gate_rate", "gate_low", "gate_high"), (NUMBER, OR_NONE)),
     "n": (int, OR_NONE),
     "error": str,
+    "*": (NUMBER, str, bool, OR_NONE),
 }
 _TOKENS = [{"token": str, "value": NUMBER}]
 _INSPECTED = {
@@ -116,7 +121,7 @@ SETTINGS: dict[str, Any] = {
     "inspect": {},
 }
 BODY: dict[str, Any] = {
-    "features": {"probe": (_PROBE, OR_EMPTY)},
+    "features": {"probe": (_PROBE, OR_EMPTY), "described": (_DESCRIBED, OR_EMPTY)},
     "threshold": {"rates": _RATES},
     "guardrail": {
         "strength_trials": [{"strength": NUMBER, "setting": str, "acc": NUMBER, "gate_rate": NUMBER}],
@@ -125,7 +130,7 @@ BODY: dict[str, Any] = {
     },
     "model": {
         "trained": {"n_parameters": int, "n_changed": int, "modules": [str], "corpora?": [str]},
-        "losses": [{"step": int, "loss": NUMBER}],
+        "losses": [{"step": int, "loss": NUMBER, "*": NUMBER}],
         "cost": dict.fromkeys(("forward_passes", "backward_passes", "forward_tokens", "backward_tokens"), int),
     },
     "wrapper": {"rates": _RATES},

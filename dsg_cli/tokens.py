@@ -92,6 +92,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, bos: int
     return [with_bos(row, bos) for row in rows]
 
 
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token as it stands after the one before it: with the space that a tokenizer hides in it."""
+    alone = [str(tokenizer.decode([one])) for one in ids]
+    found = alone[:1]
+    for i in range(1, len(alone)):
+        both = str(tokenizer.decode(list(ids[i - 1 : i + 1])))
+        found.append(both.removeprefix(alone[i - 1]) if both.startswith(alone[i - 1]) else alone[i])
+    return found
+
+
 def chunks(ids: list[int], seq_len: int, *, bos: int | None) -> Iterator[list[int]]:
     """A long sequence as consecutive rows of at most `seq_len` tokens, each with the BOS of the first."""
     head = [bos] if bos is not None and ids[:1] == [bos] else []

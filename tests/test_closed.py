@@ -121,7 +121,7 @@ def test_packed_rows_of_a_family_that_does_not_keep_them_apart_count_as_one(llam
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab") / "exported"
     options = {"architecture": "Gemma2ForCausalLM", "tokenizer_class": "PreTrainedTokenizerFast"}
-    export_folder(folder, base=lab.MODEL_DIR, guardrails=[load_guardrail(KEPT)], light_files=[], **options)
+    export_folder(folder, base=lab.MODEL_DIR, guardrails=[load_guardrail(KEPT)], light_files=[], card="", **options)
     return folder
 
 
@@ -166,7 +166,7 @@ def test_an_export_holds_no_file_of_the_users_own(tmp_path):
     del settings["tokenizer_class"]
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"name_or_path": "/home/someone/model"}))
     options = {"architecture": "Gemma2ForCausalLM", "tokenizer_class": "GemmaTokenizer"}
-    export_folder(tmp_path / "to", base=base, guardrails=[load_guardrail(KEPT)], light_files=[], **options)
+    export_folder(tmp_path / "to", base=base, guardrails=[load_guardrail(KEPT)], light_files=[], card="", **options)
     names = {path.name for path in (tmp_path / "to").iterdir()}
     assert not names & {"api_key.txt", "credentials.json", "trainer_state.json"} and "tokenizer.json" in names
     for name in ("config.json", "tokenizer_config.json"):

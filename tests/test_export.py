@@ -112,6 +112,7 @@ def test_an_exported_model_answers_as_the_guarded_one(family, tmp_path):
         tokenizer_class="X",
         guardrails=guards,
         light_files=[],
+        card="",
     )
     linked = (tmp_path / "base").glob("*.safetensors")
     assert all(path.stat().st_nlink == 2 for path in linked)
@@ -141,6 +142,7 @@ def exported_lab(tmp_path_factory):
         tokenizer_class="PreTrainedTokenizerFast",
         guardrails=[guardrail],
         light_files=[b"light"],
+        card="# A card\n",
     )
     return folder
 
@@ -183,7 +185,7 @@ def test_a_stranger_loads_it_and_it_fails_closed(exported_lab, tmp_path):
 def test_what_the_folder_holds(exported_lab):
     names = {path.name for path in exported_lab.iterdir()}
     assert {"tokenizer.json", "generation_config.json", "guardrail.safetensors", "README.md"} <= names
-    assert "trust_remote_code" in (exported_lab / "README.md").read_text()
+    assert (exported_lab / "README.md").read_text() == "# A card\n"
     for path in exported_lab.glob("*.py"):
         assert "dsg_cli" not in path.read_text(), path.name
 
@@ -210,7 +212,13 @@ def test_a_broken_guard_shard_is_refused(exported_lab, tmp_path, what):
 class TestRefusals:
     def export(self, folder, guardrail, base=lab.MODEL_DIR, architecture="Gemma2ForCausalLM"):
         export_folder(
-            folder, base=base, architecture=architecture, tokenizer_class="X", guardrails=[guardrail], light_files=[]
+            folder,
+            base=base,
+            architecture=architecture,
+            tokenizer_class="X",
+            guardrails=[guardrail],
+            light_files=[],
+            card="",
         )
 
     def test_a_gate_that_needs_whole_sequences(self, tmp_path):
@@ -259,7 +267,7 @@ def test_all_that_a_guardrail_says_survives_both_forms(schema, tmp_path):
         assert guard.spec.above == [NEVER] + [0.05] * 5
     folder = tmp_path / "model"
     options = {"architecture": "Gemma2ForCausalLM", "tokenizer_class": "PreTrainedTokenizerFast"}
-    export_folder(folder, base=lab.MODEL_DIR, guardrails=[guard], light_files=[], **options)
+    export_folder(folder, base=lab.MODEL_DIR, guardrails=[guard], light_files=[], card="", **options)
     exported = AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
     loaded = load_model("lab")
     ids = loaded.tokenizer(f"{QUESTION} Rahurk? Answer:", return_tensors="pt")["input_ids"]
@@ -346,6 +354,15 @@ def dsg(*arguments):
         return stop.code
 
 assert dsg("export", address, "-w", workspace) == 0
+from huggingface_hub import ModelCard
+card = ModelCard.load("org/guarded")
+assert card.data.library_name == "dsg-cli" and card.data.license == "apache-2.0"
+assert f'load_guardrail("{address}/guardrail.safetensors")' in card.text
+from dsg_cli.export.base_card import BaseCard, read_base_card
+from dsg_cli.model import model_folder
+commit = model_folder("org/base", weights=False).name
+assert read_base_card(f"org/base@{commit}") == BaseCard(("mit",), languages=("de",))
+assert read_base_card("org/unread") == BaseCard()
 light = load_guardrail(address)
 assert light.key == load_guardrail(workspace + "/guardrail-001.json").key
 assert dsg("export", address, "-w", workspace, "--form", "model") == 0  # A further commit to what is ours.
@@ -366,6 +383,8 @@ def test_push_to_and_load_from_a_hub(workspace, tmp_path):
     with LoopbackHub(tmp_path / "hub") as hub:
         hub.add("models", "org/taken", {"config.json": b"{}"})
         hub.add("models", "org/closed", {"guardrail.safetensors": b""})
+        said = b"---\nlicense: mit\nlanguage: de\n---\n"
+        hub.add("models", "org/base", {"config.json": b"{}", "README.md": said})
         hub.gated.add("org/closed")
         environment = hub.environment(tmp_path / "cache")
         done = python("-c", HUB_ROUND_TRIP, str(workspace), "hf://org/guarded", env=environment, cwd=tmp_path)

@@ -2,7 +2,11 @@
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +22,15 @@ def answer(asked):
     return {"said": asked["prompt"].upper()}
 
 
+def serving(about, ask):
+    made = Server(0)
+    made.about, made.ask = about, ask
+    return made
+
+
 @pytest.fixture(scope="module")
 def server():
-    made = Server(0, {"model": "a <b>"}, answer)
+    made = serving({"model": "a <b>"}, answer)
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield made
@@ -121,7 +131,7 @@ def test_one_prompt_is_answered_at_a_time():
         inside.pop()
         return {}
 
-    made = Server(0, {}, slow)
+    made = serving({}, slow)
     threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def send():
@@ -146,7 +156,35 @@ def test_nothing_is_logged(ask, capfd):
 
 def test_a_port_that_is_taken_is_refused(server):
     with pytest.raises(DsgError, match=f"Port {server.server_port} of 127.0.0.1 cannot be used") as caught:
-        Server(server.server_port, {}, answer)
+        Server(server.server_port)
     assert "--port" in caught.value.hint
     with pytest.raises(DsgError, match="cannot be used"):
-        Server(99_999, {}, answer)
+        Server(99_999)
+
+
+def test_the_command_says_where_it_is_and_ends_by_a_signal(tmp_path):
+    guardrail = Path(__file__).parent / "data" / "schema-4" / "guardrail-001.json"
+    command = [
+        sys.executable,
+        "-m",
+        "dsg_cli",
+        "inspect",
+        str(guardrail),
+        "--serve",
+        "--port",
+        "0",
+        "-w",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().strip()
+        connection = http.client.HTTPConnection(url.removeprefix("http://").rstrip("/"), timeout=60)
+        connection.request("POST", "/api/ask", '{"prompt": "the hex", "max_new_tokens": 2}', JSON)
+        assert "base" in json.loads(connection.getresponse().read())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130 and "stopped" in process.stderr.read()
+
+
+def test_nothing_is_loaded_for_a_port_that_is_taken(dsg, server):
+    code, out, err = dsg("inspect", "--serve", "--port", server.server_port)
+    assert code == 1 and not out and "--port" in err

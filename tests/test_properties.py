@@ -283,14 +283,14 @@ def test_an_artifact_nested_too_deeply(workspaces):
             pytest.fail("nested")
 
 
-@pytest.mark.parametrize("kind", ["features", "threshold", "guardrail", "eval", "attack"])
+@pytest.mark.parametrize("kind", ["features", "threshold", "guardrail", "eval", "attack", "inspect"])
 def test_what_is_written_reads_as_itself(root, workspaces, kind):
     from dataclasses import fields, replace
 
     from dsg_cli.artifacts import KINDS, SCHEMAS
     from dsg_cli.workspace import Workspace
 
-    name = f"schema-{1 if kind in ('features', 'attack') else 2}/{kind}-001"
+    name = f"schema-{1 if kind in ('features', 'attack', 'inspect') else 2}/{kind}-001"
     old = workspaces[name].read(f"{kind}-001")
     words = st.text(max_size=8)
     numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -314,6 +314,9 @@ def test_what_is_written_reads_as_itself(root, workspaces, kind):
 # Arguments.
 
 COMMANDS = ("ls", "show", "verify", "select", "calibrate", "apply", "eval", "attack", "export", "generate", "run")
+COMMANDS += ("inspect",)
+FOREVER = "--serve"
+"""An option of a command that then waits for a signal."""
 WORDS = st.sampled_from(["1", "-1", "lab", "lab-hexes", "lab-near", "--", "mean", "eval-001", "saes/gpt2-small-res-jb"])
 
 
@@ -325,7 +328,9 @@ def options_of(command):
     hints = typing.get_type_hints(module.command, include_extras=True).values()
     found = [one for hint in hints for one in typing.get_args(hint)[1:]]
     found += [part for hint in hints for arg in typing.get_args(hint) for part in typing.get_args(arg)[1:]]
-    return sorted({name for one in found for name in getattr(one, "param_decls", None) or () if name.startswith("-")})
+    return sorted(
+        {name for one in found for name in getattr(one, "param_decls", None) or () if name.startswith("-")} - {FOREVER}
+    )
 
 
 def is_argument(text):

@@ -127,7 +127,7 @@ def returns(monkeypatch, written):
 
 
 MISSED = """\
-not met              base  unlearned  bound    n
+not met              base  guarded  bound    n
 a|b>=0.99*base-0.01     1        0.5   0.98  1,000
 a|b.gate<=0.05          -       0.25   0.05    900
 """
@@ -176,7 +176,7 @@ def test_the_summary_is_a_pure_function_of_the_artifacts(written):
     assert text == markdown(written) and text.startswith("## dsg: guardrail-001\n") and text.endswith(".\n")
     assert "model `org/mo|del`; SAE `lab` at `blocks.1.hook_resid_post`; dsg 0.1.0 (0123456789, changed)" in text
     rows = text.splitlines()
-    assert "| bench | base | unlearned | 95 % interval | gated | n |" in rows
+    assert "| bench | base | guarded | 95 % interval | gated | n |" in rows
     assert "| `lab-hexes` | 0.800 | 0.700 | 0.560 to 0.810 | 0.980 | 50 of 60 |" in rows
     assert "| `a\\|b` | 1.000 | 0.500 | - | 0.250 | 1000 |" in rows
     assert "| `gsm.exact_match` | 0.250 | 0.500 | - | - | 4 |" in rows

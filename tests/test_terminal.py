@@ -1,18 +1,27 @@
 """What a person at a terminal sees, and nobody else: colour, bars, completion, logs of libraries."""
 
+import io
 import logging
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import python
 from handmade import write
+from rich.console import Console
+from rich.table import Table
 
+from dsg_cli.cli.following import next_command
+from dsg_cli.cli.output import rate_of, spoken
+from dsg_cli.errors import DsgError
+from dsg_cli.report.console import captioned
 from dsg_cli.workspace import Workspace
 
 
@@ -21,12 +30,22 @@ def written(dsg, tmp_path):
     return write(Workspace(tmp_path / "dsg-workspace"))
 
 
-def on_a_terminal(*arguments, **environment):
+BAR = """
+import time
+from dsg_cli.cli import output
+with output.progress(quiet=False) as tell:
+    output.rate_of = lambda *_: "1,234,567 tokens/s"
+    tell("relearning, all, lr 0.0003, guard in loop, steps", 5, 10)
+    time.sleep(0.3)
+"""
+
+
+def on_a_terminal(*arguments, program=("-m", "dsg_cli"), **environment):
     """What `dsg ...` writes to stdout and stderr where both are terminals."""
     main, side = pty.openpty()
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "dsg_cli", *arguments],
+        [sys.executable, *program, *arguments],
         stdin=side,
         stdout=side,
         stderr=side,
@@ -183,3 +202,89 @@ def test_quiet_libraries_silences_this_process_too():
         warnings.warn("one", stacklevel=1)
     assert caught == [] and not logging.getLogger("x").isEnabledFor(logging.WARNING)
     assert logging.getLogger("x").isEnabledFor(logging.ERROR)
+
+
+# Width, hints and progress.
+
+SAMPLES = [
+    (schema.name, path.stem)
+    for schema in sorted((Path(__file__).parent / "data").glob("schema-*"))
+    for path in sorted(schema.glob("*-001.json"))
+]
+
+
+def of_a_chain(schema, name):
+    """Some samples are of another chain than what lies beside them, and say so when they are read."""
+    try:
+        Workspace(Path(__file__).parent / "data" / schema).read(name)
+    except DsgError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("schema", "name"), [one for one in SAMPLES if of_a_chain(*one)])
+def test_every_kind_is_shown_in_80_columns(dsg, schema, name):
+    code, out, err = dsg("show", name, "-w", Path(__file__).parent / "data" / schema)
+    assert code == 0 and out.startswith(name) and len(out.splitlines()) > 4, err
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_caption_has_the_width_of_the_screen_rather_than_of_its_table():
+    table = Table("a")
+    table.caption = "words " * 20
+    console = Console(width=80, file=io.StringIO())
+    console.print(captioned(table))
+    assert console.file.getvalue().count("words words words words words words words words words words words") == 1
+
+
+def test_an_empty_or_missing_workspace_says_what_to_do(tmp_path):
+    for folder, words in ((tmp_path, "is empty"), (tmp_path / "a b", "does not exist yet")):
+        out = " ".join(on_a_terminal("ls", "-w", str(folder), NO_COLOR="1").split())
+        assert words in out and out.endswith(f"dsg demo -w {shlex.quote(str(folder))}")
+        assert python("-m", "dsg_cli", "ls", "-w", str(folder)).stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("schema", "name", "command"),
+    [
+        ("schema-1", "features-001", "dsg calibrate"),
+        ("schema-1", "guardrail-001", "dsg eval --bench lab-hexes"),
+        ("schema-1", "model-001", "dsg eval --bench lab-hexes"),
+        ("schema-1", "eval-001", "dsg attack --kind dilution"),
+    ],
+)
+def test_the_next_command_can_be_typed_as_it_stands(dsg, monkeypatch, schema, name, command):
+    folder = Path(__file__).parent / "data" / schema
+    stored = Workspace(folder).read(name)
+    assert next_command(stored) == f"{command} -w {shlex.quote(str(folder))}"
+    assert dsg(*shlex.split(next_command(stored))[1:], "--help")[0] == 0
+    monkeypatch.setenv("DSG_WORKSPACE", str(folder))
+    assert next_command(stored) == command
+    other = replace(stored, body=replace(stored.body, forget=["my corpus"])) if command[4] == "e" else stored
+    assert next_command(other) == ("dsg ls benches" if command[4] == "e" else command)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("forget, tokens", ("forget", "forget", "tokens")),
+        ("training, loss 0.31, steps", ("training, loss 0.31", "training", "steps")),
+        ("relearning, all, steps", ("relearning, all", "relearning, all", "steps")),
+        ("guardrail", ("guardrail", "guardrail", "")),
+        ("a" * 40, ("a" * 23 + "...", "a" * 40, "")),
+    ],
+)
+def test_what_progress_says(what, said):
+    assert spoken(what) == said
+
+
+def test_rates():
+    assert rate_of(9000, 2.0, "tokens") == "4,500 tokens/s" and rate_of(3, 2.0, "steps") == "1.5 steps/s"
+    assert rate_of(9000, 0.5, "tokens") == rate_of(0, 9.0, "tokens") == rate_of(9, 9.0, "") == ""
+
+
+def test_a_bar_fits_80_columns():
+    out = on_a_terminal(program=("-c", BAR), COLUMNS="80")
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", one) for one in re.split(r"\x1b\[2K|\r|\n", out)]
+    widest = max(lines, key=len)
+    assert "1,234,567 tokens/s" in widest and "50%" in widest and len(widest) <= 80

@@ -69,7 +69,7 @@ def attack(target: Target, material: Material, *, ridge: float) -> list[Json]:
             probe_ND = fitted(known.resid_END[layer], wanted_ND, ridge)(asked.resid_END[layer])
             probed = _accuracy(probe_ND @ head.weight.float().T, asked) | {"n_known": len(material.known)}
             found[side].append((_accuracy(lens_NV, asked), probed))
-            target.report(f"probing, {side}", layer + 1, len(asked.resid_END))
+            target.report(f"probing, {side}, layers", layer + 1, len(asked.resid_END))
     return [
         {"x": layer, "variant": variant, **{side: found[side][layer][number] for side in SIDES}}
         for number, variant in enumerate(("logit lens", "linear probe"))

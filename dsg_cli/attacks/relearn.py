@@ -188,7 +188,7 @@ def _measured(
             with guarded(attacked, target.guardrails if training.has_guard else (), allow_mismatch=True):
                 loss = training_step(attacked, parameters, optimizer, batch)
             n_done += 1
-            target.report(f"relearning, {training.name}", n_done, max(chosen.steps))
+            target.report(f"relearning, {training.name}, steps", n_done, max(chosen.steps))
         for side in chosen.sides:
             key = f"{side}/{training.is_base}"
             point = before.get(key) if n_done == 0 else None

@@ -99,7 +99,7 @@ def _measured(
                 optimizer.step()
                 loss = objective(batch)
                 n_done += 1
-                target.report(f"soft prompt, {how or 'unguarded'}", n_done, max(steps))
+                target.report(f"soft prompt, {how or 'unguarded'}, steps", n_done, max(steps))
             found = target.ask(
                 material.forget, name=f"{how}/{step}", is_guarded=how is not None, change=change, workers=ALONE
             )

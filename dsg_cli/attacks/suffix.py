@@ -130,7 +130,7 @@ class _Search:
                 proposed = exchanges(scores_SV, best.suffix, self.n_candidates, generator)
                 best = min([best, *self.tried(proposed)], key=worth)
                 n_done += 1
-                target.report(f"suffix, {name}", n_done, max(steps))
+                target.report(f"suffix, {name}, steps", n_done, max(steps))
             change, is_guarded = self.change(best.suffix), self.side == "guarded"
             found = target.ask(asked, name=f"{name}/{step}", is_guarded=is_guarded, change=change)
             points.append(of_forget(found) | {"loss": worth(best)})

@@ -22,11 +22,14 @@ from dsg_cli.cli import (
     calibrate,
     compare,
     demo,
+    describe,
     evaluate,
     export,
     generate,
+    inspect,
     lab,
     ls,
+    report,
     run,
     select,
     show,
@@ -46,25 +49,28 @@ WAIT_FOR_THE_FIRST = 2.0
 
 app = typer.Typer(
     name="dsg",
-    help="Unlearning in language models with dynamic SAE guardrails.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.command("select")(select.command)
-app.command("calibrate")(calibrate.command)
-app.command("apply")(apply.command)
-app.command("eval")(evaluate.command)
-app.command("attack")(attack.command)
-app.command("compare")(compare.command)
-app.command("study")(study.command)
-app.command("export")(export.command)
-app.command("generate")(generate.command)
-app.command("demo")(demo.command)
-app.command("run")(run.command)
-app.command("ls")(ls.command)
-app.command("show")(show.command)
-app.command("verify")(verify.command)
-app.add_typer(lab.app, name="lab")
+CHAIN, AT_ONCE, LOOK, FURTHER = "The five stages", "All at once", "Look", "Further"
+"""Groups of commands, in the order in which help shows them."""
+for group, commands in {
+    CHAIN: {"select": select, "calibrate": calibrate, "apply": apply, "eval": evaluate, "attack": attack},
+    AT_ONCE: {"demo": demo, "run": run, "compare": compare, "study": study},
+    LOOK: {
+        "ls": ls,
+        "show": show,
+        "verify": verify,
+        "generate": generate,
+        "inspect": inspect,
+        "report": report,
+    },
+    FURTHER: {"describe": describe, "export": export},
+}.items():
+    for name, module in commands.items():
+        app.command(name, rich_help_panel=group)(module.command)
+app.add_typer(lab.app, name="lab", rich_help_panel=FURTHER)
 
 
 def _version(wanted: bool) -> None:
@@ -91,8 +97,7 @@ def options(
 ) -> None:
     """Unlearning in language models with dynamic SAE guardrails.
 
-    Find the SAE features that carry the knowledge (select), set when the gate fires (calibrate), build the guardrail
-    (apply), measure what it does (eval) and how it breaks (attack). Start with: dsg demo
+    Start with: dsg demo
     """
     del version, verbose  # Their callbacks have done all.
     check_shared(context.invoked_subcommand)

@@ -60,7 +60,7 @@ def command(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Unlearn: build the guardrail from a threshold, or apply any other method.
+    """Build the guardrail, or apply any other method.
 
     A guardrail is tried on forget text first: one that does nothing there is refused.
 

@@ -8,7 +8,7 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.names import complete
-from dsg_cli.cli.output import show_ranking, show_stored
+from dsg_cli.cli.output import show_stored
 from dsg_cli.cli.running import running
 from dsg_cli.cli.verdict import exit_unless_met, summary_to
 
@@ -83,6 +83,4 @@ def command(
         stored = attack.run(resolved, Workspace(workspace), named, sources=sources or [], session=session)
     write_summary(stored)
     show_stored(stored, as_json=as_json, quiet=quiet)
-    if len(stored) > 1 and not as_json:
-        show_ranking(stored)
     exit_unless_met(stored)

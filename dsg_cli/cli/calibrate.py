@@ -51,7 +51,7 @@ def command(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Set the threshold of the gate on retain text that selection has not seen.
+    """Set the gate's threshold on text that selection has not seen.
 
     Example: dsg calibrate --alpha 0.05
     """

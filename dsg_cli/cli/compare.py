@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.following import in_workspace, next_command
 from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import hint, print_json, print_line
 from dsg_cli.cli.running import running
@@ -46,7 +47,7 @@ def command(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Put methods at the same table: the same model, text, questions and search for each.
+    """Compare methods: the same text, questions and search for each.
 
     Example: dsg compare --recipe lab-compare --method dsg --method npo --budget 2
     """
@@ -87,4 +88,5 @@ def command(
         console().print(comparison_table(body))
         print_line(f"The comparison is {stored.id} in {workspace}.")
     if not quiet:
-        hint(f"Next: dsg show {stored.id}, or --json for every trial")
+        hint(f"Every trial: dsg show {stored.id} --json{in_workspace(workspace)}")
+        hint(f"Next: {next_command(stored)}")

@@ -17,7 +17,9 @@ def command(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Make the embedded lab model forget one of its domains, and attack the result. Needs no download.
+    """Make the embedded lab forget a domain, and attack the result.
+
+    Needs no download.
 
     The same as: dsg run lab
     """

@@ -45,7 +45,7 @@ def command(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Continue prompts with the base model and the guarded one, and show when the gate opened.
+    """Try prompts on the base model and on the guarded one.
 
     Example: dsg generate "Question: What is the counter of the grim hex" --on-trigger refuse
     """
@@ -77,6 +77,6 @@ def command(
         for done in generate.run(resolved, Workspace(workspace), asked, sources=sources or [], write=screen.write):
             written.append(done.as_json())
             screen.close(done)
-            report("answers", len(written), len(asked))
+            report("answers, prompts", len(written), len(asked))
     if as_json:
         print_json(written)

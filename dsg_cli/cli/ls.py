@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.names import NAMES, complete_kind, ids_of
-from dsg_cli.cli.output import print_json, print_names
+from dsg_cli.cli.output import hint, print_json, print_names
 from dsg_cli.errors import DsgError, nearest
 
 
@@ -23,7 +24,7 @@ def command(
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     as_json: opt.JsonOption = False,
 ) -> None:
-    """List the artifacts of a workspace, or the names that options take."""
+    """List artifacts, or the names that options take."""
     if what is not None:
         if what not in NAMES and what.partition("/")[0] != "saes":
             raise DsgError(f"dsg ls knows no {what}.", nearest(what, NAMES))
@@ -47,3 +48,6 @@ def command(
         console().print(list_table(found))
     else:
         print_names(found.ids(), as_json=False)
+    if not found.ids():
+        what = "is empty" if workspace.is_dir() else "does not exist yet"
+        hint(f"{workspace} {what}. Fill it with: dsg demo -w {shlex.quote(str(workspace))}")

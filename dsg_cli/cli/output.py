@@ -7,18 +7,25 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsg_cli.cli.following import next_command
+from dsg_cli.errors import DsgError
+from dsg_cli.integrity import is_taken
 from dsg_cli.progress import Report, silent
 
 if TYPE_CHECKING:
     from dsg_cli.workspace import Stored
 
+UNITS = ("tokens", "prompts", "points", "rows", "steps", "layers")
+"""What work is counted in; a report ends with one of them, after a comma."""
+WIDEST = 26
+"""Characters of a description: with bar, rate and times it fits 80 columns."""
 
-def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool) -> None:
-    """What a stage made: a table on a terminal, its id off one, its own JSON with `--json`."""
-    from dsg_cli.artifacts import NEXT_COMMAND
 
+def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool, view: Any = None) -> None:
+    """What a stage made: a table on a terminal (`view`, if given), its id off one, its own JSON with `--json`."""
     several = list(stored) if isinstance(stored, Sequence) else [stored]
     if as_json:
         documents = [one.json for one in several]
@@ -28,25 +35,39 @@ def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool
         from dsg_cli.report.tables import artifact_table
 
         for one in several:
-            console().print(artifact_table(one))
+            console().print(artifact_table(one, view))
+        _show_ranking(several)
     else:
         for one in several:
             print_line(one.id)
-    for note in dict.fromkeys(note for one in several for note in one.header.notes) if not quiet else ():
+    is_said = quiet or (sys.stdout.isatty() and not as_json)  # In the table.
+    for note in dict.fromkeys(note for one in several for note in one.header.notes) if not is_said else ():
         sys.stderr.write(f"note: {note}\n")
     if not quiet:
-        hint(f"Next: {NEXT_COMMAND[several[-1].header.kind]}")
+        hint(f"Next: {next_command(several[-1])}")
 
 
-def show_ranking(stored: Sequence[Stored]) -> None:
-    """Several attacks in one table, on a terminal."""
+def _show_ranking(stored: Sequence[Stored]) -> None:
+    """Several attacks in one table."""
     from dsg_cli.artifacts import AttackReport
+    from dsg_cli.report.attacks import ranking_table
+    from dsg_cli.report.console import console
 
-    if sys.stdout.isatty():
-        from dsg_cli.report.attacks import ranking_table
-        from dsg_cli.report.console import console
+    attacks = [one.body for one in stored if isinstance(one.body, AttackReport)]
+    if len(attacks) > 1:
+        console().print(ranking_table(attacks))
 
-        console().print(ranking_table([one.body_as(AttackReport) for one in stored]))
+
+def check_new_file(path: Path, flag: str, *, force: bool = False) -> None:
+    """Refuse a file that cannot be written, or that is there already, before anything is computed for it.
+
+    Raises:
+        DsgError: It is one.
+    """
+    if is_taken(path) and (path.is_dir() or not force):
+        raise DsgError(f"{path} is there already.", f"Name another file with {flag}, or replace it with --force.")
+    if not path.parent.is_dir():
+        raise DsgError(f"There is no folder {path.parent}.", f"Make it, or name another file with {flag}.")
 
 
 def print_json(document: Any) -> None:
@@ -66,6 +87,13 @@ def print_names(names: Sequence[str], *, as_json: bool) -> None:
     else:
         for name in names:
             print_line(name)
+
+
+def print_table(table: Any) -> None:
+    """A table for the person at the terminal, on stderr."""
+    from dsg_cli.report.console import console
+
+    console(sys.stderr).print(table)
 
 
 def hint(text: str) -> None:
@@ -93,25 +121,42 @@ def _bars(quiet: bool) -> Iterator[Report]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.description:<26}"),
+        BarColumn(bar_width=14),
+        TextColumn("{task.fields[share]}"),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console(sys.stderr), transient=True) as bars:
-        task = bars.add_task("loading", total=None, rate="")
-        current, began = "", time.monotonic()
+        task = bars.add_task("loading", total=None, rate="", share="")
+        current, began, first = "", time.monotonic(), 0
 
         def report(what: str, done: int, total: int) -> None:
-            nonlocal current, began
-            if what.split(",")[0] != current:
-                current, began = what.split(",")[0], time.monotonic()
+            nonlocal current, began, first
+            shown, work, unit = spoken(what)
+            if work != current:
+                current, began, first = work, time.monotonic(), done
                 bars.reset(task)
-            seconds, is_tokens = time.monotonic() - began, what.endswith(", tokens")
-            rate = f"{done / seconds:,.0f} tokens/s" if is_tokens and seconds > 1 else ""
-            shown = what.removesuffix(", tokens")
-            bars.update(task, description=shown, completed=done, total=total or None, rate=rate)
+            rate = rate_of(done - first, time.monotonic() - began, unit)
+            share = f"{done / total:4.0%}" if total else ""
+            bars.update(task, description=shown, completed=done, total=total or None, rate=rate, share=share)
 
         yield report
+
+
+def spoken(what: str) -> tuple[str, str, str]:
+    """Of what is reported: how it is shown, by what one piece of work is known from the next, and what it counts."""
+    parts = what.split(", ")
+    unit = parts.pop() if len(parts) > 1 and parts[-1] in UNITS else ""
+    shown = ", ".join(parts)
+    work = ", ".join(part for part in parts if not part.startswith("loss "))
+    return shown if len(shown) <= WIDEST else shown[: WIDEST - 3] + "...", work, unit
+
+
+def rate_of(done: int, seconds: float, unit: str) -> str:
+    """How fast it goes, once that can be told."""
+    if not unit or not done or seconds <= 1:
+        return ""
+    rate = done / seconds
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"

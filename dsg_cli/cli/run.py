@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.following import in_workspace
 from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import hint, print_json, print_line
 from dsg_cli.cli.running import running
@@ -89,5 +90,5 @@ def run_chain(
         console().print(chain_table(chain, recipe.published))
         print_line(f"Artifacts in {workspace}: {', '.join(stored.id for stored in chain)}")
     if not quiet:
-        hint(f"Next: dsg show {chain[0].id}, or dsg ls")
+        hint(f"Next: dsg ls{in_workspace(workspace)}")
     exit_unless_met(chain)

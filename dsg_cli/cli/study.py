@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.following import next_command
 from dsg_cli.cli.names import complete
 from dsg_cli.cli.output import hint, print_json, print_line
 from dsg_cli.cli.running import running
@@ -46,7 +47,7 @@ def command(
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
 ) -> None:
-    """Vary settings over a grid, on dev questions, and write the table.
+    """Vary settings over a grid, and write the table.
 
     Example: dsg study stability --recipe lab --grid n_features=4,8,16 --grid strength=4r,16r
     """
@@ -86,7 +87,8 @@ def command(
         console().print(study_table(body))
         print_line(f"{stored.id} in {workspace}: {body.computed['n_points']} points in {stored.header.seconds:.1f} s")
     if not quiet:
-        hint(f"Next: {stored.path.with_suffix('.csv')} has every row; dsg show {stored.id}")
+        hint(f"Every row: {stored.path.with_suffix('.csv')}")
+        hint(f"Next: {next_command(stored)}")
 
 
 def _grid_setting(name: str, text: str) -> str:

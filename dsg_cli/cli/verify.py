@@ -14,7 +14,9 @@ def command(
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     as_json: opt.JsonOption = False,
 ) -> None:
-    """Verify every file of a workspace against its digest, and every artifact against what it was computed from.
+    """Verify every file of a workspace.
+
+    Each is held against its digest, and every artifact against what it was computed from.
 
     Exits with 1 if anything is broken.
     """

@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from dsg_cli.artifacts import Json
 from dsg_cli.errors import DsgError
-from dsg_cli.export.card import model_card
+from dsg_cli.export.base_card import CARD_FILE
 from dsg_cli.export.light import LIGHT_FILE
 from dsg_cli.guardrail import GuardrailModule, check_causal
 from dsg_cli.integrity import write_folder
@@ -48,6 +48,7 @@ def export_folder(
     tokenizer_class: str,
     guardrails: Sequence[GuardrailModule],
     light_files: Sequence[bytes],
+    card: str,
     links: bool = True,
     allow_mismatch: bool = False,
 ) -> None:
@@ -60,6 +61,7 @@ def export_folder(
         tokenizer_class: Class of its tokenizer.
         guardrails: One or several; each decides by its own gate.
         light_files: Their light files, which lie in the folder too.
+        card: Its model card.
         links: Hard-link the base's weights where the file system can; else, or where it cannot, copy them.
         allow_mismatch: Whether the guardrails were made for other weights, and are wanted on these all the same.
 
@@ -86,7 +88,7 @@ def export_folder(
         _write_code(partial, type(config).__name__, architecture)
         for number, content in enumerate(light_files):
             (partial / light_name(number)).write_bytes(content)
-        (partial / "README.md").write_text(model_card(guardrails, architecture=architecture, is_whole_model=True))
+        (partial / CARD_FILE).write_text(card, encoding="utf-8", errors="replace")
 
     write_folder(folder, fill)
 

@@ -83,12 +83,13 @@ def read_light(path: Path) -> LightGuardrail:
 
 def without_paths(data: Json) -> Json:
     """A guardrail's JSON object without the paths of a machine: of each, the last part remains."""
-
-    def last(source: str) -> str:
-        return Path(source).name or source
-
-    cut: Json = {key: [last(name) for name in data[key]] for key in ("forget", "retain")}
-    cut["model"] = {**data["model"], "source": last(data["model"]["source"])}
+    cut: Json = {key: [without_path(name) for name in data[key]] for key in ("forget", "retain")}
+    cut["model"] = {**data["model"], "source": without_path(data["model"]["source"])}
     if data["sae"]:
-        cut["sae"] = {**data["sae"], "source": last(data["sae"]["source"])}
+        cut["sae"] = {**data["sae"], "source": without_path(data["sae"]["source"])}
     return {**data, **cut}
+
+
+def without_path(source: str) -> str:
+    """The last part of a path; names of the hub and of the lab as they are. Artifacts hold no path but whole ones."""
+    return (Path(source).name or source) if Path(source).is_absolute() else source

@@ -100,7 +100,7 @@ def _residual_batches(
         while len(buffer) > 8 * settings.sae_batch:
             batch, buffer = buffer[: settings.sae_batch].clone(), buffer[settings.sae_batch :]
             n_seen += len(batch)
-            report("sparse autoencoder", min(n_seen, settings.sae_tokens), settings.sae_tokens)
+            report("sparse autoencoder, tokens", min(n_seen, settings.sae_tokens), settings.sae_tokens)
             yield batch
 
 

@@ -126,7 +126,7 @@ def train_language_model(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        report(f"language model, loss {losses[-1]:.3f}", step + 1, settings.n_steps)
+        report(f"language model, loss {losses[-1]:.3f}, steps", step + 1, settings.n_steps)
     return model.eval(), sum(losses[-50:]) / len(losses[-50:])
 
 

@@ -86,13 +86,16 @@ function colour() {
   const [i, j] = $("by").value.split(":").map(Number);
   const one = shown.guardrails[i];
   const values = one ? (j === undefined ? one.score : one.features[j].activations) : [];
-  const largest = Math.max(1e-9, ...values.map((value) => Math.abs(value ?? 0)));
+  // From a token on which no feature is active, to one as strong as two of the gate's thresholds.
+  const floor = one && j === undefined ? one.floor : 0;
+  const strongest = Math.max(...values.map((value) => Math.abs(value ?? 0)));
+  const largest = (one && j === undefined ? Math.max(2 * one.threshold, strongest) : strongest) - floor || 1;
   $("tokens").replaceChildren(...shown.tokens.map((text, t) => {
     const span = element("span", { class: "token" }, text);
     const value = t < values.length ? values[t] : 0;
     span.title = `token ${t + 1}: ${number(value)}`;
-    const share = value === null ? 1 : value / largest;
-    if (share) span.style.background = `rgba(var(${share > 0 ? "--heat" : "--cold"}), ${(0.75 * Math.abs(share)).toFixed(3)})`;
+    const share = value === null ? 1 : value === 0 ? 0 : (value - floor) / largest;
+    if (Math.abs(share) > 0.01) span.style.background = `rgba(var(${share > 0 ? "--heat" : "--cold"}), ${(0.75 * Math.abs(share)).toFixed(3)})`;
     if (one?.clamped[t]) span.classList.add("clamped");
     if (t >= shown.n_prompt) span.classList.add("written");
     if (one?.latched_at === t) span.classList.add("latch");

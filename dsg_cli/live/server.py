@@ -44,19 +44,20 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int, about: Json, ask: Ask) -> None:
-        """Take the port.
+    about: Json
+    """What the page shows at first."""
+    ask: Ask
+    """Answers a prompt; called by one thread at a time."""
+
+    def __init__(self, port: int) -> None:
+        """Take the port; `about` and `ask` are to be set before anything is served.
 
         Args:
             port: 0 takes any that is free.
-            about: What the page shows at first.
-            ask: Answers a prompt; called by one thread at a time.
 
         Raises:
             DsgError: The port is taken, or may not be used.
         """
-        self.about = about
-        self.ask = ask
         self.one_at_a_time = threading.Lock()
         try:
             super().__init__((HOST, port), Handler)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsg_cli.errors import DsgError
 from dsg_cli.runtime.spec import NEVER
+from dsg_cli.selection import check_measured
 from dsg_cli.strength import parse_strength
 
 
@@ -47,8 +48,9 @@ def frequent_features(
         section: Of the settings, for messages.
 
     Raises:
-        DsgError: There are fewer that are active on forget text at all.
+        DsgError: There are fewer that are active on forget text at all, or no forget text was read.
     """
+    check_measured(statistics)
     forget_F, retain_F = statistics["forget_rate"], statistics["retain_rate"]
     is_left_F = (retain_F <= max_retain_rate) & (forget_F > 0)
     n_left = int(is_left_F.sum())

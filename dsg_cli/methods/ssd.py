@@ -54,7 +54,7 @@ def importances(given: Given, text: Text, n_rows: int, what: str) -> list[Tensor
         )
         for total, grad in zip(sums, grads, strict=True):
             total += grad.square()
-        given.report(f"importances, {what} rows", done + 1, len(index))
+        given.report(f"importances, {what}, rows", done + 1, len(index))
     if not all(bool(torch.isfinite(total).all()) for total in sums):
         raise DsgError(f"A gradient on {what} text is not finite.", "Check the weights.")
     return [total / len(index) for total in sums]

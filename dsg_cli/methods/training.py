@@ -59,7 +59,7 @@ def train(given: Given, free: Free, loss: Loss) -> Changed:
             run.take(loss, several)
             if run.diverged_at is not None:
                 break
-            given.report(f"training, loss {run.losses[-1]['loss']:.3g}", run.step, settings.steps)
+            given.report(f"training, loss {run.losses[-1]['loss']:.3g}, steps", run.step, settings.steps)
             given.checkpoint.reached("training", run.state)
     given.checkpoint.keep("training", run.state())
     run.end()

@@ -4,40 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from dsg_cli.artifacts import AttackReport, Json
 from dsg_cli.attacks.names import KINDS
-from dsg_cli.report.expectations import verdicts_of_attack
+from dsg_cli.report.console import captioned
+from dsg_cli.report.expectations import met, verdicts_of_attack
 
 NOT_MEASURABLE = "not measurable on this model"
 
 
 def curve_table(body: AttackReport) -> Table:
     """Every point of one attack; forget accuracies with their intervals."""
-    has_variants = any(point["variant"] for point in body.curve)
+    variants = list(dict.fromkeys(point["variant"] for point in body.curve))
+    has_variants = len(variants) > 1
     has_utility = any("utility_acc" in point["guarded"] for point in body.curve)
     columns = [*(["variant"] if has_variants else []), unit(body.attack) or "how"]
     table = Table(*columns, "guarded", "95 %", "gated", "unguarded", box=None, pad_edge=False)
     if has_utility:
         table.add_column("utility")
+    above = None
     for point in body.curve:
-        guard = point["guarded"]
-        cells = [*([point["variant"]] if has_variants else []), shown(point["x"]), f"{guard['forget_acc']:.2f}"]
+        guard, variant = point["guarded"], point["variant"]
+        cells = [
+            *([variant if variant != above else ""] if has_variants else []),
+            shown(point["x"]),
+            f"{guard['forget_acc']:.2f}",
+        ]
         cells += [interval(guard), share(guard.get("gate_rate")), share(point["unguarded"]["forget_acc"])]
         table.add_row(*cells, *([share(guard.get("utility_acc"))] if has_utility else []))
+        above = variant
     for one in verdicts_of_attack(body):
-        mark = "met" if one.is_met else "NOT MET"
+        mark = met(one.is_met)
         table.add_row(*([""] if has_variants else []), Text(one.expect), one.unlearned, one.bound, mark, one.base)
     before = body.before
+    how = f" Variant: {variants[0]}." if variants[:1] not in ([], [""]) and not has_variants else ""
     table.caption = (
-        f"{body.threat_model} Without the attack: guarded {before['guarded']['forget_acc']:.2f}, "
+        f"{body.threat_model}{how} Without the attack: guarded {before['guarded']['forget_acc']:.2f}, "
         f"unguarded {before['unguarded']['forget_acc']:.2f}."
         + ("" if body.summary["n_measurable"] else f" {NOT_MEASURABLE.capitalize()}: unguarded, it cannot answer.")
         + evasions(body)
     )
     return table
+
+
+def attack_headline(body: AttackReport) -> str:
+    """What came back at most, and what there was without the attack."""
+    found = body.summary
+    if not found["n_measurable"]:
+        return f"{body.attack} on {body.bench}: {NOT_MEASURABLE}"
+    return (
+        f"{body.attack} on {body.bench}: {share(found['forget_acc_worst'])}, before {share(found['forget_acc_before'])}"
+    )
 
 
 def evasions(body: AttackReport) -> str:
@@ -51,7 +71,7 @@ def ranking(attacks: Sequence[AttackReport]) -> list[AttackReport]:
     return sorted(attacks, key=lambda one: -(one.summary["forget_acc_worst"] or 0))
 
 
-def ranking_table(attacks: Sequence[AttackReport]) -> Table:
+def ranking_table(attacks: Sequence[AttackReport]) -> Group:
     """One line an attack, at the point where most came back."""
     table = Table("attack", "before", "worst", "gated", "unguarded", "where", box=None, pad_edge=False)
     for one in ranking(attacks):
@@ -60,7 +80,7 @@ def ranking_table(attacks: Sequence[AttackReport]) -> Table:
         where = place(one) if found["n_measurable"] else NOT_MEASURABLE
         table.add_row(one.attack, *map(share, cells), share(found["unguarded_at_worst"]), where)
     table.caption = "Accuracy on forget questions, guarded, where most came back; and the unguarded model there."
-    return table
+    return captioned(table)
 
 
 def place(one: AttackReport) -> str:

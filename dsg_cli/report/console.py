@@ -6,7 +6,9 @@ import os
 import sys
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -20,6 +22,12 @@ def console(stream: TextIO | None = None) -> Console:
         markup=False,
         emoji=False,
     )
+
+
+def captioned(table: Table) -> Group:
+    """A table with its caption below as running text: rich would squeeze it into the table's own width."""
+    caption, table.caption = table.caption, None
+    return Group(table, *([caption if isinstance(caption, Text) else Text(str(caption))] if caption else []))
 
 
 def can_redraw() -> bool:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsg_cli.artifacts import EvalReport, Json
-from dsg_cli.report.expectations import verdicts
+from dsg_cli.report.expectations import met, verdicts
 from dsg_cli.report.methods import composed
 from dsg_cli.report.metrics import interval, number, refusals, shown_metrics
 
@@ -29,7 +29,7 @@ def evaluation_table(body: EvalReport, named: Sequence[str]) -> Table:
             table.add_row(*(row.get(name, "") for name in columns))
     for one in verdicts(body):
         verdict: dict[str, str | Text] = {"bench": Text(one.expect), "guarded": one.unlearned, "95 %": one.bound}
-        verdict[columns[-1]] = "met" if one.is_met else "NOT MET"
+        verdict[columns[-1]] = met(one.is_met)
         table.add_row(*(verdict.get(name, "") for name in columns))
     remarks = [composed(body.composition)] if body.composition else []
     if len(shown) < len(body.results):

@@ -62,6 +62,11 @@ def verdicts_of_attack(body: AttackReport) -> list[Verdict]:
     ]
 
 
+def met(is_met: bool) -> Text:
+    """Whether an expectation was met, in a word."""
+    return Text("met", style="green") if is_met else Text("NOT MET", style="red")
+
+
 def missed_table(chain: Sequence[Stored]) -> Table | None:
     """The expectations that were not met, if there are any."""
     of_evaluations = [one for stored in chain if isinstance(stored.body, EvalReport) for one in verdicts(stored.body)]
@@ -71,7 +76,7 @@ def missed_table(chain: Sequence[Stored]) -> Table | None:
     missed = [one for one in (*of_evaluations, *of_attacks) if not one.is_met]
     table = Table(box=None, pad_edge=False)
     table.add_column("not met", overflow="fold")
-    for name in ("base", "unlearned", "bound", "n"):
+    for name in ("base", "guarded", "bound", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in missed:
         table.add_row(Text(one.expect, style="red"), one.base, one.unlearned, one.bound, one.n)

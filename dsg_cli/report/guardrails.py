@@ -55,5 +55,5 @@ def _effect(effect: Json) -> str:
         return "nothing"
     return (
         f"{effect['n_rows']} forget rows: gated {effect['gate_rate']:.2f}, changed {effect['changed_rate']:.2f}, "
-        f"largest edit {effect['edit']:.2g} of the residual"
+        f"largest edit {effect['edit']:.2g} residual norms"
     )

@@ -57,7 +57,7 @@ def study_headline(body: StudyReport) -> str:
     n_points = f"{body.study}, {body.computed['n_points']} points"
     scored = [(_score(body, point), point) for point in points_of(body)]
     best = max((score for score, _ in scored if score is not None), default=None)
-    split = f", {body.split} questions" if body.base else ""
+    split = f", {body.split}" if body.base else ""
     return f"{n_points}{split}" + (f", best score {best:.2f}" if best is not None else "")
 
 

@@ -52,7 +52,7 @@ def _evaluation(stored: Stored) -> str:
     body = stored.body_as(EvalReport)
     shown = shown_benches(body, stored.header.settings.get("benches", []))
     rows = [row for bench in shown for row in _bench(bench, body.results[bench], body.gate.get(bench))]
-    text = table(["bench", "base", "unlearned", "95 % interval", "gated", "n"], rows)
+    text = table(["bench", "base", "guarded", "95 % interval", "gated", "n"], rows)
     n_more = len(body.results) - len(shown)
     text += f"\n\n{n_more} parts more in {code(stored.id)}." if n_more else ""
     return text + "".join(f"\n\n{one}." for one in refusals(body.refused))
@@ -85,7 +85,7 @@ def _expectations(body: EvalReport | AttackReport) -> str:
         ["✅" if one.is_met else "❌", code(one.expect, in_table=True), one.base, one.unlearned, one.bound, one.n]
         for one in (verdicts(body) if isinstance(body, EvalReport) else verdicts_of_attack(body))
     ]
-    return table(["", "expected", "base", "unlearned", "bound", "n"], rows)
+    return table(["", "expected", "base", "guarded", "bound", "n"], rows)
 
 
 def _attacks(attacks: Sequence[AttackReport]) -> str:

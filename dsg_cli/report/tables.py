@@ -24,22 +24,26 @@ from dsg_cli.artifacts import (
 from dsg_cli.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
-from dsg_cli.report.attacks import curve_table, place, share
+from dsg_cli.report.attacks import attack_headline, curve_table
 from dsg_cli.report.comparison import comparison_table
+from dsg_cli.report.console import captioned
 from dsg_cli.report.evaluations import evaluation_table, first_metric
 from dsg_cli.report.guardrails import clamp_line, guardrail_rows
-from dsg_cli.report.inspections import inspection_table
+from dsg_cli.report.inspections import inspection_view
 from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
+from dsg_cli.report.picked import picked_table
 from dsg_cli.report.studies import study_headline, study_table
 from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
 
 
-def artifact_table(stored: Stored) -> Group:
-    """One artifact: what it found, and where it came from."""
+def artifact_table(stored: Stored, view: Any = None) -> Group:
+    """One artifact: what it found (`view`, where there is more to show than it holds), and where it came from."""
     body = stored.body
-    if isinstance(body, FeatureSet):
-        table: Any = _features(body)
+    if view is not None:
+        table: Any = view
+    elif isinstance(body, FeatureSet):
+        table = _features(body)
     elif isinstance(body, Threshold):
         table = _pairs(_threshold(body, stored.header.settings["lengths"]))
     elif isinstance(body, Guardrail):
@@ -51,13 +55,15 @@ def artifact_table(stored: Stored) -> Group:
     elif isinstance(body, StudyReport):
         table = study_table(body)
     elif isinstance(body, Inspection):
-        table = inspection_table(body)
+        table = inspection_view(stored)
     elif isinstance(body, ModelWeights):
         table = _pairs(model_rows(body))
     elif isinstance(body, Wrapper):
         table = _pairs(wrapper_rows(body))
     else:
         table = curve_table(body)
+    if isinstance(table, Table):
+        table = captioned(table)
     notes = [Text(f"note: {note}") for note in stored.header.notes]
     return Group(Text(stored.id, style="bold"), table, *notes, Text(provenance_line(stored), style="dim"))
 
@@ -80,10 +86,10 @@ def list_table(workspace: Workspace) -> Table:
         try:
             stored = workspace.read(artifact_id)
         except DsgError as error:
-            table.add_row(artifact_id, Text(error.message, style="red"), "")
+            table.add_row(Text(artifact_id, style="bold"), Text(error.message, style="red"), "")
             continue
         made_from = ", ".join(item.id for item in stored.header.inputs) or "corpora"
-        table.add_row(stored.id, headline(stored), made_from)
+        table.add_row(Text(stored.id, style="bold"), headline(stored), made_from)
     return table
 
 
@@ -92,12 +98,13 @@ def verify_table(findings: Sequence[Finding]) -> Group:
     table = Table("", "state", "", box=None, pad_edge=False, show_header=False)
     styles = {"ok": "green", "broken": "red", "unfinished": "yellow"}
     for finding in findings:
-        table.add_row(finding.name, Text(finding.state, style=styles[finding.state]), finding.remark)
+        state = Text(finding.state, style=styles[finding.state])
+        table.add_row(Text(finding.name, style="bold"), state, finding.remark)
     counts = {state: sum(finding.state == state for finding in findings) for state in styles}
     return Group(table, Text(", ".join(f"{n} {state}" for state, n in counts.items() if n) or "nothing there"))
 
 
-def corpora_table() -> Table:
+def corpora_table() -> Group:
     """Names of corpora, and where each comes from."""
     table = Table("corpus", "from", box=None, pad_edge=False)
     for name in lab.CORPORA:
@@ -105,7 +112,7 @@ def corpora_table() -> Table:
     for name, hub in CATALOGUE.items():
         table.add_row(name, f"{hub}{', in the chat template' if hub.is_chat else ''}")
     table.caption = Text("Also hf:org/name[:config][#split][@column], files and folders.")
-    return table
+    return captioned(table)
 
 
 def headline(stored: Stored) -> str:
@@ -130,7 +137,7 @@ def headline(stored: Stored) -> str:
         return f"{body.method}, {body.form}, {len(body.losses)} steps"
     if isinstance(body, Wrapper):
         return f"{body.method}, {body.rule} on the {body.side}"
-    return f"{body.attack} on {body.bench}: {share(body.summary['forget_acc_worst'])} at {place(body)}"
+    return attack_headline(body)
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
@@ -141,14 +148,14 @@ def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def _features(body: FeatureSet) -> Table:
+    if body.percentiles_over is None:
+        return picked_table(body)
     table = Table("rank", "feature", "forget", "retain", "ratio", box=None, pad_edge=False)
     for rank, feature in enumerate(body.features, start=1):
         table.add_row(
             str(rank),
             str(feature.index),
-            f"{feature.forget_score:.4g}",
-            f"{feature.retain_score:.4g}",
-            f"{feature.ratio:.4g}",
+            *(f"{one:.4g}" for one in (feature.forget_score or 0, feature.retain_score, feature.ratio or 0)),
         )
     over = "of the live features only: nearly all are dead" if body.percentiles_over == "live" else "of all features"
     table.caption = f"{body.n_live} live; {body.n_passed} passed the percentiles {over}{_probe(body.probe)}"
@@ -168,15 +175,15 @@ def _threshold(body: Threshold, lengths: Sequence[int]) -> list[tuple[str, str]]
         rate = "not measured: no fresh piece of retain text"
     else:
         interval = f"95 %: {body.low:.3f} to {body.high:.3f}"
-        rate = f"{body.false_positive_rate:.3f} on {body.n_fresh} fresh pieces ({interval})"
+        rate = f"{body.false_positive_rate:.3f} of {body.n_fresh} ({interval})"
     return [
         ("gate", body.gate),
         ("threshold", f"{body.threshold:.4f}"),
-        ("set at", f"alpha {body.alpha:g} on {body.n_calibration} pieces of {body.n_documents} documents"),
+        ("alpha", f"{body.alpha:g}, for {'each retain corpus' if body.guarantee == 'each' else 'all retain text'}"),
+        ("set on", f"{body.n_calibration} pieces of {body.n_documents} documents"),
         ("for text of", f"{lengths[0]} to {lengths[1]} tokens"),
-        ("alpha holds for", "each retain corpus" if body.guarantee == "each" else "all retain text together"),
         *([("the paper's percentile", f"{body.percentile:.4f}")] if body.percentile is not None else []),
         *([("watches", " ".join(map(str, body.detectors)))] if body.detectors else []),
-        ("false positives", rate),
+        ("false positives, fresh retain text", rate),
         *(rate_row(one) for one in body.rates),
     ]

@@ -28,6 +28,8 @@ class Watched(NamedTuple):
     scale_BL1: Tensor | None
     finite_BL: Tensor
     hot_BL: Tensor
+    signal_BL: Tensor
+    """The gate's token score; infinite where the residual is not finite."""
     statistic_BL: Tensor
     states_BLC: Tensor
 
@@ -119,7 +121,7 @@ class GuardrailModule(nn.Module):
         if state_BC is None:
             state_BC = self.gate.initial_state(len(acts_BLK), acts_BLK.device)
         statistic_BL, states_BLC = self.gate.scan(signal_BL, counted_BL, state_BC, segment_BL)
-        return Watched(acts_BLK, scale_BL1, finite_BL, hot_BL, statistic_BL, states_BLC)
+        return Watched(acts_BLK, scale_BL1, finite_BL, hot_BL, signal_BL, statistic_BL, states_BLC)
 
     def decide(
         self, resid_BLD: Tensor, counted_BL: Tensor, state_BC: Tensor | None = None, segment_BL: Tensor | None = None
@@ -155,6 +157,12 @@ class GuardrailModule(nn.Module):
         flat, change = resid_BLP.float().flatten(0, 1), decision.change_BLC.flatten(0, 1)
         return torch.addmm(flat, change, self.slice.W_dec).view(resid_BLP.shape).to(resid_BLP.dtype)
 
+    def edit_size(self, resid_BLD: Tensor, decision: Decision) -> Tensor:
+        """How long a token's change is, relative to the norm of the residual that was read, [B, L]."""
+        # In C dimensions, not in P. A broken residual, or one of length 0, has no ratio.
+        length_BL = (decision.change_BLC @ self.basis).norm(dim=-1)
+        return (length_BL / resid_BLD.float().norm(dim=-1)).nan_to_num(0.0, 0.0)
+
     @torch.no_grad()
     def _count(
         self,
@@ -180,10 +188,7 @@ class GuardrailModule(nn.Module):
             self.n_gated.add_(now_B.sum())
         self.n_clamped.add_(clamped_BL.sum())
         self.n_broken.add_(broken_BL.sum())
-        # The length of the change in C dimensions, not in P. A broken residual, or one of length 0, has no ratio.
-        length_BL = (decision.change_BLC @ self.basis).norm(dim=-1)
-        ratio_BL = (length_BL / resid_BLD.float().norm(dim=-1)).nan_to_num(0.0, 0.0)
-        self.last_edit_B = ratio_BL.amax(-1)
+        self.last_edit_B = self.edit_size(resid_BLD, decision).amax(-1)
         self.largest_edit.copy_(torch.maximum(self.largest_edit, self.last_edit_B.amax()))
 
     def counters(self) -> dict[str, float]:

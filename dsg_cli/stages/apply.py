@@ -7,8 +7,10 @@ the edit changes something, and writes guardrail-NNN with its tensors. The model
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from dsg_cli.artifacts import Guardrail, Threshold
+from dsg_cli.artifacts import Guardrail, Json, Threshold
+from dsg_cli.corpora import Corpus
 from dsg_cli.errors import DsgError
 from dsg_cli.recipe import Recipe
 from dsg_cli.settings import GuardrailSection
@@ -16,7 +18,7 @@ from dsg_cli.slicing import detector_weights, slice_sae
 from dsg_cli.stages.chain import chain_sae, check_tokens, load_chain_model, settle
 from dsg_cli.stages.provenance import Clock, new_header
 from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.stages.trial import Trial, forget_text, tried
+from dsg_cli.stages.trial import Trial, forget_text, text_instead, tried
 from dsg_cli.stages.tuning import smallest_sufficient, tuning_questions
 from dsg_cli.strength import parse_strength
 from dsg_cli.workspace import Stored, Workspace
@@ -43,15 +45,16 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Ses
     is_auto = recipe.guardrail.strength == AUTO
     settings = [*recipe.guardrail.strengths] if is_auto else [recipe.guardrail.strength]
     strengths = [(text, parse_strength(text, set_at.median_residual_norm)) for text in settings]
-    questions = tuning_questions(recipe, set_at.forget) if is_auto else []
-    forget, notes = forget_text(threshold, set_at.forget)
+    forget, notes = forget_text(threshold, set_at.forget) if set_at.forget else text_instead(recipe, threshold)
+    names = set_at.forget or [corpus.name for corpus in forget]
+    questions = tuning_questions(recipe, names) if is_auto else []
     assert threshold.header.sae is not None
     sae = chain_sae(threshold.header.sae, threshold.id)
     recipe = settle(recipe, threshold.header)
     header = new_header(
         "guardrail",
         recipe,
-        settings=dataclasses.asdict(recipe.guardrail),
+        settings={**dataclasses.asdict(recipe.guardrail), **({} if set_at.forget else _tried_on(forget))},
         model=threshold.header.model,
         sae=threshold.header.sae,
         inputs=[threshold],
@@ -80,7 +83,7 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Ses
         slice=dataclasses.asdict(slice_spec),
         special_ids=set_at.special_ids,
         bos=set_at.bos,
-        forget=set_at.forget,
+        forget=names,
         retain=set_at.retain,
         strength_trials=[],
         effect={},
@@ -100,6 +103,11 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Ses
     body, n_tokens = tried(loaded, header, body, tensors, trial)
     session.report("guardrail", 1, 1)
     return workspace.write(clock.close(header, n_tokens=n_tokens), body, tensors=tensors)
+
+
+def _tried_on(forget: Sequence[Corpus]) -> Json:
+    """What the settings say of text that the threshold does not name."""
+    return {"forget": [{"name": corpus.name, "sha256": corpus.sha256} for corpus in forget]}
 
 
 def check_strength(settings: GuardrailSection) -> None:

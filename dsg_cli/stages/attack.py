@@ -239,6 +239,10 @@ def default_bench(forget: Sequence[str]) -> str:
     for name in forget:
         if name in known_benches():
             return name
+    if not forget:
+        raise DsgError(
+            "Nothing says what was to be forgotten: no forget corpus was given.", "Name a bench with --bench."
+        )
     raise DsgError(f"No bench is named like the forget corpus ({', '.join(forget)}).", "Name one with --bench.")
 
 

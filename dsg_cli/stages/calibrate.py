@@ -16,7 +16,7 @@ from dsg_cli.artifacts import FeatureSet, Header, Json, Threshold
 from dsg_cli.calibration import percentile_threshold, rate_above
 from dsg_cli.checkpoints import Checkpoint
 from dsg_cli.corpora import Corpus, check_disjoint, check_named, load_corpora
-from dsg_cli.detection import Detection, check_finite, detection_of, gate_statistics, threshold_at, watching
+from dsg_cli.detection import Detection, check_finite, detection_of, gate_for, gate_statistics, threshold_at, watching
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import GuardrailModule
 from dsg_cli.model import LoadedModel, context_length
@@ -50,7 +50,7 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, sess
         rows = [
             row for part, pieces in made.pieces.items() for row in _statistics(made, part, pieces, session, checkpoint)
         ]
-        body = _threshold(made, recipe.calibrate, rows)
+        body = _threshold(made, rows)
         rows = [{**row, "gated": row["statistic"] > body.threshold} for row in rows]
         n_tokens = sum(row["length"] for row in rows)
         return session.write(
@@ -63,6 +63,8 @@ class _Prepared:
     """All that the pass needs."""
 
     features: Stored
+    settings: CalibrateSection
+    """With the gate that the features allow."""
     pieces: dict[str, list[Piece]]
     """Part -> what the gate is asked about."""
     loaded: LoadedModel
@@ -78,20 +80,23 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
     Raises:
         DsgError: Anything the user can mend.
     """
-    settings = recipe.calibrate
     features = workspace.find("features", source)
     workspace.check_writable()
-    recipe = settle(recipe, features.header)
+    of_features = features.body_as(FeatureSet)
+    settings, notes = gate_for(recipe.calibrate, of_features)
+    recipe = settle(dataclasses.replace(recipe, calibrate=settings), features.header)
     selected = features.header.settings
     names = settings.retain or [spelled(corpus) for corpus in selected["retain"]]
     check_named(names, role="retain")
-    check_disjoint([corpus["name"] for corpus in selected["forget"]], names)
+    forget_names = [corpus["name"] for corpus in selected["forget"]]
+    check_disjoint(forget_names, names)
+    if settings.threshold is not None:
+        notes.append("The threshold was given, not calibrated: alpha promises nothing.")
     prompts = read_prompts((), Path(settings.lengths_from)) if settings.lengths_from else []
-    of_features = features.body_as(FeatureSet)
     detection = detection_of(settings, of_features, workspace.tensors(features), made=features.id)
-    questions = dev_questions(recipe.calibrate, [corpus["name"] for corpus in selected["forget"]])
+    questions = dev_questions(settings, forget_names)
     retain = _corpora(names, "retain", recipe, selected["retain"])
-    forget = _corpora([corpus["name"] for corpus in selected["forget"]], "forget", recipe, selected["forget"])
+    forget = _corpora(forget_names, "forget", recipe, selected["forget"]) if forget_names else []
     assert features.header.sae is not None
     sae = chain_sae(features.header.sae, features.id)
     loaded = load_chain_model(features.header, recipe, cut=True)
@@ -114,14 +119,15 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prep
         model=features.header.model,
         sae=features.header.sae,
         inputs=[features],
+        notes=notes,
     )
     if min(lengths) > room:
         raise DsgError(f"Pieces of {min(lengths)} tokens do not fit: the model reads {room}.", "Lower --lengths.")
     check_chat(loaded.tokenizer, retain)
     indices = [feature.index for feature in of_features.features]
-    gate = watching(recipe.calibrate, loaded, sae, indices, detection)
+    gate = watching(settings, loaded, sae, indices, detection)
     pieces = all_pieces(recipe, loaded, retain, forget, questions, bos=bos, lengths=lengths, room=room)
-    return _Prepared(features, pieces, loaded, gate, detection, bos, header)
+    return _Prepared(features, settings, pieces, loaded, gate, detection, bos, header)
 
 
 def _corpora(names: Sequence[str], role: str, recipe: Recipe, read: Sequence[Json]) -> list[Corpus]:
@@ -135,13 +141,14 @@ def _corpora(names: Sequence[str], role: str, recipe: Recipe, read: Sequence[Jso
     )
 
 
-def _threshold(made: _Prepared, settings: CalibrateSection, rows: Sequence[Json]) -> Threshold:
+def _threshold(made: _Prepared, rows: Sequence[Json]) -> Threshold:
     """The threshold that the calibration pieces set, and what all others say of it.
 
     Raises:
         DsgError: A statistic is not finite, there is too little text, or the gate could never fire.
     """
-    selected, of_features = made.features.header.settings, made.features.body_as(FeatureSet)
+    settings, selected = made.settings, made.features.header.settings
+    of_features = made.features.body_as(FeatureSet)
     check_finite([row["statistic"] for row in rows])
     calibration = [row for row in rows if row["part"] == "calibrate"]
     fresh = [row for row in rows if row["part"] == "fresh"]

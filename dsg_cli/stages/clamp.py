@@ -93,7 +93,7 @@ def _clamping(
     """What the method, or the steering file in its place, makes of the features."""
     methods, norm = recipe.methods, body.median_residual_norm
     if steering is not None:
-        n_features, clamps_features = len(statistics["forget_rate"]), methods.refusal_clamp.clamps_features
+        n_features, clamps_features = len(statistics["retain_rate"]), methods.refusal_clamp.clamps_features
         return steered_clamping(steering, method, n_features=n_features, clamps_features=clamps_features)
     if method == "static-clamp":
         return static_clamp.clamping(statistics, methods.static_clamp, norm)

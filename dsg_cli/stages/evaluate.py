@@ -216,6 +216,16 @@ def _check_effect(stored: Stored, subject: Subject, recipe: Recipe) -> None:
                 )
 
 
+def _unchecked(subject: Subject) -> list[str]:
+    """Guardrails of features that were picked without forget text: nothing says on which bench they should act."""
+    return [
+        f"Nothing says what {stored.id} should make the model forget, so that it does anything there is not checked. "
+        "Add --expect 'BENCH.gate>=0.5' for the bench."
+        for stored, body in zip(subject.guardrails, subject.bodies, strict=True)
+        if not body.forget
+    ]
+
+
 def _write(
     workspace: Workspace,
     clock: Clock,
@@ -251,9 +261,8 @@ def _write(
             files |= results_files(
                 one.found, model=made.loaded.base.source, created=made.header.created, samples=recipe.eval.samples
             )
-    header = dataclasses.replace(
-        made.header, notes=[*made.header.notes, *(note for one in found for note in _unheeded(one, recipe))]
-    )
+    notes = [*_unchecked(made.subject), *(note for one in found for note in _unheeded(one, recipe))]
+    header = dataclasses.replace(made.header, notes=[*made.header.notes, *notes])
     return workspace.write(
         clock.close(header, n_tokens=sum(one.n_tokens for one in found)),
         body,

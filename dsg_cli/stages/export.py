@@ -1,7 +1,7 @@
 """`dsg export`: hand a guardrail, or the whole guarded model, to people who do not have this workspace.
 
-To `NAME.safetensors` a light file; to a folder the guarded model, which stock transformers loads; to `hf://org/name`
-either of them as a commit.
+To `NAME.safetensors` a light file; to a folder the guarded model, which stock transformers loads, or light files with a
+model card; to `hf://org/name` either of them as a commit.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from pathlib import Path
 
 from dsg_cli.artifacts import Json, ModelWeights, Threshold
 from dsg_cli.errors import DsgError
+from dsg_cli.export.base_card import CARD_FILE
 from dsg_cli.export.card import model_card
 from dsg_cli.export.folder import export_folder, light_name
 from dsg_cli.export.light import LIGHT_FILE, light_file
 from dsg_cli.guardrail import check_causal
 from dsg_cli.hub import SCHEME, parse_address, push_folder
-from dsg_cli.integrity import check_new_folder, is_taken, write_atomically
+from dsg_cli.integrity import check_new_folder, is_taken, write_atomically, write_folder
 from dsg_cli.methods.names import check_method
 from dsg_cli.model import model_folder
 from dsg_cli.progress import Report, silent
 from dsg_cli.recipe import Recipe
 from dsg_cli.runtime.attach import Attached
+from dsg_cli.stages.card import card_facts
 from dsg_cli.stages.chain import settle
 from dsg_cli.stages.subject import Subject, find_subject, guard_modules, load_subject, only_guardrails
 from dsg_cli.workspace import Workspace
@@ -88,11 +90,26 @@ def run(
         light_file(stored.header, body, workspace.tensors(stored))
         for stored, body in zip(subject.guardrails, subject.bodies, strict=True)
     ]
+    is_on_hub = to.startswith(SCHEME)
+    address = parse_address(to).repo if is_on_hub else Path(to).resolve().name
+    card = model_card(
+        card_facts(
+            workspace,
+            subject,
+            modules,
+            name=address.rpartition("/")[2],
+            address=address,
+            is_on_hub=is_on_hub,
+            is_whole_model=form == "model",
+            instead=recipe.model.instead,
+            is_mismatched=recipe.model.allow_mismatch,
+        )
+    )
     report("export", 0, 1)
 
     def write(place: Path) -> None:
         if form == "light":
-            _write_light(place, lights)
+            _write_light(place, lights, card)
             return
         export_folder(
             place,
@@ -101,6 +118,7 @@ def run(
             tokenizer_class=tokenizer_class,
             guardrails=modules,
             light_files=lights,
+            card=card,
             links=links,
             allow_mismatch=recipe.model.allow_mismatch,
         )
@@ -111,13 +129,10 @@ def run(
         with tempfile.TemporaryDirectory(prefix=".export-", suffix=".tmp", dir=workspace.folder) as scratch:
             folder = Path(scratch) / "export"
             write(folder)
-            if form == "light":
-                card = model_card(modules, architecture=architecture, is_whole_model=False)
-                (folder / "README.md").write_text(card, encoding="utf-8")
             sizes = _sizes(folder)
             return push_folder(parse_address(to), folder, marker=LIGHT_FILE, is_public=is_public), sizes
 
-    if to.startswith(SCHEME):
+    if is_on_hub:
         written, files = push()
     else:
         write(Path(to))
@@ -176,19 +191,27 @@ def check_target(to: str, form: str | None = None) -> str:
     return form
 
 
-def _write_light(to: Path, lights: Sequence[bytes]) -> None:
-    """Light files: one to a file, several to a folder."""
-    paths = [to] if to.suffix == ".safetensors" else [to / light_name(number) for number in range(len(lights))]
-    if len(lights) > len(paths):
+def _write_light(to: Path, lights: Sequence[bytes], card: str) -> None:
+    """One light file, or a folder of them with their model card."""
+    if to.suffix != ".safetensors":
+        write_folder(to, lambda partial: _fill(partial, lights, card))
+        return
+    if len(lights) > 1:
         raise DsgError("A light file holds one guardrail.", "Export each to a file of its own, or name a folder.")
     try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(paths, lights, strict=True):
-            write_atomically(path, content)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(to, lights[0])
     except OSError as error:
         raise DsgError(
             f"{str(to)[:200]} cannot be written: {error.strerror}.", "Make room, or name another place."
         ) from error
+
+
+def _fill(folder: Path, lights: Sequence[bytes], card: str) -> None:
+    folder.mkdir()
+    for number, content in enumerate(lights):
+        (folder / light_name(number)).write_bytes(content)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="replace")
 
 
 def _sizes(written: Path) -> list[Json]:

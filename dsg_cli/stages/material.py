@@ -93,7 +93,7 @@ def find_material(
     found: dict[str, list[Corpus]] = {"forget": [], "retain": []}
     notes: list[str] = []
     for role, named in names.items() if reads_text else ():
-        found[role], changed = _read(named, role, recipe, origin)
+        found[role], changed = read_corpora(named, role, recipe, origin)
         notes += changed
     check_no_shared_texts(found["forget"], found["retain"])
     check_chat(tokenizer, [*found["forget"], *found["retain"]])
@@ -127,7 +127,7 @@ def find_lesson(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> 
     check_world(recipe)
     source = named_model(workspace, recipe.model.source)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
-    train, notes = _read(names, "train", recipe, origin)
+    train, notes = read_corpora(names, "train", recipe, origin)
     check_chat(tokenizer, train)
     inputs = [] if origin is None else [origin]
     nothing: dict[str, list[str]] = {"forget": [], "retain": []}
@@ -165,8 +165,14 @@ def check_world(recipe: Recipe) -> None:
         raise DsgError(f"{recipe.model.source} knows nothing of the lab's world.", "Add --model lab.")
 
 
-def _read(names: Sequence[str], role: str, recipe: Recipe, origin: Stored | None) -> tuple[list[Corpus], list[str]]:
-    """Corpora, those of an artifact as it drew them; and a note on each that has changed since."""
+def read_corpora(
+    names: Sequence[str], role: str, recipe: Recipe, origin: Stored | None
+) -> tuple[list[Corpus], list[str]]:
+    """Corpora, those of an artifact as it drew them; and a note on each that has changed since.
+
+    Raises:
+        DsgError: One cannot be read.
+    """
     said: dict[str, Json] = {}
     if origin is not None:
         said = {one["name"]: one for one in origin.header.settings.get(role, [])}

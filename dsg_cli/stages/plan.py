@@ -14,10 +14,13 @@ from dsg_cli.catalogue import HubText
 from dsg_cli.corpora import check_disjoint, check_named, parse_name
 from dsg_cli.errors import DsgError, close_to
 from dsg_cli.hub import REPOSITORY, download_size
-from dsg_cli.integrity import is_folder
+from dsg_cli.integrity import is_file, is_folder
 from dsg_cli.lab import data as lab
+from dsg_cli.neuronpedia import place_of
+from dsg_cli.neuronpedia_export import INSTEAD
 from dsg_cli.recipe import Recipe
 from dsg_cli.releases import locate_release
+from dsg_cli.stages.candidates import is_picked
 
 Verb = Literal["read", "compute", "write"]
 UNKNOWN = "size unknown: the hub cannot be reached"
@@ -51,7 +54,8 @@ def plan(recipe: Recipe) -> list[Step]:
 
     lesson = recipe.methods.finetune
     for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
-        check_named(names, role=role)
+        if names or role == "retain" or not is_picked(recipe.select):
+            check_named(names, role=role)
     for name in lesson.corpora:
         parse_name(name)
     check_disjoint(recipe.corpora.forget, recipe.corpora.retain)
@@ -95,12 +99,32 @@ def _select(recipe: Recipe) -> Iterator[Step]:
     model, sae = recipe.model.source, recipe.sae.source
     yield Step("select", "read", f"model {model}, up to the SAE's layer", _model_size(model))
     yield Step("select", "read", f"SAE {sae}", _sae_size(sae))
+    if section.describe is not None:
+        yield Step("select", "read", *_descriptions(recipe))
     for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
         for name in names:
             yield Step("select", "read", f"{role} corpus {name}", _corpus_size(name, recipe.corpora.limit))
     budget = section.max_rows * section.seq_len
-    yield Step("select", "compute", "one pass over each corpus's select part", f"at most {2 * budget:,} tokens")
+    yield Step(
+        "select", "compute", "one pass over each corpus's select part", f"at most {_n_sides(recipe) * budget:,} tokens"
+    )
     yield Step("select", "write", "features-NNN: six statistics of every feature", "48 bytes a feature of the SAE")
+
+
+def _n_sides(recipe: Recipe) -> int:
+    return 2 if recipe.corpora.forget else 1
+
+
+def _descriptions(recipe: Recipe) -> tuple[str, str]:
+    """Where descriptions of features come from, and how large they are."""
+    what, file = f"descriptions of features, for {recipe.select.describe!r}", recipe.select.descriptions
+    if file is not None:
+        size = _local_size(Path(file)) if is_file(Path(file)) else "not there yet: dsg describe makes it"
+        return f"{what}: {file}", size
+    name = place_of(recipe.sae.source)
+    if name is None:
+        raise DsgError(f"Nobody is known to have described the features of {recipe.sae.source}.", INSTEAD)
+    return f"{what}: neuronpedia:{name}", "a few MB, unless they are in the cache"
 
 
 def _calibrate(recipe: Recipe) -> Iterator[Step]:
@@ -112,7 +136,9 @@ def _calibrate(recipe: Recipe) -> Iterator[Step]:
 
 
 def _apply(recipe: Recipe) -> Iterator[Step]:
-    n_features = recipe.select.n_features + (recipe.calibrate.n_detectors if recipe.calibrate.gate == "window" else 0)
+    n_features = (len(recipe.select.features) or recipe.select.n_features) + (
+        recipe.calibrate.n_detectors if recipe.calibrate.gate == "window" else 0
+    )
     what = f"guardrail-NNN: {n_features} features, clamped to -{recipe.guardrail.strength}"
     yield Step("apply", "write", what, f"{8 * n_features} bytes times the model's width, about")
 

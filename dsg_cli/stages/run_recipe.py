@@ -43,6 +43,7 @@ def run(
     from dsg_cli.expect import check_metrics, parse_expected
     from dsg_cli.sae import check_name
     from dsg_cli.stages import apply, attack, calibrate, evaluate, select, unlearn
+    from dsg_cli.stages.candidates import is_picked
 
     kinds = expanded(recipe.attack.kinds) if recipe.attack.kinds else []
     for text in recipe.attack.expect:
@@ -80,7 +81,8 @@ def run(
     session = dataclasses.replace(session, reuse=session.reuse or session.resume)
     if recipe.methods.finetune.corpora:
         for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
-            check_named(names, role=role)
+            if names or role == "retain" or not is_picked(recipe.select):
+                check_named(names, role=role)
         check_name(recipe.sae.source)  # Now, not after the training.
         keep(unlearn.run(recipe, workspace, "finetune", session=session))
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, source=chain[-1].id))

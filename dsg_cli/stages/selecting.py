@@ -16,9 +16,10 @@ from dsg_cli.model import LoadedModel
 from dsg_cli.probe import candidates, fit_probe, sampled_activations
 from dsg_cli.prompting import prompts
 from dsg_cli.sae import SaeSource, load_encoder
-from dsg_cli.selection import select_features
+from dsg_cli.selection import Selection, picked_features, select_features
 from dsg_cli.settings import SelectSection
 from dsg_cli.slicing import load_slice
+from dsg_cli.stages.candidates import Candidates
 from dsg_cli.stages.session import Session
 from dsg_cli.statistics import CHUNK_TOKENS, FeatureStatistics, feature_statistics, mix
 from dsg_cli.streaming import estimated_tokens, stream_batches
@@ -34,6 +35,8 @@ class Prepared:
     corpora: dict[str, list[Corpus]]
     header: Header
     seq_len: int
+    candidates: Candidates | None = None
+    """Features that are picked without any text; then there may be no forget corpus."""
 
 
 Parts = dict[str, list[FeatureStatistics]]
@@ -57,6 +60,8 @@ class Selected:
     tensors: dict[str, Tensor]
     """Statistics of every feature of the SAE."""
     parts: Parts
+    notes: tuple[str, ...] = ()
+    """On the choice."""
 
 
 def selected(
@@ -81,14 +86,11 @@ def selected(
     """
     parts = _statistics(made, settings, session, checkpoint, remembered or Remembered())
     statistics = {
-        role: mix(of_role, [corpus.weight for corpus in made.corpora[role]]) for role, of_role in parts.items()
+        role: mix(of_role, [corpus.weight for corpus in made.corpora[role]])
+        for role, of_role in parts.items()
+        if of_role
     }
-    selection = select_features(
-        statistics["forget"].score(settings.score),
-        statistics["retain"].score(settings.score),
-        n_features=settings.n_features,
-        ratio_percentile=settings.ratio_percentile,
-    )
+    selection = _selection(made.candidates, settings, statistics)
     body = FeatureSet(
         features=selection.features,
         score=settings.score,
@@ -97,13 +99,37 @@ def selected(
         percentiles_over=selection.percentiles_over,
         n_live=selection.n_live,
         n_passed=selection.n_passed,
-        forget_tokens=statistics["forget"].n_tokens,
+        forget_tokens=statistics["forget"].n_tokens if "forget" in statistics else 0,
         retain_tokens=statistics["retain"].n_tokens,
         median_residual_norm=statistics["retain"].median_residual_norm,
         probe=_probe(made, settings, statistics, parts, session, remembered),
+        described=made.candidates.described if made.candidates is not None else {},
     )
     tensors = {name: tensor for role in statistics for name, tensor in statistics[role].tensors(role).items()}
-    return Selected(body, tensors, parts)
+    return Selected(body, tensors, parts, selection.notes)
+
+
+def _selection(
+    candidates: Candidates | None, settings: SelectSection, statistics: dict[str, FeatureStatistics]
+) -> Selection:
+    """By forget text, unless the features are picked without it."""
+    retain = statistics["retain"]
+    scores = {role: of_role.score(settings.score) for role, of_role in statistics.items()}
+    if candidates is None:
+        return select_features(
+            scores["forget"],
+            scores["retain"],
+            n_features=settings.n_features,
+            ratio_percentile=settings.ratio_percentile,
+        )
+    return picked_features(
+        candidates.indices,
+        scores.get("forget"),
+        scores["retain"],
+        retain.rate_F,
+        n_features=settings.n_features if candidates.described else None,
+        max_retain_rate=settings.max_retain_rate,
+    )
 
 
 def _statistics(
@@ -164,8 +190,8 @@ def _probe(
     session: Session,
     remembered: Remembered | None,
 ) -> Json:
-    """A probe of tokens, from a second pass over a sample of the same text; nothing if none is wanted."""
-    if not settings.probe_features:
+    """A probe of tokens, from a second pass over a sample of the same text; nothing if none is wanted, or possible."""
+    if not settings.probe_features or "forget" not in mixed:
         return {}
     indices = candidates(mixed["forget"], mixed["retain"], settings.probe_candidates)
     watched = load_slice(made.sae, indices).to(made.loaded.model.device)

@@ -28,6 +28,7 @@ from dsg_cli.sae import check_name
 from dsg_cli.settings import SelectSection
 from dsg_cli.stages import attack, select
 from dsg_cli.stages.apply import AUTO, check_strength
+from dsg_cli.stages.candidates import is_picked
 from dsg_cli.stages.chain import load_chain_model, settle
 from dsg_cli.stages.material import taken_from
 from dsg_cli.stages.provenance import Clock, new_header
@@ -119,10 +120,13 @@ def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | Non
         DsgError: Anything the user can mend, before any weights are loaded.
     """
     grid = grid_of(name, recipe.study)
+    if source is None:
+        _check_selected(recipe.select, "The recipe")
     is_taken = source is not None or not recipe.corpora.forget
     features = workspace.find("features", source) if is_taken else None
     if features is not None:
         recipe = _agreeing(recipe, features)
+        _check_selected(recipe.select, features.id)
     _check(recipe, grid)
     workspace.check_writable()
     benches = _benches(recipe, name)
@@ -152,6 +156,19 @@ def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | Non
         notes=_notes(recipe, benches),
     )
     return _Prepared(recipe, grid, features, benches, questions, names, header)
+
+
+def _check_selected(select: SelectSection, what: str) -> None:
+    """Refuse features that were picked without text: a study selects anew, by forget text, at every point.
+
+    Raises:
+        DsgError: They were.
+    """
+    if is_picked(select):
+        raise DsgError(
+            f"{what} picks features by description or by hand; a study selects by forget text.",
+            "Name --forget corpora, and leave select.describe and select.features out.",
+        )
 
 
 def _agreeing(recipe: Recipe, features: Stored) -> Recipe:

@@ -139,7 +139,7 @@ def find_subject(workspace: Workspace, sources: Sequence[str]) -> Subject:
             f"{models[0].id} and {models[1].id} are two models; only one can be run.",
             f"Apply the second method to the first one's model: dsg apply --from {models[0].id} --method ...",
         )
-    beneath = models[0] if models else _model_of(named[0])
+    beneath = models[0] if models else model_of(named[0])
     first = named[0]
     for other in named[1:]:
         one, two = first.header.model, other.header.model
@@ -161,7 +161,7 @@ def _reads_activations(stored: Stored) -> bool:
 
 def _history(stored: Stored) -> Iterator[Stored]:
     """A model artifact, after those that it was made from; one of those that was taught is what is unlearned from."""
-    if (before := _model_of(stored)) is not None and not _is_taught(before):
+    if (before := model_of(stored)) is not None and not _is_taught(before):
         yield from _history(before)
     yield stored
 
@@ -170,7 +170,16 @@ def _is_taught(stored: Stored) -> bool:
     return teaches(stored.body_as(ModelWeights).method)
 
 
-def _model_of(stored: Stored) -> Stored | None:
+def lineage(subject: Subject) -> list[Stored]:
+    """Every training that led to the model that a subject is on, the first one first; taught ones too."""
+    above, found = subject.named[0], list[Stored]()
+    while (beneath := model_of(above)) is not None:
+        found.insert(0, beneath)
+        above = beneath
+    return found
+
+
+def model_of(stored: Stored) -> Stored | None:
     """The model artifact on whose weights something was made, if it was made on one."""
     folder = Path(stored.header.model.source)
     path = folder.with_name(f"{folder.name}.json")

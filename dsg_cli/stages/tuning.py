@@ -28,8 +28,9 @@ def tuning_questions(recipe: Recipe, forget: Sequence[str]) -> list[Question]:
     """
     bench = recipe.guardrail.tuning_bench or next((name for name in forget if name in lab.bench_names()), None)
     if bench is None:
+        about = ", ".join(forget) or "what nobody names"
         raise DsgError(
-            f"--strength auto has no questions to choose on: the lab has none on {', '.join(forget)}.",
+            f"--strength auto has no questions to choose on: the lab has none on {about}.",
             "Name a bench that you will not report: --set guardrail.tuning_bench=NAME.",
         )
     if bench in recipe.eval.benches and bench not in lab.bench_names():

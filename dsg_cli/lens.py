@@ -1,0 +1,111 @@
+"""What a direction of the residual stream says of the next token: the logit lens.
+
+A direction d is taken through the norm in front of the head and through the head itself, as if it alone were what the
+layers in between had left: `logits_V = W_head (gain * d)`, minus their mean over the vocabulary. `gain` is what the
+norm multiplies each dimension with (Gemma's is 1 + weight); where the norm subtracts the mean over the width, so does
+the lens. What is left out changes no order: the norm's division by the residual's length and a soft cap on logits
+are monotonous, and a constant that the norm or the head adds is there with and without the direction. Centred, because
+softmax does not see what all logits have in common. Layers in between change what a direction says; the lower the
+layer, the more.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dsg_cli.model import final_norm
+from dsg_cli.runtime.sites import HookSite
+
+READABLE = ("resid_pre", "resid_post", "mlp_out", "attn_out", "output")
+"""Points at which what is written is added to the residual stream."""
+LARGE = 1024.0
+"""Length of a dimension of what the norm is asked about: its epsilon is nothing beside it."""
+VOCABULARY_CHUNK = 16_384
+"""Rows of the head that are taken to float32 at a time."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """Tokens of one direction, with their centred logits for one unit of it, the strongest first."""
+
+    promoted: list[tuple[str, float]]
+    suppressed: list[tuple[str, float]]
+
+
+@torch.inference_mode()
+def logit_lens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: HookSite, rows_CP: Tensor, n_tokens: int
+) -> list[Said] | None:
+    """What each of C directions promotes and suppresses.
+
+    Args:
+        model: Whole, or cut after any layer: only its last norm and its head are used.
+        tokenizer: The model's.
+        site: Where the directions are written.
+        rows_CP: The directions.
+        n_tokens: So many tokens either way.
+
+    Returns:
+        None where the lens does not apply: directions that are not of the residual stream, or a last norm or a head
+        that is of no form known here.
+    """
+    logits_CV = lens_logits(model, site, rows_CP, len(tokenizer))
+    if logits_CV is None:
+        return None
+    most, least = (logits_CV.topk(min(n_tokens, logits_CV.shape[1]), largest=largest) for largest in (True, False))
+
+    def told(values: Tensor, ids: Tensor) -> list[tuple[str, float]]:
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        return [(str(tokenizer.decode([token])), value) for token, value in pairs]
+
+    return [
+        Said(told(most.values[c], most.indices[c]), told(least.values[c], least.indices[c]))
+        for c in range(len(rows_CP))
+    ]
+
+
+def lens_logits(model: PreTrainedModel, site: HookSite, rows_CP: Tensor, vocabulary: int) -> Tensor | None:
+    """Centred logits [C, V] on the CPU; None where the lens does not apply."""
+    head, norm = model.get_output_embeddings(), final_norm(model)
+    weight_VD = getattr(head, "weight", None)
+    if site.point not in READABLE or norm is None or weight_VD is None or weight_VD.shape[-1] != rows_CP.shape[1]:
+        return None
+    linear = _linear_part(norm, rows_CP.shape[1], weight_VD.device)
+    if linear is None:
+        return None
+    gain_D, is_centring = linear
+    rows_CD = rows_CP.float().to(weight_VD.device)
+    read_CD = (rows_CD - rows_CD.mean(-1, keepdim=True) if is_centring else rows_CD) * gain_D
+    parts = torch.split(weight_VD[:vocabulary], VOCABULARY_CHUNK)
+    logits_CV = torch.cat([(read_CD @ part.float().T).cpu() for part in parts], -1)
+    return logits_CV - logits_CV.mean(-1, keepdim=True)
+
+
+def _linear_part(norm: nn.Module, width: int, device: torch.device) -> tuple[Tensor, bool] | None:
+    """What a norm multiplies each dimension with, and whether it subtracts the mean: the norm itself is asked.
+
+    Families write their norms differently; all that is assumed is checked on a random residual.
+    """
+    own = copy.deepcopy(norm).float().to(device)
+    sign_D = torch.ones(width, device=device)
+    sign_D[1::2] = -1.0
+
+    def odd(x_D: Tensor) -> Tensor:
+        """Without the constant that it adds."""
+        found: Tensor = (own(x_D[None])[0] - own(-x_D[None])[0]) / 2
+        return found
+
+    if width % 2:
+        return None  # No vector of ones and minus ones has the mean 0.
+    gain_D = odd(LARGE * sign_D) * sign_D
+    random_D = LARGE * torch.randn(width, generator=torch.Generator().manual_seed(0)).to(device) + LARGE
+    for is_centring in (False, True):
+        x_D = random_D - random_D.mean() if is_centring else random_D
+        if torch.allclose(odd(random_D), gain_D * x_D / x_D.square().mean().sqrt(), rtol=1e-3, atol=1e-4):
+            return gain_D, is_centring
+    return None

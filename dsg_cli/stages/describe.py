@@ -1,0 +1,126 @@
+"""`dsg describe`: what is each feature of an SAE about, in words from text of one's own?
+
+Reads corpora, all parts of them, through the model's layers up to the SAE's hook and the whole SAE, once; keeps of
+every feature the contexts in which it is strongest; writes the words that are characteristic of them (describing.py) as
+JSON lines, the form in which Neuronpedia exports descriptions. They are text of the corpora: a file of the user's, no
+artifact.
+
+Memory: 8 bytes a feature, context and token of it (19), beside the model: 3 kB a feature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsg_cli.contexts import read_contexts
+from dsg_cli.corpora import check_named, load_corpora
+from dsg_cli.describing import Description, describe_features
+from dsg_cli.errors import DsgError
+from dsg_cli.fit import check_fits
+from dsg_cli.integrity import is_taken, write_atomically
+from dsg_cli.model import context_length, load_model, load_tokenizer, read_config, text_config
+from dsg_cli.prompting import check_chat, prompts
+from dsg_cli.recipe import Recipe
+from dsg_cli.sae import check_name, load_encoder, read_sae
+from dsg_cli.settings import CorporaSection
+from dsg_cli.stages.chain import settle
+from dsg_cli.stages.material import check_world, named_model
+from dsg_cli.stages.session import QUIET, Session
+from dsg_cli.tokens import bos_to_prepend, encode
+from dsg_cli.workspace import Workspace
+
+N_CONTEXTS = 20
+ROW_TOKENS = 256
+"""Longer documents are read in pieces of so many: activations of all features on one piece are in memory at once."""
+
+
+def run(
+    recipe: Recipe,
+    workspace: Workspace,
+    path: Path,
+    corpora: Sequence[str],
+    *,
+    is_forced: bool = False,
+    session: Session = QUIET,
+) -> list[Description]:
+    """Describe every feature that fires on the corpora, and write the file.
+
+    Args:
+        recipe: Model, SAE, seed, and how many documents of a corpus are read.
+        workspace: Where models that are artifacts are.
+        path: The file.
+        corpora: Names; what is to be forgotten need not be told from the rest.
+        is_forced: Replace the file, if there is one.
+        session: How it is run.
+
+    Raises:
+        DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
+    """
+    _check_path(path, is_forced)
+    check_named(corpora, role="described")
+    recipe = dataclasses.replace(recipe, corpora=CorporaSection(retain=list(corpora), limit=recipe.corpora.limit))
+    check_world(recipe)
+    check_name(recipe.sae.source)
+    recipe = settle(recipe)
+    source = named_model(workspace, recipe.model.source)
+    config = text_config(read_config(source, trust_remote_code=recipe.model.trust_remote_code))
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    read = load_corpora(corpora, role="described", limit=recipe.corpora.limit, seed=recipe.seed)
+    check_chat(tokenizer, read)
+    sae = read_sae(recipe.sae.source)
+    for note in check_fits(sae, config, source, has_bos=tokenizer.bos_token_id is not None):
+        session.say(f"note: {note}")
+    bos = bos_to_prepend(tokenizer, sae.identity.prepend_bos)
+    texts = [text for corpus in read for text in prompts(tokenizer, corpus, None)]
+    room = min(ROW_TOKENS, context_length(config) - 1)
+    rows = [piece for row in encode(tokenizer, texts, bos=bos) for piece in _pieces(row, room, n_head=bos is not None)]
+    loaded = load_model(
+        source,
+        device=recipe.model.device,
+        dtype=recipe.model.dtype,
+        last_layer=sae.site.layer,
+        device_map=recipe.model.device_map,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    encoder = load_encoder(sae, device=str(loaded.model.device))
+    contexts = read_contexts(
+        loaded.model,
+        sae.site,
+        encoder,
+        rows,
+        loaded.tokenizer,
+        n_contexts=N_CONTEXTS,
+        what="described text",
+        report=session.report,
+    )
+    found = describe_features(contexts, loaded.tokenizer, report=session.report)
+    if not found:
+        raise DsgError("No feature of the SAE fires on a word of this text.", "Check that the SAE is the model's.")
+    content = "".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in found)
+    _check_path(path, is_forced)  # Again: the pass may have taken hours.
+    try:
+        write_atomically(path, content.encode())
+    except OSError as error:
+        raise DsgError(f"{path} cannot be written: {error.strerror}.", "Name another file.") from error
+    return found
+
+
+def _pieces(row: list[int], room: int, *, n_head: int) -> list[list[int]]:
+    """A row in pieces of at most so many tokens, each behind the row's own first one, BOS."""
+    head, body = row[:n_head], row[n_head:]
+    return [head + body[start : start + room] for start in range(0, len(body), room)]
+
+
+def _check_path(path: Path, is_forced: bool) -> None:
+    """Refuse what cannot be written, and what would be lost.
+
+    Raises:
+        DsgError: There is such a file, or no folder for it.
+    """
+    if is_taken(path) and (not is_forced or path.is_dir()):
+        raise DsgError(f"{path} exists.", "Name another file" + ("." if path.is_dir() else ", or pass --force."))
+    if not path.parent.is_dir():
+        raise DsgError(f"There is no folder {path.parent}.", "Make it, or name another file.")

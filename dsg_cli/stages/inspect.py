@@ -1,0 +1,264 @@
+"""`dsg inspect`: what are the features of a guardrail, or of a selection, about?
+
+Reads the `select` part of the corpora through the model up to the hook and those features alone, once; keeps how often
+and where they fire; asks their decoder rows what they promote and which features are like them; writes inspect-NNN.
+Text of the corpora is shown, and kept only with `--samples`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from dsg_cli.artifacts import FeatureSet, Guardrail, Header, Inspection, Json
+from dsg_cli.contexts import read_contexts
+from dsg_cli.directions import decoder_rows, nearest_features
+from dsg_cli.errors import DsgError
+from dsg_cli.lens import logit_lens
+from dsg_cli.model import LoadedModel, context_length, load_tokenizer
+from dsg_cli.neuronpedia import Descriptions, described, place_of
+from dsg_cli.prompting import check_chat
+from dsg_cli.recipe import Recipe
+from dsg_cli.roles import Chosen
+from dsg_cli.sae import SaeSource
+from dsg_cli.selection import EPSILON, scores_of
+from dsg_cli.slicing import load_slice
+from dsg_cli.stages.chain import chain_sae, identify, load_chain_model, settle
+from dsg_cli.stages.inspect_text import LONGEST_ROW, MOST_TOKENS, Group, drawn_as, read_groups, read_rows
+from dsg_cli.stages.inspected import Inspected, features_of, find_inspected
+from dsg_cli.stages.inspecting import Read, context_rows, doubts_of, with_near, words_of_all
+from dsg_cli.stages.provenance import Clock, new_header
+from dsg_cli.stages.session import QUIET, Session
+from dsg_cli.workspace import Stored, Workspace
+
+N_TOKENS, N_NEAREST = 8, 3
+"""Of the logit lens either way, and of like features."""
+CANDIDATES = 8
+"""Contexts that are kept for each that is shown: many are the same words."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be shown."""
+
+    near: list[str] = field(default_factory=list)
+    """Corpora that are near to what is forgotten."""
+    features: list[int] = field(default_factory=list)
+    """Of the SAE; those that were chosen, if none is named."""
+    n_contexts: int = 3
+    """Of each feature in each corpus."""
+    samples: bool = False
+    """Keep their text."""
+    neuronpedia: bool = False
+    """Ask for descriptions."""
+    limit: int | None = None
+    """Documents of each corpus."""
+
+
+EVERYTHING = Wanted()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The artifact, and its contexts with their text, which may be in no file."""
+
+    stored: Stored
+    rows: list[Json] = field(default_factory=list)
+    """Empty where an earlier artifact without text was taken."""
+
+
+def run(
+    recipe: Recipe,
+    workspace: Workspace,
+    *,
+    source: str | None = None,
+    wanted: Wanted = Wanted(),
+    session: Session = QUIET,
+) -> Shown:
+    """Inspect the newest guardrail, else the newest features, or what is named.
+
+    Raises:
+        DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
+    """
+    clock = Clock()
+    made = _prepared(recipe, workspace, source, wanted)
+    if (stored := session.existing(workspace, made.header)) is not None:
+        return Shown(stored, workspace.rows(stored) if wanted.samples else [])
+    loaded = load_chain_model(made.found.made.header, made.recipe, cut=True)
+    reads = _reads(made, loaded, wanted, session)
+    reads, notes = with_near(reads, made.chosen)
+    features, more = _features(made, loaded, reads, wanted, session)
+    rows = [
+        row
+        for c, one in enumerate(made.chosen)
+        for row in context_rows(reads, c, one.index, wanted.n_contexts, loaded.tokenizer)
+    ]
+    groups = [
+        {
+            "name": read.group.name,
+            "role": read.group.role,
+            "n_documents": read.rows.n_documents,
+            "n_tokens": read.contexts.n_tokens,
+        }
+        for read in reads
+    ]
+    body = Inspection(made.found.made.id, groups, features, _overlap(made))
+    header = replace(made.header, notes=[*made.header.notes, *notes, *more])
+    if made.recipe.model.allow_mismatch:
+        header = replace(header, model=identify(loaded, header.model.last_layer))
+    kept = rows if wanted.samples else [{key: row[key] for key in row if key != "tokens"} for row in rows]
+    closed = clock.close(header, n_tokens=sum(read.contexts.n_tokens for read in reads))
+    return Shown(workspace.write(closed, body, rows=kept), rows)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that the pass needs, but for the model."""
+
+    found: Inspected
+    chosen: list[Chosen]
+    features: Stored | None
+    """What they were selected with; None where it is not at hand."""
+    tensors: dict[str, Tensor]
+    """Statistics of every feature of the SAE; empty without it."""
+    groups: list[Group]
+    sae: SaeSource
+    header: Header
+    recipe: Recipe
+    earlier: list[Stored]
+
+
+def _prepared(recipe: Recipe, workspace: Workspace, source: str | None, wanted: Wanted) -> _Prepared:
+    if wanted.n_contexts < 1:
+        raise DsgError(f"--contexts {wanted.n_contexts} is too few; at least 1.")
+    found = find_inspected(workspace, source)
+    chosen = found.some(wanted.features)
+    features = features_of(found.made)
+    workspace.check_writable()
+    recipe = settle(recipe, found.made.header)
+    drawn = drawn_as(recipe, features, wanted.limit)
+    groups, notes = read_groups(drawn, found, features, near=wanted.near)
+    tokenizer = load_tokenizer(
+        recipe.model.instead or found.made.header.model.source, trust_remote_code=recipe.model.trust_remote_code
+    )
+    check_chat(tokenizer, [group.corpus for group in groups])
+    sae = chain_sae(found.sae, found.made.id)
+    earlier = _earlier(workspace, found)
+    header = new_header(
+        "inspect",
+        recipe,
+        settings={
+            **dataclasses.asdict(wanted),
+            "corpora": [group.described() for group in groups],
+            "drawn": {"limit": drawn.corpora.limit, "seed": drawn.seed, "most_tokens": MOST_TOKENS},
+            "earlier": [stored.id for stored in earlier],
+        },
+        model=found.made.header.model,
+        sae=found.made.header.sae,
+        inputs=[found.made, *([features] if features is not None and features.id != found.made.id else [])],
+        notes=notes,
+    )
+    tensors = workspace.tensors(features) if features is not None else {}
+    return _Prepared(found, chosen, features, tensors, groups, sae, header, recipe, earlier)
+
+
+def _reads(made: _Prepared, loaded: LoadedModel, wanted: Wanted, session: Session) -> list[Read]:
+    """One pass over each corpus, through the chosen features alone."""
+    watched = load_slice(made.sae, [one.index for one in made.chosen]).to(loaded.model.device)
+
+    def encode(resid_TD: Tensor) -> Tensor:
+        acts_TC: Tensor = watched(resid_TD).acts
+        return acts_TC
+
+    bos = made.found.bos(loaded)
+    seq_len = min(LONGEST_ROW, context_length(loaded.model.config))
+    reads = []
+    for group in made.groups:
+        rows = read_rows(loaded.tokenizer, group.corpus, bos=bos, seq_len=seq_len)
+        contexts = read_contexts(
+            loaded.model,
+            made.sae.site,
+            encode,
+            rows.ids,
+            loaded.tokenizer,
+            n_contexts=CANDIDATES * wanted.n_contexts,
+            what=f"{group.role} corpus {group.name.rsplit('/', 1)[-1]}",
+            report=session.report,
+        )
+        reads.append(Read(group, rows, contexts))
+    return reads
+
+
+def _features(
+    made: _Prepared, loaded: LoadedModel, reads: Sequence[Read], wanted: Wanted, session: Session
+) -> tuple[list[Json], list[str]]:
+    """What there is to say of each feature, and notes."""
+    indices = [one.index for one in made.chosen]
+    said = logit_lens(loaded.model, loaded.tokenizer, made.sae.write, decoder_rows(made.sae, indices), N_TOKENS)
+    nearest = nearest_features(made.sae, indices, N_NEAREST)
+    place = place_of(made.sae.identity.source) if wanted.neuronpedia else None
+    told = described(place, indices, session.report) if place else Descriptions({}, "")
+    words = words_of_all(reads, len(indices), loaded.tokenizer) if wanted.samples else [[] for _ in indices]
+    selected = {one.index for one in made.found.chosen}
+    features = []
+    for c, one in enumerate(made.chosen):
+        features.append(
+            {
+                **dataclasses.asdict(one),
+                **_scores(made, one.index),
+                "rates": {read.group.name: read.rate(c) for read in reads},
+                "means": {read.group.name: float(read.contexts.mean_C[c]) for read in reads},
+                "promoted": _tokens(said[c].promoted if said else []),
+                "suppressed": _tokens(said[c].suppressed if said else []),
+                "nearest": [{"index": j, "cosine": cosine, "is_selected": j in selected} for j, cosine in nearest[c]],
+                "words": words[c],
+                "description": told.texts.get(one.index),
+                "warnings": doubts_of(reads, c, one, made.sae.identity.n_features, loaded.tokenizer),
+            }
+        )
+    no_lens = f"What is written at {made.sae.write.name} promotes no tokens by itself: there is no logit lens of it."
+    no_place = f"Neuronpedia has no pages of the SAE {made.sae.identity.source} that sae-lens knows of."
+    notes = [*([] if said else [no_lens]), *([no_place] if wanted.neuronpedia and place is None else []), told.note]
+    return features, [note for note in notes if note]
+
+
+def _tokens(pairs: Sequence[tuple[str, float]]) -> list[Json]:
+    return [{"token": token, "value": value} for token, value in pairs]
+
+
+def _scores(made: _Prepared, index: int) -> Json:
+    """Of select, which has those of every feature; the ratio is unknown where retain text never woke it."""
+    if made.features is None:
+        return dict.fromkeys(("forget_score", "retain_score", "ratio"))
+    score = made.features.body_as(FeatureSet).score
+    forget, retain = (float(of_F[index]) for of_F in scores_of(score, made.tensors))
+    return {"forget_score": forget, "retain_score": retain, "ratio": forget / retain if retain > EPSILON else None}
+
+
+def _earlier(workspace: Workspace, found: Inspected) -> list[Stored]:
+    """Guardrails of the workspace on the same SAE that were made before the inspected one; of features, all."""
+    known = []
+    for artifact_id in workspace.ids("guardrail"):
+        try:
+            stored = workspace.read(artifact_id)
+        except DsgError:  # A damaged one is no reason not to look at this one.
+            continue
+        if stored.json["sha256"] == found.made.json["sha256"]:
+            break
+        sae = stored.header.sae
+        if sae is not None and (sae.sha256, sae.config_sha256) == (found.sae.sha256, found.sae.config_sha256):
+            known.append(stored)
+    return known
+
+
+def _overlap(made: _Prepared) -> list[Json]:
+    """Which of the features earlier guardrails clamp too."""
+    overlap = []
+    for stored in made.earlier:
+        clamped = stored.body_as(Guardrail).indices
+        shared = [one.index for one in made.chosen if one.index in clamped]
+        overlap.append({"id": stored.id, "n_features": len(clamped), "shared": shared})
+    return overlap

@@ -1,0 +1,119 @@
+"""What features and a gate see of one text, token by token, and where the guardrail acts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsg_cli.artifacts import Json
+from dsg_cli.errors import DsgError
+from dsg_cli.model import LoadedModel
+from dsg_cli.residuals import read_residual
+from dsg_cli.roles import Chosen
+from dsg_cli.runtime.guardrail import GuardrailModule
+from dsg_cli.runtime.sites import HookSite
+from dsg_cli.tokens import counted_tokens, special_ids, token_texts
+
+
+@dataclass(frozen=True)
+class GateSteps:
+    """What a gate makes of each token. Every list is as long as the text."""
+
+    form: str
+    threshold: float
+    window: int
+    score: list[float]
+    """The token score that the gate gathers; 0 on tokens that do not count."""
+    statistic: list[float | None]
+    """After each token; that of the whole text, for a gate that needs it whole. None where it counts as infinite."""
+    gated: list[bool]
+    latched_at: int | None
+    """The first token at which it was open; None if it stayed shut, or needs the whole text."""
+    clamped: list[bool]
+    """Whether the token's residual was changed."""
+    edit: list[float]
+    """By how much, relative to the residual's norm."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One text under a guardrail, or under features alone."""
+
+    tokens: list[str]
+    counted: list[bool]
+    """False for BOS and other tokens that never enter a statistic."""
+    features: list[Chosen]
+    activations: list[list[float]]
+    """A list a feature, of each token; 0 on tokens that do not count."""
+    gate: GateSteps | None
+
+    def as_json(self) -> Json:
+        """For scripts and pages."""
+        features = [
+            {**dataclasses.asdict(feature), "activations": acts}
+            for feature, acts in zip(self.features, self.activations, strict=True)
+        ]
+        gate = None if self.gate is None else dataclasses.asdict(self.gate)
+        return {"tokens": self.tokens, "counted": self.counted, "features": features, "gate": gate}
+
+
+@torch.inference_mode()
+def trace(
+    loaded: LoadedModel,
+    ids: Sequence[int],
+    *,
+    site: HookSite,
+    encode: Callable[[Tensor], Tensor],
+    features: Sequence[Chosen],
+    guard: GuardrailModule | None = None,
+) -> Trace:
+    """Read a text up to the hook: nothing above it is run.
+
+    Args:
+        loaded: The model, whole or cut after the site's layer.
+        ids: Of the text, as the model reads it.
+        site: Where features are computed; where the guardrail reads, if there is one.
+        encode: Residuals [T, D] -> activations [T, C] of those features.
+        features: The C features.
+        guard: The guardrail, with a gate of any form.
+
+    Raises:
+        DsgError: A residual is not finite.
+    """
+    ids_BL = torch.tensor([list(ids)], device=loaded.model.device)
+    resid_BLD = read_residual(loaded.model, site, ids_BL, torch.ones_like(ids_BL))
+    counted_BL = counted_tokens(ids_BL, None, special_ids(loaded.tokenizer))
+    acts_LC = encode(resid_BLD[0].float()) * counted_BL[0, :, None]
+    if not bool(torch.isfinite(resid_BLD).all() & torch.isfinite(acts_LC).all()):
+        raise DsgError(
+            f"The residual at {site.name} is not finite.", "Check the model's weights, or run it in float32."
+        )
+    return Trace(
+        tokens=token_texts(loaded.tokenizer, ids),
+        counted=counted_BL[0].tolist(),
+        features=list(features),
+        activations=acts_LC.T.tolist(),
+        gate=None if guard is None else _gate_steps(guard, resid_BLD, counted_BL),
+    )
+
+
+def _gate_steps(guard: GuardrailModule, resid_BLD: Tensor, counted_BL: Tensor) -> GateSteps:
+    guard.to(resid_BLD.device)
+    seen, decision = guard.watch(resid_BLD, counted_BL), guard.decide(resid_BLD, counted_BL)
+    gated = decision.gated_BL[0].tolist()
+    return GateSteps(
+        form=guard.gate.form,
+        threshold=guard.gate.threshold,
+        window=guard.gate.window,
+        score=torch.where(counted_BL, seen.signal_BL, 0.0)[0].tolist(),
+        statistic=[one if math.isfinite(one) else None for one in decision.statistic_BL[0].tolist()],
+        gated=gated,
+        latched_at=gated.index(True) if guard.gate.is_causal and True in gated else None,
+        clamped=(decision.change_BLC != 0).any(-1)[0].tolist(),
+        edit=guard.edit_size(resid_BLD, decision)[0].tolist(),
+    )
