@@ -19,11 +19,9 @@ guardrail=$($DSG apply --from "$threshold" $SMALL --json | $GET id)
 $DSG eval --from "$guardrail" --bench lab-hexes --bench lab-near --expect 'lab-hexes<=0.30' --json > eval.json
 $DSG attack --from "$guardrail" --kind dilution --kind relearn $SMALL --set 'attack.relearn_steps=[0, 4]' \
   --set 'attack.dilution_lengths=[0, 16]' --json > attacks.json
-again=$($DSG calibrate $SMALL --alpha 0.1 --json | $GET id)
-test "$again" = threshold-002
-code=0; $DSG eval --bench lab-hexes --expect 'lab-hexes>0.9' --json > failed.json || code=$?
+code=0; $DSG eval --bench lab-hexes --expect 'lab-hexes>0.9' --json > failed.json 2> failed.txt || code=$?
 test "$code" = 3
-test "$($DSG ls | wc -l)" = 8
+test "$($DSG ls | wc -l)" = 7
 code=0; $DSG show eval-009 2> error.txt || code=$?
 test "$code" = 1
 """
@@ -182,6 +180,7 @@ def test_a_shell_script_chains_by_json_and_exit_codes(tmp_path):
     assert json.loads((tmp_path / "eval.json").read_text())["expected"][0]["met"] is True
     assert len(json.loads((tmp_path / "attacks.json").read_text())) == 2
     assert json.loads((tmp_path / "failed.json").read_text())["expected"][0]["met"] is False
+    assert (tmp_path / "failed.txt").read_text().startswith("not met")
     assert "There is no artifact eval-009" in (tmp_path / "error.txt").read_text()
 
 

@@ -105,16 +105,16 @@ def test_readers_never_see_half_an_artifact(tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_commands_at_once(tmp_path):
-    def dsg(*words):
+def test_eight_commands_at_once(dsg, tmp_path):
+    def start(*words):
         return subprocess.Popen(
             [sys.executable, "-m", "dsg_cli", *words],
             cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     for command in ("select", "calibrate"):
-        assert dsg(command, *SMALL_LAB).wait() == 0
-    running = [dsg("apply", "--recipe", "lab") for _ in range(N)]
+        assert dsg(command, *SMALL_LAB)[0] == 0
+    running = [start("apply", "--recipe", "lab") for _ in range(N)]
     printed = [process.communicate()[0].strip() for process in running]
     assert [process.returncode for process in running] == [0] * N
     assert sorted(printed) == [f"guardrail-{i:03d}" for i in range(1, N + 1)]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_LAB
 
+from dsg_cli.cli.app import main
 from dsg_cli.workers import ALONE, Workers, launched
 from dsg_cli.workspace import Workspace
 
@@ -44,6 +45,7 @@ def test_workers_share_pieces_without_gaps_or_overlap():
 
 SHARE = """
 import torch
+from dsg_cli.cli.app import main
 from dsg_cli.workers import joined
 with joined() as workers:
     whole = workers.total([torch.tensor([1.5, workers.rank + 0.25], dtype=torch.float64), torch.tensor(workers.rank)])
@@ -123,7 +125,9 @@ def test_several_processes_complain_once_and_only_where_they_can_share(tmp_path)
 def guarded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guarded")
     for command in CHAIN:
-        assert launch(1, *command, folder=folder).returncode == 0
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "-w", str(folder / "dsg-workspace"), "--quiet"])
+        assert stop.value.code == 0
     return folder
 
 

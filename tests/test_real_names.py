@@ -24,12 +24,12 @@ dsg eval --bench mmlu
 dsg eval --bench wmdp-bio
 """
 OFFLINE = """
-set -euo pipefail
-dsg select --forget wmdp-bio --retain wikitext=3 --retain mmlu-chat=1 --limit 60 --json > select.json
-dsg calibrate --gate mean --alpha 0.05 --set calibrate.guarantee=pooled
-dsg apply --strength 500
-dsg eval --bench wmdp-bio --apply-chat-template --samples --expect 'wmdp-bio<=0.9' > eval.txt
-dsg eval --bench wmdp-bio --json > again.json
+select --forget wmdp-bio --retain wikitext=3 --retain mmlu-chat=1 --limit 60 --json
+calibrate --gate mean --alpha 0.05 --set calibrate.guarantee=pooled
+apply --strength 500
+eval --bench wmdp-bio --apply-chat-template --samples --expect 'wmdp-bio<=0.9'
+eval --bench wmdp-bio --json
+eval --bench wmdp-chem
 """
 
 
@@ -56,11 +56,9 @@ def run(hub, root, script, **variables):
     command = root / "bin" / "dsg"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dsg_cli "$@"\n')
     command.chmod(0o755)
-    environment = hub.environment(root / "cache") | {"DSG_CACHE": str(root / "dsg-cache")} | variables
-    environment["PATH"] = f"{root / 'bin'}:{environment['PATH']}"
-    return subprocess.run(
-        ["bash", "-c", script], env=environment, cwd=root, capture_output=True, text=True, check=False
-    )
+    own = environment(hub, root) | variables
+    own["PATH"] = f"{root / 'bin'}:{own['PATH']}"
+    return subprocess.run(["bash", "-c", script], env=own, cwd=root, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +106,18 @@ def test_after_one_run_all_of_it_works_offline(done, hub, root):
     warm = run(hub, root, f"{sys.executable} -c \"import datasets as d; d.load_dataset('cais/mmlu', 'all')\"")
     assert warm.returncode == 0, warm.stderr
     before = len(hub.requests)
-    again = run(hub, root, OFFLINE, HF_HUB_OFFLINE="1", DSG_WORKSPACE="offline")
-    assert again.returncode == 0, again.stderr
+    offline = environment(hub, root) | {"HF_HUB_OFFLINE": "1", "DSG_WORKSPACE": "offline"}
+    *found, lost = several(offline, root, *(shlex.split(line) for line in OFFLINE.split("\n") if line))
+    assert [code for code, _, _ in found] == [0] * 5, found
     assert len(hub.requests) == before
-    selected = json.loads((root / "select.json").read_text())["settings"]["retain"]
+    (root / "select.json").write_text(found[0][1])  # Which has no questions, for a test below.
+    selected = json.loads(found[0][1])["settings"]["retain"]
     assert [(corpus["name"], corpus["weight"]) for corpus in selected] == [("wikitext", 3.0), ("mmlu-chat", 1.0)]
     samples = list((root / "offline" / "eval-001").rglob("samples_*"))
     assert len(samples) == 2 and "<start_of_turn>" in samples[0].read_text()
     # Another prompt, so nothing of the first evaluation answers for the second.
-    assert not json.loads((root / "again.json").read_text())["base_from"]
-    lost = run(hub, root, "dsg eval --bench wmdp-chem", HF_HUB_OFFLINE="1", DSG_WORKSPACE="offline")
-    assert lost.returncode == 1 and "The bench wmdp-chem cannot be loaded. The hub cannot be reached" in lost.stderr
+    assert not json.loads(found[-1][1])["base_from"]
+    assert lost[0] == 1 and "The bench wmdp-chem cannot be loaded. The hub cannot be reached" in lost[2]
 
 
 def test_base_answers_of_an_earlier_evaluation_are_taken(done, hub, root):

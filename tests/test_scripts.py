@@ -291,7 +291,8 @@ def test_the_workflow_s_commands_are_understood(dsg):
 
 
 @pytest.mark.slow
-def test_the_workflow_passes_on_the_lab_and_fails_when_forgetting_does(tmp_path, monkeypatch):
+def test_the_workflow_passes_on_the_lab(tmp_path, monkeypatch):
+    """That it fails when forgetting does is seen by test_chain's script, and above."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
     monkeypatch.setenv("DSG_WORKSPACE", WORKFLOW["jobs"]["guardrail"]["env"]["DSG_WORKSPACE"])
     (_, *run), (_, *evaluation) = COMMANDS
@@ -300,5 +301,3 @@ def test_the_workflow_passes_on_the_lab_and_fails_when_forgetting_does(tmp_path,
         assert done.returncode == 0 and done.stderr == "", done.stderr
     page = (tmp_path / "page.md").read_text()
     assert page.count("## dsg") == 2 and page.count("✅") == 4 and "❌" not in page
-    done = python("-m", "dsg_cli", "eval", "--bench", "lab-hexes", "--expect", "lab-hexes>=0.9*base", cwd=tmp_path)
-    assert done.returncode == 3 and done.stderr.startswith("not met")
