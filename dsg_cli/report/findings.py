@@ -2,144 +2,180 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 from dsg_cli.artifacts import (
     AttackReport,
     Comparison,
     EvalReport,
     Guardrail,
-    Json,
     ModelWeights,
     StudyReport,
     Threshold,
     Wrapper,
 )
+from dsg_cli.attacks.names import KINDS
+from dsg_cli.methods.names import teaches
+from dsg_cli.report import rivals
 from dsg_cli.report.attacks import NOT_MEASURABLE, place, ranking, share
-from dsg_cli.report.comparison import quality_rows
 from dsg_cli.report.evaluations import shown_benches
 from dsg_cli.report.guardrails import clamp_line
 from dsg_cli.report.metrics import interval, number, refusals, shown_metrics
+from dsg_cli.report.studies import study_headline
 from dsg_cli.stages.gathering import Gathered
 from dsg_cli.workspace import Stored
 
-Finding = tuple[str, str]
-"""A sentence, and the id of the artifact that its numbers are from; empty for what holds of any guardrail."""
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence, and the ids of the artifacts that its numbers are from; none for what holds of any guardrail."""
+
+    text: str
+    artifacts: tuple[str, ...] = ()
+
+
 STANDING = (
     "The knowledge stays in the weights. Whoever holds them, or can fine-tune them without the guardrail, gets it "
     "back: it protects a model behind an interface, not one that is given away."
 )
-NEAR_CHANCE, UNHARMED = 0.05, 0.02
-"""Of accuracies: what counts as forgotten, and as kept."""
+MOST_METRICS = 4
+"""Of a bench on free text in a sentence; the table has them all."""
 
 
 def findings(gathered: Gathered) -> dict[str, list[Finding]]:
     """Heading -> sentences."""
+    bodies = [(stored.id, stored.body_as(Comparison)) for stored in gathered.of("compare")]
+
+    def compared(said: Callable[[Comparison], Iterator[str]]) -> list[Finding]:
+        return [Finding(line, (name,)) for name, body in bodies for line in said(body)]
+
     return {
-        "What was unlearned": _unlearned(gathered),
-        "How well": _how_well(gathered),
-        "At what cost": _costs(gathered),
-        "What it does not protect against": _open(gathered),
+        "What was unlearned": [*_unlearned(gathered)] or [Finding("Nothing yet: dsg apply.")],
+        "How well": [*_how_well(gathered), *compared(rivals.how_well)] or [Finding("Nobody has asked yet: dsg eval.")],
+        "At what cost": [*_costs(gathered), *compared(rivals.costs)] or [Finding("Nothing was measured.")],
+        "What it does not protect against": [*_open(gathered), *compared(rivals.relearned), Finding(STANDING)],
     }
 
 
-def _unlearned(gathered: Gathered) -> list[Finding]:
-    found = []
+def _unlearned(gathered: Gathered) -> Iterator[Finding]:
     for stored in gathered.artifacts:
-        body, header = stored.body, stored.header
-        if not isinstance(body, Guardrail | ModelWeights | Wrapper):
-            continue
-        what = ", ".join(body.forget) or "what nobody named"
-        where = f"{header.model.source}"
-        if isinstance(body, Guardrail):
-            gate = (
-                "without a gate"
-                if body.gate == "token"
-                else f"where the gate `{body.gate}` exceeds {body.threshold:.4g}"
-            )
-            sae = f", SAE {header.sae.source}" if header.sae else ""
-            how = f"{clamp_line(body)} at {body.hook}, {gate}{sae}"
-        elif isinstance(body, ModelWeights):
-            how = f"{body.method} changed its weights ({body.form})"
-        else:
-            how = f"{body.method}, {body.rule} on the {body.side}"
-        found.append((f"{what} in {where}: {how}.", stored.id))
+        body, model = stored.body, stored.header.model.source
+        if isinstance(body, Guardrail | ModelWeights | Wrapper):
+            what = ", ".join(body.forget) or "what its text names"
+            is_taught = isinstance(body, ModelWeights) and teaches(body.method)
+            aim = f"{model} was taught" if is_taught else f"{model} is to stop answering about {what}"
+            yield Finding(f"{aim}: {_how(stored)}.", (stored.id,))
+    ids = {stored.id for stored in gathered.artifacts}
     for stored in gathered.of("compare"):
         comparison = stored.body_as(Comparison)
-        n = len({row["method"] for row in comparison.rows})
-        found.append((f"{comparison.benches['forget']} in {stored.header.model.source}, by {n} methods.", stored.id))
+        yield Finding(rivals.what(comparison, stored.header.model.source), (stored.id,))
+        detailed = [row["method"] for row in comparison.rows if ids & set(row["artifacts"])]
+        if detailed:
+            yield Finding(f"Of these, {', '.join(dict.fromkeys(detailed))} is shown in detail.", (stored.id,))
     for stored in gathered.of("study"):
         study = stored.body_as(StudyReport)
-        named = ", ".join(study.benches["forget"]) or "a guardrail"
-        found.append((f"{named} in {stored.header.model.source}, varied: study {study.study}.", stored.id))
-    return found or [("Nothing yet: dsg apply.", "")]
+        varied = ", ".join(study.grid)
+        yield Finding(f"Study {study_headline(study)}; varied: {varied}.", (stored.id,))
 
 
-def _how_well(gathered: Gathered) -> list[Finding]:
+def _how(stored: Stored) -> str:
+    body = stored.body
+    if isinstance(body, Guardrail):
+        where = f"(SAE {stored.header.sae.source if stored.header.sae else 'unknown'}, {body.hook})"
+        gate = (
+            "wherever one of them fires"
+            if body.gate == "token"
+            else f"once the {body.gate} gate exceeds {body.threshold:.4g}"
+        )
+        return f"{body.method} clamps {clamp_line(body).removeprefix(f'{body.method}: ')} {where}, {gate}"
+    if isinstance(body, ModelWeights):
+        n = f"{body.trained['n_changed']:,} of {body.trained['n_parameters']:,} free parameters"
+        return f"{body.method} changed {n} ({'an adapter' if body.form == 'adapter' else 'the whole model'})"
+    assert isinstance(body, Wrapper)
+    return f"{body.method}, by {body.rule} on the {body.side}"
+
+
+def _how_well(gathered: Gathered) -> Iterator[Finding]:
     forget = {
         name
         for stored in gathered.artifacts
         if isinstance(stored.body, Guardrail | ModelWeights | Wrapper)
         for name in stored.body.forget
     }
-    found = []
     for stored in gathered.of("eval"):
         body = stored.body_as(EvalReport)
-        for bench in shown_benches(body, stored.header.settings.get("benches", [])):
-            role = "to forget" if bench in forget else "to keep"
-            found.append((f"{bench} ({role}): {_change(body.results[bench], body.split)}.", stored.id))
-        found += [(f"{line}.", stored.id) for line in refusals(body.refused)]
+        shown = shown_benches(body, stored.header.settings.get("benches", []))
+        asked = [bench for bench in shown if "acc" in body.results[bench]["unlearned"]]
+        gone = [bench for bench in asked if bench.split("-novel")[0].removesuffix("-paper") in forget]
+        yield from (Finding(_forgotten(gathered, stored, bench), (stored.id,)) for bench in gone)
+        kept = [_change(body, bench) for bench in asked if bench not in gone]
+        if kept:
+            yield Finding(f"{'To keep' if forget else 'Asked'}: {'; '.join(kept)}.", (stored.id,))
+        yield from (Finding(f"{_of_text(body, bench)}.", (stored.id,)) for bench in shown if bench not in asked)
+        yield from (Finding(f"{line}.", (stored.id,)) for line in refusals(body.refused))
         missed = [one["expect"] for one in body.expected if not one["met"]]
-        found += [(f"Not met: {', '.join(missed)}.", stored.id)] if missed else []
-    for stored in gathered.of("compare"):
-        found += [(line, stored.id) for line in _ranked(stored.body_as(Comparison))]
-    return found or [("Nobody has asked yet: dsg eval.", "")]
+        if missed:
+            yield Finding(f"Expected, and not met: {', '.join(missed)}.", (stored.id,))
 
 
-def _change(sides: Json, split: str) -> str:
-    metric = shown_metrics(sides)[0]
-    base, after = sides["base"].get(metric), sides["unlearned"].get(metric)
-    bounds = interval(sides["unlearned"], metric)
-    shown = f" (95 %: {bounds})" if bounds != "-" else ""
-    name = "accuracy" if metric == "acc" else metric
-    return f"{name} {number(base)} before, {number(after)} after{shown}, {sides['base']['n']} {split} questions"
+def _forgotten(gathered: Gathered, stored: Stored, bench: str) -> str:
+    """Against chance, where that is known: guessing is as far down as forgetting goes."""
+    body = stored.body_as(EvalReport)
+    after, chance = body.results[bench]["unlearned"], gathered.chance(stored, bench)
+    said = f"To forget: {_change(body, bench)}, {body.results[bench]['base']['n']:,} {body.split} questions"
+    if chance is None:
+        return f"{said}."
+    if "acc_low" not in after or "acc_high" not in after:
+        return f"{said}; guessing gives {chance:.2f}."
+    verdict = (
+        "more than guessing" if after["acc_low"] > chance
+        else "less than guessing" if after["acc_high"] < chance
+        else "not to be told from guessing"
+    )  # fmt: skip
+    return f"{said}: {verdict}, which gives {chance:.2f}."
 
 
-def _ranked(body: Comparison) -> list[str]:
-    """Which methods forget and keep the rest, by what the table says of them on test questions."""
-    good: list[str] = []
-    weak: list[str] = []
-    for row in quality_rows(body):
-        if row[0].startswith("(") or row[1] == "-":
-            continue
-        kept = [float(one) for one in (row[3], row[4]) if one != "-"]
-        is_forgotten = float(row[1]) <= body.chance + NEAR_CHANCE
-        is_kept = all(one >= 1 - UNHARMED for one in kept) if kept else False
-        (good if is_forgotten and is_kept else weak).append(f"{row[0]} ({row[1]}; {' / '.join(row[3:5])})")
-    what = (
-        f"forget accuracy within {NEAR_CHANCE} of chance, {body.chance:.2f}; near and other at least {1 - UNHARMED:.2f}"
+def _change(body: EvalReport, bench: str) -> str:
+    base, after = (body.results[bench][side] for side in ("base", "unlearned"))
+    bounds = interval(after, "acc")
+    return f"{bench} {share(base.get('acc'))} before, {share(after.get('acc'))} after" + (
+        f" (95 %: {bounds})" if bounds != "-" else ""
     )
-    lines = [f"{', '.join(good) or 'No method'}: {what}."]
-    return lines + ([f"The others, as forget; near / other: {', '.join(weak)}."] if weak else [])
 
 
-def _costs(gathered: Gathered) -> list[Finding]:
-    found = []
+def _of_text(body: EvalReport, bench: str) -> str:
+    sides = body.results[bench]
+    metrics = shown_metrics(sides)
+    said = [
+        f"{metric} {number(sides['base'].get(metric))} before, {number(sides['unlearned'].get(metric))} after"
+        for metric in metrics[:MOST_METRICS]
+    ]
+    more = len(metrics) - MOST_METRICS
+    return f"{bench}: {'; '.join(said)}" + (f"; {more} further numbers in the table" if more > 0 else "")
+
+
+def _costs(gathered: Gathered) -> Iterator[Finding]:
     for stored in gathered.of("threshold"):
         body = stored.body_as(Threshold)
         if body.false_positive_rate is not None:
-            said = f"{body.false_positive_rate:.1%} of {body.n_fresh} fresh pieces of retain text are gated"
-            found.append((f"{said} (95 %: {body.low:.3f} to {body.high:.3f}).", stored.id))
+            said = f"{body.false_positive_rate:.1%} of {body.n_fresh:,} fresh pieces of retain text are gated"
+            yield Finding(
+                f"{said} (95 %: {body.low:.1%} to {body.high:.1%}); it was set for {body.alpha:.1%}.", (stored.id,)
+            )
     for stored in gathered.of("eval"):
-        body_of = stored.body_as(EvalReport)
-        rates = [f"{bench} {one['rate']:.2f}" for bench, one in body_of.gate.items()]
+        rates = [f"{bench} {one['rate']:.2f}" for bench, one in stored.body_as(EvalReport).gate.items()]
         if rates:
-            found.append((f"Questions gated: {', '.join(rates)}.", stored.id))
+            yield Finding(f"Share of questions gated: {', '.join(rates)}.", (stored.id,))
     for stored in (*gathered.of("guardrail"), *gathered.of("wrapper")):
-        found.append((f"{_bytes(stored) / 1000:,.0f} kB beside the model.", stored.id))
+        yield Finding(f"{_bytes(stored) / 1000:,.0f} kB beside the model.", (stored.id,))
     made = [one for kind in ("features", "threshold", "guardrail", "model", "wrapper") for one in gathered.of(kind)]
     if made:
-        seconds = ", ".join(f"{stored.id} {stored.header.seconds:.0f} s" for stored in made)
-        found.append((f"Made in: {seconds}; on {made[-1].header.device}.", ""))
-    return found or [("See the tables.", "")]
+        seconds = ", ".join(f"{stored.header.seconds:,.1f} s for {stored.id}" for stored in made)
+        yield Finding(
+            f"Making it took {seconds}, on {', '.join(dict.fromkeys(one.header.device for one in made))}.",
+            tuple(one.id for one in made),
+        )
 
 
 def _bytes(stored: Stored) -> int:
@@ -147,16 +183,32 @@ def _bytes(stored: Stored) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def _open(gathered: Gathered) -> list[Finding]:
-    attacks = {stored.body_as(AttackReport).attack: stored for stored in gathered.of("attack")}
-    found = []
-    for body in ranking([stored.body_as(AttackReport) for stored in attacks.values()]):
-        summary = body.summary
-        said = NOT_MEASURABLE
-        if summary["n_measurable"]:
-            before, worst = share(summary["forget_acc_before"]), share(summary["forget_acc_worst"])
-            said = f"from {before} to at most {worst} ({place(body)}); unguarded {share(summary['unguarded_at_worst'])}"
-        found.append((f"{body.attack}: {said}. {body.threat_model}", attacks[body.attack].id))
-    if not attacks:
-        found.append(("No attack was tried on it by itself: dsg attack --kind all.", ""))
-    return [*found, (STANDING, "")]
+def _open(gathered: Gathered) -> Iterator[Finding]:
+    """Attacks that got past it one by one, the one that brought back most first; then all others."""
+    attacks = {id(stored.body): stored for stored in gathered.of("attack")}
+    bodies = ranking([stored.body_as(AttackReport) for stored in attacks.values()])
+    held: list[tuple[str, str]] = []
+    for body in bodies:
+        name, found = attacks[id(body)].id, body.summary
+        if found["evaded_at"]:
+            before, after = share(found["forget_acc_before"]), share(found["forget_acc_worst"])
+            said = f"accuracy on {body.bench} {before} before, {after} at {place(body)}"
+            unguarded = f"{share(found['unguarded_at_worst'])} without the guard"
+            yield Finding(f"{body.attack} gets past it: {said}; {unguarded}. {body.threat_model}", (name,))
+        elif found["n_measurable"]:
+            held.append((f"{body.attack} {share(found['forget_acc_worst'])}", name))
+    if held:
+        yield Finding(f"These brought back at most: {', '.join(line for line, _ in held)}.", tuple(n for _, n in held))
+    unknown = [body for body in bodies if not body.summary["n_measurable"]]
+    if unknown:
+        names = tuple(attacks[id(body)].id for body in unknown)
+        yield Finding(f"{NOT_MEASURABLE.capitalize()}: {', '.join(body.attack for body in unknown)}.", names)
+    if bodies:
+        n = sum(body.summary["n_points"] for body in bodies)
+        untried = [kind for kind in KINDS if kind not in {body.attack for body in bodies}]
+        rest = f" Not tried: {', '.join(untried)}." if untried else ""
+        yield Finding(
+            f"Accuracies are the worst of {n} points tried. That one fails is no proof that none succeeds.{rest}"
+        )
+    elif not gathered.of("compare"):
+        yield Finding("No attack was tried: dsg attack --kind all.")

@@ -72,7 +72,12 @@ def _flat(children: Iterable[Child]) -> Iterable[str]:
 
 def isolated(value: str, **attributes: Any) -> Markup:
     """Text of unknown direction, which does not turn what stands beside it."""
-    return tag("bdi", value, dir="auto", **attributes)
+    return tag("bdi", value, dir="auto", **attributes) if value else Markup("")
+
+
+def folded(inner: Markup | str, name: str) -> Markup:
+    """What is there for who wants it."""
+    return tag("details", tag("summary", name), Markup(inner))
 
 
 def of_rich(shown: Any, caption: str = "") -> Markup:
@@ -117,7 +122,8 @@ def data_table(
     kinds = ["number" if is_number else None for is_number in numeric]
 
     def row(cells: Sequence[str]) -> Markup:
-        first = tag("th", isolated(cells[0]), scope="row", class_=kinds[0])
+        head = tag("th", isolated(cells[0]), scope="row", class_=kinds[0])
+        first = head if cells[0].strip() else tag("td")
         rest = [tag("td", isolated(one), class_=kind) for one, kind in zip(cells[1:], kinds[1:], strict=False)]
         return tag("tr", first, rest)
 

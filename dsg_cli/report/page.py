@@ -9,13 +9,14 @@ from dsg_cli import __version__
 from dsg_cli.artifacts import AttackReport, Comparison, EvalReport, Inspection, Json, StudyReport, Threshold
 from dsg_cli.report import html
 from dsg_cli.report.features import features_section
-from dsg_cli.report.figures import attack, comparison, evaluation, histogram, study
+from dsg_cli.report.figures import attack, comparison, evaluation, histogram, sequence, study
 from dsg_cli.report.figures.style import Drawn, theme
 from dsg_cli.report.findings import findings
 from dsg_cli.report.html import Markup, isolated, tag
-from dsg_cli.report.provenance import provenance_tree
+from dsg_cli.report.origins import origins_section
 from dsg_cli.report.published import published_table
-from dsg_cli.report.tables import artifact_table, headline
+from dsg_cli.report.sections import Link, ranked, tables_of
+from dsg_cli.report.tables import headline
 from dsg_cli.stages.gathering import Gathered
 from dsg_cli.workspace import Stored
 
@@ -50,13 +51,19 @@ def report_of(gathered: Gathered, title: str, published: Sequence[Json] = ()) ->
         title: Of the page.
         published: Rows of `published.beside`.
     """
-    figures = {stored.id: _figures(stored, gathered.rows.get(stored.id, [])) for stored in gathered.artifacts}
-    sections = [_section(kind, gathered, figures) for kind in HEADINGS if gathered.of(kind)]
+    figures: dict[str, list[Drawn]] = {
+        stored.id: _figures(stored, gathered.rows.get(stored.id, [])) for stored in gathered.artifacts
+    }
+    if len(attacks := gathered.of("attack")) > 1:
+        worst = attack.draw_all([(one.id, one.body_as(AttackReport)) for one in attacks])
+        figures["attack"] = [worst] if worst else []
+    link = _linked(gathered)
+    sections = [_section(kind, gathered, figures, link) for kind in HEADINGS if gathered.of(kind)]
     if published:
         table = html.of_rich(published_table(list(published)), "Published beside measured")
         sections.insert(0, tag("section", tag("h2", "Published beside measured", id="published"), table))
     links = [tag("li", tag("a", name, href=f"#{anchor}")) for anchor, name in _anchors(gathered, bool(published))]
-    main = tag("main", _summary(gathered), sections, _provenance(gathered), id="main")
+    main = tag("main", _summary(gathered, link), sections, origins_section(gathered, link), id="main")
     head = tag(
         "header",
         tag("a", "Skip to the report", href="#main", class_="skip"),
@@ -72,7 +79,7 @@ def _figures(stored: Stored, rows: Sequence[Json]) -> list[Drawn]:
     body = stored.body
     drawn: list[Drawn | None] = []
     if isinstance(body, Comparison):
-        drawn = [*comparison.draw(stored.id, body)]
+        drawn = [comparison.draw(stored.id, body), sequence.draw(stored.id, body)]
     elif isinstance(body, EvalReport):
         drawn = [evaluation.draw(stored.id, body, stored.header.settings.get("benches", []))]
     elif isinstance(body, AttackReport):
@@ -90,42 +97,32 @@ def _anchors(gathered: Gathered, has_published: bool) -> list[tuple[str, str]]:
     return [("summary", "Summary"), *published, *kinds, ("provenance", "Where it comes from")]
 
 
-def _summary(gathered: Gathered) -> Markup:
+def _summary(gathered: Gathered, link: Link) -> Markup:
     parts = []
     for heading, sentences in findings(gathered).items():
-        lines = [tag("p", isolated(said), " ", _link(artifact)) for said, artifact in sentences]
-        parts += [tag("dt", heading), tag("dd", lines)]
-    return tag("section", tag("h2", "Summary", id="summary"), tag("dl", parts, class_="lead"))
+        lines = [tag("li", isolated(one.text), [[" ", link(name)] for name in one.artifacts]) for one in sentences]
+        parts += [tag("h3", heading), tag("ul", lines)]
+    return tag("section", tag("h2", "Summary", id="summary"), tag("div", parts, class_="lead"))
 
 
-def _section(kind: str, gathered: Gathered, figures: dict[str, list[Drawn]]) -> Markup:
+def _section(kind: str, gathered: Gathered, figures: dict[str, list[Drawn]], link: Link) -> Markup:
+    of_kind = gathered.of(kind)
     parts = []
-    for stored in gathered.of(kind):
-        name = tag("h3", isolated(headline(stored)), " ", _link(stored.id))
+    for stored in of_kind:
+        name = tag("h3", isolated(headline(stored)), " ", link(stored.id))
         if isinstance(stored.body, Inspection):
             shown = features_section(stored, gathered.rows.get(stored.id, []))
         else:
-            # Its own id, and where it comes from, stand elsewhere.
-            shown = Markup("".join(html.of_rich(one, stored.id) for one in artifact_table(stored).renderables[1:-1]))
+            shown = tables_of(stored, link)
         parts.append(tag("section", name, [one.markup() for one in figures[stored.id]], shown))
-    return tag("section", tag("h2", HEADINGS[kind], id=f"kind-{kind}"), parts)
+    several = [one.markup() for one in figures.get(kind, [])] if len(of_kind) > 1 else []
+    first = [*several, ranked(of_kind)] if kind == "attack" and len(of_kind) > 1 else several
+    return tag("section", tag("h2", HEADINGS[kind], id=f"kind-{kind}"), first, parts)
 
 
-def _provenance(gathered: Gathered) -> Markup:
-    parts = []
-    for stored in gathered.artifacts:
-        header = stored.header
-        cost = f"{header.seconds:.1f} s, {header.n_tokens:,} tokens, peak {header.peak_memory_mb:,.0f} MB"
-        parts.append(
-            tag(
-                "section",
-                tag("h3", stored.id, id=f"from-{stored.id}"),
-                tag("p", f"sha256 {stored.json['sha256'][:16]}; {cost}.", class_="dim"),
-                tag("ul", html.of_rich(provenance_tree(stored)), class_="tree"),
-            )
-        )
-    return tag("section", tag("h2", "Where it comes from", id="provenance"), parts)
-
-
-def _link(artifact: str) -> Markup:
-    return tag("a", artifact, href=f"#from-{artifact}", class_="id") if artifact else Markup("")
+def _linked(gathered: Gathered) -> Link:
+    """Of artifacts that the page shows, links to their entries; of others, the id alone."""
+    ids = {stored.id for stored in gathered.artifacts}
+    return lambda name: (
+        tag("a", name, href=f"#from-{name}", class_="id") if name in ids else tag("span", name, class_="id")
+    )

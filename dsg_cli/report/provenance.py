@@ -21,7 +21,7 @@ def provenance_tree(stored: Stored) -> Tree:
 
 def _grown(tree: Tree, stored: Stored, above: Header | None) -> Tree:
     header = stored.header
-    for line in _facts(header, above):
+    for line in facts(header, above):
         tree.add(Text(line, style="dim"))
     for named in header.inputs:
         if named.is_elsewhere:
@@ -36,7 +36,7 @@ def _grown(tree: Tree, stored: Stored, above: Header | None) -> Tree:
     return tree
 
 
-def _facts(header: Header, above: Header | None) -> list[str]:
+def facts(header: Header, above: Header | None = None) -> list[str]:
     """What it was made with; of an input, only what is not as it is for the artifact above it."""
     known = _made_with(above) if above is not None else {}
     lines = [f"{name}: {text}" for name, text in _made_with(header).items() if known.get(name) != text]

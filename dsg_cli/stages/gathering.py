@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dsg_cli.artifacts import KINDS, Json, StudyReport
+from dsg_cli.artifacts import KINDS, Comparison, Json, StudyReport
 from dsg_cli.errors import DsgError
 from dsg_cli.stages.subject import KINDS as UNLEARNING
 from dsg_cli.workspace import Stored, Workspace
 
-WITH_ROWS = ("threshold", "inspect")
+WITH_ROWS = ("threshold", "inspect", "eval")
 """Kinds whose rows a report shows."""
 
 
@@ -27,6 +27,12 @@ class Gathered:
         """The artifacts of one kind."""
         return [stored for stored in self.artifacts if stored.header.kind == kind]
 
+    def chance(self, stored: Stored, bench: str) -> float | None:
+        """Accuracy without any knowledge, on the questions that an evaluation asked; None where that is not known."""
+        asked = [row for row in self.rows.get(stored.id, []) if row.get("bench") == bench]
+        sizes = [len(row["base"]) for row in asked if isinstance(row.get("base"), list)]
+        return sum(1 / n for n in sizes) / len(sizes) if sizes and len(sizes) == len(asked) and min(sizes) > 1 else None
+
 
 def gather(workspace: Workspace, wanted: Sequence[str]) -> Gathered:
     """Read and verify them.
@@ -34,7 +40,8 @@ def gather(workspace: Workspace, wanted: Sequence[str]) -> Gathered:
     Args:
         workspace: Where they are.
         wanted: Ids or paths; without any, the newest comparison, inspection and study of each name, and the newest
-            guardrail, model or wrapper with the evaluations and attacks of it.
+            guardrail, model or wrapper with the evaluations and attacks of it. Where that was made in the course of
+            the comparison, it is the row with the highest dev score instead.
 
     Raises:
         DsgError: One is missing or damaged, or there is nothing to report.
@@ -64,16 +71,38 @@ def _newest(workspace: Workspace) -> Iterator[Stored]:
         yield from (workspace.read(one) for one in workspace.ids(kind)[-1:])
     studies = [workspace.read(one) for one in workspace.ids("study")]
     yield from {stored.body_as(StudyReport).study: stored for stored in studies}.values()
+    compared = workspace.ids("compare")[-1:]
     ids = [one for kind in UNLEARNING for one in workspace.ids(kind)]
-    if not ids or workspace.ids("compare"):
-        return  # A comparison's own evaluations and attacks are in its rows.
-    newest = workspace.read(max(ids, key=lambda one: (workspace.folder / f"{one}.json").stat().st_mtime_ns))
-    yield newest
+    newest = max(ids, key=lambda one: _written(workspace, one), default=None)
+    if compared and (newest is None or _written(workspace, newest) < _written(workspace, compared[0])):
+        yield from _best_of(workspace, workspace.read(compared[0]))
+    elif newest is not None:
+        yield from _with_findings(workspace, workspace.read(newest))
+
+
+def _written(workspace: Workspace, artifact_id: str) -> int:
+    return (workspace.folder / f"{artifact_id}.json").stat().st_mtime_ns
+
+
+def _with_findings(workspace: Workspace, stored: Stored) -> Iterator[Stored]:
+    """What unlearns, and every evaluation and attack of it."""
+    yield stored
     for kind in ("eval", "attack"):
         for one in workspace.ids(kind):
-            stored = workspace.read(one)
-            if any(used.sha256 == newest.json["sha256"] for used in stored.header.inputs):
-                yield stored
+            found = workspace.read(one)
+            if any(used.sha256 == stored.json["sha256"] for used in found.header.inputs):
+                yield found
+
+
+def _best_of(workspace: Workspace, stored: Stored) -> Iterator[Stored]:
+    """What lies in the workspace of the row that did best by what settings were chosen by, not by test questions."""
+    body = stored.body_as(Comparison)
+    scores = {trial["method"]: trial["score"] for trial in body.trials if trial["is_chosen"]}
+    rows = [row for row in body.rows if scores.get(row["method"]) is not None]
+    if rows:
+        best = max(rows, key=lambda row: scores[row["method"]])
+        named = [one for one in (*best["artifacts"], best.get("eval"), best.get("attack")) if one]
+        yield from (workspace.read(one) for one in named if one in workspace.ids())
 
 
 def _made_from(stored: Stored) -> Iterator[Stored]:

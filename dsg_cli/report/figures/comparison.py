@@ -1,94 +1,110 @@
-"""Methods side by side: what each forgets against what it keeps, and how requests one after another went."""
+"""Methods side by side: what each forgets against what it keeps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from dsg_cli.artifacts import Comparison, Json
-from dsg_cli.report.figures.style import DASHES, INK, Drawn, chance_line, drawing, look
+from dsg_cli.methods.names import METHODS
+from dsg_cli.report.figures.placing import clusters, place_labels
+from dsg_cli.report.figures.style import FORGET, GREY, KEPT, OTHER, Drawn, chance_line, drawing, short
+
+FORMS = {
+    "guardrail": ("clamps features", FORGET, "o"),
+    "wrapper": ("prompts and filters", OTHER, "^"),
+    "model": ("changes weights", KEPT, "s"),
+    "": ("other", GREY, "D"),
+}
+"""What a method makes -> how the key says it, colour, marker."""
+KEY_COLUMNS = 3
 
 
-def draw(artifact: str, body: Comparison) -> list[Drawn]:
-    """The trade-off on test and on dev questions, and the sequence."""
-    return [one for one in (_trade_off(artifact, body), _sequence(artifact, body)) if one is not None]
+def draw(artifact: str, body: Comparison) -> Drawn | None:
+    """Forget accuracy against utility: chosen settings with numbers, on test questions; trials faint, on dev questions.
 
-
-def _trade_off(artifact: str, body: Comparison) -> Drawn | None:
-    """Forget accuracy against utility: chosen rows large on test questions, trials small on dev questions."""
-    rows = [(row, _utility(row, body)) for row in body.rows]
-    known = [(row, utility) for row, utility in rows if utility is not None and _forget(row, body) is not None]
+    Methods are told apart by number, as more than a few colours cannot be; those that lie on one another share a label.
+    """
+    rows = [(row, _utility(row, body), _forget(row, body)) for row in body.rows]
+    known = [(row, x, side["acc"], side) for row, x, side in rows if x is not None and side.get("acc") is not None]
     if not known:
         return None
-    methods = list(dict.fromkeys(row["method"] for row, _ in known))
-    looks = {name: look(number) for number, name in enumerate(methods)}
-    said: dict[str, str] = {}
-    with drawing(7.4, 4.6) as (figure, axes):
-        for trial in body.trials:
-            if trial["forget"] is not None and trial["utility"] is not None and trial["method"] in looks:
-                of_method = looks[trial["method"]]
-                axes.plot(trial["utility"], trial["forget"], alpha=0.4, markersize=3.2, linestyle="", **of_method)
-        for row, utility in known:
-            forget = _forget(row, body)
-            label = row["method"][:30] if row["method"] not in said else None
-            axes.plot(
-                utility, forget, markersize=8, markeredgecolor=INK, label=label, linestyle="", **looks[row["method"]]
-            )
-            said.setdefault(row["method"], f"{row['method']} forget {forget:.2f}, utility {utility:.2f}")
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(row["method"] for row, *_ in known), start=1)}
+    n_lines = -(-len(numbers) // KEY_COLUMNS)
+    with drawing(6.6, 4.7 + 0.17 * n_lines) as (figure, axes):
+        _trials(axes, body, numbers)
+        for row, x, y, side in known:
+            name, colour, marker = FORMS[_form(row["method"])]
+            if "acc_low" in side and "acc_high" in side:
+                axes.plot([x, x], [side["acc_low"], side["acc_high"]], color=colour, linewidth=1, alpha=0.45)
+            axes.plot(x, y, marker, color=colour, markersize=7.5, label=name, zorder=3)
         chance_line(axes, body.chance)
-        axes.set_ylim(-0.03, 1.07)
-        axes.set_xlabel("utility: mean accuracy on everything else  (better to the right)")
-        axes.set_ylabel(f"accuracy on {body.benches['forget'][:40]}  (better below)")
-        axes.grid()
-        figure.legend(loc="outside right upper", fontsize=8)
-    title = "Forgetting against utility. Large: chosen settings on test questions; small: all trials on dev questions."
-    return Drawn(
-        f"{artifact}-trade-off", artifact, title, f"{'; '.join(said.values())}. Chance is {body.chance:.2f}.", figure
+        _framed(axes, body, [x for _, x, _, _ in known])
+        _key(axes, numbers)
+        points = [(x, y, numbers[row["method"]]) for row, x, y, _ in known]
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # What is laid out stays where labels are put beside it.
+        place_labels(axes, clusters(axes, points))
+    said = [f"{row['method']}{_sae(row, body)} {y:.2f} at {x:.2f}" for row, x, y, _ in known]
+    title = (
+        "Forgetting against utility: accuracy on what is to be forgotten (better below), and on everything else "
+        "(better to the right). Large: the chosen settings, on test questions, with 95\N{NO-BREAK SPACE}% intervals; "
+        "several of a number are its SAEs. Small: all trials, on dev questions."
     )
+    text = f"Forget accuracy at utility: {'; '.join(said)}. Chance is {body.chance:.2f}."
+    return Drawn(f"{artifact}-trade-off", artifact, title, text, figure)
 
 
-def _sequence(artifact: str, body: Comparison) -> Drawn | None:
-    """Accuracy on the first request and on the rest, after each request."""
-    sequences = [one for one in body.sequences if len(one["curve"]) > 1]
-    if not sequences:
-        return None
-    requests = list(dict.fromkeys(point["request"] for one in sequences for point in one["curve"]))
-    forgotten = [body.benches["forget"], *requests[1:]]
-    kept = [name for name in (*body.benches["near"], *body.benches["other"]) if name not in forgotten]
-    said = []
-    with drawing(7.4, 3.6, ncols=2, sharey=True) as (figure, (left, right)):
-        for number, one in enumerate(sequences):
-            style = look(number) | {"linestyle": DASHES[number % len(DASHES)]}
-            steps = range(1, len(one["curve"]) + 1)
-            gone = [_mean(point["results"], forgotten[:step]) for step, point in zip(steps, one["curve"], strict=True)]
-            rest = [_mean(point["results"], kept) for point in one["curve"]]
-            left.plot(steps, gone, label=one["method"][:30], **style)
-            right.plot(steps, rest, **style)
-            said.append(f"{one['method']} {_said(gone[-1])} and {_said(rest[-1])}")
-        chance_line(left, body.chance)
-        for axes, name in ((left, "of what is to be forgotten by then"), (right, "of what is never to be forgotten")):
-            axes.set_ylim(-0.03, 1.07)
-            axes.set_xticks(range(1, len(requests) + 1))
-            axes.set_xlabel("requests")
-            axes.set_title(name)
-            axes.grid(axis="y")
-        left.set_ylabel("mean accuracy")
-        figure.legend(loc="outside right upper", fontsize=8)
-    title = "Requests one after another: accuracy on all that was to be forgotten so far, and on the rest."
-    return Drawn(f"{artifact}-sequence", artifact, title, f"After the last request: {'; '.join(said)}.", figure)
+def _trials(axes: Any, body: Comparison, numbers: dict[str, int]) -> None:
+    for trial in body.trials:
+        if trial["forget"] is not None and trial["utility"] is not None and trial["method"] in numbers:
+            _, colour, marker = FORMS[_form(trial["method"])]
+            axes.plot(trial["utility"], trial["forget"], marker, color=colour, alpha=0.4, markersize=3)
 
 
-def _forget(row: Json, body: Comparison) -> float | None:
-    value: float | None = row["results"].get(body.benches["forget"], {}).get("acc")
-    return value
+def _framed(axes: Any, body: Comparison, xs: Sequence[float]) -> None:
+    """Room for labels to the right, and a key of what is not a method."""
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, max(right, max(xs) + 0.17 * (right - left)))
+    axes.set_ylim(-0.03, 1.07)
+    axes.set_xlabel("utility: accuracy on everything else, a mean over benches")
+    axes.set_ylabel(f"accuracy on {short(body.benches['forget'], 34)}")
+    axes.grid()
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once.keys(), loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8.5)
+
+
+def _key(axes: Any, numbers: dict[str, int]) -> None:
+    """Number and name of each method, in columns below."""
+    names = [f"{number}  {short(name, 26)}" for name, number in numbers.items()]
+    n_lines = -(-len(names) // KEY_COLUMNS)
+    for column in range(KEY_COLUMNS):
+        lines = names[column * n_lines : (column + 1) * n_lines]
+        axes.annotate("\n".join(lines), (column / KEY_COLUMNS, 0), xycoords="axes fraction", xytext=(0, -38),
+                      textcoords="offset points", va="top", fontsize=8.5, linespacing=1.35)  # fmt: skip
+
+
+def _sae(row: Json, body: Comparison) -> str:
+    several = {one["sae"] for one in body.rows if one["method"] == row["method"]}
+    return f" on {str(row['sae']).rsplit('/', 1)[-1]}" if len(several) > 1 else ""
+
+
+def _form(method: str) -> str:
+    return METHODS[method].form if method in METHODS else ""
+
+
+def _forget(row: Json, body: Comparison) -> Json:
+    side: Json = row["results"].get(body.benches["forget"], {})
+    return side
 
 
 def _utility(row: Json, body: Comparison) -> float | None:
     found = {bench: sides.get("acc") for bench, sides in row["results"].items()}
-    return _mean(found, [*body.benches["near"], *body.benches["other"]])
+    return mean_of(found, [*body.benches["near"], *body.benches["other"]])
 
 
-def _mean(found: Json, benches: list[str]) -> float | None:
+def mean_of(found: Json, benches: Sequence[str]) -> float | None:
+    """Mean over those benches that were asked."""
     known = [found[bench] for bench in benches if found.get(bench) is not None]
     return sum(known) / len(known) if known else None
-
-
-def _said(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

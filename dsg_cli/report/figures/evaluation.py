@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dsg_cli.artifacts import EvalReport
 from dsg_cli.report.evaluations import shown_benches
-from dsg_cli.report.figures.style import FORGET, GREY, Drawn, drawing
+from dsg_cli.report.figures.style import FORGET, GREY, Drawn, drawing, key_above, short
 
 
 def draw(artifact: str, body: EvalReport, named: Sequence[str]) -> Drawn | None:
@@ -26,10 +26,11 @@ def draw(artifact: str, body: EvalReport, named: Sequence[str]) -> Drawn | None:
                     axes.plot([one["acc_low"], one["acc_high"]], [place + shift] * 2, color=colour, linewidth=1.2)
                 axes.plot(one["acc"], place + shift, marker, color=colour, label=label)
             said.append(f"{bench} {sides['base']['acc']:.2f} to {sides['unlearned']['acc']:.2f}")
-        axes.set_yticks(range(len(benches)), [name[:40] for name in reversed(benches)])
+        axes.set_yticks(range(len(benches)), [short(name, 40) for name in reversed(benches)])
         axes.set_xlim(-0.03, 1.05)
         axes.set_xlabel(f"accuracy, {body.split} questions; bars are 95 % intervals")
         axes.grid(axis="x")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        axes.set_ylim(-0.6, len(benches) - 0.4)
+        key_above(axes)
     title = f"Accuracy before and after, {body.split} questions."
     return Drawn(f"{artifact}-accuracy", artifact, title, f"{'; '.join(reversed(said))}.", figure)

@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from dsg_cli.artifacts import Json, StudyReport
-from dsg_cli.report.figures.style import DASHES, Drawn, drawing, look
-from dsg_cli.report.studies import HEADS, Point, points_of
+from dsg_cli.report.figures.heat import heat_map
+from dsg_cli.report.figures.style import DASHES, Drawn, drawing, look, short
+from dsg_cli.report.studies import Point, points_of
 
 MEASURES = {"length": ("false_positive_rate", "forget_gate_rate"), "cost": ("overhead",)}
 """Of studies that ask nothing."""
 NAMES = {"false_positive_rate": "false positives", "forget_gate_rate": "forget text gated"}
+SETTINGS = {
+    "n_features": "number of features",
+    "share": "share of the forget text, %",
+    "sae": "SAE",
+    "by": "what is left out",
+}
 MOST_LINES = 6
 
 
@@ -36,25 +43,17 @@ def _heat_map(artifact: str, body: StudyReport, points: list[Point], varied: lis
     with drawing(7.0, 1.3 + 0.36 * len(rows), ncols=2) as (figure, panels):
         for axes, several, name in zip(panels, benches, ("to forget", "to keep"), strict=True):
             grid = [[_mean_of(points, {down: row, across: column}, several) for column in columns] for row in rows]
-            shown = axes.imshow([[float("nan") if v is None else v for v in row] for row in grid], vmin=0, vmax=1,
-                                cmap="cividis", aspect="auto")  # fmt: skip
-            for i, row in enumerate(grid):
-                for k, value in enumerate(row):
-                    if value is not None:
-                        axes.text(k, i, f"{value:.2f}", ha="center", va="center", fontsize=8.5,
-                                  color="#ffffff" if value < 0.55 else "#000000")  # fmt: skip
-            axes.set_xticks(range(len(columns)), [_name(one) for one in columns])
-            axes.set_yticks(range(len(rows)), [_name(one) for one in rows])
-            axes.set_xlabel(HEADS.get(across, across))
-            axes.set_title(f"accuracy, {name}")
-            axes.spines[:].set_visible(False)
+            shown = heat_map(
+                axes, grid, [_name(one) for one in rows], [_name(one) for one in columns], f"accuracy, {name}"
+            )
+            axes.set_xlabel(_said(across))
             known = [value for row in grid for value in row if value is not None]
             if known:
                 said.append(f"{name} from {min(known):.2f} to {max(known):.2f}")
-        panels[0].set_ylabel(HEADS.get(down, down))
+        panels[0].set_ylabel(_said(down))
         figure.colorbar(shown, ax=panels, shrink=0.9)
-    others = f", mean over {', '.join(HEADS.get(name, name) for name in varied[2:])}" if varied[2:] else ""
-    title = f"Study `{body.study}`: accuracy by {HEADS.get(down, down)} and {HEADS.get(across, across)}{others}."
+    others = f", mean over {', '.join(map(_said, varied[2:]))}" if varied[2:] else ""
+    title = f"Study {body.study}: accuracy by {_said(down)} and {_said(across)}{others}."
     return Drawn(f"{artifact}-heat-map", artifact, title, f"Accuracy {'; '.join(said)}.", figure)
 
 
@@ -84,20 +83,20 @@ def _lines(artifact: str, body: StudyReport, points: list[Point], varied: list[s
                 number += 1
         if not said:
             return None
-        axes.set_xlabel(HEADS.get(along, along))
+        axes.set_xlabel(_said(along))
         axes.set_ylabel("accuracy" if body.benches["forget"] else "share")
         axes.grid(axis="y")
         if body.benches["forget"]:
             axes.set_ylim(-0.03, 1.07)
         figure.legend(loc="outside right upper", fontsize=8)
-    title = f"Study `{body.study}` along {HEADS.get(along, along)}; shades are 95 % intervals."
+    title = f"Study {body.study} along {_said(along)}; shades are 95 % intervals."
     return Drawn(f"{artifact}-lines", artifact, title, f"{'; '.join(said)}.", figure)
 
 
 def _line(axes: Any, found: list[tuple[Any, Json]], number: int, label: str, *, is_numeric: bool) -> None:
     xs = [x if is_numeric else _name(x) for x, _ in found]
     style = look(number)
-    axes.plot(xs, [row["value"] for _, row in found], DASHES[number % len(DASHES)], label=label[:44], **style)
+    axes.plot(xs, [row["value"] for _, row in found], DASHES[number % len(DASHES)], label=short(label, 44), **style)
     if all(row["low"] is not None and row["high"] is not None for _, row in found):
         low, high = ([row[end] for _, row in found] for end in ("low", "high"))
         axes.fill_between(xs, low, high, color=style["color"], alpha=0.1, linewidth=0)
@@ -112,3 +111,8 @@ def _mean_of(points: list[Point], wanted: Json, benches: list[str]) -> float | N
 
 def _name(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)[-24:]
+
+
+def _said(setting: str) -> str:
+    """A setting in words."""
+    return SETTINGS.get(setting, setting.replace("_", " "))

@@ -18,7 +18,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsg_cli.report.html import Markup, tag
+from dsg_cli.integrity import write_atomically
+from dsg_cli.report.html import HIDDEN, Markup, tag
 
 COLOURS = {
     "vermilion": ("#d55e00", "#f08a3c"),
@@ -57,7 +58,12 @@ STYLE: Any = {
     "lines.markersize": 5,
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
+    "text.parse_math": False,
 }
+PIXELS = 1.3
+"""Of a page to a point of a figure, where there is room."""
+NARROWEST = 420
+"""Pixels; on a narrower screen a figure scrolls, so that what is written in it can be read."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Drawn:
     name: str
     """Of its file, and in the page."""
     artifact: str
-    """Id of what its numbers are from."""
+    """Id of what its numbers are from; empty where it names them itself."""
     title: str
     description: str
     """What it shows, for those who do not see it: with its numbers."""
@@ -75,29 +81,44 @@ class Drawn:
 
     def markup(self) -> Markup:
         """For a page, in the colours of its theme."""
-        with rc_context({"svg.hashsalt": self.name, **STYLE}):
-            out = io.StringIO()
-            self.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        svg = re.sub(r"^.*?(?=<svg )", "", out.getvalue(), flags=re.S)
-        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+        svg = self._content("svg", transparent=True).decode()
+        svg = re.sub(r"^.*?(?=<svg )", "", svg, flags=re.S)
+        svg = re.sub(r"<metadata>.*?</metadata>|<style [^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.S)
         svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", svg)  # Several figures stand in one page.
-        svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" {self._named()}>', svg, count=1)
-        svg = svg.replace(">", f">{tag('title', self.title)}{tag('desc', self.description)}", 1)
+        width = float(re.findall(r'viewBox="0 0 ([0-9.]+) ', svg)[0])
+        title, text = (tag(name, said, id=f"{self.name}-{name}") for name, said in self._said())
+        room = f"width: {width * PIXELS:.0f}px; min-width: {min(width, NARROWEST):.0f}px"
+        head = f'role="img" aria-labelledby="{self.name}-title" aria-describedby="{self.name}-desc" style="{room}"'
+        svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" {head}>', svg, count=1)
+        svg = svg.replace(">", f">{title}{text}", 1)
         for name, (light, _) in COLOURS.items():
             svg = svg.replace(light, f"var(--{name})")
         svg = svg.replace(INK, "currentColor").replace(LINE, "var(--line)").strip()
-        return tag("figure", Markup(svg), tag("figcaption", f"{self.title} ", _link(self.artifact)))
+        box = tag("div", Markup(svg), class_="scrolls", tabindex="0", role="group", aria_label=f"Figure: {self.title}")
+        return tag("figure", box, tag("figcaption", f"{self.title} ", _link(self.artifact) if self.artifact else None))
 
-    def _named(self) -> str:
-        return f'role="img" aria-label="{tag("x", f"{self.title} {self.description}")[3:-4]}" xmlns="http://www.w3.org/2000/svg"'
+    def _said(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        return ("title", self.title), ("desc", self.description)
 
     def save(self, folder: Path, kind: str) -> Path:
-        """As a file for a paper."""
+        """As a file for a paper, whole or not at all; letters of an SVG are outlines, which look the same anywhere."""
         path = folder / f"{self.name}.{kind}"
-        metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
-        with rc_context({"svg.hashsalt": self.name, **STYLE}):
-            self.figure.savefig(path, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
+        write_atomically(path, self._content(kind, dpi=200, bbox_inches="tight"))
         return path
+
+    def _content(self, kind: str, **options: Any) -> bytes:
+        metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
+        letters: Any = {"svg.fonttype": "none" if options.get("transparent") else "path"}
+        out = io.BytesIO()
+        with rc_context({"svg.hashsalt": self.name, **STYLE, **letters}):
+            self.figure.savefig(out, format=kind, metadata=metadata[kind], **options)
+        return out.getvalue()
+
+
+def short(value: object, most: int = 40) -> str:
+    """Text of others in a figure: on one line, and no longer than there is room for."""
+    shown = " ".join(str(value).translate(HIDDEN).split())
+    return shown if len(shown) <= most else f"{shown[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _link(artifact: str) -> Markup:
@@ -120,6 +141,11 @@ def look(number: int) -> dict[str, Any]:
 def chance_line(axes: Axes, chance: float, *, is_vertical: bool = False) -> None:
     """Where guessing lies."""
     (axes.axvline if is_vertical else axes.axhline)(chance, color=GREY, linestyle=":", linewidth=1, label="chance")
+
+
+def key_above(axes: Axes, ncols: int = 2) -> None:
+    """The key where it covers nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, fontsize=8.5, borderaxespad=0.2)
 
 
 def theme() -> str:
