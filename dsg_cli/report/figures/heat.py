@@ -15,11 +15,13 @@ DARK = 0.55
 
 def heat_map(
     axes: Any, grid: Sequence[Sequence[float | None]], rows: Sequence[object], columns: Sequence[object], title: str
-) -> Any:
-    """Draw one, from 0 to 1; short rows and None leave cells empty. Returns what a colour bar is made for."""
+) -> None:
+    """Draw one, from 0 to 1; short rows and None leave cells empty."""
     whole = [[*row, *[None] * (len(columns) - len(row))] for row in grid]
     numbers = [[float("nan") if value is None else value for value in row] for row in whole]
-    shown = axes.imshow(numbers, vmin=0, vmax=1, cmap=COLOURS, aspect="auto")
+    edges = [[one - 0.5 for one in range(n + 1)] for n in (len(columns), len(whole))]
+    axes.pcolormesh(*edges, numbers, vmin=0, vmax=1, cmap=COLOURS, edgecolors="face", linewidth=0.4)
+    axes.set_ylim(len(whole) - 0.5, -0.5)
     for i, row in enumerate(whole):
         for k, value in enumerate(row):
             if value is not None:
@@ -30,4 +32,3 @@ def heat_map(
     axes.tick_params(length=0)
     axes.set_title(title)
     axes.spines[:].set_visible(False)
-    return shown
