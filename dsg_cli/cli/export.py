@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsg_cli.cli import options as opt
+from dsg_cli.cli.following import in_workspace
 from dsg_cli.cli.output import hint, print_json, print_line, progress
 
 if TYPE_CHECKING:
@@ -56,16 +60,17 @@ def command(
             is_public=public,
             report=report,
         )
-    show_exported(exported, as_json=as_json, quiet=quiet)
+    _show(exported, sources or [], workspace, as_json=as_json, quiet=quiet)
 
 
-def show_exported(exported: Exported, *, as_json: bool, quiet: bool) -> None:
+def _show(exported: Exported, sources: Sequence[str], workspace: Path, *, as_json: bool, quiet: bool) -> None:
     """Where it lies, and how to load it."""
     if as_json:
         print_json(exported.as_json())
     elif sys.stdout.isatty():
         n_bytes = sum(file["bytes"] for file in exported.files)
-        print_line(f"{exported.to}: {len(exported.files)} files, {n_bytes / 1000:,.0f} kB")
+        n = len(exported.files)
+        print_line(f"{exported.to}: {n} file{'s' if n > 1 else ''}, {n_bytes / 1000:,.0f} kB")
     else:
         print_line(exported.to)
     if not quiet:
@@ -74,4 +79,10 @@ def show_exported(exported: Exported, *, as_json: bool, quiet: bool) -> None:
             load = f'AutoModelForCausalLM.from_pretrained("{exported.to}", trust_remote_code=True)'
         hint(f"Load it with: {load}")
         if exported.to.endswith(".safetensors"):
-            hint("A folder with it and a model card: dsg export FOLDER --form light")
+            again = [
+                Path(exported.to).stem,
+                "--form",
+                "light",
+                *(word for name in sources for word in ("--from", name)),
+            ]
+            hint(f"With a model card: dsg export {shlex.join(again)}{in_workspace(workspace)}")
