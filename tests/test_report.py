@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from conftest import python
 
 from dsg_cli.artifacts import Inspection
 from dsg_cli.errors import DsgError
@@ -125,7 +126,7 @@ def test_numbers_are_the_artifacts_and_name_them(made, workspace):
     rate = workspace.read("threshold-001").json["false_positive_rate"]
     assert f"{rate:.1%} of" in text
     worst = workspace.read("attack-001").json["summary"]["forget_acc_worst"]
-    assert f"dilution gets past it: accuracy on lab-hexes 0.50 before, {worst:.2f} at" in text
+    assert f"dilution gets past it: accuracy on lab-hexes 0.50 before, {worst:.2f} after (" in text
     assert "The knowledge stays in the weights" in text
 
 
@@ -139,9 +140,8 @@ def test_without_names_it_takes_the_newest_and_what_they_are_made_from(tmp_path,
     assert [one.id for one in gather(alone, ["eval-001"]).artifacts][-1] == "eval-001"
 
 
-def test_what_is_in_it_cannot_break_it(tmp_path, workspace):
-    """Names, notes and samples are anybody's text."""
-    stored = workspace.read("features-001")
+def hostile_inspection(workspace, held):
+    """An inspection, in another workspace, of which all that is text is anybody's."""
     row = {"feature": 3, "group": NASTY, "document": 0, "position": 2, "peak": 2.0, "activations": [0.0, 2.0], "at": 1}
     feature = {
         "index": 3, "roles": ["clamped"], "weight": None, "forget_score": None, "retain_score": None, "ratio": None,
@@ -150,11 +150,15 @@ def test_what_is_in_it_cannot_break_it(tmp_path, workspace):
     }  # fmt: skip
     group = {"name": NASTY, "role": "forget", "n_documents": 1, "n_tokens": 2}
     body = Inspection(inspected="features-001", groups=[group], features=[feature], overlap=[])
+    header = workspace.read("features-001").header
+    header = dataclasses.replace(header, kind="inspect", settings={}, inputs=[], notes=[NASTY], files={})
+    return held.write(header, body, rows=[row | {"tokens": [NASTY, "\u05d0\u05d1"]}])
+
+
+def test_what_is_in_it_cannot_break_it(tmp_path, workspace):
+    """Names, notes and samples are anybody's text."""
     held = Workspace(tmp_path / "ws")
-    header = dataclasses.replace(stored.header, kind="inspect", settings={}, inputs=[], notes=[NASTY], files={})
-    text = json.dumps([row | {"tokens": [NASTY, "\u05d0\u05d1"]}])
-    inspected = held.write(header, dataclasses.replace(body), rows=json.loads(text))
-    gathered = gather(held, [inspected.id])
+    gathered = gather(held, [hostile_inspection(workspace, held).id])
     without = report_of(gathered, NASTY).text
     assert "\u05d0\u05d1" not in without and "--with-text shows them" in without
     report = report_of(gathered, NASTY, has_text=True)
@@ -336,3 +340,24 @@ def test_figures_that_are_there_are_not_replaced(dsg, workspace, tmp_path):
     assert (tmp_path / "figs" / "eval-001-accuracy.svg").read_text() == "mine"
     code, _, err = dsg(*arguments, "--force")
     assert code == 0 and "<svg" in (tmp_path / "figs" / "eval-001-accuracy.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(DATA.glob("schema-*/*-001.json")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_artifact_can_be_reported_alone(path, tmp_path):
+    """Of every schema; what is missing leaves a gap and no nonsense."""
+    alone = Workspace(tmp_path)
+    for own in path.parent.glob(f"{path.stem}*"):
+        (shutil.copytree if own.is_dir() else shutil.copy)(own, tmp_path / own.name)
+    page = Page(report_of(gather(alone, [path.stem]), "Alone").text)
+    assert [name for name in page.ids if name.startswith("from-")] == [f"from-{path.stem}"]
+    assert "None" not in "".join(page.texts) and "nan" not in re.split(r"\W", "".join(page.texts))
+    assert "The knowledge stays in the weights" in "".join(page.texts)
+
+
+def test_it_needs_no_torch():
+    """Which takes longer to load than the page to make."""
+    modules = "import dsg_cli.report.page, dsg_cli.stages.gathering, sys"
+    done = python("-c", f"{modules}; assert not {{'torch', 'transformers', 'matplotlib.pyplot'}} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The report in a browser: it asks for nothing, complains of nothing, and reads well in any theme, on phones, on paper."""
+"""The report in a browser: it asks for nothing, complains of nothing, and reads well in any theme and place."""
 
 import base64
 import itertools
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from browser import console_errors, open_browser, requested
+from test_report import NASTY, hostile_inspection
 
 from dsg_cli.report.page import report_of
 from dsg_cli.stages.gathering import gather
@@ -45,7 +46,8 @@ def browser(tmp_path_factory):
 
 
 def seen(browser, file, *, width=1000, scheme="light", media="screen"):
-    """The page as that device shows it."""
+    """The page as that device shows it, and no request of an earlier one."""
+    requested(browser)
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -115,3 +117,19 @@ def test_keys_reach_the_skip_link_first_and_every_link_and_table(browser, report
     assert unreached == 0
     names = browser.execute_script("return [...document.querySelectorAll('.scrolls')].map((one) => one.ariaLabel)")
     assert all(names) and len(set(names)) == len(names), "what scrolls has a name of its own"
+
+
+def test_what_is_hostile_neither_runs_nor_widens_it(browser, report, tmp_path):
+    """A name of two thousand letters, markup, and text that is written from right to left."""
+    held = Workspace(tmp_path / "ws")
+    inspected = hostile_inspection(Workspace(report[0].parent / "ws"), held)
+    file = tmp_path / "hostile.html"
+    file.write_text(report_of(gather(held, [inspected.id]), NASTY, has_text=True).text, encoding="utf-8")
+    seen(browser, file, width=360)
+    wide, room = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= room
+    assert browser.execute_script("return document.scripts.length") == 0
+    assert browser.execute_script("return document.querySelector('h1').textContent").startswith("<script>alert(1)")
+    direction = "return getComputedStyle(document.querySelector('.tokens > bdi'), null).unicodeBidi"
+    assert browser.execute_script(direction) == "isolate"
+    assert console_errors(browser) == [] and requested(browser) <= {file.as_uri()}

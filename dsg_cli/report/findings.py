@@ -198,7 +198,7 @@ def _open(gathered: Gathered) -> Iterator[Finding]:
         name, found = attacks[id(body)].id, body.summary
         if found["n_measurable"] and found["forget_acc_worst"] > found["evades_above"]:
             before, after = share(found["forget_acc_before"]), share(found["forget_acc_worst"])
-            said = f"accuracy on {body.bench} {before} before, {after} at {place(body)}"
+            said = f"accuracy on {body.bench} {before} before, {after} after ({place(body)})"
             unguarded = f"{share(found['unguarded_at_worst'])} without the guard"
             yield Finding(f"{body.attack} gets past it: {said}; {unguarded}. {body.threat_model}", (name,))
         elif found["n_measurable"]:

@@ -96,7 +96,7 @@ def of_rich(shown: Any, caption: str = "") -> Markup:
         return tag("li", isolated(str(shown.label)), below)
     plain = str(shown)
     failed = isinstance(shown, Text) and "red" in str(shown.style)
-    return tag("p", isolated(plain), class_="failed" if failed else None) if plain.strip() else Markup("")
+    return tag("p", isolated(plain), class_="failed" if failed else "note") if plain.strip() else Markup("")
 
 
 def _table(table: Table, caption: str) -> Markup:
