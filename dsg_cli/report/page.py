@@ -53,9 +53,7 @@ def report_of(gathered: Gathered, title: str, published: Sequence[Json] = (), *,
         published: Rows of `published.beside`.
         has_text: Whether text of corpora, where an inspection kept some, is shown.
     """
-    figures: dict[str, list[Drawn]] = {
-        stored.id: _figures(stored, gathered.rows.get(stored.id, [])) for stored in gathered.artifacts
-    }
+    figures: dict[str, list[Drawn]] = {stored.id: _figures(stored, gathered) for stored in gathered.artifacts}
     if len(attacks := gathered.of("attack")) > 1:
         worst = attack.draw_all([(one.id, one.body_as(AttackReport)) for one in attacks])
         figures["attack"] = [worst] if worst else []
@@ -80,17 +78,19 @@ def report_of(gathered: Gathered, title: str, published: Sequence[Json] = (), *,
     return Report(text, [one for several in figures.values() for one in several])
 
 
-def _figures(stored: Stored, rows: Sequence[Json]) -> list[Drawn]:
+def _figures(stored: Stored, gathered: Gathered) -> list[Drawn]:
     body = stored.body
     drawn: list[Drawn | None] = []
     if isinstance(body, Comparison):
         drawn = [comparison.draw(stored.id, body), sequence.draw(stored.id, body)]
     elif isinstance(body, EvalReport):
-        drawn = [evaluation.draw(stored.id, body, stored.header.settings.get("benches", []))]
+        known = {bench: gathered.chance(stored, bench) for bench in body.results}
+        chances = {bench: chance for bench, chance in known.items() if chance is not None}
+        drawn = [evaluation.draw(stored.id, body, stored.header.settings.get("benches", []), chances)]
     elif isinstance(body, AttackReport):
         drawn = [attack.draw(stored.id, body)]
     elif isinstance(body, Threshold):
-        drawn = [histogram.draw(stored.id, body, rows)]
+        drawn = [histogram.draw(stored.id, body, gathered.rows.get(stored.id, []))]
     elif isinstance(body, StudyReport):
         drawn = [study.draw(stored.id, body)]
     return [one for one in drawn if one is not None]

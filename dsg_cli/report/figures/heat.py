@@ -9,6 +9,7 @@ from dsg_cli.report.figures.style import short
 
 COLOURS = "cividis"
 """Even in lightness, also for those who do not see all colours."""
+ON_DARK, ON_LIGHT = "#ffffff", "#010101"  # Pure black would be left out of an SVG, and follow the page.
 DARK = 0.55
 """Values below it are on a dark ground."""
 
@@ -26,7 +27,7 @@ def heat_map(
         for k, value in enumerate(row):
             if value is not None:
                 axes.text(k, i, f"{value:.2f}", ha="center", va="center", fontsize=8.5,
-                          color="#ffffff" if value < DARK else "#000000")  # fmt: skip
+                          color=ON_DARK if value < DARK else ON_LIGHT)  # fmt: skip
     axes.set_xticks(range(len(columns)), [short(one, 18) for one in columns])
     axes.set_yticks(range(len(rows)), [short(one, 24) for one in rows])
     axes.tick_params(length=0)
