@@ -1,4 +1,4 @@
-"""The report in a browser: it asks for nothing, complains of nothing, and reads well in any theme, on phones, on paper."""
+"""The report in a browser: it asks for nothing, complains of nothing, and reads well in any theme, small, on paper."""
 
 import base64
 import itertools
