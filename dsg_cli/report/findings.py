@@ -23,7 +23,7 @@ from dsg_cli.report.evaluations import shown_benches
 from dsg_cli.report.guardrails import clamp_line
 from dsg_cli.report.metrics import interval, number, refusals, shown_metrics
 from dsg_cli.report.studies import study_headline
-from dsg_cli.stages.gathering import Gathered
+from dsg_cli.stages.gathering import UNLEARNING, Gathered
 from dsg_cli.workspace import Stored
 
 
@@ -175,7 +175,9 @@ def _costs(gathered: Gathered) -> Iterator[Finding]:
             yield Finding(f"Share of questions gated: {', '.join(rates)}.", (stored.id,))
     for stored in (*gathered.of("guardrail"), *gathered.of("wrapper")):
         yield Finding(f"{_bytes(stored) / 1000:,.0f} kB beside the model.", (stored.id,))
-    made = [one for kind in ("features", "threshold", "guardrail", "model", "wrapper") for one in gathered.of(kind)]
+    used = {one.id for kind in ("threshold", *UNLEARNING) for made in gathered.of(kind) for one in made.header.inputs}
+    candidates = [one for kind in ("features", "threshold", *UNLEARNING) for one in gathered.of(kind)]
+    made = [one for one in candidates if one.header.kind in UNLEARNING or one.id in used]
     if made:
         seconds = ", ".join(f"{stored.header.seconds:,.1f} s for {stored.id}" for stored in made)
         yield Finding(

@@ -12,6 +12,7 @@ from dsg_cli.report.studies import Point, mean_over, points_of
 MEASURES = {"length": ("false_positive_rate", "forget_gate_rate"), "cost": ("overhead",)}
 """Of studies that ask nothing."""
 NAMES = {"false_positive_rate": "false positives", "forget_gate_rate": "forget text gated"}
+LABELS = {"cost": "overhead: guarded over plain, less 1", "length": "share of texts"}
 SETTINGS = {
     "n_features": "number of features",
     "share": "share of the forget text, %",
@@ -38,12 +39,13 @@ def _heat_map(artifact: str, body: StudyReport, points: list[Point], varied: lis
     rows, columns = (
         [one for one in body.grid[name] if any(p[0][name] == one for p in points)] for name in (down, across)
     )
-    benches = (body.benches["forget"][:1], body.benches["other"])
+    forget, *_ = body.benches["forget"]
+    benches = {f"on {short(forget, 20)}": [forget], "of what is to be kept": body.benches["other"]}
     said = []
     with drawing(7.0, 1.3 + 0.36 * len(rows), ncols=2) as (figure, panels):
-        for axes, several, name in zip(panels, benches, ("to forget", "to keep"), strict=True):
+        for axes, (name, several) in zip(panels, benches.items(), strict=True):
             grid = [[_mean_of(points, {down: row, across: column}, several) for column in columns] for row in rows]
-            heat_map(axes, grid, [_name(one) for one in rows], [_name(one) for one in columns], f"accuracy, {name}")
+            heat_map(axes, grid, [_name(one) for one in rows], [_name(one) for one in columns], f"accuracy {name}")
             axes.set_xlabel(_said(across))
             known = [value for row in grid for value in row if value is not None]
             if known:
@@ -61,7 +63,7 @@ def _lines(artifact: str, body: StudyReport, points: list[Point], varied: list[s
     apart = [name for name in varied if name != along]
     groups: dict[tuple[str, ...], list[Point]] = {}
     for point in points:
-        groups.setdefault(tuple(_name(point[0][name]) for name in apart), []).append(point)
+        groups.setdefault(tuple(_grouped(name, point[0][name]) for name in apart), []).append(point)
     said: list[str] = []
     with drawing(7.0, 3.6) as (figure, axes):
         for group, several in groups.items():
@@ -76,7 +78,7 @@ def _lines(artifact: str, body: StudyReport, points: list[Point], varied: list[s
         if not said:
             return None
         axes.set_xlabel(_said(along))
-        axes.set_ylabel("accuracy" if body.benches["forget"] else "share")
+        axes.set_ylabel("accuracy" if body.benches["forget"] else LABELS.get(body.study, "share"))
         axes.grid(axis="y")
         if body.benches["forget"]:
             axes.set_ylim(-0.03, 1.07)
@@ -117,6 +119,11 @@ def _mean_of(points: list[Point], wanted: Json, benches: list[str]) -> float | N
 
 def _name(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)[-24:]
+
+
+def _grouped(setting: str, value: object) -> str:
+    """A setting of a line; a number needs its name."""
+    return f"{_said(setting)} {_name(value)}" if isinstance(value, int | float) else _name(value)
 
 
 def _said(setting: str) -> str:
