@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 
@@ -101,19 +102,20 @@ def pieces_needed(alpha: float) -> int:
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Exact confidence interval of a rate of k in n; (0, 1) if n is 0."""
-    from scipy.stats import binomtest
+    from scipy.special import betaincinv  # Of scipy.stats's binomtest the same, which takes half a second to import.
 
-    if n == 0:
-        return 0.0, 1.0
-    interval = binomtest(k, n).proportion_ci(confidence, method="exact")
-    return float(interval.low), float(interval.high)
+    tail = (1 - confidence) / 2
+    low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
+    high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+    return low, high
 
 
 def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a rate of k in n; (0, 1) if n is 0."""
-    from scipy.stats import binomtest
-
     if n == 0:
         return 0.0, 1.0
-    interval = binomtest(k, n).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    rate, shrink = k / n, 1 + z * z / n
+    middle = (rate + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return (0.0 if k == 0 else middle - half), (1.0 if k == n else middle + half)

@@ -294,6 +294,8 @@ def _field(row: Any, column: str | None, where: str) -> str:
 
 
 def _clean(text: str, where: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DsgError(f"{where} holds half of a surrogate pair, which is no text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DsgError(f"{where} holds half of a surrogate pair, which is no text.") from None
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -12,6 +13,10 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # A process a core: threads of several would wait for each other.
+# Memory of large tensors is kept and used again; to ask the system for it each time is a tenth of all time.
+# For workers and commands, which are started after this; glibc reads it when a process begins.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 CODE_CACHE = tempfile.TemporaryDirectory(prefix="dsg-tests-")
 os.environ["HF_MODULES_CACHE"] = CODE_CACHE.name  # Code of exported models stays out of the user's cache.
 
@@ -25,8 +30,16 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+SMALL_LAB = ("--recipe", "lab", "--set", "corpora.limit=80")
+"""For whole commands: the lab's recipe on a third of its text, where what is found is not what is tested."""
 WIDTH, N_FEATURES, N_WORDS, LAYER = 16, 48, 60, 1
 BIAS = 8.0
+
+
+def pytest_collection_finish():
+    """What has been imported by now lives to the end; the garbage collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

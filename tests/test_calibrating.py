@@ -14,7 +14,7 @@ from dsg_cli.stages import apply, calibrate, select
 from dsg_cli.stages.tuning import SATURATED, tuning_questions
 from dsg_cli.workspace import Workspace
 
-SETS = ["calibrate.max_pieces=600", "calibrate.alpha=0.05", "eval.limit=32"]
+SETS = ["corpora.limit=120", "calibrate.max_pieces=600", "calibrate.alpha=0.05", "eval.limit=32"]
 
 
 @pytest.fixture(scope="module")

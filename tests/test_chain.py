@@ -8,17 +8,18 @@ import sys
 import time
 
 import pytest
-from conftest import write_task
+from conftest import SMALL_LAB, write_task
 
 SCRIPT = """
 set -euo pipefail
 export DSG_WORKSPACE=ws
-features=$($DSG select --recipe lab --json | $GET id)
-threshold=$($DSG calibrate --from "$features" --recipe lab --json | $GET id)
-guardrail=$($DSG apply --from "$threshold" --recipe lab --json | $GET id)
+features=$($DSG select $SMALL --json | $GET id)
+threshold=$($DSG calibrate --from "$features" $SMALL --json | $GET id)
+guardrail=$($DSG apply --from "$threshold" $SMALL --json | $GET id)
 $DSG eval --from "$guardrail" --bench lab-hexes --bench lab-near --expect 'lab-hexes<=0.30' --json > eval.json
-$DSG attack --from "$guardrail" --kind dilution --kind relearn --recipe lab --json > attacks.json
-again=$($DSG calibrate --recipe lab --alpha 0.1 --json | $GET id)
+$DSG attack --from "$guardrail" --kind dilution --kind relearn $SMALL --set 'attack.relearn_steps=[0, 4]' \
+  --set 'attack.dilution_lengths=[0, 16]' --json > attacks.json
+again=$($DSG calibrate $SMALL --alpha 0.1 --json | $GET id)
 test "$again" = threshold-002
 code=0; $DSG eval --bench lab-hexes --expect 'lab-hexes>0.9' --json > failed.json || code=$?
 test "$code" = 3
@@ -84,7 +85,7 @@ def test_the_lab_recipe_reaches_its_targets(dsg, tmp_path):
 @pytest.mark.slow
 def test_the_papers_gate_is_diluted(dsg):
     """Its weakness, measured: what the default gate is there for."""
-    code, out, err = dsg("run", "lab-paper", "--json")
+    code, out, err = dsg("run", "lab-paper", *SMALL_LAB[2:], "--set", "eval.benches=[lab-hexes]", "--json")
     assert code == 0, err
     found = json.loads(out)
     assert found["gate"] == "mean" and found["results"]["lab-hexes"]["unlearned"]["acc"] <= 0.30
@@ -172,7 +173,7 @@ def test_the_same_seed_gives_the_same_features_and_threshold(dsg, folders):
 @pytest.mark.slow
 def test_a_shell_script_chains_by_json_and_exit_codes(tmp_path):
     get = f'{sys.executable} -c "import json, sys; print(json.load(sys.stdin)[sys.argv[1]])"'
-    environment = os.environ | {"DSG": f"{sys.executable} -m dsg_cli", "GET": get.replace('"', "'")}
+    environment = os.environ | {"DSG": f"{sys.executable} -m dsg_cli", "SMALL": " ".join(SMALL_LAB)}
     script = SCRIPT.replace("$GET", get)
     done = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -185,10 +186,10 @@ def test_a_shell_script_chains_by_json_and_exit_codes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_only_whole_artifacts(tmp_path, number, code):
+def test_a_signal_leaves_only_whole_artifacts(tmp_path):
+    """Between the stages of a run; test_processes has both signals, within a stage."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dsg_cli", "demo", "-w", "ws"],
+        [sys.executable, "-m", "dsg_cli", "run", "lab", *SMALL_LAB[2:], "-w", "ws"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -197,9 +198,9 @@ def test_a_signal_leaves_only_whole_artifacts(tmp_path, number, code):
     deadline = time.monotonic() + 120
     while not (tmp_path / "ws/features-001.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code and "stopped" in err and "Traceback" not in err
+    assert process.returncode == 130 and "stopped" in err and "Traceback" not in err
     assert not [path for path in (tmp_path / "ws").iterdir() if path.suffix in {".tmp", ".partial"}]
     shown = subprocess.run(
         [sys.executable, "-m", "dsg_cli", "ls", "-w", "ws", "--json"],

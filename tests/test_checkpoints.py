@@ -17,7 +17,7 @@ from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETS = ["eval.benches=[lab-hexes, lab-near]", "eval.batch_size=16", "eval.limit=24", "attack.dilution_lengths=[0, 8]"]
-SETS += ["calibrate.max_pieces=512", "corpora.limit=240"]
+SETS += ["calibrate.max_pieces=512", "corpora.limit=80"]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import make_sae, python
+from conftest import SMALL_LAB, make_sae, python
 
 from dsg_cli import __version__
 from dsg_cli.errors import DsgError
@@ -249,7 +249,7 @@ def test_the_lab_is_exported_in_plain_formats(dsg, tmp_path):
     assert dsg("lab", "export", "empty")[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"lab", "empty"}
     # Its parts are ordinary folders and files: the chain runs on them, and lm-eval reads its tasks.
-    parts = ("--model", "lab/model", "--sae", "lab/sae-1")
+    parts = ("--model", "lab/model", "--sae", "lab/sae-1", "--limit", 40)
     code, _, err = dsg("select", *parts, "--forget", "lab/corpora/lab-hexes.jsonl", "--retain", "lab-retain", "-n", 5)
     assert code == 0, err
     from lm_eval.tasks import TaskManager
@@ -276,5 +276,5 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
     )
     assert {"lab", "wmdp-bio", "gpt2", "paper/muse-news"} <= set(done.stdout.split()), done.stderr
     options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / "installed")}}
-    done = python("-m", "dsg_cli", "select", "--recipe", "lab", "--json", **options)
+    done = python("-m", "dsg_cli", "select", *SMALL_LAB, "--json", **options)
     assert done.returncode == 0 and json.loads(done.stdout)["git"] == {}, done.stderr

@@ -192,12 +192,10 @@ def test_what_is_reported_is_never_searched_on(folders, tmp_path):
 def test_every_method_at_a_tiny_budget(tmp_path):
     """The table of recipes/RESULTS.md, with a trial a method and hardly any training."""
     steps = [f"methods.{section_of(name)}.steps=3" for name, one in METHODS.items() if one.is_trained]
-    small = ["compare.budget=1", "compare.saes=[]", "compare.sequence=[]", "compare.relearn_steps=[0, 2]"]
-    small += ["compare.grids={dsg: {select.n_features: [8]}}", "methods.ssd.n_rows=16", "eval.limit=24"]
-    small += [
-        "attack.known_questions=8",
-        *(f"methods.{name}.strength=4r" for name in ("static_clamp", "conditional_clamp")),
-    ]
+    small = ["corpora.limit=100", "eval.limit=24", "attack.known_questions=8", "methods.ssd.n_rows=16"]
+    small += ["compare.budget=1", "compare.saes=[]", "compare.sequence=[]", "compare.relearn_steps=[0, 2]"]
+    small += ["compare.grids={dsg: {select.n_features: [8]}}"]
+    small += [f"methods.{name}.strength=4r" for name in ("static_clamp", "conditional_clamp")]
     recipe = load_recipe("lab-compare", sets=[*small, "methods.refusal_clamp.coefficient=4r", *steps])
     body = compare.run(recipe, Workspace(tmp_path)).body_as(Comparison)
     rivals = [name for name, one in METHODS.items() if not one.teaches]

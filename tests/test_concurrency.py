@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import SMALL_LAB
 from test_workspace import BODY, HEADER, ROWS, TENSORS
 
 from dsg_cli.stages import verify
@@ -112,7 +113,7 @@ def test_eight_commands_at_once(tmp_path):
         )  # fmt: skip
 
     for command in ("select", "calibrate"):
-        assert dsg(command, "--recipe", "lab").wait() == 0
+        assert dsg(command, *SMALL_LAB).wait() == 0
     running = [dsg("apply", "--recipe", "lab") for _ in range(N)]
     printed = [process.communicate()[0].strip() for process in running]
     assert [process.returncode for process in running] == [0] * N
@@ -131,8 +132,8 @@ def in_own_mounts(script, folder):
     ):
         pytest.skip("this machine lets nobody mount a file system of his own")
     return subprocess.run(
-        [*run, script], cwd=folder, env=ENVIRONMENT | {"DSG": f"{sys.executable} -m dsg_cli"}, capture_output=True,
-        text=True, check=False,
+        [*run, script], cwd=folder, capture_output=True, text=True, check=False,
+        env=ENVIRONMENT | {"DSG": f"{sys.executable} -m dsg_cli", "SMALL": " ".join(SMALL_LAB)},
     )  # fmt: skip
 
 
@@ -168,17 +169,17 @@ def test_a_full_disk(tmp_path):
         mkdir small
         mount -t tmpfs -o size=4m tmpfs small
         cat /dev/zero > small/ballast 2> /dev/null || true
-        status=0; $DSG select --recipe lab -w small/ws --quiet || status=$?
+        status=0; $DSG select $SMALL -w small/ws --quiet || status=$?
         ls -A small/ws | grep -v '^.lock$' > left || true
         truncate -s 3000000 small/ballast
-        $DSG select --recipe lab -w small/ws --quiet
+        $DSG select $SMALL -w small/ws --quiet
         $DSG verify -w small/ws > verified
         cat /dev/zero > small/more 2> /dev/null || true
         export DSG_CHECKPOINT_SECONDS=0
-        second=0; $DSG calibrate --recipe lab -w small/ws --quiet || second=$?
+        second=0; $DSG calibrate $SMALL -w small/ws --quiet || second=$?
         ls -A small/ws > then
         rm small/more small/ballast
-        $DSG calibrate --recipe lab -w small/ws --quiet --resume
+        $DSG calibrate $SMALL -w small/ws --quiet --resume
         $DSG verify -w small/ws > verified
         exit $((status * 10 + second + 20))
         """,

@@ -24,7 +24,7 @@ from dsg_cli.stages import apply, calibrate, select, trial
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = ["calibrate.max_pieces=512", "corpora.limit=240"]
+SMALL = ["calibrate.max_pieces=512", "corpora.limit=80"]
 TOKEN = "hf_" + "Aa1" * 11
 
 

@@ -10,7 +10,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.hub import hub_errors, parse_address
 from dsg_cli.lab import data as lab
 
-SELECT = ("select", "--forget", "lab-hexes", "--retain", "lab-retain", "--sae", "lab", "-n", "8", "--limit", "200")
+SELECT = ("select", "--forget", "lab-hexes", "--retain", "lab-retain", "--sae", "lab", "-n", "8", "--limit", "80")
 
 
 def files_of(folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import python
+from conftest import SMALL_LAB, python
 from handmade import HEADER, RESULTS, chain, judged, report, write
 from test_docs import README
 
@@ -294,7 +294,8 @@ def test_the_workflow_s_commands_are_understood(dsg):
 def test_the_workflow_passes_on_the_lab_and_fails_when_forgetting_does(tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
     monkeypatch.setenv("DSG_WORKSPACE", WORKFLOW["jobs"]["guardrail"]["env"]["DSG_WORKSPACE"])
-    for words in COMMANDS:
+    (_, *run), (_, *evaluation) = COMMANDS
+    for words in (["run", *run, *SMALL_LAB[2:]], ["eval", *evaluation]):
         done = python("-m", "dsg_cli", *map(os.path.expandvars, words), cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
     page = (tmp_path / "page.md").read_text()

@@ -10,6 +10,7 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json, progress
+from dsg_cli.cli.running import import_libraries
 from dsg_cli.prompt_files import read_prompts
 from dsg_cli.report.answers import Screen
 
@@ -68,6 +69,7 @@ def command(
     asked = read_prompts(prompts or [], file)
     screen = Screen(resolved.generate.side, is_silent=as_json)  # Takes hold of stdout, which libraries do not get.
     with progress(quiet or (sys.stdout.isatty() and not as_json)) as report:
+        import_libraries()
         from dsg_cli.stages import generate
         from dsg_cli.workspace import Workspace
 

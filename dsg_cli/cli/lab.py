@@ -9,6 +9,7 @@ import typer
 
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.output import print_json, print_line, progress
+from dsg_cli.cli.running import import_libraries
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 
@@ -59,6 +60,7 @@ def train(
     if without and layers:
         raise DsgError("--without trains a model, --layer SAEs on the lab's own.", "Leave one of them out.")
     with progress(quiet) as report:
+        import_libraries()
         from dsg_cli.lab.export import train_and_export, train_at_layers, train_without
 
         if layers:

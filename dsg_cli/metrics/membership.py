@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 RESAMPLES = 500
 
@@ -46,6 +45,8 @@ def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
     Raises:
         ValueError: One of the two is empty.
     """
+    from sklearn.metrics import roc_auc_score
+
     labels = [1] * len(higher) + [0] * len(lower)
     return float(roc_auc_score(labels, [*higher, *lower]))
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy.stats import hmean, ks_2samp
-
 
 def probability(loss: float) -> float:
     """Of an answer, to the power of one over its length."""
@@ -42,6 +40,8 @@ def truthfulness(ratio: float) -> float:
 
 def model_utility(values: Sequence[float]) -> float:
     """Harmonic mean of probability, ROUGE-L and truthfulness on everything that is to be kept; 0 if one is 0."""
+    from scipy.stats import hmean
+
     return float(hmean(values)) if min(values) > 0 else 0.0
 
 
@@ -50,5 +50,7 @@ def forget_quality(ratios: Sequence[float], retrained: Sequence[float]) -> tuple
 
     Small p: the model can be told from one that never saw them.
     """
+    from scipy.stats import ks_2samp
+
     found = ks_2samp(ratios, retrained)
     return float(found.pvalue), float(found.statistic)

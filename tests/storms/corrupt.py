@@ -26,8 +26,8 @@ def make_workspace(folder: Path) -> None:
 
     light = folder.parent / "light.safetensors"
     commands = (
-        ["select", "--recipe", "lab"],
-        ["calibrate", "--recipe", "lab", "--set", "calibrate.max_pieces=256"],
+        ["select", "--recipe", "lab", "--limit", "80"],
+        ["calibrate", "--recipe", "lab", "--set", "corpora.limit=80"],
         ["apply", "--recipe", "lab"],
         ["eval", "--recipe", "lab", "--bench", "lab-hexes", "--limit", "8"],
         ["attack", "--recipe", "lab", "--kind", "dilution", "--limit", "8"],

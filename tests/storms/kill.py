@@ -98,7 +98,15 @@ def nth_newest(folder: Path, kind: str, n: int) -> str:
     return Workspace(folder).ids(kind)[-1 - n]
 
 
-def storm(n_kills: int, *, seed: int = 0, out=sys.stdout) -> dict[str, float]:
+def stages_on(n_documents: int | None) -> dict[str, list[str]]:
+    """The stages' commands; on so many documents of each corpus and a shorter attack, if a number is given."""
+    if n_documents is None:
+        return STAGES
+    short = [f"corpora.limit={n_documents}", "attack.relearn_steps=[0, 6]", "attack.dilution_lengths=[0, 16]"]
+    return {kind: [*words, *(word for one in short for word in ("--set", one))] for kind, words in STAGES.items()}
+
+
+def storm(n_kills: int, *, seed: int = 0, n_documents: int | None = None, out=sys.stdout) -> dict[str, float]:
     """Run the storm; what was counted.
 
     Raises:
@@ -111,20 +119,20 @@ def storm(n_kills: int, *, seed: int = 0, out=sys.stdout) -> dict[str, float]:
     from dsg_cli.stages import apply, attack, calibrate, evaluate, select, verify  # noqa: F401
 
     os.environ["DSG_CHECKPOINT_SECONDS"] = "0"
-    rng = random.Random(seed)
+    rng, stages = random.Random(seed), stages_on(n_documents)
     counts: Counter[str] = Counter()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         root, log = Path(scratch), Path(scratch) / "log"
         calm, stormy = root / "calm", root / "stormy"
         usual = {}
-        for kind, arguments in STAGES.items():
+        for kind, arguments in stages.items():
             start = time.monotonic()
             code = finished(child([*arguments, "-w", str(calm)], log))
             assert code == 0, (kind, code, log.read_text())
             usual[kind] = time.monotonic() - start
-        per_stage = -(-n_kills // len(STAGES))
-        for kind, arguments in STAGES.items():
+        per_stage = -(-n_kills // len(stages))
+        for kind, arguments in stages.items():
             n_killed = counts["killed"]
             while counts["killed"] < n_killed + per_stage:
                 resume = ["--resume"] if kind != "guardrail" and rng.random() < 0.5 else []
@@ -154,5 +162,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--documents", type=int, help="read so many of each corpus; all, unless it is given")
     options = parser.parse_args()
-    storm(options.kills, seed=options.seed)
+    storm(options.kills, seed=options.seed, n_documents=options.documents)
