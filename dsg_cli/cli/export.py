@@ -13,6 +13,7 @@ import typer
 from dsg_cli.cli import options as opt
 from dsg_cli.cli.following import in_workspace
 from dsg_cli.cli.output import hint, print_json, print_line, progress
+from dsg_cli.cli.running import import_libraries
 
 if TYPE_CHECKING:
     from dsg_cli.stages.export import Exported
@@ -47,6 +48,7 @@ def command(
         recipe, sets, device=None, dtype=None, seed=None, model__instead=instead, model__allow_mismatch=allow_mismatch
     )
     with progress(quiet) as report:
+        import_libraries()
         from dsg_cli.stages import export
         from dsg_cli.workspace import Workspace
 
