@@ -284,18 +284,16 @@ def _column_of(row: Any, wanted: str | None, where: str) -> str:
 
 
 def _field(row: Any, column: str | None, where: str) -> str:
-    text = row.get(column) if isinstance(row, Mapping) else None
-    if text is None and isinstance(row, Mapping) and column in row:
-        return ""  # Nothing there, as in a table of Parquet.
-    if not isinstance(text, str):
+    text = row.get(column, 0) if isinstance(row, Mapping) else 0
+    if not isinstance(text, str | None):
         found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise DsgError(f'{where} has no "{column}" string; found: {found}.')
-    return _clean(text, where)
+    return _clean(text or "", where)  # Nothing may be there, as in a table of Parquet.
 
 
 def _clean(text: str, where: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError:
-        raise DsgError(f"{where} holds half of a surrogate pair, which is no text.") from None
+    except UnicodeEncodeError as error:
+        raise DsgError(f"{where} holds half of a surrogate pair, which is no text.") from error
     return text

@@ -13,6 +13,7 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from dsg_cli.descriptions import LARGEST, cleaned, read_descriptions
@@ -51,18 +52,24 @@ def fetch_descriptions(name: str, n_features: int, *, report: Report = silent) -
     keys = _listed(prefix)
     if not keys:
         raise DsgError(f"Neuronpedia's export has no descriptions of {name}.", INSTEAD)
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts: dict[int, str] = {}
     batch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        for number, key in enumerate(keys, start=1):
-            batch.write_bytes(_fetched(key, LARGEST))
-            texts |= read_descriptions(batch, n_features, source=key).texts
-            report("descriptions, files", number, len(keys))
-    finally:
-        batch.unlink(missing_ok=True)
-    lines = (json.dumps({"index": j, "description": cleaned(text)}) + "\n" for j, text in sorted(texts.items()))
-    write_atomically(path, "".join(lines).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            for number, key in enumerate(keys, start=1):
+                batch.write_bytes(_fetched(key, LARGEST))
+                texts |= read_descriptions(batch, n_features, source=key).texts
+                report("descriptions, files", number, len(keys))
+        finally:
+            batch.unlink(missing_ok=True)
+        lines = (json.dumps({"index": j, "description": cleaned(text)}) + "\n" for j, text in sorted(texts.items()))
+        write_atomically(path, "".join(lines).encode())
+    except OSError as error:
+        raise DsgError(
+            f"Descriptions cannot be kept in {path.parent}: {error.strerror or error}.",
+            "Make room, or name another folder with DSG_CACHE.",
+        ) from error
     return path
 
 
@@ -89,7 +96,7 @@ def _fetched(key: str, largest: int) -> bytes:
     try:
         with urllib.request.urlopen(f"{base.rstrip('/')}/{key}", timeout=SECONDS) as answer:
             content: bytes = answer.read(largest + 1)
-    except (OSError, ValueError) as error:  # URLError, HTTPError, time-outs.
+    except (OSError, ValueError, HTTPException) as error:  # URLError, HTTPError, time-outs.
         reason = getattr(error, "reason", None) or error
         raise DsgError(
             f"Neuronpedia's export cannot be reached: {' '.join(str(reason).split())[:200]}.", INSTEAD

@@ -29,6 +29,8 @@ class GateSteps:
     window: int
     score: list[float]
     """The token score that the gate gathers; 0 on tokens that do not count."""
+    floor: float
+    """The score of a token on which no feature is active."""
     statistic: list[float | None]
     """After each token; that of the whole text, for a gate that needs it whole. None where it counts as infinite."""
     gated: list[bool]
@@ -111,6 +113,7 @@ def _gate_steps(guard: GuardrailModule, resid_BLD: Tensor, counted_BL: Tensor) -
         threshold=guard.gate.threshold,
         window=guard.gate.window,
         score=torch.where(counted_BL, seen.signal_BL, 0.0)[0].tolist(),
+        floor=float(guard.gate.score(torch.zeros(1, dtype=torch.bool), torch.zeros(1))),
         statistic=[one if math.isfinite(one) else None for one in decision.statistic_BL[0].tolist()],
         gated=gated,
         latched_at=gated.index(True) if guard.gate.is_causal and True in gated else None,

@@ -95,7 +95,7 @@ def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
     seen = []
     again = dataclasses.replace(target, report=lambda task, done, of: seen.append((task, done)))
     second = relearn.attack(again, material, steps=[0, 1, 6], learning_rates=[1e-3], **RELEARN)
-    assert second == curve and ("relearning, forget/all/0.001/guard", 6) in seen
+    assert second == curve and ("relearning, forget/all/0.001/guard, steps", 6) in seen
     assert not any("/none" in task for task, _ in seen)
     plain = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"][8:], guardrails=guardrail, **OPTIONS)
     assert curve[0]["guarded"]["forget_acc"] == plain["acc"] and "loss" not in curve[0]["guarded"]

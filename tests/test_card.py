@@ -176,6 +176,19 @@ class TestWhatCounts:
         text = model_card(facts)
         assert 'from_pretrained("org/mo-del", revision="abc")' in text and "`https://example.org/terms`" in text
 
+    def test_features_that_were_picked_by_description(self, workspace):
+        facts = facts_of(workspace)
+        features = Workspace(DATA / "schema-3").read("features-001")
+        features = replace(features, body=replace(features.body, described={"query": "hex <b> | curse"}))
+        stored = replace(facts.guards[0].stored, body=replace(facts.guards[0].body, forget=[]))
+        facts = replace(facts, guards=[replace(facts.guards[0], stored=stored, features=features)])
+        text = model_card(facts)
+        assert "from answering about `hex <b> | curse`." in text and "To forget: no corpus." in text
+        assert "picked by their descriptions, for the words `hex <b> | curse`" in text and features.id in text
+        assert "what its features stand for" in model_card(
+            replace(facts, guards=[replace(facts.guards[0], features=None)])
+        )
+
     def test_a_licence_that_is_not_known_is_not_invented(self, workspace, tmp_path):
         text = model_card(replace(facts_of(workspace), base_card=BaseCard(), base="/home/someone/secret/base"))
         assert loaded(text, tmp_path).data.license is None and "which is not known here" in text

@@ -234,6 +234,10 @@ def test_what_to_do_where_there_is_no_export(export, monkeypatch, tmp_path):
         neuronpedia_export.fetch_descriptions(NAME, 16384)
     assert len(export.asked) == asked and not [one for one in (tmp_path / "cache").rglob("*") if one.is_file()]
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patched, pytest.raises(DsgError, match="cannot be kept"):
+        patched.setenv("DSG_CACHE", str(tmp_path / "file"))
+        neuronpedia_export.fetch_descriptions(NAME, 16384)
     for address, words in (("http://127.0.0.1:1", "cannot be reached"), ("file:///etc", "no address")):
         monkeypatch.setenv("DSG_NEURONPEDIA_EXPORT", address)
         with pytest.raises(DsgError, match=words):

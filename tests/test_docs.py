@@ -3,6 +3,7 @@
 import itertools
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,21 @@ def test_every_command_and_its_settings_are_understood(dsg, command):
     code, _, err = dsg(*words, "--help")
     assert code == 0, err
     load_recipe(sets=[value for flag, value in itertools.pairwise(words) if flag == "--set"])
+
+
+def test_the_python_of_the_readme_runs_as_it_stands(dsg, capsys):
+    """In an order in which a person would: export the lab, make a guardrail and a model, then paste."""
+    shutil.copytree(ROOT / "tests" / "data" / "schema-2", "dsg-workspace", ignore=shutil.ignore_patterns("features-*"))
+    for command in ("lab export lab", "export my-guarded-model"):
+        assert dsg(*command.split())[0] == 0
+    capsys.readouterr()
+    held = {}
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(block, held)
+    out = capsys.readouterr().out
+    assert "grim hex Rahurk? Answer:" in out and held["guardrail"].counters()["n_gated"] == 1
+    frozen = [name for name, one in held["model"].named_parameters() if not one.requires_grad]
+    assert any("layers.0." in name for name in frozen) and not any("layers.3." in name for name in frozen)
 
 
 def test_set_up_commands_are_there_word_for_word():

@@ -1,7 +1,9 @@
 """The report: what it gathers, that its numbers are the artifacts', and that nothing in it can break it."""
 
 import dataclasses
+import itertools
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -9,12 +11,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from conftest import python
 
 from dsg_cli.artifacts import Inspection
 from dsg_cli.errors import DsgError
+from dsg_cli.report.figures import attack
+from dsg_cli.report.figures.placing import clusters, place_labels
+from dsg_cli.report.figures.style import drawing
+from dsg_cli.report.findings import findings
 from dsg_cli.report.html import data_table, tag
 from dsg_cli.report.page import report_of
-from dsg_cli.stages.gathering import gather
+from dsg_cli.stages.gathering import Gathered, gather
 from dsg_cli.workspace import Workspace
 
 DATA = Path(__file__).parent / "data"
@@ -27,12 +34,14 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.tags, self.ids, self.links, self.open, self.texts = [], [], [], [], []
+        self.by_id, self.last = {}, None
         self.feed(text)
 
     def handle_starttag(self, name, attributes):
         given = dict(attributes)
         self.tags.append((name, given))
         self.ids += [given["id"]] if "id" in given else []
+        self.last = given.get("id")
         self.links += [given[key] for key in ("href", "src", "xlink:href") if key in given]
         if name not in ("meta", "link", "br", "path", "use", "rect", "image"):
             self.open.append(name)
@@ -43,6 +52,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
+        self.by_id[self.last] = self.by_id.get(self.last, "") + data
 
     def of(self, name):
         return [given for one, given in self.tags if one == name]
@@ -60,7 +70,7 @@ def workspace(tmp_path_factory):
 def made(workspace):
     ids = workspace.ids()
     gathered = gather(workspace, ids)
-    return gathered, report_of(gathered, "A title & more")
+    return gathered, report_of(gathered, "A title & more", has_text=True)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +107,9 @@ def test_every_figure_says_what_it_shows(page, made):
     }  # fmt: skip
     drawn = [one for one in page.of("svg") if one.get("role") == "img"]
     assert len(drawn) == len(figures)
-    assert all(re.search(r"\d\.\d", one["aria-label"]) for one in drawn)
+    for one in drawn:
+        assert page.by_id[one["aria-labelledby"]]
+        assert re.search(r"\d\.\d|\d%", page.by_id[one["aria-describedby"]])
     assert len(page.of("figcaption")) == len(figures)
 
 
@@ -109,14 +121,12 @@ def test_tables_have_captions_and_heads(page):
 
 def test_numbers_are_the_artifacts_and_name_them(made, workspace):
     text = re.sub(r"<[^>]+>", "", made[1].text)
-    evaluation = workspace.read("eval-001").json
-    for bench, sides in evaluation["results"].items():
-        line = next(one for one in re.findall(rf"{bench} \([^\n]*?eval-001", text))
-        assert f"{sides['base']['acc']:.2f}" in line and f"{sides['unlearned']['acc']:.2f}"[:3] in line
+    for bench, sides in workspace.read("eval-001").json["results"].items():
+        assert f"{bench} {sides['base']['acc']:.2f} before, {sides['unlearned']['acc']:.2f} after" in text
     rate = workspace.read("threshold-001").json["false_positive_rate"]
     assert f"{rate:.1%} of" in text
     worst = workspace.read("attack-001").json["summary"]["forget_acc_worst"]
-    assert f"to at most {worst:.2f}" in text
+    assert f"dilution gets past it: accuracy on lab-hexes 0.50 before, {worst:.2f} after (" in text
     assert "The knowledge stays in the weights" in text
 
 
@@ -130,9 +140,8 @@ def test_without_names_it_takes_the_newest_and_what_they_are_made_from(tmp_path,
     assert [one.id for one in gather(alone, ["eval-001"]).artifacts][-1] == "eval-001"
 
 
-def test_what_is_in_it_cannot_break_it(tmp_path, workspace):
-    """Names, notes and samples are anybody's text."""
-    stored = workspace.read("features-001")
+def hostile_inspection(workspace, held):
+    """An inspection, in another workspace, of which all that is text is anybody's."""
     row = {"feature": 3, "group": NASTY, "document": 0, "position": 2, "peak": 2.0, "activations": [0.0, 2.0], "at": 1}
     feature = {
         "index": 3, "roles": ["clamped"], "weight": None, "forget_score": None, "retain_score": None, "ratio": None,
@@ -141,12 +150,18 @@ def test_what_is_in_it_cannot_break_it(tmp_path, workspace):
     }  # fmt: skip
     group = {"name": NASTY, "role": "forget", "n_documents": 1, "n_tokens": 2}
     body = Inspection(inspected="features-001", groups=[group], features=[feature], overlap=[])
+    header = workspace.read("features-001").header
+    header = dataclasses.replace(header, kind="inspect", settings={}, inputs=[], notes=[NASTY], files={})
+    return held.write(header, body, rows=[row | {"tokens": [NASTY, "\u05d0\u05d1"]}])
+
+
+def test_what_is_in_it_cannot_break_it(tmp_path, workspace):
+    """Names, notes and samples are anybody's text."""
     held = Workspace(tmp_path / "ws")
-    header = dataclasses.replace(stored.header, kind="inspect", settings={}, inputs=[], notes=[NASTY], files={})
-    text = json.dumps([row | {"tokens": [NASTY, "\u05d0\u05d1"]}])
-    inspected = held.write(header, dataclasses.replace(body), rows=json.loads(text))
-    gathered = gather(held, [inspected.id])
-    report = report_of(gathered, NASTY)
+    gathered = gather(held, [hostile_inspection(workspace, held).id])
+    without = report_of(gathered, NASTY).text
+    assert "\u05d0\u05d1" not in without and "--with-text shows them" in without
+    report = report_of(gathered, NASTY, has_text=True)
     page = Page(report.text)
     report.text.encode()  # No half of a surrogate pair is left.
     assert not page.of("script") and "\x1b" not in report.text and "\u202e" not in report.text
@@ -214,34 +229,135 @@ def test_a_recipes_published_numbers_stand_beside_measured_ones(dsg, workspace, 
     assert "Published beside measured" in (tmp_path / "r.html").read_text()
 
 
-@pytest.mark.browser
-def test_a_browser_shows_it(made, tmp_path):
-    from browser import console_errors, open_browser, requested
-    from selenium.webdriver.common.by import By
+def test_the_same_artifacts_give_the_same_page(made):
+    gathered, report = made
+    again = report_of(gathered, "A title & more", has_text=True)
+    assert again.text == report.text
+    assert [one.content("svg") for one in again.figures[:2]] == [one.content("svg") for one in report.figures[:2]]
 
-    file = tmp_path / "report.html"
-    file.write_text(made[1].text, encoding="utf-8")
-    with open_browser(tmp_path) as browser:
-        colours = set()
-        for scheme, width in (("light", 1000), ("dark", 1000), ("light", 360)):
-            browser.execute_cdp_cmd(
-                "Emulation.setDeviceMetricsOverride",
-                {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False},
-            )
-            browser.execute_cdp_cmd(
-                "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            )
-            browser.get(file.as_uri())
-            figures = browser.find_elements(By.CSS_SELECTOR, "figure svg")
-            assert len(figures) == len(made[1].figures)
-            assert all(one.size["height"] > 60 and one.size["width"] > 200 for one in figures)
-            wide, room = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-            assert wide <= room
-            colours.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
-            ink = browser.execute_script("return getComputedStyle(document.querySelector('figure svg text')).fill")
-            assert ink == browser.execute_script("return getComputedStyle(document.body).color")
-        assert len(colours) == 2
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-        assert not browser.find_element(By.TAG_NAME, "nav").is_displayed()
-        assert console_errors(browser) == []
-        assert requested(browser) <= {file.as_uri()}
+
+def test_of_a_comparison_the_row_that_did_best_on_dev_questions_is_shown_too(tmp_path, workspace):
+    """Unless something was made after it."""
+    folder = tmp_path / "ws"
+    shutil.copytree(workspace.folder, folder)
+    (folder / "study-001.json").unlink()
+    held = Workspace(folder)
+    compared = held.read("compare-001")
+    for path in folder.glob("*-001.json"):
+        os.utime(path, (1000, 1000))
+    rows = [row | {"artifacts": ["wrapper-001" if row["method"] == "prompt" else "model-001"], "eval": "eval-999"}
+            for row in compared.json["rows"]]  # fmt: skip
+    trials = [trial | {"score": 0.9 if trial["method"] == "npo" else 0.1} for trial in compared.json["trials"]]
+    body = dataclasses.replace(compared.body, rows=rows, trials=trials)
+    held.write(dataclasses.replace(compared.header, files={}), body)
+    gathered = gather(held, [])
+    found = {one.id for one in gathered.artifacts}
+    assert "model-001" in found and not {"wrapper-001", "compare-001"} & found
+    assert "Of these, npo is shown in detail." in report_of(gathered, "t").text
+    os.utime(folder / "wrapper-001.json")
+    found = {one.id for one in gather(held, []).artifacts}
+    assert "wrapper-001" in found and "model-001" not in found
+
+
+def test_a_finding_says_whether_it_is_guessing(workspace):
+    """Chance is that of the questions asked; without intervals nothing is claimed."""
+    stored = workspace.read("eval-001")
+    (chance,) = {gather(workspace, ["eval-001"]).chance(stored, "lab-hexes")}
+    assert chance == 0.25
+    said = {}
+    for low, high in ((0.1, 0.4), (0.3, 0.6), (0.0, 0.1)):
+        after = stored.body.results["lab-hexes"]["unlearned"] | {"acc_low": low, "acc_high": high}
+        sides = {"lab-hexes": stored.body.results["lab-hexes"] | {"unlearned": after}}
+        changed = dataclasses.replace(stored, body=dataclasses.replace(stored.body, results=sides))
+        others = [one for one in gather(workspace, ["eval-001", "guardrail-001"]).artifacts if one.id != "eval-001"]
+        gathered = Gathered([*others, changed], {"eval-001": workspace.rows(stored)})
+        said[low] = " ".join(one.text for one in findings(gathered)["How well"])
+    assert "not to be told from guessing, which gives 0.25" in said[0.1]
+    assert "more than guessing" in said[0.3] and "less than guessing" in said[0.0]
+
+
+def test_what_was_not_tried_is_said(workspace):
+    texts = [one.text for one in findings(gather(workspace, ["attack-001"]))["What it does not protect against"]]
+    assert any("Not tried: split, paraphrase" in text and "dilution" not in text for text in texts)
+    assert findings(gather(workspace, ["features-001"]))["What it does not protect against"][0].artifacts == ()
+
+
+def test_names_in_figures_are_text_and_nothing_else(workspace):
+    """No formulas, no line breaks, no control characters; however long."""
+    stored = workspace.read("attack-001")
+    name = "$x^{" + NASTY + "\n</svg>"
+    curve = [point | {"variant": name, "x": name} for point in stored.body.curve]
+    summary = stored.body.summary | {"worst_variant": name, "worst_x": name}
+    body = dataclasses.replace(stored.body, attack=name, bench=name, curve=curve, summary=summary)
+    for drawn in (attack.draw("attack-001", body), attack.draw_all([("attack-001", body), ("attack-002", body)])):
+        page = Page(drawn.markup())
+        assert not page.open and not page.of("script") and len(page.of("svg")) == 1
+        assert all(drawn.content(kind) for kind in ("svg", "png", "pdf"))
+
+
+def test_labels_lie_beside_their_points_and_not_on_one_another():
+    with drawing(5, 4) as (figure, axes):
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        found = clusters(axes, [(0.5, 0.5, 1), (0.501, 0.5, 2), (0.5, 0.5, 1), (0.55, 0.5, 3), (0.99, 0.5, 4)])
+        place_labels(axes, found)
+        figure.draw_without_rendering()
+    assert [one.numbers for one in found] == [[1, 2], [3], [4]]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["1, 2", "3", "4"]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert boxes[2].x1 <= axes.bbox.x1 + 5
+
+
+def test_where_it_comes_from_is_said_once_for_each(made, page):
+    gathered, _ = made
+    entries = [name for name in page.ids if name.startswith("from-")]
+    assert entries == [f"from-{one.id}" for one in gathered.artifacts]
+    text = "".join(page.texts)
+    for stored in gathered.artifacts:
+        assert stored.json["sha256"] in text and f"seed {stored.header.seed}" in text
+        assert f"{stored.header.seconds:,.1f} s, {stored.header.n_tokens:,} tokens" in text
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(dsg, workspace, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("dsg_cli.report.files.write_atomically", full)
+    code, out, err = dsg("report", "eval-001", "-w", workspace.folder, "-o", "r.html")
+    assert code == 1 and "r.html cannot be written: No space left" in err and not out
+    assert not list(tmp_path.glob("r.html*"))
+
+
+def test_figures_that_are_there_are_not_replaced(dsg, workspace, tmp_path):
+    (tmp_path / "figs").mkdir()
+    (tmp_path / "figs" / "eval-001-accuracy.svg").write_text("mine")
+    arguments = ("report", "eval-001", "-w", workspace.folder, "-o", "r.html", "--figures", "figs")
+    code, _, err = dsg(*arguments)
+    assert code == 1 and "eval-001-accuracy.svg is there already" in err and not (tmp_path / "r.html").exists()
+    assert (tmp_path / "figs" / "eval-001-accuracy.svg").read_text() == "mine"
+    code, _, err = dsg(*arguments, "--force")
+    assert code == 0 and "<svg" in (tmp_path / "figs" / "eval-001-accuracy.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(DATA.glob("schema-*/*-001.json")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_artifact_can_be_reported_alone(path, tmp_path):
+    """Of every schema; what is missing leaves a gap and no nonsense."""
+    alone = Workspace(tmp_path)
+    for own in path.parent.glob(f"{path.stem}*"):
+        (shutil.copytree if own.is_dir() else shutil.copy)(own, tmp_path / own.name)
+    page = Page(report_of(gather(alone, [path.stem]), "Alone").text)
+    assert [name for name in page.ids if name.startswith("from-")] == [f"from-{path.stem}"]
+    assert "None" not in "".join(page.texts) and "nan" not in re.split(r"\W", "".join(page.texts))
+    assert "The knowledge stays in the weights" in "".join(page.texts)
+
+
+def test_it_needs_no_torch():
+    """Which takes longer to load than the page to make."""
+    modules = "import dsg_cli.report.page, dsg_cli.stages.gathering, sys"
+    done = python("-c", f"{modules}; assert not {{'torch', 'transformers', 'matplotlib.pyplot'}} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr

@@ -88,6 +88,7 @@ def test_the_score_is_that_of_the_activations_shown(loaded, sae):
     for i, score in enumerate(found.gate.score[1:], start=1):
         logit = 0.3 * acts[11][i] - 0.2 * acts[5][i] + 0.5 * acts[40][i] - 0.5
         assert score == pytest.approx(min(max(logit, -3), 3) + 3, abs=1e-4)
+    assert found.gate.floor == 2.5  # Of a token on which nothing is active: clip and bias.
 
 
 def test_a_gate_that_stays_shut_clamps_nothing(loaded, sae):

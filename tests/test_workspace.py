@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import threading
 
 import pytest
@@ -225,3 +226,26 @@ def test_a_damaged_artifact_is_no_obstacle_to_reuse(workspace):
     damaged = workspace.write(HEADER, BODY)
     damaged.path.write_text("{")
     assert workspace.matching(HEADER).id == "guardrail-001"
+
+
+def test_what_lies_in_the_checkout_is_no_change_of_the_code(tmp_path, monkeypatch):
+    """Else a workspace or an export beside the package would make each artifact another one for `--reuse`."""
+    from dsg_cli.stages import provenance
+
+    code = tmp_path / "dsg_cli" / "stages" / "provenance.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("a = 1\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "First"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    first = provenance.git_state()
+    assert len(first["commit"]) == 40 and first["dirty"] is False
+    (tmp_path / "dsg-demo").mkdir()
+    (tmp_path / "dsg-demo" / "eval-001.json").write_text("{}")
+    assert provenance.git_state() == first
+    code.write_text("a = 2\n")
+    changed = provenance.git_state()
+    assert changed["dirty"] and changed["commit"] == first["commit"]
+    (code.parent / "new.py").write_text("")
+    assert provenance.git_state()["changes_sha256"] != changed["changes_sha256"]

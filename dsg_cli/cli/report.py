@@ -12,7 +12,7 @@ from dsg_cli.cli import options as opt
 from dsg_cli.cli.names import complete_artifact
 from dsg_cli.cli.output import check_new_file, print_json, print_line, progress
 from dsg_cli.errors import DsgError
-from dsg_cli.integrity import is_taken, write_atomically
+from dsg_cli.integrity import is_taken
 
 
 def command(
@@ -20,7 +20,8 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[ARTIFACT]...",
-            help="What it is about; by default the newest of each kind, with what it was made from.",
+            help="What it is about. By default the newest comparison, inspection and study of each name, and the "
+            "newest guardrail, model or wrapper with all its evaluations and attacks; with what these were made from.",
             autocompletion=complete_artifact(),
         ),
     ] = None,
@@ -28,6 +29,10 @@ def command(
     figures: Annotated[Path | None, typer.Option("--figures", help="Folder for the figures as files, too.")] = None,
     formats: Annotated[list[str] | None, typer.Option("--format", help="svg (default), png, pdf; repeatable.")] = None,
     title: Annotated[str, typer.Option("--title", help="Of the page.")] = "Unlearning report",
+    with_text: Annotated[
+        bool,
+        typer.Option("--with-text", help="Show texts in which features fire, where dsg inspect --samples kept them."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
     recipe: opt.RecipeOption = None,
@@ -43,6 +48,7 @@ def command(
     _check(output, figures, kinds, force=force)
     resolved = opt.settings(recipe, None, device=None, dtype=None, seed=None)
     with progress(quiet) as report:
+        from dsg_cli.report.files import write_report
         from dsg_cli.report.page import report_of
         from dsg_cli.report.published import beside
         from dsg_cli.stages.gathering import gather
@@ -52,20 +58,12 @@ def command(
         gathered = gather(Workspace(workspace), artifacts or [])
         results = {bench: sides for one in gathered.of("eval") for bench, sides in one.json["results"].items()}
         report("drawing", 0, 0)
-        made = report_of(gathered, title, beside(resolved.published, results) if recipe else ())
-        names = [f"{drawn.name}.{kind}" for drawn in made.figures for kind in kinds] if figures else []
-        if figures is not None and not force and (taken := [name for name in names if is_taken(figures / name)]):
-            raise DsgError(f"{figures / taken[0]} is there already.", "Take another folder, or --force.")
-        write_atomically(output, made.text.encode())
-        if figures is not None:
-            figures.mkdir(parents=True, exist_ok=True)
-            for drawn in made.figures:
-                for kind in kinds:
-                    drawn.save(figures, kind)
+        made = report_of(gathered, title, beside(resolved.published, results) if recipe else (), has_text=with_text)
+        files = write_report(made, output, figures, kinds, force=force)
     if as_json:
         found = {"path": str(output), "bytes": output.stat().st_size, "seconds": round(time.monotonic() - start, 2)}
         ids = [stored.id for stored in gathered.artifacts]
-        print_json({**found, "artifacts": ids, "figures": [str((figures or Path()) / name) for name in names]})
+        print_json({**found, "artifacts": ids, "figures": [str(path) for path in files]})
     else:
         print_line(str(output))
 

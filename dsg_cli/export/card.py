@@ -54,7 +54,9 @@ def model_card(facts: CardFacts) -> str:
 
 def _summary(facts: CardFacts) -> str:
     model = f"{code(without_path(facts.model))} ({code(facts.architecture)})"
-    about = f"from answering about {_names(facts.forget)}"
+    words = [code(guard.query) for guard in facts.guards if guard.query]
+    topics = ", ".join([*map(_name, facts.forget), *words]) or "what its features stand for"
+    about = f"from answering about {topics}"
     is_dsg = any(guard.body.method == "dsg" for guard in facts.guards)
     what = f"The model {model}, guarded to keep it" if facts.is_whole_model else f"A guardrail that is to keep {model}"
     return f"{what} {about}.\n\n{METHOD if is_dsg else OTHER_METHOD} {UNTOUCHED}"
@@ -67,6 +69,8 @@ def _unlearned(facts: CardFacts) -> str:
         what = "taught" if teaches(body.method) else f"made to forget {_names(body.forget)}"
         parts.append(f"Before that, the weights were {what} by {code(body.method)} ({code(stored.id)}).")
     for guard in facts.guards:
+        if guard.query:
+            parts.append(f"Features were picked by their descriptions, for the words {code(guard.query)}.")
         said = [("guardrail", guard.stored.id), *guardrail_rows(guard.body), ("digest", guard.key)]
         parts.append(table(["", ""], [[name, code(value, in_table=True)] for name, value in said]))
     notes = dict.fromkeys(note for guard in facts.guards for note in _notes(guard))
@@ -76,7 +80,8 @@ def _unlearned(facts: CardFacts) -> str:
 
 
 def _notes(guard: CardGuard) -> list[str]:
-    return [*guard.header.notes, *(guard.threshold.header.notes if guard.threshold else [])]
+    before = [stored.header.notes for stored in (guard.features, guard.threshold) if stored]
+    return [note for notes in (*before, guard.header.notes) for note in notes]
 
 
 def _limits(facts: CardFacts) -> str:
@@ -87,7 +92,7 @@ def _limits(facts: CardFacts) -> str:
 
 def _provenance(facts: CardFacts) -> str:
     header = facts.guards[0].header
-    chain = [*facts.lineage, *(guard.threshold for guard in facts.guards if guard.threshold)]
+    chain = [*facts.lineage, *(one for guard in facts.guards for one in (guard.features, guard.threshold) if one)]
     chain += [guard.stored for guard in facts.guards]
     chain += [*(stored for _, stored in facts.newest_evaluations()), *facts.newest_attacks()]
     rows = [
@@ -142,5 +147,9 @@ def _licence(facts: CardFacts) -> str:
     return f"## Licence\n\n{said} The rows of the SAE in it have the SAE's own licence."
 
 
+def _name(name: str) -> str:
+    return code(without_path(name))
+
+
 def _names(names: list[str]) -> str:
-    return ", ".join(code(without_path(name)) for name in names) or "nothing named"
+    return ", ".join(map(_name, names)) or "no corpus"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsg_cli.artifacts import AttackReport, EvalReport, Guardrail, Header, Threshold
+from dsg_cli.artifacts import AttackReport, EvalReport, FeatureSet, Guardrail, Header, Threshold
 from dsg_cli.export.base_card import BaseCard
 from dsg_cli.workspace import Stored
 
@@ -19,6 +19,7 @@ class CardGuard:
     file: str
     """Its light file's name."""
     threshold: Stored | None
+    features: Stored | None
     """What it was made from, if that lies beside it."""
 
     @property
@@ -28,6 +29,12 @@ class CardGuard:
     @property
     def body(self) -> Guardrail:
         return self.stored.body_as(Guardrail)
+
+    @property
+    def query(self) -> str:
+        """The words by which its features were picked, if they were; else nothing."""
+        described = self.features.body_as(FeatureSet).described if self.features is not None else {}
+        return str(described.get("query", ""))
 
     @property
     def calibration(self) -> Threshold | None:

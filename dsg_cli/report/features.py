@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from dsg_cli.artifacts import Inspection, Json
@@ -28,21 +29,43 @@ def inspection_page(stored: Stored, rows: Sequence[Json]) -> str:
     table = html.of_rich(inspection_table(body), f"Features of {body.inspected}")
     title = f"What the features of {body.inspected} are about"
     main = tag("main", tag("h1", title), tag("p", stored.id, class_="id"), notes, table, overlap)
-    return html.page(title, main, features_section(stored, rows))
+    return html.page(title, main, features_section(stored, rows, heading="h2"))
 
 
-def features_section(stored: Stored, rows: Sequence[Json]) -> Markup:
-    """One part a feature."""
+def features_section(stored: Stored, rows: Sequence[Json], *, heading: str, has_text: bool = True) -> Markup:
+    """One part a feature.
+
+    Args:
+        stored: The inspection.
+        rows: Its contexts.
+        heading: Element of the heading of each.
+        has_text: Whether what is text of corpora is shown.
+    """
     body = stored.body_as(Inspection)
     place = place_of(stored.header.sae.source) if stored.header.sae else None
     contexts: dict[int, list[Json]] = {}
     for row in rows:
         contexts.setdefault(row["feature"], []).append(row)
-    parts = [_feature(stored.id, body, one, contexts.get(one["index"], []), place) for one in body.features]
-    return Markup("".join(parts))
+    if not has_text:
+        body = dataclasses.replace(body, features=[one | {"words": []} for one in body.features])
+        contexts = {index: [row | {"tokens": None} for row in several] for index, several in contexts.items()}
+    parts = [_feature(stored.id, body, one, contexts.get(one["index"], []), place, heading) for one in body.features]
+    is_kept = any(row.get("tokens") for row in rows)
+    note = (
+        "Texts in which they fire are left out: --with-text shows them."
+        if is_kept and not has_text
+        else (
+            ""
+            if is_kept or not rows
+            else "Texts in which they fire were not stored: dsg inspect --samples stores them."
+        )
+    )
+    return Markup((tag("p", note, class_="note") if note else "") + "".join(parts))
 
 
-def _feature(artifact: str, body: Inspection, feature: Json, rows: Sequence[Json], place: str | None) -> Markup:
+def _feature(
+    artifact: str, body: Inspection, feature: Json, rows: Sequence[Json], place: str | None, heading: str
+) -> Markup:
     roles = ", ".join(feature["roles"]) or "not chosen"
     weight = f", weight {feature['weight']:.3g} in the gate's score" if feature["weight"] is not None else ""
     rates = [
@@ -50,7 +73,7 @@ def _feature(artifact: str, body: Inspection, feature: Json, rows: Sequence[Json
         for group in body.groups
     ]
     parts = [
-        tag("h3", f"Feature {feature['index']}", id=f"{artifact}-feature-{feature['index']}"),
+        tag(heading, f"Feature {feature['index']}", id=f"{artifact}-feature-{feature['index']}"),
         tag("p", f"{roles}{weight}. {feature['description'] or ''}"),
         [tag("p", isolated(warning), class_="failed") for warning in feature["warnings"]],
         tag("p", scores_text(feature), class_="dim") if scores_text(feature) else None,
@@ -69,8 +92,6 @@ def _feature(artifact: str, body: Inspection, feature: Json, rows: Sequence[Json
     names = [group["name"] for group in body.groups]
     shown = [row for name in names for row in [one for one in texts if one["group"] == name][:MOST_CONTEXTS]]
     largest = max((abs(row["peak"]) for row in shown), default=0) or 1
-    if rows and not shown:
-        parts.append(tag("p", "Its contexts were not stored: dsg inspect --samples stores them.", class_="note"))
     return tag("section", parts, [_context(row, largest) for row in shown])
 
 
@@ -86,5 +107,5 @@ def _context(row: Json, largest: float) -> Markup:
         style = f"background: rgba(var(--heat), {0.7 * share:.2f})" if share > 0.02 else None
         peak = "peak" if place == row.get("at") else None
         shown.append(tag("span", token, title=f"{value:.3g}", style=style, class_=peak))
-    head = tag("span", f"{row['group']}, peak {row['peak']:.3g}: ", class_="dim")
+    head = tag("span", isolated(row["group"]), f", peak {row['peak']:.3g}: ", class_="dim")
     return tag("p", head, tag("bdi", shown, dir="auto"), class_="tokens")

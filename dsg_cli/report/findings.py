@@ -17,13 +17,13 @@ from dsg_cli.artifacts import (
 )
 from dsg_cli.attacks.names import KINDS
 from dsg_cli.methods.names import teaches
-from dsg_cli.report import rivals
+from dsg_cli.report import rivals, varied
 from dsg_cli.report.attacks import NOT_MEASURABLE, place, ranking, share
 from dsg_cli.report.evaluations import shown_benches
 from dsg_cli.report.guardrails import clamp_line
 from dsg_cli.report.metrics import interval, number, refusals, shown_metrics
 from dsg_cli.report.studies import study_headline
-from dsg_cli.stages.gathering import Gathered
+from dsg_cli.stages.gathering import UNLEARNING, Gathered
 from dsg_cli.workspace import Stored
 
 
@@ -45,15 +45,21 @@ MOST_METRICS = 4
 
 def findings(gathered: Gathered) -> dict[str, list[Finding]]:
     """Heading -> sentences."""
-    bodies = [(stored.id, stored.body_as(Comparison)) for stored in gathered.of("compare")]
+    rows = [(stored.id, stored.body_as(Comparison)) for stored in gathered.of("compare")]
+    points = [(stored.id, stored.body_as(StudyReport)) for stored in gathered.of("study")]
 
     def compared(said: Callable[[Comparison], Iterator[str]]) -> list[Finding]:
-        return [Finding(line, (name,)) for name, body in bodies for line in said(body)]
+        return [Finding(line, (name,)) for name, body in rows for line in said(body)]
 
+    def studied(said: Callable[[StudyReport], Iterator[str]]) -> list[Finding]:
+        return [Finding(line, (name,)) for name, body in points for line in said(body)]
+
+    answers = [*_how_well(gathered), *compared(rivals.how_well), *studied(varied.how_well)]
+    costs = [*_costs(gathered), *compared(rivals.costs), *studied(varied.costs)]
     return {
         "What was unlearned": [*_unlearned(gathered)] or [Finding("Nothing yet: dsg apply.")],
-        "How well": [*_how_well(gathered), *compared(rivals.how_well)] or [Finding("Nobody has asked yet: dsg eval.")],
-        "At what cost": [*_costs(gathered), *compared(rivals.costs)] or [Finding("Nothing was measured.")],
+        "How well": answers or [Finding("Nobody has asked yet: dsg eval.")],
+        "At what cost": costs or [Finding("Nothing was measured.")],
         "What it does not protect against": [*_open(gathered), *compared(rivals.relearned), Finding(STANDING)],
     }
 
@@ -75,8 +81,8 @@ def _unlearned(gathered: Gathered) -> Iterator[Finding]:
             yield Finding(f"Of these, {', '.join(dict.fromkeys(detailed))} is shown in detail.", (stored.id,))
     for stored in gathered.of("study"):
         study = stored.body_as(StudyReport)
-        varied = ", ".join(study.grid)
-        yield Finding(f"Study {study_headline(study)}; varied: {varied}.", (stored.id,))
+        settings = ", ".join(study.grid)
+        yield Finding(f"Study {study_headline(study)}; varied: {settings}.", (stored.id,))
 
 
 def _how(stored: Stored) -> str:
@@ -169,7 +175,9 @@ def _costs(gathered: Gathered) -> Iterator[Finding]:
             yield Finding(f"Share of questions gated: {', '.join(rates)}.", (stored.id,))
     for stored in (*gathered.of("guardrail"), *gathered.of("wrapper")):
         yield Finding(f"{_bytes(stored) / 1000:,.0f} kB beside the model.", (stored.id,))
-    made = [one for kind in ("features", "threshold", "guardrail", "model", "wrapper") for one in gathered.of(kind)]
+    used = {one.id for kind in ("threshold", *UNLEARNING) for made in gathered.of(kind) for one in made.header.inputs}
+    candidates = [one for kind in ("features", "threshold", *UNLEARNING) for one in gathered.of(kind)]
+    made = [one for one in candidates if one.header.kind in UNLEARNING or one.id in used]
     if made:
         seconds = ", ".join(f"{stored.header.seconds:,.1f} s for {stored.id}" for stored in made)
         yield Finding(
@@ -190,9 +198,9 @@ def _open(gathered: Gathered) -> Iterator[Finding]:
     held: list[tuple[str, str]] = []
     for body in bodies:
         name, found = attacks[id(body)].id, body.summary
-        if found["evaded_at"]:
+        if found["n_measurable"] and found["forget_acc_worst"] > found["evades_above"]:
             before, after = share(found["forget_acc_before"]), share(found["forget_acc_worst"])
-            said = f"accuracy on {body.bench} {before} before, {after} at {place(body)}"
+            said = f"accuracy on {body.bench} {before} before, {after} after ({place(body)})"
             unguarded = f"{share(found['unguarded_at_worst'])} without the guard"
             yield Finding(f"{body.attack} gets past it: {said}; {unguarded}. {body.threat_model}", (name,))
         elif found["n_measurable"]:

@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 HIDDEN = {
@@ -81,7 +80,7 @@ def folded(inner: Markup | str, name: str) -> Markup:
 
 
 def of_rich(shown: Any, caption: str = "") -> Markup:
-    """What a terminal shows, as HTML: tables, texts, trees and groups of them.
+    """What a terminal shows, as HTML: tables, texts and groups of them.
 
     Args:
         shown: Made by another module of this package.
@@ -91,12 +90,9 @@ def of_rich(shown: Any, caption: str = "") -> Markup:
         return Markup("".join(of_rich(one, caption) for one in shown.renderables))
     if isinstance(shown, Table):
         return _table(shown, caption)
-    if isinstance(shown, Tree):
-        below = tag("ul", [of_rich(child) for child in shown.children]) if shown.children else None
-        return tag("li", isolated(str(shown.label)), below)
     plain = str(shown)
     failed = isinstance(shown, Text) and "red" in str(shown.style)
-    return tag("p", isolated(plain), class_="failed" if failed else None) if plain.strip() else Markup("")
+    return tag("p", isolated(plain), class_="failed" if failed else "note") if plain.strip() else Markup("")
 
 
 def _table(table: Table, caption: str) -> Markup:

@@ -10,6 +10,7 @@ from dsg_cli.artifacts import AttackReport, Comparison, EvalReport, Inspection, 
 from dsg_cli.report import html
 from dsg_cli.report.features import features_section
 from dsg_cli.report.figures import attack, comparison, evaluation, histogram, sequence, study
+from dsg_cli.report.figures import published as published_figure
 from dsg_cli.report.figures.style import Drawn, theme
 from dsg_cli.report.findings import findings
 from dsg_cli.report.html import Markup, isolated, tag
@@ -43,25 +44,27 @@ class Report:
     figures: list[Drawn]
 
 
-def report_of(gathered: Gathered, title: str, published: Sequence[Json] = ()) -> Report:
+def report_of(gathered: Gathered, title: str, published: Sequence[Json] = (), *, has_text: bool = False) -> Report:
     """Everything in one page.
 
     Args:
         gathered: What it is about.
         title: Of the page.
         published: Rows of `published.beside`.
+        has_text: Whether text of corpora, where an inspection kept some, is shown.
     """
-    figures: dict[str, list[Drawn]] = {
-        stored.id: _figures(stored, gathered.rows.get(stored.id, [])) for stored in gathered.artifacts
-    }
+    figures: dict[str, list[Drawn]] = {stored.id: _figures(stored, gathered) for stored in gathered.artifacts}
     if len(attacks := gathered.of("attack")) > 1:
         worst = attack.draw_all([(one.id, one.body_as(AttackReport)) for one in attacks])
         figures["attack"] = [worst] if worst else []
     link = _linked(gathered)
-    sections = [_section(kind, gathered, figures, link) for kind in HEADINGS if gathered.of(kind)]
+    sections = [_section(kind, gathered, figures, link, has_text=has_text) for kind in HEADINGS if gathered.of(kind)]
     if published:
         table = html.of_rich(published_table(list(published)), "Published beside measured")
-        sections.insert(0, tag("section", tag("h2", "Published beside measured", id="published"), table))
+        drawn = published_figure.draw(published)
+        figures["published"] = [drawn] if drawn else []
+        shown = [one.markup() for one in figures["published"]]
+        sections.insert(0, tag("section", tag("h2", "Published beside measured", id="published"), shown, table))
     links = [tag("li", tag("a", name, href=f"#{anchor}")) for anchor, name in _anchors(gathered, bool(published))]
     main = tag("main", _summary(gathered, link), sections, origins_section(gathered, link), id="main")
     head = tag(
@@ -75,17 +78,19 @@ def report_of(gathered: Gathered, title: str, published: Sequence[Json] = ()) ->
     return Report(text, [one for several in figures.values() for one in several])
 
 
-def _figures(stored: Stored, rows: Sequence[Json]) -> list[Drawn]:
+def _figures(stored: Stored, gathered: Gathered) -> list[Drawn]:
     body = stored.body
     drawn: list[Drawn | None] = []
     if isinstance(body, Comparison):
         drawn = [comparison.draw(stored.id, body), sequence.draw(stored.id, body)]
     elif isinstance(body, EvalReport):
-        drawn = [evaluation.draw(stored.id, body, stored.header.settings.get("benches", []))]
+        known = {bench: gathered.chance(stored, bench) for bench in body.results}
+        chances = {bench: chance for bench, chance in known.items() if chance is not None}
+        drawn = [evaluation.draw(stored.id, body, stored.header.settings.get("benches", []), chances)]
     elif isinstance(body, AttackReport):
         drawn = [attack.draw(stored.id, body)]
     elif isinstance(body, Threshold):
-        drawn = [histogram.draw(stored.id, body, rows)]
+        drawn = [histogram.draw(stored.id, body, gathered.rows.get(stored.id, []))]
     elif isinstance(body, StudyReport):
         drawn = [study.draw(stored.id, body)]
     return [one for one in drawn if one is not None]
@@ -105,13 +110,13 @@ def _summary(gathered: Gathered, link: Link) -> Markup:
     return tag("section", tag("h2", "Summary", id="summary"), tag("div", parts, class_="lead"))
 
 
-def _section(kind: str, gathered: Gathered, figures: dict[str, list[Drawn]], link: Link) -> Markup:
+def _section(kind: str, gathered: Gathered, figures: dict[str, list[Drawn]], link: Link, *, has_text: bool) -> Markup:
     of_kind = gathered.of(kind)
     parts = []
     for stored in of_kind:
         name = tag("h3", isolated(headline(stored)), " ", link(stored.id))
         if isinstance(stored.body, Inspection):
-            shown = features_section(stored, gathered.rows.get(stored.id, []))
+            shown = features_section(stored, gathered.rows.get(stored.id, []), heading="h4", has_text=has_text)
         else:
             shown = tables_of(stored, link)
         parts.append(tag("section", name, [one.markup() for one in figures[stored.id]], shown))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 from rich.text import Text
 
 from dsg_cli.artifacts import FeatureSet
-from dsg_cli.stages.candidates import Candidates
+
+if TYPE_CHECKING:
+    from dsg_cli.stages.candidates import Candidates
 
 SHOWN = 40
 """Candidates in a table, at most."""

@@ -175,7 +175,7 @@ def _forget_bench(body: StudyReport) -> str:
 def _pair(body: StudyReport, point: Point) -> str:
     if point[2]:
         return "failed"
-    return f"{share(_value(point, _forget_bench(body), 'acc'))} / {share(_mean(point, body.benches['other']))}"
+    return f"{share(_value(point, _forget_bench(body), 'acc'))} / {share(mean_over(point, body.benches['other']))}"
 
 
 def _guard_cells(body: StudyReport, point: Point) -> list[str]:
@@ -184,8 +184,8 @@ def _guard_cells(body: StudyReport, point: Point) -> list[str]:
         share(forget.get("value")),
         _interval(forget),
         share(forget.get("gate_rate")),
-        share(_mean(point, body.benches["other"])),
-        share(_mean(point, body.benches["other"], "gate_rate")),
+        share(mean_over(point, body.benches["other"])),
+        share(mean_over(point, body.benches["other"], "gate_rate")),
         _rate(_value(point, "", "false_positive_rate")),
         share(_score(body, point)),
     ]
@@ -194,7 +194,7 @@ def _guard_cells(body: StudyReport, point: Point) -> list[str]:
 def _sequential_cells(body: StudyReport, point: Point) -> list[str]:
     of_requests = [share(_value(point, bench, "acc")) for bench in body.benches["forget"]]
     rest = body.benches["other"]
-    return [*of_requests, share(_mean(point, rest)), share(_mean(point, rest, "gate_rate"))]
+    return [*of_requests, share(mean_over(point, rest)), share(mean_over(point, rest, "gate_rate"))]
 
 
 def _length_cells(_body: StudyReport, point: Point) -> list[str]:
@@ -238,7 +238,8 @@ def _value(point: Point, bench: str, metric: str, column: str = "value") -> floa
     return value
 
 
-def _mean(point: Point, benches: Sequence[str], column: str = "value") -> float | None:
+def mean_over(point: Point, benches: Sequence[str], column: str = "value") -> float | None:
+    """Mean over the benches that were asked at a point; of a column of its rows."""
     found = [_value(point, bench, "acc", column) for bench in benches]
     known = [one for one in found if one is not None]
     return sum(known) / len(known) if known else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
@@ -33,8 +33,10 @@ from dsg_cli.report.inspections import inspection_view
 from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
 from dsg_cli.report.picked import picked_table
 from dsg_cli.report.studies import study_headline, study_table
-from dsg_cli.stages.verify import Finding
 from dsg_cli.workspace import Stored, Workspace
+
+if TYPE_CHECKING:
+    from dsg_cli.stages.verify import Finding
 
 
 def artifact_table(stored: Stored, view: Any = None) -> Group:

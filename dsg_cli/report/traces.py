@@ -47,12 +47,13 @@ def max_statistic(gate: GateSteps) -> float | None:
 
 
 def _line(seen: Trace) -> Text:
-    values = _strongest(seen) if seen.gate is None else seen.gate.score
-    # Of a score of shares or evidence, what is below the threshold is weak however strong the text's strongest is.
-    floor = seen.gate.threshold if seen.gate is not None else 0.0
-    return heat(
-        seen.tokens, values, largest=max([*values, floor]), marked=None if seen.gate is None else seen.gate.latched_at
-    )
+    gate = seen.gate
+    if gate is None:
+        values = _strongest(seen)
+        return heat(seen.tokens, values, largest=max(values))
+    above = [max(score - gate.floor, 0.0) for score in gate.score]
+    # What is below the threshold is weak, however strong the text's strongest is.
+    return heat(seen.tokens, above, largest=max(*above, gate.threshold - gate.floor), marked=gate.latched_at)
 
 
 def _strongest(seen: Trace) -> list[float]:

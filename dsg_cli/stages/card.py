@@ -58,7 +58,7 @@ def card_facts(
         base=base,
         base_card=read_base_card(base),
         guards=[
-            CardGuard(stored, module.key, light_name(number), _threshold(stored))
+            _card_guard(stored, module.key, light_name(number))
             for number, (stored, module) in enumerate(zip(subject.guardrails, modules, strict=True))
         ],
         lineage=trained,
@@ -94,13 +94,18 @@ def _judgements(workspace: Workspace, subject: Subject) -> list[Stored]:
     return found
 
 
-def _threshold(guardrail: Stored) -> Stored | None:
-    """The threshold that a guardrail was made from, if it lies beside it and is whole."""
-    for named in guardrail.header.inputs:
-        if named.id.startswith("threshold-") and not named.is_elsewhere:
+def _card_guard(guardrail: Stored, key: str, file: str) -> CardGuard:
+    threshold = _made_from(guardrail, "threshold")
+    return CardGuard(guardrail, key, file, threshold, _made_from(threshold or guardrail, "features"))
+
+
+def _made_from(stored: Stored, kind: str) -> Stored | None:
+    """The artifact of a kind that another was made from, if it lies beside it and is whole."""
+    for named in stored.header.inputs:
+        if named.id.startswith(f"{kind}-") and not named.is_elsewhere:
             try:
-                stored = Workspace(guardrail.path.parent).read(named.id)
+                found = Workspace(stored.path.parent).read(named.id)
             except DsgError:
                 return None
-            return stored if stored.json["sha256"] == named.sha256 else None
+            return found if found.json["sha256"] == named.sha256 else None
     return None

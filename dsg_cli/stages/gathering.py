@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from dsg_cli.artifacts import KINDS, Comparison, Json, StudyReport
 from dsg_cli.errors import DsgError
-from dsg_cli.stages.subject import KINDS as UNLEARNING
+from dsg_cli.methods.names import Form
 from dsg_cli.workspace import Stored, Workspace
 
+UNLEARNING = get_args(Form)
+"""Kinds of what unlearns."""
 WITH_ROWS = ("threshold", "inspect", "eval")
 """Kinds whose rows a report shows."""
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsg_cli.artifacts import Json
 from dsg_cli.errors import DsgError
 from dsg_cli.generation import Answer
@@ -95,7 +93,7 @@ class Live:
             "gate": gate.form,
             "threshold": gate.threshold,
             "score": steps["score"],
-            "floor": _floor(tracer),
+            "floor": steps["floor"],
             "statistic": gate.statistic,
             "latched_at": gate.latched_at,
             "clamped": steps["clamped"] if gate.statistic else [False] * len(ids),
@@ -116,12 +114,6 @@ def load(recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> L
         for stored in asked.subject.guardrails
     ]
     return Live(asked, tracers)
-
-
-def _floor(tracer: Tracer) -> float:
-    guard = tracer.inspected.guard
-    assert guard is not None
-    return float(guard.gate.score(torch.zeros(1, dtype=torch.bool), torch.zeros(1)))
 
 
 def _settings(settings: GenerateSection, wanted: Json) -> GenerateSection:

@@ -72,12 +72,15 @@ def new_header(
 
 
 def git_state() -> Json:
-    """Commit and changes of the checkout that this package runs from; empty for an installed package."""
-    root = Path(__file__).parents[2]
+    """Commit and changes of the code that this package runs from; empty for an installed package.
+
+    Workspaces and exports that lie in the checkout are no changes of the code.
+    """
+    root, code = Path(__file__).parents[2], ("--", Path(__file__).parents[1].name)
     if not (root / ".git").exists():
         return {}
     try:
-        changes = _git(root, "status", "--porcelain") + _git(root, "diff", "HEAD")
+        changes = _git(root, "status", "--porcelain", *code) + _git(root, "diff", "HEAD", *code)
         state: Json = {"commit": _git(root, "rev-parse", "HEAD").strip(), "dirty": bool(changes)}
         return state | ({"changes_sha256": hashlib.sha256(changes.encode()).hexdigest()} if changes else {})
     except (OSError, ValueError, subprocess.SubprocessError):

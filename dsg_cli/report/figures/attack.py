@@ -34,7 +34,11 @@ def draw(artifact: str, body: AttackReport) -> Drawn | None:
     more = (
         f" The {MOST_VARIANTS} variants of {len(worst)} that brought back most." if len(worst) > MOST_VARIANTS else ""
     )
-    shades = " The shade is the 95\N{NO-BREAK SPACE}% interval of what brought back most." if is_scale else ""
+    shades = (
+        " The shade is the 95\N{NO-BREAK SPACE}% interval of what brought back most."
+        if is_scale and "forget_low" in points[0]["guarded"]
+        else ""
+    )
     title = f"Attack {body.attack} on {body.bench}: what comes back, guarded and unguarded.{shades}{more}"
     before, found = body.before["guarded"]["forget_acc"], body.summary
     said = f"Guarded {before:.2f} before, at most {share(found['forget_acc_worst'])} at {place(body)}"

@@ -18,6 +18,8 @@ FORMS = {
 }
 """What a method makes -> how the key says it, colour, marker."""
 KEY_COLUMNS = 3
+LEAST_RANGE = 0.8
+"""Of utilities: the axis begins there, or further left."""
 
 
 def draw(artifact: str, body: Comparison) -> Drawn | None:
@@ -64,8 +66,9 @@ def _trials(axes: Any, body: Comparison, numbers: dict[str, int]) -> None:
 
 def _framed(axes: Any, body: Comparison, xs: Sequence[float]) -> None:
     """Room for labels to the right, and a key of what is not a method."""
-    left, right = axes.get_xlim()
-    axes.set_xlim(left, max(right, max(xs) + 0.17 * (right - left)))
+    least = min(axes.get_xlim()[0], LEAST_RANGE)
+    axes.set_xticks([tick for tick in axes.get_xticks() if least <= tick < 1.001])
+    axes.set_xlim(least, max(xs) + 0.17 * (max(xs) - least))
     axes.set_ylim(-0.03, 1.07)
     axes.set_xlabel("utility: accuracy on everything else, a mean over benches")
     axes.set_ylabel(f"accuracy on {short(body.benches['forget'], 34)}")

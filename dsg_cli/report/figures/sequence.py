@@ -23,9 +23,8 @@ def draw(artifact: str, body: Comparison) -> Drawn | None:
     names = [one["method"] for one in sequences]
     with drawing(6.6, 1.2 + 0.25 * len(names), ncols=2, sharey=True) as (figure, panels):
         for axes, grid, what in zip(panels, (gone, rest), ("to forget so far", "never to be forgotten"), strict=True):
-            shown = heat_map(axes, grid, names, range(1, len(requests) + 1), f"accuracy, {what}")
+            heat_map(axes, grid, names, range(1, len(requests) + 1), f"accuracy, {what}")
             axes.set_xlabel("after request")
-        figure.colorbar(shown, ax=panels, shrink=0.6, aspect=30)
     said = [
         f"{name} {_said(of_gone[-1])} and {_said(of_rest[-1])}"
         for name, of_gone, of_rest in zip(names, gone, rest, strict=True)

@@ -11,14 +11,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsg_cli.integrity import write_atomically
 from dsg_cli.report.html import HIDDEN, Markup, tag
 
 COLOURS = {
@@ -36,7 +34,6 @@ INK, LINE = "#1a1b1c", "#c3c4c5"
 """Of text and axes, and of grids: what a page replaces by its own."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p")
 DASHES = ("-", "--", "-.", ":")
-FORMATS = ("svg", "png", "pdf")
 STYLE: Any = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -84,6 +81,8 @@ class Drawn:
         svg = self._content("svg", transparent=True).decode()
         svg = re.sub(r"^.*?(?=<svg )", "", svg, flags=re.S)
         svg = re.sub(r"<metadata>.*?</metadata>|<style [^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.S)
+        used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+        svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
         svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", svg)  # Several figures stand in one page.
         width = float(re.findall(r'viewBox="0 0 ([0-9.]+) ', svg)[0])
         title, text = (tag(name, said, id=f"{self.name}-{name}") for name, said in self._said())
@@ -100,11 +99,9 @@ class Drawn:
     def _said(self) -> tuple[tuple[str, str], tuple[str, str]]:
         return ("title", self.title), ("desc", self.description)
 
-    def save(self, folder: Path, kind: str) -> Path:
-        """As a file for a paper, whole or not at all; letters of an SVG are outlines, which look the same anywhere."""
-        path = folder / f"{self.name}.{kind}"
-        write_atomically(path, self._content(kind, dpi=200, bbox_inches="tight"))
-        return path
+    def content(self, kind: str) -> bytes:
+        """As a file for a paper: `svg`, whose letters are outlines and look the same anywhere, `png` or `pdf`."""
+        return self._content(kind, dpi=200, bbox_inches="tight")
 
     def _content(self, kind: str, **options: Any) -> bytes:
         metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
