@@ -94,18 +94,19 @@ def test_the_effect_is_that_of_the_whole_model(chain):
     assert effect.edit == pytest.approx(counters["largest_edit"], rel=1e-5)
 
 
-def test_results_do_not_depend_on_the_size_of_batches(tmp_path, monkeypatch):
-    """Same features, threshold to 1e-6, same answers."""
-    found = []
-    for tokens, n_questions in ((8192, 32), (700, 5)):
-        monkeypatch.setattr("dsg_cli.tokens.batches.__kwdefaults__", {"batch_tokens": tokens, "device": "cpu"})
-        sets = ["calibrate.gate=probe", "eval.benches=[lab-hexes]", "eval.limit=24", f"eval.batch_size={n_questions}"]
-        sets += SMALL
-        recipe, workspace = load_recipe("lab", sets=sets), Workspace(tmp_path / str(tokens))
-        from dsg_cli.stages import evaluate
+def test_results_do_not_depend_on_the_size_of_batches(chain, tmp_path, monkeypatch):
+    """Same features, threshold to 1e-6, same answers, as of the chain in batches of the usual size."""
+    from dsg_cli.stages import evaluate
 
-        features, threshold, _, report = (s.run(recipe, workspace) for s in (select, calibrate, apply, evaluate))
-        found.append(([f.index for f in features.body.features], threshold.body, report.body))
+    ask = [*SMALL, "eval.benches=[lab-hexes]", "eval.limit=24"]
+    report = evaluate.run(load_recipe("lab", sets=[*ask, "eval.batch_size=32"]), chain)
+    features, threshold = chain.read("features-001"), chain.read("threshold-001")
+    assert threshold.body.gate == "probe"
+    found = [([f.index for f in features.body.features], threshold.body, report.body)]
+    monkeypatch.setattr("dsg_cli.tokens.batches.__kwdefaults__", {"batch_tokens": 700, "device": "cpu"})
+    recipe, workspace = load_recipe("lab", sets=[*ask, "eval.batch_size=5"]), Workspace(tmp_path)
+    features, threshold, _, report = (s.run(recipe, workspace) for s in (select, calibrate, apply, evaluate))
+    found.append(([f.index for f in features.body.features], threshold.body, report.body))
     (one, two) = found
     assert one[0] == two[0] and one[1].threshold == pytest.approx(two[1].threshold, abs=1e-6)
     assert one[1].detectors == two[1].detectors and one[2].results == two[2].results
