@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsg_cli.cli.output import print_json, progress
+from dsg_cli.cli.running import import_libraries
 from dsg_cli.errors import DsgError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def show_prompts(
 ) -> None:
     """Prompts one after another, each with what features and gate see of it."""
     with progress(quiet):
+        import_libraries()
         from dsg_cli.stages import trace
         from dsg_cli.workspace import Workspace
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from dsg_cli.cli.output import hint, print_line, progress
+from dsg_cli.cli.running import import_libraries
 from dsg_cli.recipe import Recipe
 
 
@@ -19,6 +20,7 @@ def serve(recipe: Recipe, workspace: Path, source: str | None, *, port: int, qui
 
     with Server(port) as server:
         with progress(quiet):
+            import_libraries()
             from dsg_cli.stages import live
             from dsg_cli.workspace import Workspace
 
