@@ -78,7 +78,7 @@ class FeatureSet:
     probe: Json
     """A sparse probe of a token (probe.py): `features: [{index, weight}]`, `bias`, ...; empty where none was fitted."""
     described: Json
-    """Of features picked by description: {query, ranker, source, sha256, ranking: [{index, score}]}; else empty."""
+    """Of features picked by description: {query, ranker, source, sha256, n_matched, ranking: [{index, score}]}."""
 
 
 @dataclass(frozen=True)

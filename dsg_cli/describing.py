@@ -100,16 +100,19 @@ def _words(ids: list[int], acts: list[float], tokenizer: PreTrainedTokenizerBase
     """
     places = [place for place, token in enumerate(ids) if token != NOTHING]
     runs: list[tuple[str, float, bool]] = []
-    before = ""
+    before, held = "", 0.0
     for number, place in enumerate(places, start=1):
         text = tokenizer.decode([ids[one] for one in places[:number]], skip_special_tokens=True)
+        held = max(held, acts[place])
+        if text.endswith("\ufffd") and number < len(places):
+            continue  # Part of a character, whose other parts follow.
         piece, joins = text[len(before) :], bool(before) and not before[-1].isspace()
         if runs and joins and not piece[:1].isspace():
             run, act, is_before = runs[-1]
-            runs[-1] = (run + piece, max(act, acts[place]), is_before)
+            runs[-1] = (run + piece, max(act, held), is_before)
         else:
-            runs.append((piece, acts[place], place <= BEFORE))
-        before = text
+            runs.append((piece, held, place <= BEFORE))
+        before, held = text, 0.0
     for run, act, is_before in runs:
         for word in words_of(run):
             if word not in STOP_WORDS and any(map(str.isalpha, word)):

@@ -42,13 +42,14 @@ class Descriptions:
     """Of the file, as it is."""
 
 
-def read_descriptions(path: Path, n_features: int, *, source: str = "") -> Descriptions:
+def read_descriptions(path: Path, n_features: int, *, source: str = "", may_be_empty: bool = False) -> Descriptions:
     """The descriptions in a file.
 
     Args:
         path: Of the file.
         n_features: How many the SAE has.
         source: What it is called later; by default the file's name.
+        may_be_empty: Whether it may describe no feature, as a part of several may.
 
     Raises:
         DsgError: Unreadable, too large, of another form, or about a feature that the SAE does not have.
@@ -66,7 +67,7 @@ def read_descriptions(path: Path, n_features: int, *, source: str = "") -> Descr
         several = texts.setdefault(j, [])
         several += [text for text in map(cleaned, _said(path, number, said)) if text and text not in several]
     described = {j: "; ".join(several)[:LONGEST] for j, several in sorted(texts.items()) if several}
-    if not described:
+    if not described and not may_be_empty:
         raise DsgError(f"{path} describes no feature.", FORMS)
     return Descriptions(described, source or path.name, hashlib.sha256(content).hexdigest())
 

@@ -26,8 +26,8 @@ SHARED_RATIO = 0.5
 class Evidence:
     """What is known of one feature."""
 
-    forget_rate: float
-    """Share of the tokens of all forget corpora on which it is active."""
+    forget_rate: float | None
+    """Share of the tokens of all forget corpora on which it is active; None where there are none."""
     near_rates: Mapping[str, float]
     """The same of each near corpus."""
     kept_rate: float
@@ -65,7 +65,7 @@ def _formatting(evidence: Evidence) -> list[str]:
 
 
 def _shared(evidence: Evidence) -> list[str]:
-    if evidence.weight is not None and evidence.weight < 0:
+    if evidence.forget_rate is None or (evidence.weight is not None and evidence.weight < 0):
         return []
     return [
         f"shared with {name}: active on {rate:.1%} of its tokens, and on {evidence.forget_rate:.1%} of what is to be "

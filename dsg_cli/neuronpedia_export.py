@@ -16,7 +16,7 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 
-from dsg_cli.descriptions import LARGEST, cleaned, read_descriptions
+from dsg_cli.descriptions import LARGEST, LONGEST, cleaned, read_descriptions
 from dsg_cli.errors import DsgError
 from dsg_cli.integrity import write_atomically
 from dsg_cli.progress import Report, silent
@@ -59,10 +59,13 @@ def fetch_descriptions(name: str, n_features: int, *, report: Report = silent) -
         try:
             for number, key in enumerate(keys, start=1):
                 batch.write_bytes(_fetched(key, LARGEST))
-                texts |= read_descriptions(batch, n_features, source=key).texts
+                for j, text in read_descriptions(batch, n_features, source=key, may_be_empty=True).texts.items():
+                    texts[j] = f"{texts[j]}; {text}"[:LONGEST] if j in texts and text != texts[j] else text
                 report("descriptions, files", number, len(keys))
         finally:
             batch.unlink(missing_ok=True)
+        if not texts:
+            raise DsgError(f"Neuronpedia's export has no descriptions of {name}.", INSTEAD)
         lines = (json.dumps({"index": j, "description": cleaned(text)}) + "\n" for j, text in sorted(texts.items()))
         write_atomically(path, "".join(lines).encode())
     except OSError as error:

@@ -55,6 +55,7 @@ _PROBE = {
 }
 _DESCRIBED = {
     **dict.fromkeys(("query", "ranker", "source", "sha256"), str),
+    "n_matched?": int,
     "ranking": [{"index": int, "score": NUMBER, "description?": str}],
 }
 _RATES = [{"what": str, "is_forget": bool, "n": int, "rate": NUMBER, "low": NUMBER, "high": NUMBER}]

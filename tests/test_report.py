@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -243,18 +242,16 @@ def test_of_a_comparison_the_row_that_did_best_on_dev_questions_is_shown_too(tmp
     (folder / "study-001.json").unlink()
     held = Workspace(folder)
     compared = held.read("compare-001")
-    for path in folder.glob("*-001.json"):
-        os.utime(path, (1000, 1000))
     rows = [row | {"artifacts": ["wrapper-001" if row["method"] == "prompt" else "model-001"], "eval": "eval-999"}
             for row in compared.json["rows"]]  # fmt: skip
     trials = [trial | {"score": 0.9 if trial["method"] == "npo" else 0.1} for trial in compared.json["trials"]]
     body = dataclasses.replace(compared.body, rows=rows, trials=trials)
-    held.write(dataclasses.replace(compared.header, files={}), body)
+    held.write(dataclasses.replace(compared.header, files={}, created="2026-12-01T00:00:00+00:00"), body)
     gathered = gather(held, [])
     found = {one.id for one in gathered.artifacts}
     assert "model-001" in found and not {"wrapper-001", "compare-001"} & found
     assert "Of these, npo is shown in detail." in report_of(gathered, "t").text
-    os.utime(folder / "wrapper-001.json")
+    held.write(dataclasses.replace(compared.header, files={}, created="2026-11-25T08:00:00+00:00"), body)
     found = {one.id for one in gather(held, []).artifacts}
     assert "wrapper-001" in found and "model-001" not in found
 

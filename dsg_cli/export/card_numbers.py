@@ -99,10 +99,13 @@ def _rates(guard: CardGuard, is_one_of_several: bool) -> str:
     lengths = guard.threshold.header.settings.get("lengths")
     at = f" of {lengths[0]} to {lengths[1]} tokens" if lengths else ""
     each = "each retain corpus" if found.guarantee == "each" else "all retain corpora together"
-    promise = (
-        f"{said}The threshold was set so that {found.alpha:g} of further texts{at} like those of {each} are gated. "
-        f"What it gates of fresh documents (from {code(guard.threshold.id)}):"
-    )
+    settings = guard.threshold.header.settings
+    promise = f"The threshold was set so that {found.alpha:g} of further texts{at} like those of {each} are gated. "
+    if settings.get("threshold") is not None:
+        promise = "The threshold was given, not calibrated: nothing promises how much is gated. "
+    elif settings.get("quantile") == "percentile":
+        promise = f"The threshold is the percentile of retain text that {found.alpha:g} exceeded; it promises nothing. "
+    promise = f"{said}{promise}What it gates of fresh documents (from {code(guard.threshold.id)}):"
     rows = [
         [
             code(without_path(one["what"]), in_table=True),

@@ -58,7 +58,7 @@ def findings(gathered: Gathered) -> dict[str, list[Finding]]:
     costs = [*_costs(gathered), *compared(rivals.costs), *studied(varied.costs)]
     return {
         "What was unlearned": [*_unlearned(gathered)] or [Finding("Nothing yet: dsg apply.")],
-        "How well": answers or [Finding("Nobody has asked yet: dsg eval.")],
+        "How well": answers or [Finding("No evaluation is part of this report: dsg eval.")],
         "At what cost": costs or [Finding("Nothing was measured.")],
         "What it does not protect against": [*_open(gathered), *compared(rivals.relearned), Finding(STANDING)],
     }
@@ -68,10 +68,12 @@ def _unlearned(gathered: Gathered) -> Iterator[Finding]:
     for stored in gathered.artifacts:
         body, model = stored.body, stored.header.model.source
         if isinstance(body, Guardrail | ModelWeights | Wrapper):
-            what = ", ".join(body.forget) or "what its text names"
+            what = ", ".join(body.forget) or "what its features stand for"
             is_taught = isinstance(body, ModelWeights) and teaches(body.method)
             aim = f"{model} was taught" if is_taught else f"{model} is to stop answering about {what}"
             yield Finding(f"{aim}: {_how(stored)}.", (stored.id,))
+            if isinstance(body, Guardrail) and not body.effect:
+                yield Finding("It was never tried on text that it should catch.", (stored.id,))
     ids = {stored.id for stored in gathered.artifacts}
     for stored in gathered.of("compare"):
         comparison = stored.body_as(Comparison)
@@ -103,14 +105,14 @@ def _how(stored: Stored) -> str:
 
 
 def _how_well(gathered: Gathered) -> Iterator[Finding]:
-    forget = {
-        name
+    forgotten = {
+        stored.json["sha256"]: stored.body.forget
         for stored in gathered.artifacts
         if isinstance(stored.body, Guardrail | ModelWeights | Wrapper)
-        for name in stored.body.forget
     }
     for stored in gathered.of("eval"):
         body = stored.body_as(EvalReport)
+        forget = {name for used in stored.header.inputs for name in forgotten.get(used.sha256, [])}
         shown = shown_benches(body, stored.header.settings.get("benches", []))
         asked = [bench for bench in shown if "acc" in body.results[bench]["unlearned"]]
         gone = [bench for bench in asked if bench.split("-novel")[0].removesuffix("-paper") in forget]
@@ -166,9 +168,8 @@ def _costs(gathered: Gathered) -> Iterator[Finding]:
         body = stored.body_as(Threshold)
         if body.false_positive_rate is not None:
             said = f"{body.false_positive_rate:.1%} of {body.n_fresh:,} fresh pieces of retain text are gated"
-            yield Finding(
-                f"{said} (95 %: {body.low:.1%} to {body.high:.1%}); it was set for {body.alpha:.1%}.", (stored.id,)
-            )
+            bounds = f"95 %: {body.low:.1%} to {body.high:.1%}"
+            yield Finding(f"{said} ({bounds}); {_promise(stored, body)}.", (stored.id,))
     for stored in gathered.of("eval"):
         rates = [f"{bench} {one['rate']:.2f}" for bench, one in stored.body_as(EvalReport).gate.items()]
         if rates:
@@ -184,6 +185,14 @@ def _costs(gathered: Gathered) -> Iterator[Finding]:
             f"Making it took {seconds}, on {', '.join(dict.fromkeys(one.header.device for one in made))}.",
             tuple(one.id for one in made),
         )
+
+
+def _promise(stored: Stored, body: Threshold) -> str:
+    settings = stored.header.settings
+    if settings.get("threshold") is not None:
+        return "its threshold was given, and promises nothing"
+    how = ", as a percentile that promises nothing" if settings.get("quantile") == "percentile" else ""
+    return f"it was set for {body.alpha:.1%}{how}"
 
 
 def _bytes(stored: Stored) -> int:
@@ -214,9 +223,10 @@ def _open(gathered: Gathered) -> Iterator[Finding]:
     if bodies:
         n = sum(body.summary["n_points"] for body in bodies)
         untried = [kind for kind in KINDS if kind not in {body.attack for body in bodies}]
-        rest = f" Not tried: {', '.join(untried)}." if untried else ""
+        is_one = len({repr(body.composition) for body in bodies}) == 1
+        rest = f" Not tried: {', '.join(untried)}." if untried and is_one else ""
         yield Finding(
             f"Accuracies are the worst of {n} points tried. That one fails is no proof that none succeeds.{rest}"
         )
     elif not gathered.of("compare"):
-        yield Finding("No attack was tried: dsg attack --kind all.")
+        yield Finding("No attack is part of this report: dsg attack --kind all.")

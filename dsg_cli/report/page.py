@@ -118,7 +118,7 @@ def _section(kind: str, gathered: Gathered, figures: dict[str, list[Drawn]], lin
         if isinstance(stored.body, Inspection):
             shown = features_section(stored, gathered.rows.get(stored.id, []), heading="h4", has_text=has_text)
         else:
-            shown = tables_of(stored, link)
+            shown = tables_of(stored, link, has_text=has_text)
         parts.append(tag("section", name, [one.markup() for one in figures[stored.id]], shown))
     several = [one.markup() for one in figures.get(kind, [])] if len(of_kind) > 1 else []
     first = [*several, ranked(of_kind)] if kind == "attack" and len(of_kind) > 1 else several

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsg_cli.artifacts import FeatureSet
+from dsg_cli.report.plain import visible
 
 if TYPE_CHECKING:
     from dsg_cli.stages.candidates import Candidates
@@ -20,7 +21,7 @@ def candidates_table(candidates: Candidates) -> Table:
     """What a query found, the best first, before any text is read."""
     table = Table("rank", "feature", "score", "description", box=None, pad_edge=False)
     for rank, match in enumerate(candidates.ranking[:SHOWN], start=1):
-        table.add_row(str(rank), str(match.index), f"{match.score:.3f}", Text(candidates.texts[match.index]))
+        table.add_row(str(rank), str(match.index), f"{match.score:.3f}", Text(visible(candidates.texts[match.index])))
     n = len(candidates.ranking)
     more = f", of which {SHOWN} are shown" if n > SHOWN else ""
     table.caption = Text(f"{n} match {candidates.described['query']!r}{more}.")
@@ -38,8 +39,8 @@ def picked_table(body: FeatureSet) -> Table:
         row = found.get(feature.index, {"score": 0.0})
         values = [row["score"]] * len(scored) + [feature.forget_score or 0.0] * len(measured) + [feature.retain_score]
         cells = [f"{value:.4g}" for value in values]
-        table.add_row(str(rank), str(feature.index), *cells, *(Text(row.get("description", "")) for _ in said))
-    table.caption = Text(_caption(body))
+        table.add_row(str(rank), str(feature.index), *cells, *(Text(visible(row.get("description", ""))) for _ in said))
+    table.caption = Text(visible(_caption(body)))
     return table
 
 
@@ -48,7 +49,8 @@ def _caption(body: FeatureSet) -> str:
     if not body.described:
         return f"Named by hand{unread}."
     described = body.described
+    n = described.get("n_matched", len(described["ranking"]))
     return (
-        f"{len(described['ranking'])} match {described['query']!r} ({described['ranker']}, {described['source']}), "
+        f"{n} match {described['query']!r} ({described['ranker']}, {described['source']}), "
         f"{body.n_passed} are rare enough on retain text{unread}."
     )

@@ -28,7 +28,7 @@ def how_well(body: Comparison) -> Iterator[str]:
         is_gone, is_kept = forget.get("acc_low", forget["acc"]) <= body.chance, _harms_nothing(row, body)
         (both if is_gone and is_kept else forgets if is_gone else keeps if is_kept else neither).append(row)
     share = f"{UNHARMED:.0%} of the base model's accuracy on every other bench"
-    yield f"Forgets until it cannot be told from guessing ({body.chance:.2f}), and keeps {share}: {_named(both, body)}."
+    yield f"Forgets down to guessing ({body.chance:.2f}) or below, and keeps {share}: {_named(both, body)}."
     if forgets:
         yield f"Forgets as much, and does not keep that: {_named(forgets, body)}."
     if keeps:
@@ -64,12 +64,13 @@ def relearned(body: Comparison) -> Iterator[str]:
 
 
 def _harms_nothing(row: Json, body: Comparison) -> bool:
+    """On every bench that the base model was asked; one that nobody asked after is no evidence of no harm."""
     shares = []
     for bench in (*body.benches["near"], *body.benches["other"]):
         found, base = row["results"].get(bench, {}).get("acc"), body.base["test"].get(bench, {}).get("acc")
-        if found is not None and base:
-            shares.append(found / base)
-    return all(one >= UNHARMED for one in shares)
+        if base:
+            shares.append((found or 0) / base)
+    return bool(shares) and all(one >= UNHARMED for one in shares)
 
 
 def _named(rows: Iterable[Json], body: Comparison, *, is_relearned: bool = False) -> str:

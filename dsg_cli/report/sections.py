@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
-from dsg_cli.artifacts import AttackReport, Comparison, StudyReport
+from dsg_cli.artifacts import AttackReport, Comparison, FeatureSet, StudyReport
 from dsg_cli.report import comparison, studies
 from dsg_cli.report.attacks import curve_table, ranking_table
 from dsg_cli.report.html import Markup, data_table, folded, of_rich, tag
@@ -26,9 +27,18 @@ LONG = 12
 """Rows from which on a table that a figure shows too is folded."""
 
 
-def tables_of(stored: Stored, link: Link) -> Markup:
-    """All tables of an artifact."""
+def tables_of(stored: Stored, link: Link, *, has_text: bool = False) -> Markup:
+    """All tables of an artifact.
+
+    Args:
+        stored: The artifact.
+        link: For the ids of others.
+        has_text: Whether descriptions, which may hold words of corpora, are shown where they were kept.
+    """
     body = stored.body
+    if isinstance(body, FeatureSet) and not has_text:
+        ranking = [{"index": row["index"], "score": row["score"]} for row in body.described.get("ranking", [])]
+        stored = replace(stored, body=replace(body, described=body.described | {"ranking": ranking} if ranking else {}))
     notes = [tag("p", tag("bdi", f"note: {note}", dir="auto"), class_="note") for note in stored.header.notes]
     if isinstance(body, Comparison):
         return Markup("".join([*_comparison(stored.id, body, link), *notes]))

@@ -32,6 +32,7 @@ from dsg_cli.report.guardrails import clamp_line, guardrail_rows
 from dsg_cli.report.inspections import inspection_view
 from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
 from dsg_cli.report.picked import picked_table
+from dsg_cli.report.plain import visible
 from dsg_cli.report.studies import study_headline, study_table
 from dsg_cli.workspace import Stored, Workspace
 
@@ -66,7 +67,7 @@ def artifact_table(stored: Stored, view: Any = None) -> Group:
         table = curve_table(body)
     if isinstance(table, Table):
         table = captioned(table)
-    notes = [Text(f"note: {note}") for note in stored.header.notes]
+    notes = [Text(visible(f"note: {note}")) for note in stored.header.notes]
     return Group(Text(stored.id, style="bold"), table, *notes, Text(provenance_line(stored), style="dim"))
 
 

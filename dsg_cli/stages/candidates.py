@@ -17,7 +17,7 @@ from dsg_cli.settings import SelectSection
 from dsg_cli.stages.session import Session
 
 KEPT = 1000
-"""Of a ranking, the best."""
+"""Of a ranking, the best that an artifact names."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ def find_candidates(recipe: Recipe, sae: SaeIdentity, session: Session) -> Candi
             settings.describe, found.texts, settings.embedding, device=recipe.model.device, report=session.report
         )
         ranker, missing = f"embedding {settings.embedding}", []
-    ranking = ranking[:KEPT]
-    rows: list[Json] = [{"index": match.index, "score": match.score} for match in ranking]
+    rows: list[Json] = [{"index": match.index, "score": match.score} for match in ranking[:KEPT]]
     if settings.samples:
         rows = [row | {"description": found.texts[row["index"]]} for row in rows]
-    said = {"query": settings.describe, "ranker": ranker, "source": found.source, "sha256": found.sha256}
+    said: Json = {"query": settings.describe, "ranker": ranker, "source": found.source, "sha256": found.sha256}
+    said["n_matched"] = len(ranking)
     notes = [f"No description has the word {' or '.join(missing)}."] if missing else []
     return Candidates(ranking, found.texts, said | {"ranking": rows}, notes)
 

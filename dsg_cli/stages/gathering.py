@@ -8,6 +8,7 @@ from typing import get_args
 
 from dsg_cli.artifacts import KINDS, Comparison, Json, StudyReport
 from dsg_cli.errors import DsgError
+from dsg_cli.integrity import parse_json
 from dsg_cli.methods.names import Form
 from dsg_cli.workspace import Stored, Workspace
 
@@ -42,14 +43,16 @@ def gather(workspace: Workspace, wanted: Sequence[str]) -> Gathered:
 
     Args:
         workspace: Where they are.
-        wanted: Ids or paths; without any, the newest comparison, inspection and study of each name, and the newest
-            guardrail, model or wrapper with the evaluations and attacks of it. Where that was made in the course of
-            the comparison, it is the row with the highest dev score instead.
+        wanted: Ids or paths; all evaluations and attacks of what unlearns come along. Without any, the newest
+            comparison, inspection and study of each name, and the newest guardrail, model or wrapper. Where that was
+            made in the course of the comparison, it is the row with the highest dev score instead.
 
     Raises:
         DsgError: One is missing or damaged, or there is nothing to report.
     """
-    chosen = [workspace.read(one) for one in wanted] or list(_newest(workspace))
+    named = [workspace.read(one) for one in wanted]
+    along = [one for stored in named if stored.header.kind in UNLEARNING for one in _findings_on(stored)]
+    chosen = [*named, *along] or list(_newest(workspace))
     if not chosen:
         raise DsgError(f"The workspace {workspace.folder} holds nothing to report.", "Try: dsg demo")
     found = {str(stored.path.resolve()): stored for stored in chosen}
@@ -77,19 +80,22 @@ def _newest(workspace: Workspace) -> Iterator[Stored]:
     compared = workspace.ids("compare")[-1:]
     ids = [one for kind in UNLEARNING for one in workspace.ids(kind)]
     newest = max(ids, key=lambda one: _written(workspace, one), default=None)
-    if compared and (newest is None or _written(workspace, newest) < _written(workspace, compared[0])):
+    if compared and (newest is None or _written(workspace, newest)[0] <= _written(workspace, compared[0])[0]):
         yield from _best_of(workspace, workspace.read(compared[0]))
     elif newest is not None:
-        yield from _with_findings(workspace, workspace.read(newest))
+        stored = workspace.read(newest)
+        yield from (stored, *_findings_on(stored))
 
 
-def _written(workspace: Workspace, artifact_id: str) -> int:
-    return (workspace.folder / f"{artifact_id}.json").stat().st_mtime_ns
+def _written(workspace: Workspace, artifact_id: str) -> tuple[str, int]:
+    """When, by what it says itself (a copy has another time), and of one second by its number."""
+    data = parse_json((workspace.folder / f"{artifact_id}.json").read_bytes())
+    return str(data.get("created", "")) if isinstance(data, dict) else "", _number(artifact_id)
 
 
-def _with_findings(workspace: Workspace, stored: Stored) -> Iterator[Stored]:
-    """What unlearns, and every evaluation and attack of it."""
-    yield stored
+def _findings_on(stored: Stored) -> Iterator[Stored]:
+    """Every evaluation and attack of what unlearns, in its own workspace."""
+    workspace = Workspace(stored.path.parent)
     for kind in ("eval", "attack"):
         for one in workspace.ids(kind):
             found = workspace.read(one)

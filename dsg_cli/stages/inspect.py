@@ -233,8 +233,11 @@ def _scores(made: _Prepared, index: int) -> Json:
     """Of select, which has those of every feature; the ratio is unknown where retain text never woke it."""
     if made.features is None:
         return dict.fromkeys(("forget_score", "retain_score", "ratio"))
-    score = made.features.body_as(FeatureSet).score
-    forget, retain = (float(of_F[index]) for of_F in scores_of(score, made.tensors))
+    score, tensors = made.features.body_as(FeatureSet).score, made.tensors
+    if "forget_mean" not in tensors:  # Picked without forget text.
+        of_F = tensors["retain_mean_square"] if score == "mean-square" else tensors["retain_mean"].square()
+        return {"forget_score": None, "retain_score": float(of_F[index]), "ratio": None}
+    forget, retain = (float(of_F[index]) for of_F in scores_of(score, tensors))
     return {"forget_score": forget, "retain_score": retain, "ratio": forget / retain if retain > EPSILON else None}
 
 

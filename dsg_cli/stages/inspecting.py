@@ -124,9 +124,9 @@ def doubts_of(
     every = [(context, read) for read in reads for context in distinct_contexts(read.contexts, feature)]
     largest = max((abs(context.peak) for context, _ in every), default=0.0)
     peaks = [(context, read) for context, read in every if abs(context.peak) >= STRONG * largest]
-    kept = [read for read in reads if read.group.role != "forget"]
+    gone, kept = ([read for read in reads if (read.group.role == "forget") == is_gone] for is_gone in (True, False))
     evidence = Evidence(
-        forget_rate=_pooled([read for read in reads if read.group.role == "forget"], feature),
+        forget_rate=_pooled(gone, feature) if gone else None,
         near_rates={read.group.name: read.rate(feature) for read in reads if read.group.role == "near"},
         kept_rate=_pooled(kept, feature),
         peaks=[str(tokenizer.decode([_peak(context)])) for context, _ in peaks],
