@@ -93,6 +93,20 @@ def test_pieces_are_put_together_to_words():
     assert words([([3, 5, 6], [1.0, 2.0, 3.0])], other)[0] == ["böse"]
 
 
+class Bytes:
+    """A tokenizer of bytes: a letter may take several tokens."""
+
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def test_letters_of_several_tokens_are_put_together():
+    ids = list("a мир".encode())
+    context = (ids, [0.0] * (len(ids) - 1) + [1.0])
+    found = describe_features(contexts_of([context], [([98], [1.0])]), Bytes())
+    assert found[0].description == "мир"
+
+
 def test_words_before_the_peak_count_and_later_ones_only_by_their_activation():
     assert BEFORE_PEAK >= SHARE_OF_BEST
     found = words([([4, 2, 7], [0.0, 1.0, 0.0])], [([0, 1], [1.0, 1.0])])

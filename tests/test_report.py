@@ -14,6 +14,7 @@ from conftest import python
 
 from dsg_cli.artifacts import Inspection
 from dsg_cli.errors import DsgError
+from dsg_cli.report import rivals
 from dsg_cli.report.figures import attack
 from dsg_cli.report.figures.placing import clusters, place_labels
 from dsg_cli.report.figures.style import drawing
@@ -254,6 +255,14 @@ def test_of_a_comparison_the_row_that_did_best_on_dev_questions_is_shown_too(tmp
     held.write(dataclasses.replace(compared.header, files={}, created="2026-11-25T08:00:00+00:00"), body)
     found = {one.id for one in gather(held, []).artifacts}
     assert "wrapper-001" in found and "model-001" not in found
+
+
+def test_a_method_that_was_not_asked_after_everything_is_not_said_to_keep_it(workspace):
+    body = workspace.read("compare-001").body
+    forget = body.benches["forget"]
+    row = body.rows[0] | {"method": "npo", "results": {forget: {"acc": 0.2, "acc_low": 0.1, "acc_high": 0.3}}}
+    said = list(rivals.how_well(dataclasses.replace(body, rows=[row])))
+    assert said[0].endswith("accuracy on every other bench: none.") and "npo (0.20)" in said[1]
 
 
 def test_a_finding_says_whether_it_is_guessing(workspace):

@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 
-from dsg_cli.artifacts import FeatureSet, Guardrail, Threshold
+from dsg_cli.artifacts import FeatureSet, Guardrail, Inspection, Threshold
 from dsg_cli.recipe import load_recipe
+from dsg_cli.report.page import report_of
 from dsg_cli.report.picked import candidates_table
 from dsg_cli.report.tables import artifact_table
-from dsg_cli.stages import apply, calibrate, describe, evaluate, run_recipe, select
+from dsg_cli.stages import apply, calibrate, describe, evaluate, inspect, run_recipe, select
+from dsg_cli.stages.gathering import gather
 from dsg_cli.stages.session import Session
 from dsg_cli.workspace import Workspace
 
@@ -160,8 +162,25 @@ def test_a_threshold_may_be_given(folder, workspace, chain):
     recipe = small(folder, "calibrate.gate=mean", "calibrate.threshold=0.6")
     stored = calibrate.run(recipe, workspace, source=chain[0].id)
     assert stored.body.threshold == 0.6 and any("was given" in note for note in stored.header.notes)
+    assert "promises nothing" in report_of(gather(workspace, [stored.id]), "t").text
     fresh = [row for row in workspace.rows(stored) if row["part"] == "fresh"]
     assert stored.body.false_positive_rate == sum(row["statistic"] > 0.6 for row in fresh) / len(fresh)
+
+
+def test_what_was_only_described_can_be_inspected(folder, workspace, unseen):
+    found = inspect.run(small(folder), workspace, source=unseen.id, wanted=inspect.Wanted(limit=10)).stored
+    features = found.body_as(Inspection).features
+    assert features and all(one["forget_score"] is None and one["retain_score"] >= 0 for one in features)
+    assert not [warning for one in features for warning in one["warnings"] if "forgotten" in warning]
+
+
+def test_a_report_shows_descriptions_only_with_the_text_and_says_what_was_never_tried(folder, workspace, unseen):
+    kept = select.run(small(folder, "select.samples=true"), workspace)
+    gathered = gather(workspace, [kept.id, unseen.id])
+    described = kept.body.described["ranking"][0]["description"]
+    assert described not in report_of(gathered, "t").text
+    assert described in report_of(gathered, "t", has_text=True).text
+    assert "never tried on text that it should catch" in report_of(gathered, "t").text
 
 
 def test_eval_says_that_it_cannot_check_what_nobody_named(folder, workspace, unseen):
