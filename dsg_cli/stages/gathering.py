@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import get_args
 
 from dsg_cli.artifacts import KINDS, Comparison, Json, StudyReport
@@ -87,10 +88,14 @@ def _newest(workspace: Workspace) -> Iterator[Stored]:
         yield from (stored, *_findings_on(stored))
 
 
-def _written(workspace: Workspace, artifact_id: str) -> tuple[str, int]:
-    """When, by what it says itself (a copy has another time), and of one second by its number."""
-    data = parse_json((workspace.folder / f"{artifact_id}.json").read_bytes())
-    return str(data.get("created", "")) if isinstance(data, dict) else "", _number(artifact_id)
+def _written(workspace: Workspace, artifact_id: str) -> tuple[float, int]:
+    """When it was done, by what it says itself (a copy has another time), and at one time by its number."""
+    try:
+        header = parse_json((workspace.folder / f"{artifact_id}.json").read_bytes())
+        done = datetime.fromisoformat(header["created"]).timestamp() + float(header["seconds"])
+    except (OSError, KeyError, TypeError, ValueError):  # Whoever reads it says what is wrong.
+        done = 0.0
+    return done, _number(artifact_id)
 
 
 def _findings_on(stored: Stored) -> Iterator[Stored]:
