@@ -128,7 +128,8 @@ def picked_features(
         ratio = None if forget is None else forget / (retain + EPSILON)
         features.append(Feature(index=j, forget_score=forget, retain_score=retain, ratio=ratio))
     # Of those dropped only the ones that would have been taken are worth a word.
-    passed_over = [j for j in frequent if n_features is None or ranking.index(j) < ranking.index(taken[-1])]
+    place = {j: number for number, j in enumerate(ranking)}
+    passed_over = [j for j in frequent if n_features is None or place[j] < place[taken[-1]]]
     return Selection(
         features=features,
         ratio_cut=None,
@@ -162,9 +163,12 @@ def scores_of(score: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
         DsgError: They know nothing of forget text.
     """
     check_measured(tensors)
-    if score == "mean-square":
-        return tensors["forget_mean_square"], tensors["retain_mean_square"]
-    return tensors["forget_mean"].square(), tensors["retain_mean"].square()
+    return score_of(score, tensors, "forget"), score_of(score, tensors, "retain")
+
+
+def score_of(score: str, tensors: Mapping[str, Tensor], role: str) -> Tensor:
+    """Score of every feature on the forget or on the retain corpus, [F]."""
+    return tensors[f"{role}_mean_square"] if score == "mean-square" else tensors[f"{role}_mean"].square()
 
 
 def check_measured(tensors: Mapping[str, Tensor]) -> None:

@@ -257,6 +257,16 @@ def test_of_a_comparison_the_row_that_did_best_on_dev_questions_is_shown_too(tmp
     assert "wrapper-001" in found and "model-001" not in found
 
 
+def test_a_question_in_other_words_is_about_the_same(workspace):
+    gathered = gather(workspace, ["eval-001"])
+    stored = next(one for one in gathered.artifacts if one.id == "eval-001")
+    asked = {"lab-hexes-terse": stored.body.results["lab-hexes"], "lab-near-held": stored.body.results["lab-near"]}
+    changed = dataclasses.replace(stored, body=dataclasses.replace(stored.body, results=asked, gate={}, expected=[]))
+    others = [one for one in gathered.artifacts if one.id != "eval-001"]
+    said = [one.text for one in findings(Gathered([*others, changed], {}))["How well"]]
+    assert said[0].startswith("To forget: lab-hexes-terse") and said[1].startswith("To keep: lab-near-held")
+
+
 def test_a_method_that_was_not_asked_after_everything_is_not_said_to_keep_it(workspace):
     body = workspace.read("compare-001").body
     forget = body.benches["forget"]

@@ -16,6 +16,7 @@ from dsg_cli.artifacts import (
     Wrapper,
 )
 from dsg_cli.attacks.names import KINDS
+from dsg_cli.lab.data import PHRASINGS
 from dsg_cli.methods.names import teaches
 from dsg_cli.report import rivals, varied
 from dsg_cli.report.attacks import NOT_MEASURABLE, place, ranking, share
@@ -115,7 +116,7 @@ def _how_well(gathered: Gathered) -> Iterator[Finding]:
         forget = {name for used in stored.header.inputs for name in forgotten.get(used.sha256, [])}
         shown = shown_benches(body, stored.header.settings.get("benches", []))
         asked = [bench for bench in shown if "acc" in body.results[bench]["unlearned"]]
-        gone = [bench for bench in asked if bench.split("-novel")[0].removesuffix("-paper") in forget]
+        gone = [bench for bench in asked if _domain(bench) in forget]
         yield from (Finding(_forgotten(gathered, stored, bench), (stored.id,)) for bench in gone)
         kept = [_change(body, bench) for bench in asked if bench not in gone]
         if kept:
@@ -125,6 +126,13 @@ def _how_well(gathered: Gathered) -> Iterator[Finding]:
         missed = [one["expect"] for one in body.expected if not one["met"]]
         if missed:
             yield Finding(f"Expected, and not met: {', '.join(missed)}.", (stored.id,))
+
+
+def _domain(bench: str) -> str:
+    """What a bench asks about, without how it asks."""
+    for way in ("paper", *PHRASINGS):
+        bench = bench.removesuffix(f"-{way}")
+    return bench
 
 
 def _forgotten(gathered: Gathered, stored: Stored, bench: str) -> str:

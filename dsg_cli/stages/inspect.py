@@ -24,7 +24,7 @@ from dsg_cli.prompting import check_chat
 from dsg_cli.recipe import Recipe
 from dsg_cli.roles import Chosen
 from dsg_cli.sae import SaeSource
-from dsg_cli.selection import EPSILON, scores_of
+from dsg_cli.selection import EPSILON, score_of
 from dsg_cli.slicing import load_slice
 from dsg_cli.stages.chain import chain_sae, identify, load_chain_model, settle
 from dsg_cli.stages.inspect_text import LONGEST_ROW, MOST_TOKENS, Group, drawn_as, read_groups, read_rows
@@ -56,9 +56,6 @@ class Wanted:
     """Ask for descriptions."""
     limit: int | None = None
     """Documents of each corpus."""
-
-
-EVERYTHING = Wanted()
 
 
 @dataclass(frozen=True)
@@ -234,10 +231,10 @@ def _scores(made: _Prepared, index: int) -> Json:
     if made.features is None:
         return dict.fromkeys(("forget_score", "retain_score", "ratio"))
     score, tensors = made.features.body_as(FeatureSet).score, made.tensors
-    if "forget_mean" not in tensors:  # Picked without forget text.
-        of_F = tensors["retain_mean_square"] if score == "mean-square" else tensors["retain_mean"].square()
-        return {"forget_score": None, "retain_score": float(of_F[index]), "ratio": None}
-    forget, retain = (float(of_F[index]) for of_F in scores_of(score, tensors))
+    retain = float(score_of(score, tensors, "retain")[index])
+    if not made.features.body_as(FeatureSet).forget_tokens:
+        return {"forget_score": None, "retain_score": retain, "ratio": None}
+    forget = float(score_of(score, tensors, "forget")[index])
     return {"forget_score": forget, "retain_score": retain, "ratio": forget / retain if retain > EPSILON else None}
 
 

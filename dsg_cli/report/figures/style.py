@@ -135,9 +135,9 @@ def look(number: int) -> dict[str, Any]:
     return {"color": CYCLE[number % len(CYCLE)], "marker": MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]}
 
 
-def chance_line(axes: Axes, chance: float, *, is_vertical: bool = False) -> None:
+def chance_line(axes: Axes, chance: float) -> None:
     """Where guessing lies."""
-    (axes.axvline if is_vertical else axes.axhline)(chance, color=GREY, linestyle=":", linewidth=1, label="chance")
+    axes.axhline(chance, color=GREY, linestyle=":", linewidth=1, label="chance")
 
 
 def key_above(axes: Axes, ncols: int = 2) -> None:
