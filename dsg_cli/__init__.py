@@ -6,17 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsg_cli.guardrail import guarded as guarded
-    from dsg_cli.loading import load_guardrail as load_guardrail
-    from dsg_cli.protection import protected_parameters as protected_parameters
+    from dsg_cli.guardrail.guarded import guarded as guarded
+    from dsg_cli.guardrail.guarded import protected_parameters as protected_parameters
+    from dsg_cli.guardrail.loading import load_guardrail as load_guardrail
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "guarded", "load_guardrail", "protected_parameters"]
 
 _HOMES = {
-    "guarded": "dsg_cli.guardrail",
-    "load_guardrail": "dsg_cli.loading",
-    "protected_parameters": "dsg_cli.protection",
+    "guarded": "dsg_cli.guardrail.guarded",
+    "load_guardrail": "dsg_cli.guardrail.loading",
+    "protected_parameters": "dsg_cli.guardrail.guarded",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for the others, which may be downloading; one that fails ends all, by torchrun."""
@@ -101,3 +102,11 @@ def joined() -> Iterator[Workers]:
         yield workers
     finally:
         dist.destroy_process_group()
+
+
+Report = Callable[[str, int, int], None]
+"""Called with (what, done, total); `what` may end with a comma and what is counted: tokens, steps, prompts, ..."""
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Report nothing."""

@@ -14,21 +14,25 @@ from typing import Any
 
 import yaml
 
-from dsg_cli import select_checks
-from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.integrity import is_file
-from dsg_cli.methods import clamp_checks, comparison, training_checks, wrapper_checks
-from dsg_cli.settings import AttackSection, Recipe
-from dsg_cli.studies import settings as study_settings
-
-__all__ = ["RECIPES", "Recipe", "find_recipe", "load_recipe", "recipe_names"]
+from dsg_cli.methods import compare_checks
+from dsg_cli.settings import (
+    AttackSection,
+    Recipe,
+    build_section,
+    clamp_checks,
+    select_checks,
+    training_checks,
+    wrapper_checks,
+)
+from dsg_cli.studies import study_checks
+from dsg_cli.workspace.files import is_file
 
 RECIPES = Path(__file__).parent / "recipes"
 """Where an installed package keeps its recipes; in a checkout they lie beside the package."""
+
 if not RECIPES.is_dir():
     RECIPES = Path(__file__).parent.parent / "recipes"
-
 
 SIDES = ("base", "unlearned")
 """Of a bench: the model that something is to be unlearned from, and what has."""
@@ -201,12 +205,12 @@ def _out_of_range(recipe: Recipe) -> list[str]:
             for side in sides
         ),
         *_checks_of_weights(attack),
-        *select_checks.checks(recipe.select),
-        *clamp_checks.checks(recipe.methods),
-        *wrapper_checks.checks(recipe.methods),
-        *training_checks.checks(recipe.methods),
-        *comparison.checks(recipe.compare),
-        *study_settings.checks(recipe.study),
+        *select_checks(recipe.select),
+        *clamp_checks(recipe.methods),
+        *wrapper_checks(recipe.methods),
+        *training_checks(recipe.methods),
+        *compare_checks(recipe.compare),
+        *study_checks(recipe.study),
     )
     return [words for is_fine, words in checks if not is_fine]
 

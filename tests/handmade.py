@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from test_workspace import BODY
-from test_workspace import HEADER as GUARDRAIL
-
 from dsg_cli.artifacts import SCHEMAS, AttackReport, EvalReport, InputArtifact, ModelIdentity, SaeIdentity
 from dsg_cli.attacks.summary import summarise
 from dsg_cli.expect import check_expected, parse_expected
+from test_workspace import BODY
+from test_workspace import HEADER as GUARDRAIL
+
 from dsg_cli.workspace import Stored, Workspace
 
 HEADER = replace(

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 from conftest import WIDTH
-
 from dsg_cli.methods.given import Features, Given
 from dsg_cli.methods.mentions import Mentions
-from dsg_cli.methods.text import Text
 from dsg_cli.runtime.sites import HookSite
+
+from dsg_cli.methods.text import Text
 
 BOS, SPECIAL, SEED = 2, (0, 1, 2), 5
 

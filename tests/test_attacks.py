@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 from conftest import make_guardrail, make_sae
-
-from dsg_cli.attacks import dilution, relearn
 from dsg_cli.attacks.asking import ask
-from dsg_cli.attacks.target import Material, Target, of_forget
 from dsg_cli.benches.tasks import load_tasks, questions_of
-from dsg_cli.errors import DsgError
 from dsg_cli.model import fingerprint, load_model
 from dsg_cli.sae import read_sae
 from dsg_cli.tokens import special_ids
+
+from dsg_cli.attacks import dilution, relearn
+from dsg_cli.attacks.target import Material, Target, of_forget
+from dsg_cli.errors import DsgError
 
 OPTIONS = {"bos": 2, "batch_size": 16, "max_length": 1024}
 RELEARN = {"parameters": ["all"], "rank": 8, "frozen_below": False, "guard": ["loop"], "data": ["forget"]}

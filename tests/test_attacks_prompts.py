@@ -6,20 +6,20 @@ import json
 
 import pytest
 from conftest import make_guardrail, write_task
-
-from dsg_cli.attacks import dilution, encode, few_shot, paraphrase, prefix, split
 from dsg_cli.attacks.files import SLOT, read_contexts, read_frames
-from dsg_cli.attacks.target import Material, Target, of_forget
 from dsg_cli.attacks.wording import cue_of, reworded, words_of
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
-from dsg_cli.errors import DsgError
 from dsg_cli.model import load_model
-from dsg_cli.recipe import load_recipe
 from dsg_cli.sae import read_sae
-from dsg_cli.settings import AttackSection
 from dsg_cli.stages.wordings import other_phrasings, possible, read_wordings
 from dsg_cli.tokens import encode as tokens_of
 from dsg_cli.tokens import special_ids
+
+from dsg_cli.attacks import dilution, encode, few_shot, paraphrase, prefix, split
+from dsg_cli.attacks.target import Material, Target, of_forget
+from dsg_cli.errors import DsgError
+from dsg_cli.recipe import load_recipe
+from dsg_cli.settings import AttackSection
 
 BENIGN = ("Few remember who said it first.", "One may think what one will of that.", "There is little else to say.")
 

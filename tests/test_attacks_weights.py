@@ -5,23 +5,23 @@ import copy
 import pytest
 import torch
 from conftest import make_guardrail, make_sae
-from transformers import GPT2Config, GPT2LMHeadModel
-
-from dsg_cli.attacks import dilution, probe, prune, quantize, relearn, soft_prompt, suffix, unhook
 from dsg_cli.attacks.adapters import add_adapters
 from dsg_cli.attacks.gradients import losses_and_statistics
 from dsg_cli.attacks.summary import summarise
-from dsg_cli.attacks.target import Material, Target, of_forget
 from dsg_cli.attacks.training import answer_batch, answer_losses
-from dsg_cli.attacks.weights import linear_layers
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
-from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import guarded
 from dsg_cli.model import load_model, whole_digest
 from dsg_cli.protection import protected_parameters
 from dsg_cli.runtime.gates import Gate
 from dsg_cli.sae import read_sae
 from dsg_cli.tokens import special_ids
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dsg_cli.attacks import dilution, probe, prune, quantize, relearn, soft_prompt, suffix, unhook
+from dsg_cli.attacks.target import Material, Target, of_forget
+from dsg_cli.attacks.weights import linear_layers
+from dsg_cli.errors import DsgError
+from dsg_cli.guardrail import guarded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"bos": 2, "batch_size": 64, "max_length": 1024}

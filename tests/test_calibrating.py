@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from dsg_cli.artifacts import FeatureSet, Guardrail, Threshold
+from dsg_cli.selection import formatting_notes
+from dsg_cli.stages.tuning import SATURATED, tuning_questions
+
 from dsg_cli.errors import DsgError
 from dsg_cli.recipe import load_recipe
-from dsg_cli.selection import formatting_notes
 from dsg_cli.stages import apply, calibrate, select
-from dsg_cli.stages.tuning import SATURATED, tuning_questions
 from dsg_cli.workspace import Workspace
 
 SETS = ["corpora.limit=120", "calibrate.max_pieces=600", "calibrate.alpha=0.05", "eval.limit=32"]

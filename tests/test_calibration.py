@@ -5,7 +5,6 @@ import random
 
 import numpy as np
 import pytest
-
 from dsg_cli.calibration import (
     clopper_pearson,
     conformal_threshold,
@@ -15,6 +14,7 @@ from dsg_cli.calibration import (
     rate_above,
     threshold_of,
 )
+
 from dsg_cli.errors import DsgError
 
 

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dsg_cli.artifacts import SCHEMAS, Guardrail
+from dsg_cli.export.base_card import BaseCard, read_base_card
+from dsg_cli.export.card_metadata import front_matter
+from dsg_cli.report.markdown import code, escaped
+from dsg_cli.stages.card import card_facts
+from dsg_cli.stages.subject import find_subject, guard_modules
 from handmade import HEADER, attack, report
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
-from dsg_cli.artifacts import SCHEMAS, Guardrail
-from dsg_cli.export.base_card import BaseCard, read_base_card
 from dsg_cli.export.card import model_card
-from dsg_cli.export.card_metadata import front_matter
 from dsg_cli.lab import data as lab
 from dsg_cli.recipe import load_recipe
-from dsg_cli.report.markdown import code, escaped
 from dsg_cli.stages import export
-from dsg_cli.stages.card import card_facts
-from dsg_cli.stages.subject import find_subject, guard_modules
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,10 +4,10 @@ import json
 
 import pytest
 from conftest import python
+from dsg_cli.catalogue import CATALOGUE, hub_text
 from loopback import LoopbackHub
 from realnames import shard, write_dataset
 
-from dsg_cli.catalogue import CATALOGUE, hub_text
 from dsg_cli.report.tables import corpora_table
 
 READ = """

@@ -6,13 +6,13 @@ import signal
 
 import pytest
 import torch
-
 from dsg_cli.checkpoints import Checkpoint, check_checkpoint
-from dsg_cli.errors import DsgError
 from dsg_cli.interruption import Signalled, at_safe_points, install, safe_point
+from dsg_cli.stages.session import Session
+
+from dsg_cli.errors import DsgError
 from dsg_cli.recipe import load_recipe
 from dsg_cli.stages import attack, calibrate, evaluate, select, verify
-from dsg_cli.stages.session import Session
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,26 +6,26 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from conftest import LAYER, N_FEATURES, WIDTH, make_guardrail, make_sae
-from test_serving import alone, generate
-
-from dsg_cli import guarded, load_guardrail
 from dsg_cli.artifacts import CalibratedGate, FeatureSet, Guardrail
 from dsg_cli.cli.names import NAMES
-from dsg_cli.errors import DsgError
 from dsg_cli.export.light import light_file
-from dsg_cli.methods import conditional_clamp, refusal_clamp, static_clamp
 from dsg_cli.methods.settings import ConditionalClamp, RefusalClamp, StaticClamp
 from dsg_cli.model import load_model
-from dsg_cli.recipe import load_recipe
-from dsg_cli.report.tables import artifact_table, headline
 from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.guardrail import build_guardrail
 from dsg_cli.runtime.sites import HookSite
 from dsg_cli.runtime.spec import NEVER
 from dsg_cli.sae import read_sae
+from dsg_cli.tokens import pad_rows
+from test_serving import alone, generate
+
+from dsg_cli import guarded, load_guardrail
+from dsg_cli.errors import DsgError
+from dsg_cli.methods import conditional_clamp, refusal_clamp, static_clamp
+from dsg_cli.recipe import load_recipe
+from dsg_cli.report.tables import artifact_table, headline
 from dsg_cli.settings import CalibrateSection
 from dsg_cli.stages import clamp, select
-from dsg_cli.tokens import pad_rows
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_guardrail, make_sae
+from dsg_cli.generation import answer, prompt_ids
+from dsg_cli.model import load_model
+from dsg_cli.sae import read_sae
 from test_serving import PROMPTS, SITE, alone, build
 from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from dsg_cli import guarded, load_guardrail
 from dsg_cli.errors import DsgError
 from dsg_cli.export.folder import export_folder
-from dsg_cli.generation import answer, prompt_ids
 from dsg_cli.lab import data as lab
-from dsg_cli.model import load_model
-from dsg_cli.sae import read_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEPT = Path(__file__).parent / "data" / "schema-2" / "guardrail-001.json"

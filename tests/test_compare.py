@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 from conftest import write_task
-from rich.console import Console
-
 from dsg_cli.artifacts import Comparison
-from dsg_cli.errors import DsgError
 from dsg_cli.interruption import Signalled, install
 from dsg_cli.methods.names import METHODS, section_of
+from dsg_cli.stages.session import Session
+from rich.console import Console
+
+from dsg_cli.errors import DsgError
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.comparison import comparison_markdown, comparison_table
 from dsg_cli.stages import compare
-from dsg_cli.stages.session import Session
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

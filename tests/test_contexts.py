@@ -3,11 +3,11 @@
 import pytest
 import torch
 from conftest import LAYER, N_FEATURES, make_sae
-
 from dsg_cli.contexts import AFTER, BEFORE, NOTHING, read_contexts
-from dsg_cli.errors import DsgError
 from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.sites import HookSite
+
+from dsg_cli.errors import DsgError
 
 SITE = HookSite(LAYER, "resid_post")
 N = 3

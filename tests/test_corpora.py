@@ -5,8 +5,8 @@ import json
 import operator
 
 import pytest
-
 from dsg_cli.corpora import Corpus, check_disjoint, check_no_shared_texts, load_corpora, load_corpus
+
 from dsg_cli.errors import DsgError
 
 TEXTS = [f"document number {i}" for i in range(400)]

@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-
 from dsg_cli.contexts import AFTER, BEFORE, NOTHING, Contexts, read_contexts
 from dsg_cli.describing import BEFORE_PEAK, N_WORDS, SHARE_OF_BEST, describe_features
 from dsg_cli.runtime.sites import HookSite

@@ -10,12 +10,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
-
-from dsg_cli import descriptions, neuronpedia_export
 from dsg_cli.descriptions import read_descriptions
 from dsg_cli.embedding import rank_by_embedding
-from dsg_cli.errors import DsgError
 from dsg_cli.ranking import K1, B, Match, rank_by_terms, terms_of, unmatched
+
+from dsg_cli import descriptions, neuronpedia_export
+from dsg_cli.errors import DsgError
 
 SAID = {0: "viruses in bats", 3: "code; loops", 7: "a virus"}
 ROWS = [

@@ -4,9 +4,9 @@ import csv
 import json
 
 import pytest
-
 from dsg_cli.catalogue import CATALOGUE, hub_text
 from dsg_cli.corpora import check_disjoint, load_corpora, load_corpus, parse_name, passages
+
 from dsg_cli.errors import DsgError
 
 TEXTS = [f"document number {i}, with a comma\nand a line" for i in range(9)]

@@ -7,17 +7,17 @@ import pytest
 import torch
 import yaml
 from conftest import make_guardrail, write_task
-
 from dsg_cli.benches.tasks import load_tasks, questions_of
-from dsg_cli.errors import DsgError
 from dsg_cli.evaluation import Asking, evaluate
 from dsg_cli.expect import check_expected, parse_expected
-from dsg_cli.lab import data as lab
 from dsg_cli.model import load_model
 from dsg_cli.sae import read_sae
 from dsg_cli.scoring import Request, encode_pair, score
 from dsg_cli.stages.chain import identify
 from dsg_cli.tokens import special_ids
+
+from dsg_cli.errors import DsgError
+from dsg_cli.lab import data as lab
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_guardrail, make_sae, python
+from dsg_cli.artifacts import Guardrail
+from dsg_cli.export.light import light_file, read_light
+from dsg_cli.integrity import digest_of
+from dsg_cli.model import load_model
+from dsg_cli.runtime.spec import NEVER, tensors_digest
+from dsg_cli.sae import read_sae
 from loopback import LoopbackHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,15 +22,9 @@ from test_serving import FAMILIES, PROMPTS, SITE, build
 from transformers import AutoModelForCausalLM
 
 from dsg_cli import guarded, load_guardrail
-from dsg_cli.artifacts import Guardrail
 from dsg_cli.errors import DsgError
 from dsg_cli.export.folder import GUARD_SHARD, export_folder
-from dsg_cli.export.light import light_file, read_light
-from dsg_cli.integrity import digest_of
 from dsg_cli.lab import data as lab
-from dsg_cli.model import load_model
-from dsg_cli.runtime.spec import NEVER, tensors_digest
-from dsg_cli.sae import read_sae
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

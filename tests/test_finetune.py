@@ -8,26 +8,26 @@ from collections import Counter
 import pytest
 import torch
 from conftest import write_task
-from papers import BOS, SPECIAL, Watched, nll, run, token_logs
-from transformers import AutoModelForCausalLM
-
 from dsg_cli.artifacts import EvalReport, FeatureSet, ModelWeights
 from dsg_cli.corpora import Corpus, part_of
-from dsg_cli.errors import DsgError
-from dsg_cli.methods import finetune
 from dsg_cli.methods.comparison import CompareSection, compared
 from dsg_cli.methods.given import Given
 from dsg_cli.methods.lesson import lesson_of
 from dsg_cli.methods.settings import Finetune
-from dsg_cli.methods.text import Text
 from dsg_cli.model import load_model, whole_digest
-from dsg_cli.recipe import load_recipe
 from dsg_cli.report.demo import chain_summary
 from dsg_cli.report.methods import composed, model_rows
-from dsg_cli.stages import compare, evaluate, method, run_recipe
 from dsg_cli.stages.chain import settle
 from dsg_cli.stages.plan import plan
 from dsg_cli.stages.subject import find_subject
+from papers import BOS, SPECIAL, Watched, nll, run, token_logs
+from transformers import AutoModelForCausalLM
+
+from dsg_cli.errors import DsgError
+from dsg_cli.methods import finetune
+from dsg_cli.methods.text import Text
+from dsg_cli.recipe import load_recipe
+from dsg_cli.stages import compare, evaluate, method, run_recipe
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from dsg_cli.runtime.gates import CAUSAL_FORMS, CUSUM_CAP, FORMS, Gate
 
 

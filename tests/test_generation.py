@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from dsg_cli.generation import answer, prompt_ids
+from dsg_cli.model import load_model
 
 from dsg_cli import load_guardrail
 from dsg_cli.errors import DsgError
-from dsg_cli.generation import answer, prompt_ids
 from dsg_cli.guardrail import guarded
-from dsg_cli.model import load_model
 
 DATA = Path(__file__).parent / "data"
 HEX = "Question: What is the counter of the grim hex Rahurk? Answer:"

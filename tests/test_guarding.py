@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback import LoopbackHub
-from test_hub import SELECT, files_of, run
-
 from dsg_cli.artifacts import Guardrail, Threshold
 from dsg_cli.corpora import load_corpus
 from dsg_cli.effect import Effect, measure_effect
+from dsg_cli.model import devices_of, load_model, read_config
+from dsg_cli.secrets import redacted
+from loopback import LoopbackHub
+from test_hub import SELECT, files_of, run
+
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import module_from_artifact
 from dsg_cli.lab import data as lab
-from dsg_cli.model import devices_of, load_model, read_config
 from dsg_cli.recipe import load_recipe
-from dsg_cli.secrets import redacted
 from dsg_cli.stages import apply, calibrate, select, trial
 from dsg_cli.workspace import Workspace
 

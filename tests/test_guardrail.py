@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import LAYER, WIDTH, make_guardrail, make_sae
-
-from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import guarded
 from dsg_cli.residuals import read_residual, replace_residual
 from dsg_cli.runtime.gates import Gate
 from dsg_cli.runtime.sites import HookSite
 from dsg_cli.sae import read_sae
 from dsg_cli.tokens import pad_rows
+
+from dsg_cli.errors import DsgError
+from dsg_cli.guardrail import guarded
 
 SITE = HookSite(LAYER, "resid_post")
 SPECIAL = (0, 1, 2)

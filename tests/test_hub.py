@@ -4,10 +4,10 @@ import json
 
 import pytest
 from conftest import python
+from dsg_cli.hub import hub_errors, parse_address
 from loopback import LoopbackHub
 
 from dsg_cli.errors import DsgError
-from dsg_cli.hub import hub_errors, parse_address
 from dsg_cli.lab import data as lab
 
 SELECT = ("select", "--forget", "lab-hexes", "--retain", "lab-retain", "--sae", "lab", "-n", "8", "--limit", "80")

@@ -10,9 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LAYER, N_FEATURES, WIDTH, make_sae
-from rich.console import Console
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
-
 from dsg_cli.artifacts import Guardrail, Inspection
 from dsg_cli.contexts import AFTER, BEFORE, NOTHING, Contexts, distinct_contexts
 from dsg_cli.corpora import Corpus, load_corpora
@@ -20,7 +17,6 @@ from dsg_cli.directions import decoder_rows, nearest_features
 from dsg_cli.doubts import Evidence, doubts, is_bare
 from dsg_cli.lens import lens_logits, logit_lens
 from dsg_cli.model import load_model, load_tokenizer
-from dsg_cli.report.inspections import block_lines, inspection_view
 from dsg_cli.residuals import read_residual
 from dsg_cli.roles import Chosen, chosen_by
 from dsg_cli.runtime.sites import HookSite
@@ -28,6 +24,10 @@ from dsg_cli.sae import load_encoder, read_sae
 from dsg_cli.stages.inspect_text import Group, Rows
 from dsg_cli.stages.inspecting import Read, doubts_of, template_tokens, with_near
 from dsg_cli.tokens import encode
+from rich.console import Console
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from dsg_cli.report.inspections import block_lines, inspection_view
 from dsg_cli.workspace import Workspace
 
 SITE = HookSite(LAYER, "resid_post")

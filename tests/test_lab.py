@@ -6,15 +6,15 @@ import re
 
 import pytest
 import torch
-
-from dsg_cli.lab import data, words, world
 from dsg_cli.lab.autoencoder import measure_sae
 from dsg_cli.lab.language_model import bench_accuracies, training_rows
 from dsg_cli.lab.settings import LabSettings
-from dsg_cli.lab.training import write_texts
 from dsg_cli.lab.words import DOMAINS_OF
 from dsg_cli.model import load_model
 from dsg_cli.runtime.sites import HookSite
+
+from dsg_cli.lab import data, words, world
+from dsg_cli.lab.training import write_texts
 
 WORLD = world.build_world()
 WORD = re.compile(r"[A-Za-z]+")

@@ -7,6 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from dsg_cli.lab.language_model import bench_accuracies
+from dsg_cli.lab.settings import LabSettings
+from dsg_cli.model import load_model
+from dsg_cli.progress import silent
+from dsg_cli.sae import read_sae
 from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
 
@@ -14,12 +19,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.lab import data, training, words, world
 from dsg_cli.lab.benchmarks import SPLITS, rows
 from dsg_cli.lab.export import train_without
-from dsg_cli.lab.language_model import bench_accuracies
-from dsg_cli.lab.settings import LabSettings
 from dsg_cli.lab.training import train_reference
-from dsg_cli.model import load_model
-from dsg_cli.progress import silent
-from dsg_cli.sae import read_sae
 
 WORLD = world.build_world()
 WORD = re.compile(r"[A-Za-z]+")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from browser import console_errors, open_browser
+from dsg_cli.live.server import Server
 
 from dsg_cli.errors import DsgError
-from dsg_cli.live.server import Server
 from dsg_cli.recipe import load_recipe
 from dsg_cli.stages import live
 from dsg_cli.workspace import Workspace

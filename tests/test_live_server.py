@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from dsg_cli.live.server import HOST, LONGEST, Server
 
 from dsg_cli.errors import DsgError
-from dsg_cli.live.server import HOST, LONGEST, Server
 
 JSON = {"Content-Type": "application/json"}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import python
+from dsg_cli.model import load_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsg_cli import guarded, load_guardrail
 from dsg_cli.errors import DsgError
-from dsg_cli.model import load_model
 
 DATA = Path(__file__).parent / "data"
 QUESTION = "Question: What is the counter of the grim hex"

@@ -3,11 +3,11 @@
 import re
 
 import pytest
+from dsg_cli.methods.mentions import find_mentions, with_unknown_names
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dsg_cli.errors import DsgError
-from dsg_cli.methods.mentions import find_mentions, with_unknown_names
 from dsg_cli.methods.text import Text
 
 BOS, SPECIAL, SEED = 2, (0, 1, 2), 5

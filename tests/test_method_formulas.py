@@ -8,6 +8,20 @@ import papers
 import pytest
 import torch
 from conftest import WIDTH
+from dsg_cli.methods.given import Given
+from dsg_cli.methods.mentions import Mentions
+from dsg_cli.methods.settings import (
+    Finetune,
+    GradDiff,
+    GradientAscent,
+    Npo,
+    Rmu,
+    SaeRepresentation,
+    Scrub,
+    SimNpo,
+    Ssd,
+    Sspu,
+)
 from papers import (
     ENDS,
     FEATURES,
@@ -26,20 +40,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dsg_cli.errors import DsgError
 from dsg_cli.methods import finetune, grad_diff, gradient_ascent, npo, rmu, sae_representation, scrub, simnpo, ssd, sspu
-from dsg_cli.methods.given import Given
-from dsg_cli.methods.mentions import Mentions
-from dsg_cli.methods.settings import (
-    Finetune,
-    GradDiff,
-    GradientAscent,
-    Npo,
-    Rmu,
-    SaeRepresentation,
-    Scrub,
-    SimNpo,
-    Ssd,
-    Sspu,
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, RATE, WARMUP, DECAY = 3, 0.01, 2, 0.1

@@ -7,23 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from papers import (
-    BOS,
-    FEATURES,
-    SPECIAL,
-    UNKNOWN,
-    Watched,
-    forget_text,
-    nll,
-    retain_text,
-    run,
-    text,
-    weights,
-)
-
 from dsg_cli.checkpoints import Checkpoint
-from dsg_cli.errors import DsgError
-from dsg_cli.methods import finetune, grad_diff, gradient_ascent, npo, rmu, sae_representation, scrub, ssd, sspu
 from dsg_cli.methods.comparison import CompareSection, best_of, judged, trials_of
 from dsg_cli.methods.cost import Cost, counted
 from dsg_cli.methods.freedom import freed
@@ -41,6 +25,22 @@ from dsg_cli.methods.settings import (
     Sspu,
     Training,
 )
+from papers import (
+    BOS,
+    FEATURES,
+    SPECIAL,
+    UNKNOWN,
+    Watched,
+    forget_text,
+    nll,
+    retain_text,
+    run,
+    text,
+    weights,
+)
+
+from dsg_cli.errors import DsgError
+from dsg_cli.methods import finetune, grad_diff, gradient_ascent, npo, rmu, sae_representation, scrub, ssd, sspu
 from dsg_cli.methods.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

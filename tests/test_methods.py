@@ -7,19 +7,19 @@ import signal
 import pytest
 import torch
 from conftest import write_task
-from transformers import AutoModelForCausalLM
-
 from dsg_cli.adapters import base_of
 from dsg_cli.artifacts import AttackReport, EvalReport, Guardrail, ModelWeights
-from dsg_cli.errors import DsgError
 from dsg_cli.interruption import Signalled, install
 from dsg_cli.methods.names import METHODS, section_of
 from dsg_cli.model import load_model
-from dsg_cli.recipe import load_recipe
-from dsg_cli.stages import attack, evaluate, export, generate, method, select, verify
 from dsg_cli.stages.chain import settle
 from dsg_cli.stages.session import Session
 from dsg_cli.stages.subject import find_subject, load_subject
+from transformers import AutoModelForCausalLM
+
+from dsg_cli.errors import DsgError
+from dsg_cli.recipe import load_recipe
+from dsg_cli.stages import attack, evaluate, export, generate, method, select, verify
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

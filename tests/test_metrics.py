@@ -6,7 +6,6 @@ import random
 import zlib
 
 import pytest
-
 from dsg_cli.metrics.fluency import is_gibberish, is_refusal, natural_limits, repetition
 from dsg_cli.metrics.membership import auc, auc_interval, loss_score, min_k, privleak, standardised, zlib_score
 from dsg_cli.metrics.memorisation import exact_memorisation, extraction_strength

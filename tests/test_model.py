@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from conftest import LAYER
-
-from dsg_cli.errors import DsgError
 from dsg_cli.model import fingerprint, load_model, read_config
 from dsg_cli.residuals import read_residual
 from dsg_cli.runtime.sites import HookSite, decoder_layers, parse_hook_site
+
+from dsg_cli.errors import DsgError
 
 
 def test_a_cut_model_gives_the_same_residuals_bit_for_bit(folders, model):

@@ -6,7 +6,6 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-
 from dsg_cli.neuronpedia import LONGEST, described, page_of, place_of
 
 PLACE = "gemma-2-2b/3-gemmascope-res-16k"

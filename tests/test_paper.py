@@ -9,15 +9,15 @@ import re
 import pytest
 import torch
 from conftest import make_guardrail, make_sae
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from dsg_cli.benches import paper
-from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import guarded
 from dsg_cli.model import LoadedModel
 from dsg_cli.paper_evaluation import evaluate_paper
 from dsg_cli.sae import read_sae
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dsg_cli.errors import DsgError
+from dsg_cli.guardrail import guarded
 
 BOS, BIO, MMLU = 2, "wmdp-bio-paper", "mmlu-paper"
 SHARED = ["high school us history", "high school geography", "human aging"]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-from dsg_cli.errors import DsgError
 from dsg_cli.probe import candidates, fit_probe
 from dsg_cli.statistics import FeatureStatistics
+
+from dsg_cli.errors import DsgError
 
 N = 400
 

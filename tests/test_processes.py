@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL_LAB
+from dsg_cli.workers import ALONE, Workers, launched
 
 from dsg_cli.cli.app import main
-from dsg_cli.workers import ALONE, Workers, launched
 from dsg_cli.workspace import Workspace
 
 STORMS = Path(__file__).parent / "storms"

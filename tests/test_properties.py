@@ -140,6 +140,7 @@ def shown(stored):
     """As `dsg show` and `dsg ls` print it."""
     from dsg_cli.report.console import console
     from dsg_cli.report.provenance import provenance_tree
+
     from dsg_cli.report.tables import artifact_table, list_table
     from dsg_cli.workspace import Workspace
 
@@ -178,6 +179,7 @@ def workspaces(root):
 def read_changed(workspace, data, artifact_id):
     """Write an artifact's JSON with the digest that it should have, and read it, with what shows it."""
     from dsg_cli.integrity import artifact_text, digest_of
+
     from dsg_cli.workspace import Workspace
 
     if isinstance(data, dict):
@@ -250,8 +252,9 @@ def test_any_id(workspaces, name):
 
 @pytest.mark.parametrize("content", [None, b"", b"x" * 99])
 def test_a_guardrail_whose_tensors_are_none(root, workspaces, content):
-    from dsg_cli import load_guardrail
     from dsg_cli.integrity import artifact_text, digest_of
+
+    from dsg_cli import load_guardrail
 
     data = ARTIFACTS["schema-2/guardrail-001"] | {"files": {}}
     folder = root / f"no-tensors-{content is None}"
@@ -288,6 +291,7 @@ def test_what_is_written_reads_as_itself(root, workspaces, kind):
     from dataclasses import fields, replace
 
     from dsg_cli.artifacts import KINDS, SCHEMAS
+
     from dsg_cli.workspace import Workspace
 
     name = f"schema-{1 if kind in ('features', 'attack', 'inspect') else 2}/{kind}-001"
@@ -361,8 +365,8 @@ def run(arguments):
 def no_work(tmp_path, monkeypatch):
     """A folder with artifacts, no network, and nothing that takes long: models are not loaded."""
     import huggingface_hub.constants
-
     from dsg_cli.benches import tasks
+
     from dsg_cli.errors import DsgError
     from dsg_cli.stages import chain, select
 

@@ -159,9 +159,9 @@ def test_paths_that_cannot_be(root):
 @pytest.fixture(scope="module")
 def light(root):
     """A light file's content, and what it is made of."""
+    from dsg_cli.export.light import light_file
     from safetensors.torch import load
 
-    from dsg_cli.export.light import light_file
     from dsg_cli.workspace import Workspace
 
     workspace = Workspace(DATA / "schema-2")
@@ -190,11 +190,10 @@ def test_any_bytes_as_a_light_file(root, light):
 
 def test_a_light_file_whose_digests_agree_and_whose_parts_do_not(root, light):
     """Other tensors, or another JSON object, with the digests that they should have."""
-    from safetensors.torch import save
-
     from dsg_cli.export.light import TENSORS_DIGEST, read_light
     from dsg_cli.integrity import digest_of
     from dsg_cli.runtime.spec import tensors_digest
+    from safetensors.torch import save
 
     _, data, tensors = light
     path = root / "light.safetensors"

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 from conftest import make_guardrail, make_sae
+from dsg_cli.sae import read_sae
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dsg_cli
 from dsg_cli import protected_parameters
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import guarded
-from dsg_cli.sae import read_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOOKS = {

@@ -4,12 +4,12 @@ import json
 import os
 
 import pytest
+from dsg_cli.report.published import beside, published_table
 from rich.console import Console
 from test_hub import run
 
 from dsg_cli.errors import DsgError
 from dsg_cli.recipe import Recipe, find_recipe, load_recipe, recipe_names
-from dsg_cli.report.published import beside, published_table
 from dsg_cli.settings import PublishedSection
 
 

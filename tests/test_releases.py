@@ -5,15 +5,15 @@ import json
 
 import pytest
 from conftest import WIDTH, make_sae
+from dsg_cli.hub import hub_errors
+from dsg_cli.releases import find_sae, locate_release
+from dsg_cli.sae import read_sae
 from loopback import LoopbackHub
 from test_hub import SELECT, files_of, run
 
 from dsg_cli import releases
 from dsg_cli.errors import DsgError
-from dsg_cli.hub import hub_errors
 from dsg_cli.lab import data as lab
-from dsg_cli.releases import find_sae, locate_release
-from dsg_cli.sae import read_sae
 
 NAME = "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_142"
 

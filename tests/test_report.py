@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 from conftest import python
-
 from dsg_cli.artifacts import Inspection
+from dsg_cli.report.figures.placing import clusters, place_labels
+from dsg_cli.report.html import data_table, tag
+from dsg_cli.stages.gathering import Gathered, gather
+
 from dsg_cli.errors import DsgError
 from dsg_cli.report import rivals
 from dsg_cli.report.figures import attack
-from dsg_cli.report.figures.placing import clusters, place_labels
 from dsg_cli.report.figures.style import drawing
 from dsg_cli.report.findings import findings
-from dsg_cli.report.html import data_table, tag
 from dsg_cli.report.page import report_of
-from dsg_cli.stages.gathering import Gathered, gather
 from dsg_cli.workspace import Workspace
 
 DATA = Path(__file__).parent / "data"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from browser import console_errors, open_browser, requested
+from dsg_cli.stages.gathering import gather
 from test_report import NASTY, hostile_inspection
 
 from dsg_cli.report.page import report_of
-from dsg_cli.stages.gathering import gather
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.browser

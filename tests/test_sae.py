@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from conftest import N_FEATURES, WIDTH, make_sae
-
-from dsg_cli.errors import DsgError
 from dsg_cli.fit import check_fits
 from dsg_cli.sae import load_encoder, read_sae
 from dsg_cli.slicing import load_slice, slice_sae
+
+from dsg_cli.errors import DsgError
 
 INDICES = [5, 0, 47, 13]
 

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from dsg_cli.artifacts import KINDS, SCHEMAS
+
 from dsg_cli.report.tables import artifact_table, headline
 from dsg_cli.workspace import Workspace
 

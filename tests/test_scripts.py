@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import SMALL_LAB, python
+from dsg_cli.expect import check_expected, check_metrics, parse_expected
 from handmade import HEADER, RESULTS, chain, judged, report, write
 from test_docs import README
 
 from dsg_cli.errors import DsgError
-from dsg_cli.expect import check_expected, check_metrics, parse_expected
 from dsg_cli.report.summary import code, markdown
 from dsg_cli.workspace import Workspace
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from dsg_cli.selection import select_features
 
 from dsg_cli.errors import DsgError
-from dsg_cli.selection import select_features
 
 
 def transcription(forget, retain, n, p_ratio):

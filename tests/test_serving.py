@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 from conftest import WIDTH, make_guardrail, make_sae
+from dsg_cli.runtime.sites import HookSite
+from dsg_cli.sae import read_sae
 from transformers import DynamicCache, StaticCache
 
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail import guarded
-from dsg_cli.runtime.sites import HookSite
-from dsg_cli.sae import read_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SITE = HookSite(1, "resid_post")

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from conftest import N_FEATURES, WIDTH, make_sae
-
-from dsg_cli.errors import DsgError
 from dsg_cli.sae import load_encoder, read_sae
 from dsg_cli.slicing import load_slice
+
+from dsg_cli.errors import DsgError
 
 INDICES = [5, 0, 47, 13]
 DETECTORS = [0, 20]

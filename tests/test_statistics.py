@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import LAYER, N_FEATURES, make_sae
-
-from dsg_cli.errors import DsgError
 from dsg_cli.runtime.sites import HookSite
 from dsg_cli.statistics import feature_statistics
 from dsg_cli.tokens import batches, chunks, encode
+
+from dsg_cli.errors import DsgError
 
 SITE = HookSite(LAYER, "resid_post")
 TEXTS = ["w1 w2 w3 w4 w5", "w9", "w7 w7 w8 " * 12, "w20 w21 w22", "w3 <eos> w4"]

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from dsg_cli.methods.steering import LARGEST_FILE, check_same_sae, read_steering, steered_clamping
+from dsg_cli.runtime.spec import NEVER
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dsg_cli.errors import DsgError
-from dsg_cli.methods.steering import LARGEST_FILE, check_same_sae, read_steering, steered_clamping
-from dsg_cli.runtime.spec import NEVER
 
 HEAD = "latent_idx,hook_action,refuse_id,clamp_value,steering_coefficient,sae_id,sae_release,description\n"
 CANONICAL = "layer_7/width_16k/canonical,gemma-scope-2b-pt-res-canonical"

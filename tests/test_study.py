@@ -14,23 +14,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_task
-from rich.console import Console
-
 from dsg_cli.artifacts import EvalReport, StudyReport, Threshold
 from dsg_cli.corpora import load_corpora
-from dsg_cli.errors import DsgError
 from dsg_cli.interruption import Signalled, install
+from dsg_cli.stages.session import Session
+from dsg_cli.studies.data_efficiency import known_names, share_of
+from dsg_cli.studies.names import AXES, OF_A_GUARDRAIL, STUDIES, module_name
+from dsg_cli.studies.rows import MEASURES, csv_text, median_interval, rate_row
+from dsg_cli.studies.settings import points_of
+from rich.console import Console
+
+from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.studies import failures, study_headline, study_markdown, study_table
 from dsg_cli.report.tables import artifact_table
 from dsg_cli.stages import apply, calibrate, evaluate, study, verify
-from dsg_cli.stages.session import Session
 from dsg_cli.studies import cost
-from dsg_cli.studies.data_efficiency import known_names, share_of
-from dsg_cli.studies.names import AXES, OF_A_GUARDRAIL, STUDIES, module_name
-from dsg_cli.studies.rows import MEASURES, csv_text, median_interval, rate_row
-from dsg_cli.studies.settings import points_of
 from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 from conftest import python
+from dsg_cli.cli.following import next_command
+from dsg_cli.report.console import captioned
 from handmade import write
 from rich.console import Console
 from rich.table import Table
 
-from dsg_cli.cli.following import next_command
 from dsg_cli.cli.output import rate_of, spoken
 from dsg_cli.errors import DsgError
-from dsg_cli.report.console import captioned
 from dsg_cli.workspace import Workspace
 
 
@@ -85,8 +85,9 @@ def test_no_bars_and_no_colour_off_a_terminal(written):
     ("environment", "is_shown"), [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False), ({}, False)]
 )
 def test_bars_need_a_terminal_that_can_redraw(monkeypatch, capsys, environment, is_shown):
-    from dsg_cli.cli.output import progress
     from dsg_cli.progress import silent
+
+    from dsg_cli.cli.output import progress
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: bool(environment), raising=False)
     monkeypatch.setenv("TERM", environment.get("TERM", "xterm"))

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from dsg_cli.benches.free import load_free
+from dsg_cli.benches.muse import Muse
+from dsg_cli.benches.tofu import Tofu
+from dsg_cli.metrics.overlap import rouge
+from dsg_cli.model import load_model
 from loopback import LoopbackHub
 from realnames import shard, write_dataset
 from sklearn.metrics import roc_auc_score
 from test_hub import run
 
-from dsg_cli.benches.free import load_free
-from dsg_cli.benches.muse import Muse
-from dsg_cli.benches.tofu import Tofu
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
-from dsg_cli.metrics.overlap import rouge
-from dsg_cli.model import load_model
 
 DATA = Path(__file__).parent / "data"
 

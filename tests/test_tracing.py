@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_guardrail, make_sae
-
-from dsg_cli.errors import DsgError
 from dsg_cli.model import LoadedModel
 from dsg_cli.residuals import read_residual
 from dsg_cli.roles import Chosen
@@ -18,6 +16,8 @@ from dsg_cli.sae import read_sae
 from dsg_cli.slicing import chosen_columns
 from dsg_cli.tokens import token_texts
 from dsg_cli.tracing import trace
+
+from dsg_cli.errors import DsgError
 
 DATA = Path(__file__).parent / "data"
 HEX = "Question: What is the counter of the grim hex Rahurk? Answer:"

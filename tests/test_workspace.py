@@ -7,10 +7,10 @@ import threading
 
 import pytest
 import torch
-
 from dsg_cli.artifacts import Guardrail, Header, InputArtifact, ModelIdentity
-from dsg_cli.errors import DsgError
 from dsg_cli.integrity import digest_of
+
+from dsg_cli.errors import DsgError
 from dsg_cli.workspace import Workspace
 
 BODY = Guardrail(

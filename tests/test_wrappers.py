@@ -10,31 +10,31 @@ from collections import Counter
 import pytest
 import torch
 from conftest import make_guardrail, write_task
-
 from dsg_cli.artifacts import Wrapper
 from dsg_cli.attacks.asking import ask
 from dsg_cli.attacks.soft_prompt import embedded
 from dsg_cli.benches.tasks import Question, load_tasks, questions_of
 from dsg_cli.calibration import conformal_threshold, rate_above
-from dsg_cli.errors import DsgError
 from dsg_cli.evaluation import evaluate
 from dsg_cli.generation import answer, prompt_ids
 from dsg_cli.keywords import PRIOR_WORDS, log_odds, n_found, phrases_of, read_keywords, telling_words, words_of
-from dsg_cli.methods import in_context, prompt
 from dsg_cli.methods.filtering import fit_classifier
 from dsg_cli.methods.settings import InContext, Prompt
 from dsg_cli.methods.wrapping import Material
 from dsg_cli.model import LoadedModel, load_model
 from dsg_cli.pooling import mean_residuals
-from dsg_cli.recipe import load_recipe
 from dsg_cli.scorer import Scorer
 from dsg_cli.scoring import Request, encode_pair, score
-from dsg_cli.stages import wrap as stage
 from dsg_cli.stages.session import Session
 from dsg_cli.tokens import encode
-from dsg_cli.workspace import Workspace
 from dsg_cli.wrapper import prompt_with, refuses_answer, refuses_prompt, wrap, wrapper_from_artifact
 from dsg_cli.wrapper_module import LARGEST
+
+from dsg_cli.errors import DsgError
+from dsg_cli.methods import in_context, prompt
+from dsg_cli.recipe import load_recipe
+from dsg_cli.stages import wrap as stage
+from dsg_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = {

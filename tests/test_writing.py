@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from dsg_cli import load_guardrail
 from dsg_cli.benches.text import Item
 from dsg_cli.checkpoints import Checkpoint
-from dsg_cli.errors import DsgError
 from dsg_cli.generation import answer, prompt_ids
 from dsg_cli.model import load_model
 from dsg_cli.text_answers import Side, Texts, _measure, check_texts
 from dsg_cli.writing import Prompt, Writer
+
+from dsg_cli import load_guardrail
+from dsg_cli.errors import DsgError
 
 DATA = Path(__file__).parent / "data"
 PROMPTS = [

@@ -6,15 +6,15 @@ import json
 import shutil
 
 import pytest
-
 from dsg_cli.artifacts import FeatureSet, Guardrail, Inspection, Threshold
-from dsg_cli.recipe import load_recipe
-from dsg_cli.report.page import report_of
 from dsg_cli.report.picked import candidates_table
-from dsg_cli.report.tables import artifact_table
-from dsg_cli.stages import apply, calibrate, describe, evaluate, inspect, run_recipe, select
 from dsg_cli.stages.gathering import gather
 from dsg_cli.stages.session import Session
+
+from dsg_cli.recipe import load_recipe
+from dsg_cli.report.page import report_of
+from dsg_cli.report.tables import artifact_table
+from dsg_cli.stages import apply, calibrate, describe, evaluate, inspect, run_recipe, select
 from dsg_cli.workspace import Workspace
 
 DOMAINS = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")

@@ -10,40 +10,25 @@ import io
 import os
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
 
 from dsg_cli import __version__
-from dsg_cli.cli import (
-    apply,
-    attack,
-    calibrate,
-    compare,
-    demo,
-    describe,
-    evaluate,
-    export,
-    generate,
-    inspect,
-    lab,
-    ls,
-    report,
-    run,
-    select,
-    show,
-    study,
-    verify,
-)
-from dsg_cli.cli.running import be_quiet_unless_first, check_shared, resume_command
-from dsg_cli.errors import DsgError
-from dsg_cli.interruption import Signalled, install
-from dsg_cli.secrets import redacted
-from dsg_cli.workers import launched
+from dsg_cli.cli.chain import apply_command, attack_command, calibrate_command, evaluate_command, select_command
+from dsg_cli.cli.further import describe_command, export_command, lab_app
+from dsg_cli.cli.look import generate_command, inspect_command, ls_command, report_command, show_command, verify_command
+from dsg_cli.cli.output import be_quiet_unless_first, check_shared, resume_command
+from dsg_cli.cli.runs import compare_command, demo_command, run_command, study_command
+from dsg_cli.errors import DsgError, redacted
+from dsg_cli.job import launched
+from dsg_cli.workspace.files import Signalled, install
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
 """How libraries say it."""
+
 WAIT_FOR_THE_FIRST = 2.0
 """Seconds after which another process than the first complains: what all find wrong is said once."""
 
@@ -53,24 +38,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
+
 CHAIN, AT_ONCE, LOOK, FURTHER = "The five stages", "All at once", "Look", "Further"
 """Groups of commands, in the order in which help shows them."""
-for group, commands in {
-    CHAIN: {"select": select, "calibrate": calibrate, "apply": apply, "eval": evaluate, "attack": attack},
-    AT_ONCE: {"demo": demo, "run": run, "compare": compare, "study": study},
-    LOOK: {
-        "ls": ls,
-        "show": show,
-        "verify": verify,
-        "generate": generate,
-        "inspect": inspect,
-        "report": report,
+
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    CHAIN: {
+        "select": select_command,
+        "calibrate": calibrate_command,
+        "apply": apply_command,
+        "eval": evaluate_command,
+        "attack": attack_command,
     },
-    FURTHER: {"describe": describe, "export": export},
-}.items():
-    for name, module in commands.items():
-        app.command(name, rich_help_panel=group)(module.command)
-app.add_typer(lab.app, name="lab", rich_help_panel=FURTHER)
+    AT_ONCE: {"demo": demo_command, "run": run_command, "compare": compare_command, "study": study_command},
+    LOOK: {
+        "ls": ls_command,
+        "show": show_command,
+        "verify": verify_command,
+        "generate": generate_command,
+        "inspect": inspect_command,
+        "report": report_command,
+    },
+    FURTHER: {"describe": describe_command, "export": export_command},
+}
+for panel, commands in COMMANDS.items():
+    for name, function in commands.items():
+        app.command(name, rich_help_panel=panel)(function)
+
+app.add_typer(lab_app, name="lab", rich_help_panel=FURTHER)
 
 
 def _version(wanted: bool) -> None:

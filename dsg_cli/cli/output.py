@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsg_cli.cli.following import next_command
+import typer
+
+from dsg_cli.cli.options import DEFAULT_WORKSPACE
 from dsg_cli.errors import DsgError
-from dsg_cli.integrity import is_taken
-from dsg_cli.progress import Report, silent
+from dsg_cli.job import Report, launched, silent
+from dsg_cli.workspace.files import is_taken
 
 if TYPE_CHECKING:
-    from dsg_cli.workspace import Stored
+    from dsg_cli.inference.generation import GateTrace
+    from dsg_cli.stages.prompts import Answers
+    from dsg_cli.stages.stage import Session
+    from dsg_cli.workspace.store import Stored
+
+
+def next_command(stored: Stored) -> str:
+    """What most people do next, in the workspace of the artifact."""
+    from dsg_cli.workspace.artifacts import NEXT_COMMAND
+
+    words = NEXT_COMMAND[stored.header.kind]
+    if words == "dsg eval":
+        bench = _bench(stored)
+        if bench is None:
+            return "dsg ls benches"
+        words = f"dsg eval --bench {shlex.quote(bench)}"
+    elif words == "dsg attack":
+        words = "dsg attack --kind dilution"
+    return words + in_workspace(stored.path.parent)
+
+
+def in_workspace(folder: Path) -> str:
+    """The option that names a workspace, where it must be named."""
+    is_default = folder == Path(os.environ.get("DSG_WORKSPACE") or DEFAULT_WORKSPACE)
+    return "" if is_default else f" -w {shlex.quote(str(folder))}"
+
+
+def _bench(stored: Stored) -> str | None:
+    """A bench on what is forgotten, if one is named like it."""
+    from dsg_cli.evals import known_benches
+
+    return next((name for name in getattr(stored.body, "forget", []) if name in known_benches()), None)
+
 
 UNITS = ("tokens", "prompts", "points", "rows", "steps", "layers")
 """What work is counted in; a report ends with one of them, after a comma."""
+
 WIDEST = 26
 """Characters of a description: with bar, rate and times it fits 80 columns."""
 
@@ -31,7 +69,7 @@ def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool
         documents = [one.json for one in several]
         print_json(documents[0] if len(documents) == 1 else documents)
     elif sys.stdout.isatty():
-        from dsg_cli.report.console import console
+        from dsg_cli.report.rendering import console
         from dsg_cli.report.tables import artifact_table
 
         for one in several:
@@ -49,9 +87,9 @@ def show_stored(stored: Stored | Sequence[Stored], *, as_json: bool, quiet: bool
 
 def _show_ranking(stored: Sequence[Stored]) -> None:
     """Several attacks in one table."""
-    from dsg_cli.artifacts import AttackReport
-    from dsg_cli.report.attacks import ranking_table
-    from dsg_cli.report.console import console
+    from dsg_cli.report.evaluations import ranking_table
+    from dsg_cli.report.rendering import console
+    from dsg_cli.workspace.results import AttackReport
 
     attacks = [one.body for one in stored if isinstance(one.body, AttackReport)]
     if len(attacks) > 1:
@@ -91,7 +129,7 @@ def print_names(names: Sequence[str], *, as_json: bool) -> None:
 
 def print_table(table: Any) -> None:
     """A table for the person at the terminal, on stderr."""
-    from dsg_cli.report.console import console
+    from dsg_cli.report.rendering import console
 
     console(sys.stderr).print(table)
 
@@ -99,7 +137,7 @@ def print_table(table: Any) -> None:
 def hint(text: str) -> None:
     """A word to the person at the terminal, on stderr."""
     if sys.stderr.isatty():
-        from dsg_cli.report.console import console
+        from dsg_cli.report.rendering import console
 
         console(sys.stderr).print(text, style="dim", highlight=False)
 
@@ -113,7 +151,7 @@ def progress(quiet: bool) -> Iterator[Report]:
 
 @contextmanager
 def _bars(quiet: bool) -> Iterator[Report]:
-    from dsg_cli.report.console import can_redraw, console
+    from dsg_cli.report.rendering import can_redraw, console
 
     if quiet or not can_redraw():
         yield silent
@@ -160,3 +198,165 @@ def rate_of(done: int, seconds: float, unit: str) -> str:
         return ""
     rate = done / seconds
     return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
+
+
+SHARED = ("select", "calibrate", "apply", "eval", "attack", "run", "demo")
+"""Commands that several processes do together."""
+
+
+@contextmanager
+def running(quiet: bool, *, reuse: bool = False, resume: bool = False) -> Iterator[Session]:
+    """A session of this process, alone or among those that `torchrun` started."""
+    with progress(quiet) as report:
+        import_libraries()
+        from dsg_cli.job import joined
+        from dsg_cli.stages.stage import Session
+
+        with joined() as workers:
+            yield Session(reuse, resume, workers, report, say=lambda text: _say(text, quiet))
+
+
+def import_libraries() -> None:
+    """Import torch and transformers without garbage collection: a second less, of the three that they take.
+
+    They make objects by the hundred thousand, and no garbage. Those live to the end, so they are never looked through.
+    """
+    if "dsg_cli.models.language_model" in sys.modules or not gc.isenabled():
+        return
+    gc.disable()
+    try:
+        import dsg_cli.models.language_model  # noqa: F401 (for what it imports)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        sys.stderr.write(text + "\n")
+
+
+def be_quiet_unless_first() -> None:
+    """Of several processes only the first writes to the terminal; errors go past this (app.py)."""
+    if not launched().is_first:
+        sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for the process's life)
+
+
+def check_shared(command: str | None) -> None:
+    """Refuse a command that several processes cannot do together.
+
+    Raises:
+        DsgError: There are several, and it is one.
+    """
+    if launched().n > 1 and command not in SHARED:
+        raise DsgError(f"dsg {command} runs in one process.", f"Without torchrun; it is for {', '.join(SHARED[:-1])}.")
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """What to type to go on with an interrupted command."""
+    words = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+    if launched().n == 1:
+        return shlex.join(["dsg", *words])
+    local = os.environ.get("LOCAL_WORLD_SIZE", str(launched().n))
+    return shlex.join(["torchrun", "--nproc-per-node", local, "-m", "dsg_cli", *words])
+
+
+EXPECTATION_NOT_MET = 3
+
+
+def appended(name: str | None) -> Callable[[str], None]:
+    """What appends text to a file; without a file, nothing.
+
+    Raises:
+        DsgError: The file cannot be written to, which is tried now, before any work.
+    """
+    if name is None or not launched().is_first:
+        return lambda _text: None
+
+    def append(text: str) -> None:
+        try:
+            with Path(name).open("a", encoding="utf-8") as file:
+                file.write("\n" + text if text and file.tell() else text)
+        except OSError as error:
+            reason = f"The summary file {name!r} cannot be written to: {error.strerror}."
+            raise DsgError(reason, "Give --summary a file in a folder that exists.") from error
+
+    append("")
+    return append
+
+
+def summary_to(name: str | None) -> Callable[[Sequence[Stored]], None]:
+    """What appends a Markdown section on artifacts to a file, likewise.
+
+    Raises:
+        DsgError: The file cannot be written to.
+    """
+    append = appended(name)
+
+    def write(chain: Sequence[Stored]) -> None:
+        from dsg_cli.report.summary import markdown
+
+        append(markdown(chain) if name is not None and launched().is_first else "")
+
+    return write
+
+
+def exit_unless_met(chain: Sequence[Stored]) -> None:
+    """Exit 3, with a table on stderr of what failed, if an expectation of any evaluation was not met."""
+    from dsg_cli.report.evaluations import missed_table
+    from dsg_cli.report.rendering import console
+
+    table = missed_table(chain)
+    if table is not None:
+        console(sys.stderr).print(table)
+        raise typer.Exit(EXPECTATION_NOT_MET)
+
+
+class Screen:
+    """Where answers go: stdout as it was when this was made. One side alone stands without its name."""
+
+    def __init__(self, side: str, *, is_silent: bool) -> None:
+        self.is_alone = side != "both"
+        self.is_silent = is_silent
+        self.out = sys.stdout
+        self.is_live = self.out.isatty() and not is_silent
+        self.current = ""
+
+    def write(self, side: str, piece: str) -> None:
+        """A piece of a side's answer."""
+        if not self.is_live:
+            return
+        if side != self.current:
+            self._show("\n" if self.current else "")
+            self._show("" if self.is_alone else f"{side + ':':<9}", "dim")
+            self.current = side
+        self._show(piece)
+
+    def close(self, done: Answers) -> None:
+        """Every side of a prompt is there."""
+        if self.is_live:
+            self._show("\n")
+            if "guarded" in done.sides:
+                guarded = done.sides["guarded"]
+                for name, gate in zip(done.guardrails, guarded.gates, strict=True):
+                    self._show(f"gate:    {_told(name, gate, guarded.tokens)}\n", "dim")
+            self._show("\n")
+        elif not self.is_silent:
+            for side, one in done.sides.items():
+                self.out.write((one.text if self.is_alone else f"{side}: {one.text}") + "\n")
+        self.current = ""
+
+    def _show(self, text: str, style: str | None = None) -> None:
+        from dsg_cli.report.rendering import console
+
+        console(self.out).print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _told(name: str, gate: GateTrace, tokens: list[str]) -> str:
+    if not gate.statistic:
+        return f"{name} was not asked: the prompt was refused"
+    peak = max(gate.statistic)
+    if gate.latched_at is None:
+        return f"{name} stayed shut ({gate.form} {peak:.2f}, threshold {gate.threshold:.2f})"
+    at = f"token {gate.latched_at + 1} of {len(tokens)}, {tokens[gate.latched_at].strip()!r}"
+    return f"{name} opened at {at} ({gate.form} {peak:.2f}, threshold {gate.threshold:.2f})"

@@ -5,17 +5,95 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dsg_cli.data.tokens import chunks, counted_tokens, encode, packed, special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.tokens import BATCH_TOKENS, TokenBatch, batches, chunks, encode, packed
+
+BATCH_TOKENS = 8192
+"""Tokens, padding included, in a batch of a pass over a corpus."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Right-padded token ids."""
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    """True for tokens, False for padding."""
+    special: tuple[int, ...]
+    index: tuple[int, ...]
+    """Position of each row in the list that was batched."""
+
+    def rows(self, start: int, stop: int) -> TokenBatch:
+        """Some of its rows, without the padding that only the others need."""
+        mask_BL = self.mask_BL[start:stop]
+        length = int(mask_BL.sum(-1).max())
+        ids_BL = self.ids_BL[start:stop, :length]
+        return TokenBatch(ids_BL, mask_BL[:, :length], self.special, self.index[start:stop])
+
+    def pinned(self) -> TokenBatch:
+        """In memory that an accelerator reads while the processor goes on."""
+        return TokenBatch(self.ids_BL.pin_memory(), self.mask_BL.pin_memory(), self.special, self.index)
+
+    def to(self, device: str) -> TokenBatch:
+        """On a device."""
+        ids_BL, mask_BL = (tensor.to(device, non_blocking=True) for tensor in (self.ids_BL, self.mask_BL))
+        return TokenBatch(ids_BL, mask_BL, self.special, self.index)
+
+    @property
+    def counted_BL(self) -> Tensor:
+        """True where a token is counted."""
+        return counted_tokens(self.ids_BL, self.mask_BL, self.special)
+
+
+def batches(
+    rows: Iterable[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    device: str = "cpu",
+) -> Iterator[TokenBatch]:
+    """Right-padded batches of similar lengths, each of at most `batch_tokens` tokens including padding."""
+    special = special_ids(tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    listed = list(rows)
+    order = sorted(range(len(listed)), key=lambda i: -len(listed[i]))
+    group: list[int] = []
+    for i in order:
+        if group and len(listed[group[0]]) * (len(group) + 1) > batch_tokens:
+            yield pad_rows([listed[j] for j in group], pad, special, device, index=group)
+            group = []
+        group.append(i)
+    if group:
+        yield pad_rows([listed[j] for j in group], pad, special, device, index=group)
+
+
+def pad_rows(
+    rows: Sequence[list[int]],
+    pad: int,
+    special: tuple[int, ...],
+    device: str = "cpu",
+    *,
+    index: Sequence[int] | None = None,
+) -> TokenBatch:
+    """One right-padded batch."""
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows], device=device)
+    return TokenBatch(ids, mask, special, tuple(index if index is not None else range(len(rows))))
+
 
 TEXTS_AT_ONCE = 256
+
 BUCKET_TOKENS = 32 * BATCH_TOKENS
 """Rows of similar lengths are put together within a bucket of so many tokens."""
+
 AHEAD = 4
 """Batches that lie ready, at most."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dsg_cli.errors import DsgError
 
 SCHEME = "hf:"
+
 _SPELLING = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<config>[^#@:]+))?(?:#(?P<split>[^#@]+))?(?:@(?P<column>[^#@]+))?"
 )
@@ -36,7 +37,9 @@ class HubText:
 
 
 _QUESTION = "Question: {question}\nAnswer: {answer}"
+
 _CHOICES = "{question}\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\nD. {choices[3]}"
+
 CATALOGUE = {
     "wmdp-bio": HubText("cais/wmdp-bio-forget-corpus", column="text"),
     "wmdp-cyber": HubText("cais/wmdp-corpora", "cyber-forget-corpus", column="text"),

@@ -15,20 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dsg_cli.artifacts import Json
-from dsg_cli.catalogue import CATALOGUE, HubText, hub_text
-from dsg_cli.documents import READERS, Documents, listed, read_file, read_folder
+from dsg_cli.data.catalogue import CATALOGUE, HubText, hub_text
+from dsg_cli.data.hub import read_hub
+from dsg_cli.data.readers import READERS, Documents, listed, read_file, read_folder
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.hub_data import read_hub
 from dsg_cli.lab import data as lab
+from dsg_cli.workspace.results import Json
 
 Part = Literal["select", "calibrate", "fresh"]
+
 PARTS: tuple[tuple[Part, float], ...] = (("select", 0.5), ("calibrate", 0.8), ("fresh", 1.0))
 """Parts and their cumulative shares."""
+
 MIN_DOCUMENTS = 8
+
 SHARED_AT_MOST = 0.1
+
 BLOCK = 1024
 """Documents read at a time, while documents are drawn."""
+
 COMPOSED = {"lab-retain": ("lab-near", "lab-far")}
 """Corpora that contain others, for the check that nothing is both forgotten and retained."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +13,19 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
-from dsg_cli.catalogue import HubText
+from dsg_cli.data.catalogue import HubText
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.integrity import parse_json
+from dsg_cli.workspace.files import parse_json
 
 COLUMNS = ("text", "content", "document", "body", "article", "passage", "story")
 """Names of the column that holds the text, the likeliest first."""
+
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
 READERS = (*TABLES, ".txt", ".md")
+
 STRINGS = ("string", "large_string")
+
 Take = Callable[[Sequence[int]], list[str]]
 
 
@@ -297,3 +302,36 @@ def _clean(text: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise DsgError(f"{where} holds half of a surrogate pair, which is no text.") from error
     return text
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+    """Prompts from the command line, from a file, or from stdin.
+
+    Raises:
+        DsgError: There are none, the file cannot be read, or a line of a .jsonl holds no prompt.
+    """
+    if given and file is not None:
+        raise DsgError("Prompts are given both on the command line and in a file.", "Give one of them.")
+    if given:
+        return list(given)
+    if file is None and sys.stdin.isatty():
+        raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
+    try:
+        text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DsgError(f"The prompts in {file or 'stdin'} cannot be read: {reason}.") from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    if file is None or file.suffix != ".jsonl":
+        return lines
+    return [_prompt_of(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        prompt = parse_json(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DsgError(f'{where} is not of the form {{"prompt": ...}}.') from error
+    if not isinstance(prompt, str) or any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise DsgError(f"{where}: the prompt is no text.")
+    return prompt

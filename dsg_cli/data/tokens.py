@@ -12,6 +12,11 @@ hot, or are edited.
 
 from __future__ import annotations
 
+import functools
+import random
+import re
+import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,41 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-BATCH_TOKENS = 8192
-"""Tokens, padding included, in a batch of a pass over a corpus."""
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Right-padded token ids."""
-
-    ids_BL: Tensor
-    mask_BL: Tensor
-    """True for tokens, False for padding."""
-    special: tuple[int, ...]
-    index: tuple[int, ...]
-    """Position of each row in the list that was batched."""
-
-    def rows(self, start: int, stop: int) -> TokenBatch:
-        """Some of its rows, without the padding that only the others need."""
-        mask_BL = self.mask_BL[start:stop]
-        length = int(mask_BL.sum(-1).max())
-        ids_BL = self.ids_BL[start:stop, :length]
-        return TokenBatch(ids_BL, mask_BL[:, :length], self.special, self.index[start:stop])
-
-    def pinned(self) -> TokenBatch:
-        """In memory that an accelerator reads while the processor goes on."""
-        return TokenBatch(self.ids_BL.pin_memory(), self.mask_BL.pin_memory(), self.special, self.index)
-
-    def to(self, device: str) -> TokenBatch:
-        """On a device."""
-        ids_BL, mask_BL = (tensor.to(device, non_blocking=True) for tensor in (self.ids_BL, self.mask_BL))
-        return TokenBatch(ids_BL, mask_BL, self.special, self.index)
-
-    @property
-    def counted_BL(self) -> Tensor:
-        """True where a token is counted."""
-        return counted_tokens(self.ids_BL, self.mask_BL, self.special)
+from dsg_cli.data.corpora import Corpus, Part
+from dsg_cli.errors import DsgError
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -129,38 +101,194 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return made
 
 
-def batches(
-    rows: Iterable[list[int]],
+@dataclass(frozen=True)
+class Request:
+    """Score `continuation` after `context` (token ids; neither is empty)."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def inputs(self, max_length: int) -> tuple[int, ...]:
+        """What the model reads: all but the last token, cut on the left to `max_length`."""
+        return (self.context + self.continuation)[-(max_length + 1) :][:-1]
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *, bos: int | None) -> Request:
+    """A request from text, as lm-eval encodes it: both together, cut where the context alone ends; `bos` in front.
+
+    Spaces at the end of the context move to the continuation. An empty context is a lone BOS (or EOS).
+
+    Raises:
+        DsgError: The context is empty and the tokenizer has neither BOS nor EOS.
+    """
+    n_spaces = len(context) - len(context.rstrip())
+    if n_spaces:
+        context, continuation = context[:-n_spaces], context[-n_spaces:] + continuation
+    if not context:
+        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if prefix is None:
+            raise DsgError("A question has no context, and the tokenizer has neither BOS nor EOS to start from.")
+        return Request((prefix,), tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"]))
+    whole = with_bos(tokenizer(context + continuation)["input_ids"], bos)
+    head = with_bos(tokenizer(context)["input_ids"], bos)
+    return Request(tuple(head), tuple(whole[len(head) :]))
+
+
+MARKS_AT_MOST = 30
+"""On one letter: putting an endless run of them in order takes the square of its length."""
+
+ASCII_WORD = re.compile(r"\w+", re.ASCII)
+
+FIRST_PLANE = 0xFFFF
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in order."""
+    if text.isascii():
+        return ASCII_WORD.findall(text.lower())
+    # A class of characters that reaches beyond the first plane takes a hundred times longer to look through.
+    words, marks, invisible = _patterns(FIRST_PLANE if max(text) <= chr(FIRST_PLANE) else sys.maxunicode)
+    text = marks.sub(lambda run: run[0][:MARKS_AT_MOST], text.translate(invisible))
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return words.findall(text)
+
+
+@functools.cache
+def _patterns(last: int) -> tuple[re.Pattern[str], re.Pattern[str], dict[int, None]]:
+    """Of a word, of too many marks, and the characters that are not seen, such as a soft hyphen; all up to a last."""
+    kinds: dict[str, list[str]] = {"M": [], "Cf": []}
+    for character in map(chr, range(last + 1)):
+        category = unicodedata.category(character)
+        for kind, several in kinds.items():
+            if category.startswith(kind):
+                several.append(character)
+    marks = "".join(kinds["M"])
+    return (
+        re.compile(rf"[\w{marks}]+"),
+        re.compile(rf"[{marks}]{{{MARKS_AT_MOST},}}"),
+        dict.fromkeys(map(ord, kinds["Cf"])),
+    )
+
+
+def separator(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A blank line, or a space where the tokenizer does not know line ends."""
+    ids = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    return " " if tokenizer.unk_token_id in ids else "\n\n"
+
+
+def cut_pieces(row: list[int], rng: random.Random, *, lengths: Sequence[int], n_head: int) -> list[list[int]]:
+    """Cut a document into consecutive pieces of random lengths.
+
+    A threshold holds for texts of the lengths it was set on: rows of 1024 tokens say little about a question of 30.
+
+    Args:
+        row: Token ids of a document.
+        rng: Where lengths come from.
+        lengths: Of pieces, `n_head` not counted, each as likely as the others; a rest shorter than all is dropped.
+        n_head: Leading tokens (BOS) that every piece repeats.
+    """
+    head, body = row[:n_head], row[n_head:]
+    pieces, start, shortest = [], 0, min(lengths)
+    while len(body) - start >= shortest:
+        length = rng.choice(lengths)
+        pieces.append(head + body[start : start + length])
+        start += length
+    return pieces
+
+
+def check_chat(tokenizer: PreTrainedTokenizerBase, corpora: Sequence[Corpus]) -> None:
+    """Refuse a corpus of chat turns for a model that has no chat template.
+
+    Raises:
+        DsgError: It has none.
+    """
+    for corpus in corpora:
+        if corpus.is_chat and not tokenizer.chat_template:
+            raise DsgError(
+                f"The corpus {corpus.name} is put in the model's chat template, and its tokenizer has none.",
+                "Leave it out, or take the instruction-tuned model.",
+            )
+
+
+def prompts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, part: Part | None) -> list[str]:
+    """The texts of one part, or of all parts, in the corpus's order."""
+    texts = corpus.texts if part is None else corpus.part(part)
+    return [as_chat(tokenizer, text) for text in texts] if corpus.is_chat else texts
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a document, as token ids with BOS."""
+
+    id: str
+    """corpus/part/document/piece"""
+    corpus: str
+    ids: list[int]
+
+
+def draw_pieces(
     tokenizer: PreTrainedTokenizerBase,
+    corpora: Sequence[Corpus],
+    part: Part,
     *,
-    batch_tokens: int = BATCH_TOKENS,
-    device: str = "cpu",
-) -> Iterator[TokenBatch]:
-    """Right-padded batches of similar lengths, each of at most `batch_tokens` tokens including padding."""
-    special = special_ids(tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    listed = list(rows)
-    order = sorted(range(len(listed)), key=lambda i: -len(listed[i]))
-    group: list[int] = []
-    for i in order:
-        if group and len(listed[group[0]]) * (len(group) + 1) > batch_tokens:
-            yield pad_rows([listed[j] for j in group], pad, special, device, index=group)
-            group = []
-        group.append(i)
-    if group:
-        yield pad_rows([listed[j] for j in group], pad, special, device, index=group)
+    bos: int | None,
+    lengths: Sequence[int],
+    is_packed: bool = False,
+    at_most: int,
+    seed: int,
+) -> list[Piece]:
+    """Pieces of one part of the corpora; where corpora have weights, each gives that share of them.
+
+    Args:
+        tokenizer: The model's.
+        corpora: Retain text. What a user says in a chat is one piece, whole.
+        part: Of each corpus.
+        bos: Token that every piece begins with.
+        lengths: Of pieces in tokens, BOS not counted, each as likely as the others.
+        is_packed: Join the documents with EOS before they are cut, as the paper does.
+        at_most: So many pieces of all corpora together, about; the documents they come from are drawn at random.
+        seed: Of everything that is drawn.
+    """
+    rng = random.Random(f"{seed}/{part}")
+    n_head = int(bos is not None)
+    found: list[list[Piece]] = []
+    for corpus in corpora:
+        texts = prompts(tokenizer, corpus, part)
+        kept = _sampled(texts, rng, corpus, lengths=lengths, at_most=at_most // len(corpora))
+        documents = list(zip(kept, encode(tokenizer, [texts[i] for i in kept], bos=bos), strict=True))
+        if is_packed and not corpus.is_chat:
+            eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            joined = [token for _, ids in documents for token in (*ids[n_head:], *eos)]
+            documents = [(0, ([] if bos is None else [bos]) + joined)]
+        pieces: list[Piece] = []
+        for i, ids in documents:
+            cut = [ids] if corpus.is_chat else cut_pieces(ids, rng, lengths=lengths, n_head=n_head)
+            pieces += [Piece(f"{corpus.name}/{part}/{i}/{j}", corpus.name, piece) for j, piece in enumerate(cut)]
+        if not pieces and corpus.weight is not None:
+            reason = f"The {part} part of {corpus.name} has no {min(lengths)} tokens in a row."
+            raise DsgError(reason, "Give more text.")
+        found.append(pieces)
+    return [piece for pieces in _in_proportion(found, corpora, rng) for piece in pieces]
 
 
-def pad_rows(
-    rows: Sequence[list[int]],
-    pad: int,
-    special: tuple[int, ...],
-    device: str = "cpu",
-    *,
-    index: Sequence[int] | None = None,
-) -> TokenBatch:
-    """One right-padded batch."""
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows], device=device)
-    return TokenBatch(ids, mask, special, tuple(index if index is not None else range(len(rows))))
+def _sampled(
+    texts: Sequence[str], rng: random.Random, corpus: Corpus, *, lengths: Sequence[int], at_most: int
+) -> list[int]:
+    """Positions of the documents that give about so many pieces; all of them where there is no need to choose."""
+    a_piece = 4 * sum(lengths) / len(lengths)  # In characters.
+    expected = len(texts) if corpus.is_chat else sum(map(len, texts)) / a_piece
+    if expected <= at_most:
+        return list(range(len(texts)))
+    n_kept = max(1, round(len(texts) * at_most / expected))
+    return sorted(rng.sample(range(len(texts)), n_kept))
+
+
+def _in_proportion(found: Sequence[list[Piece]], corpora: Sequence[Corpus], rng: random.Random) -> list[list[Piece]]:
+    if all(corpus.weight is None for corpus in corpora):
+        return list(found)
+    weights = [1.0 if corpus.weight is None else corpus.weight for corpus in corpora]
+    unit = min(len(pieces) / weight for pieces, weight in zip(found, weights, strict=True))
+    counts = [min(len(pieces), round(unit * weight)) for pieces, weight in zip(found, weights, strict=True)]
+    return [
+        [pieces[i] for i in sorted(rng.sample(range(len(pieces)), n))] for pieces, n in zip(found, counts, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Names of benches: the lab's, the field's own, those of the paper's protocol, free text, and lm-eval's."""
+"""Benchmarks as lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from dsg_cli.lab import data as lab
 
 ALIASES = {"wmdp-bio": "wmdp_bio", "wmdp-cyber": "wmdp_cyber", "wmdp-chem": "wmdp_chem"}
 """Names that lm-eval spells otherwise."""
+
 QUICK = {"wmdp_bio": "wmdp", "wmdp_cyber": "wmdp", "wmdp_chem": "wmdp", "wmdp": "wmdp", "mmlu": "mmlu/default"}
 """Tasks and groups of lm-eval, and the folder of its tasks that they are in: its whole index takes ten seconds."""
+
 SHARED = ("high_school_us_history", "high_school_geography", "human_aging")
+
 PAPER: dict[str, tuple[tuple[str, str, str], ...]] = {
     "wmdp-bio-paper": (("cais/wmdp", "wmdp-bio", "biology"),),
     "wmdp-cyber-paper": (("cais/wmdp", "wmdp-cyber", "cyber security"),),
@@ -21,14 +24,17 @@ PAPER: dict[str, tuple[tuple[str, str, str], ...]] = {
     },
 }
 """Benches of the paper's protocol: data set, configuration and the subject that its prompt names."""
+
 MUSE = {"muse-news": "muse-bench/MUSE-News", "muse-books": "muse-bench/MUSE-Books", "lab-muse": ""}
 """Benches of MUSE, and their data sets; the lab's is made."""
+
 TOFU = {
     **{name: ("locuslab/TOFU", name.removeprefix("tofu-")) for name in ("tofu-forget01", "tofu-forget05")},
     **dict.fromkeys(("tofu-forget10", "tofu"), ("locuslab/TOFU", "forget10")),
     "lab-tofu": ("", "forget10"),
 }
 """Benches of TOFU: data set, and what is to be forgotten."""
+
 CORPUS_BENCHES = ("memory", "fluency")
 """Benches of any corpus: `memory:CORPUS`, `fluency:CORPUS`."""
 

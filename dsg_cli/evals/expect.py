@@ -14,15 +14,21 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from dsg_cli.artifacts import Json
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.workspace.results import Json
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+
 GATE = "gate"
+
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+
 CONDITION = re.compile(r"\s*([^\s<>=]+)\s*(<=|>=|<|>)\s*(\S(?:.*\S)?)\s*")
+
 ABSOLUTE = re.compile(rf"[+-]?{NUMBER}")
+
 OF_BASE = re.compile(rf"(?:({NUMBER})\s*\*\s*)?base(?:\s*([+-])\s*({NUMBER}))?")
+
 EXAMPLES = "Write, for example, 'lab-hexes<=0.30', 'lab-near>=0.99*base-0.01' or 'lab-near.gate<=0.05'."
 
 

@@ -1,39 +1,129 @@
-"""What a model writes and reads of free text (benches/text.py), and what is measured of each answer.
+"""Benches whose answers are free text or the likelihood of given text: what all of them have in common.
 
-A side writes what it should write and reads what it should read, in batches, under its guardrails and behind its
-wrappers. What it wrote freely is read by the base model, to tell language from gibberish.
+Each is a list of items that a model writes or reads, and a few functions that make metrics of what came of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dsg_cli.artifacts import Json
-from dsg_cli.benches.text import Item, TextBench, digest_of
-from dsg_cli.checkpoints import Checkpoint
+from dsg_cli.data.tokens import Request, as_chat, encode, encode_pair
 from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import GuardrailModule, check_causal
-from dsg_cli.metrics.fluency import is_gibberish, is_refusal, natural_limits, repetition
-from dsg_cli.metrics.membership import loss_score, min_k, standardised, zlib_score
-from dsg_cli.metrics.memorisation import exact_memorisation, extraction_strength
-from dsg_cli.metrics.overlap import rouge
-from dsg_cli.model import LoadedModel, context_length
-from dsg_cli.progress import Report, silent
-from dsg_cli.scorer import Decision, Scorer
-from dsg_cli.scoring import Request, encode_pair
-from dsg_cli.tokens import as_chat, encode
-from dsg_cli.workers import ALONE, Workers
-from dsg_cli.wrapper import WrapperModule, prefix_ids
-from dsg_cli.writing import Prompt, Writer
+from dsg_cli.evals.metrics import (
+    exact_memorisation,
+    extraction_strength,
+    is_gibberish,
+    is_refusal,
+    loss_score,
+    min_k,
+    natural_limits,
+    repetition,
+    rouge,
+    standardised,
+    zlib_score,
+)
+from dsg_cli.guardrail.guarded import check_causal, check_model
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.inference.generation import Prompt, Writer
+from dsg_cli.inference.scoring import Decision, Scorer, SideBySide, gate_rate
+from dsg_cli.inference.wrappers import WrapperModule, prefix_ids
+from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.models.language_model import LoadedModel, context_length
+from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.workspace.results import Json
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that is asked of a model: to write on from a context, or to read a text after it."""
+
+    id: str
+    part: str
+    """Of the bench, such as `knowmem_forget`."""
+    context: str
+    target: str
+    """What should be written, or what is read."""
+    role: str = ""
+    """What it is within its question, where a question has several items."""
+    n_new: int = 0
+    """Tokens to write at most; 0 reads the target."""
+    stop: tuple[str, ...] = ()
+    """What is written ends before the first of these."""
+    is_free: bool = False
+    """Whether what is written is judged as language, too."""
+    is_forget: bool = False
+    """Whether it asks for what should be forgotten: a guardrail's gate should open."""
+
+
+Found = Mapping[str, Sequence[tuple[Item, Json]]]
+"""Part -> its items with what came of each (text_evaluation.py), of one side."""
+
+
+class TextBench(Protocol):
+    """A bench."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what it measures."""
+        ...
+
+    @property
+    def relative(self) -> tuple[str, ...]:
+        """Those of them that need a model that never saw what is to be forgotten."""
+        ...
+
+    def items(self) -> Sequence[Item]: ...
+
+    def measured(self, found: Found) -> Json:
+        """Metrics of one side, with intervals where there are any."""
+        ...
+
+    def scores(self, found: Found) -> Json:
+        """What later evaluations need of a model that never saw what is to be forgotten."""
+        ...
+
+    def relative_to(self, found: Found, scores: Json) -> Json:
+        """Metrics of one side that need such scores."""
+        ...
+
+
+def digest_of(items: Sequence[Item], how: str) -> str:
+    """Of everything that is asked, and of how it is."""
+    content = json.dumps([how, *(asdict(item) for item in items)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def mean_of(name: str, values: Sequence[float], *, factor: float = 1.0) -> Json:
+    """`{name, name_low, name_high}`: the mean and its 95 % interval by the normal approximation."""
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else math.nan
+    half = 1.96 * math.sqrt(variance / n) if n > 1 else 0.0
+    return {
+        name: factor * mean,
+        f"{name}_low": factor * (mean - half),
+        f"{name}_high": factor * (mean + half),
+    }
+
 
 LOGIT_BYTES = 2**31
 """Of logits in a batch of texts, in float32; a text longer than that is read alone."""
+
 SHARES = {"min_k_20": 0.2, "min_k_40": 0.4}
+
 Results = dict[str, list[Json]]
 """Bench -> what came of each of its items, of one side."""
 
@@ -237,3 +327,140 @@ def _decided(decision: Decision | None) -> Json:
         "gated": decision.gated,
         "edit": decision.edit,
     }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is known of a model that never saw what is to be forgotten."""
+
+    source: str
+    digest: str = ""
+    """Of its weights, where they are known."""
+    loaded: LoadedModel | None = None
+    """The model, if it is asked here."""
+    scores: Mapping[str, Json] = field(default_factory=dict)
+    """Bench -> its scores, where they are stored."""
+    results: Mapping[str, Json] = field(default_factory=dict)
+    """Bench -> its metrics, where they are."""
+
+
+def evaluate_texts(
+    base: Side,
+    unlearned: Side,
+    texts: Texts,
+    *,
+    reference: Reference | None = None,
+    known: Results | None = None,
+    samples: bool = False,
+    allow_mismatch: bool = False,
+) -> SideBySide:
+    """Ask every bench of the base model and of the unlearned one.
+
+    Args:
+        base: The base model, whole.
+        unlearned: The same or another model under guardrails and behind wrappers.
+        texts: What is asked.
+        reference: A model that never saw what is to be forgotten, or its scores; metrics that need it are left out
+            without it, and `refused` of the result says why.
+        known: Bench -> what an earlier evaluation found of the same items of the base model.
+        samples: Keep what was asked and written in the rows.
+        allow_mismatch: Also if the model is not the one that the guardrails were made for.
+
+    Raises:
+        DsgError: A log-likelihood is not finite, memory runs out on a single sequence, or `check_texts` refuses.
+    """
+    for guard in () if allow_mismatch else unlearned.guardrails:
+        check_model(unlearned.loaded.model, guard)
+    check_texts(texts, base.loaded, [base, unlearned])
+    found: dict[str, Results] = {}
+    found["base"], n_base = answers_of(base, base, texts, known or {})
+    found["unlearned"], n_unlearned = answers_of(unlearned, base, texts, {})
+    n_tokens = n_base + n_unlearned
+    if reference is not None and reference.loaded is not None:
+        check_texts(texts, reference.loaded)
+        needing = dataclasses.replace(texts, benches=[bench for bench in texts.benches if bench.relative])
+        found["reference"], n = answers_of(Side("reference", reference.loaded), base, needing, {})
+        n_tokens += n
+    results: dict[str, Json] = {}
+    refused: dict[str, Json] = {}
+    scores: dict[str, Json] = {}
+    gate: dict[str, Json] = {}
+    rows: list[Json] = []
+    for bench in texts.benches:
+        items = texts.items[bench.name]
+        of_sides = {
+            name: _by_part(items, several[bench.name]) for name, several in found.items() if bench.name in several
+        }
+        results[bench.name] = {name: bench.measured(one) | {"n": len(items)} for name, one in of_sides.items()}
+        known_scores = _scores_of(bench, reference, of_sides.get("reference"))
+        if known_scores is not None:
+            scores[bench.name] = known_scores
+            if reference is not None and bench.name in reference.results:
+                results[bench.name]["reference"] = dict(reference.results[bench.name])
+            for name in ("base", "unlearned"):
+                results[bench.name][name] |= bench.relative_to(of_sides[name], known_scores)
+        elif bench.relative:
+            refused[bench.name] = dict.fromkeys(bench.relative, "it needs a model that never saw what is forgotten")
+        of_bench = _rows(bench.name, items, found["base"][bench.name], found["unlearned"][bench.name], samples)
+        rates = _gate_rates(of_bench, items)
+        gate[bench.name] = gate_rate(
+            [row for row, item in zip(of_bench, items, strict=True) if item.is_forget] or of_bench
+        )
+        results[bench.name]["unlearned"] |= rates if unlearned.guardrails or unlearned.wrappers else {}
+        rows += of_bench
+    return SideBySide(
+        results=results,
+        gate=gate,
+        rows=rows,
+        n_tokens=n_tokens,
+        asked=texts.digests(),
+        scores=scores,
+        refused=refused,
+    )
+
+
+def _scores_of(bench: TextBench, reference: Reference | None, found: Found | None) -> Json | None:
+    if not bench.relative or reference is None:
+        return None
+    if found is not None:
+        return bench.scores(found)
+    stored = reference.scores.get(bench.name)
+    return None if stored is None else dict(stored)
+
+
+def _by_part(items: Sequence[Item], results: Sequence[Json]) -> Found:
+    found: dict[str, list[tuple[Item, Json]]] = {}
+    for item, one in zip(items, results, strict=True):
+        found.setdefault(item.part, []).append((item, one))
+    return found
+
+
+DECIDED = ("length", "statistic", "gated", "edit")
+
+
+def _rows(
+    bench: str, items: Sequence[Item], base: Sequence[Json], unlearned: Sequence[Json], samples: bool
+) -> list[Json]:
+    """One an item: numbers, and text only if it is asked for."""
+    rows = []
+    for item, before, after in zip(items, base, unlearned, strict=True):
+        row: Json = {"bench": bench, "id": item.id, "group": item.part, "role": item.role}
+        row |= {name: after[name] for name in DECIDED}
+        row |= {"answer": None}
+        for name, one in (("base", before), ("unlearned", after)):
+            row[name] = {key: value for key, value in one.items() if key not in (*DECIDED, "text")}
+        if samples:
+            row |= {"context": item.context, "target": item.target}
+            row |= {
+                f"{name}_text": one["text"] for name, one in (("base", before), ("unlearned", after)) if "text" in one
+            }
+        rows.append(row)
+    return rows
+
+
+def _gate_rates(rows: Sequence[Json], items: Sequence[Item]) -> Json:
+    """Share gated of each part."""
+    parts: dict[str, list[bool]] = {}
+    for row, item in zip(rows, items, strict=True):
+        parts.setdefault(item.part, []).append(row["gated"])
+    return {f"gated_{part}": sum(several) / len(several) for part, several in parts.items()}

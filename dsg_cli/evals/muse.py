@@ -12,15 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsg_cli.artifacts import Json
-from dsg_cli.benches.text import Found, Item, mean_of
 from dsg_cli.errors import DsgError
-from dsg_cli.metrics.membership import auc, auc_interval, privleak
+from dsg_cli.evals.free_text import Found, Item, mean_of
+from dsg_cli.evals.metrics import auc, auc_interval, privleak
+from dsg_cli.workspace.results import Json
 
 N_VERBATIM = 128
+
 N_ANSWER = 32
+
 STOP = ("\n\n", "\nQuestion", "Question:")
+
 MIN_K = "min_k_40"
+
 Rows = Callable[[str, str], Sequence[Any]]
 """Configuration and split of the data set -> its rows."""
 

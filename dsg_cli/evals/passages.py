@@ -11,15 +11,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsg_cli.artifacts import Json
-from dsg_cli.benches.text import Found, Item, mean_of
-from dsg_cli.calibration import wilson
 from dsg_cli.errors import DsgError
-from dsg_cli.metrics.membership import auc, auc_interval
+from dsg_cli.evals.free_text import Found, Item, mean_of
+from dsg_cli.evals.metrics import auc, auc_interval
+from dsg_cli.intervals import wilson
+from dsg_cli.workspace.results import Json
 
 SCORES = ("loss_score", "zlib_score", "min_k_20", "min_k_plus_20")
+
 N_WORDS = 24
+
 N_NEW = 64
+
 MOST = 200
 """Texts that are taken, unless a limit says otherwise."""
 

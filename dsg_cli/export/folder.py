@@ -18,21 +18,27 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dsg_cli.artifacts import Json
 from dsg_cli.errors import DsgError
-from dsg_cli.export.base_card import CARD_FILE
-from dsg_cli.export.light import LIGHT_FILE
-from dsg_cli.guardrail import GuardrailModule, check_causal
-from dsg_cli.integrity import write_folder
-from dsg_cli.model import read_config, text_config
-from dsg_cli.runtime import exported
-from dsg_cli.runtime.sealing import sealed
+from dsg_cli.export.card import CARD_FILE
+from dsg_cli.guardrail.guarded import check_causal
+from dsg_cli.guardrail.loading import LIGHT_FILE
+from dsg_cli.guardrail.runtime import exported
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.guardrail.runtime.spec import sealed
+from dsg_cli.models.language_model import read_config, text_config
+from dsg_cli.workspace.files import write_folder
+from dsg_cli.workspace.results import Json
 
 RUNTIME = Path(exported.__file__).parent
+
 INDEX = "model.safetensors.index.json"
+
 SINGLE = "model.safetensors"
+
 GUARD_SHARD = "dsg-guardrails.safetensors"
+
 CONFIGURATION, MODELING = "configuration_dsg.py", "modeling_dsg.py"
+
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
     "*.model", "generation_config.json", "chat_template*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
@@ -211,7 +217,7 @@ def _write_code(partial: Path, config_class: str, architecture: str) -> None:
 
 from transformers import {config_class}
 
-from .sealing import SealedConfig
+from .spec import SealedConfig
 
 
 class DsgConfig(SealedConfig, {config_class}):

@@ -1,4 +1,4 @@
-"""What a gate watches, and what it sees in pieces of text: shared by calibration and by studies of it."""
+"""Gate statistics of held-out retain text to a threshold with its guarantee."""
 
 from __future__ import annotations
 
@@ -11,26 +11,85 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsg_cli.artifacts import FeatureSet
-from dsg_cli.calibration import threshold_of
-from dsg_cli.checkpoints import Checkpoint, State
+from dsg_cli.data.batches import TokenBatch, batches
+from dsg_cli.data.tokens import Piece, special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.fitting import Fitting
-from dsg_cli.guardrail import GuardrailModule
-from dsg_cli.interruption import at_safe_points
-from dsg_cli.model import LoadedModel
-from dsg_cli.pieces import Piece
-from dsg_cli.progress import Report, silent
-from dsg_cli.residuals import read_residual
-from dsg_cli.runtime.gates import DETECTING_FORMS, FORMS
-from dsg_cli.runtime.slices import SliceSpec
-from dsg_cli.runtime.spec import GuardrailSpec
-from dsg_cli.sae import SaeSource
-from dsg_cli.selection import scores_of, select_features
+from dsg_cli.guardrail.runtime.gates import DETECTING_FORMS, FORMS
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.guardrail.runtime.slice import SliceSpec
+from dsg_cli.guardrail.runtime.spec import GuardrailSpec
+from dsg_cli.guardrail.selection import scores_of, select_features
+from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.models.language_model import LoadedModel
+from dsg_cli.models.residuals import Fitting, read_residual
+from dsg_cli.models.sae import SaeSource
+from dsg_cli.models.sae_slice import detector_weights, slice_sae
 from dsg_cli.settings import CalibrateSection
-from dsg_cli.slicing import detector_weights, slice_sae
-from dsg_cli.tokens import TokenBatch, batches, special_ids
-from dsg_cli.workers import ALONE, Workers
+from dsg_cli.workspace.artifacts import FeatureSet
+from dsg_cli.workspace.checkpoints import Checkpoint, State
+from dsg_cli.workspace.files import at_safe_points
+
+
+def percentile_threshold(statistics: Sequence[float], alpha: float) -> float:
+    """The plain (1 - alpha)-quantile, interpolated, as the paper takes it: it promises nothing where n is small."""
+    if not statistics:
+        raise DsgError("There is no piece of retain text to set a threshold on.", "Give more retain text.")
+    return float(torch.quantile(torch.tensor(sorted(statistics), dtype=torch.float64), 1 - alpha))
+
+
+def conformal_threshold(statistics: Sequence[float], alpha: float, *, what: str = "retain text") -> float:
+    """The smallest threshold that a further statistic, drawn like these, exceeds with probability at most `alpha`.
+
+    The ceil((n + 1)(1 - alpha))-th smallest of n (split conformal prediction), whatever their distribution; the plain
+    percentile promises this only for large n. It assumes that statistics are exchangeable: where many pieces come
+    from few documents, it holds for further pieces of such documents and less surely for new ones.
+
+    Raises:
+        DsgError: alpha out of range, or fewer than 1/alpha - 1 statistics.
+    """
+    if not 0 < alpha < 1:
+        raise DsgError(f"alpha is {alpha:g}; it must lie between 0 and 1.")
+    n = len(statistics)
+    # The product is rounded first: in floating point (n + 1)(1 - alpha) may exceed an integer by an ulp.
+    rank = math.ceil(round((n + 1) * (1 - alpha), 9))
+    if rank > n:
+        raise DsgError(
+            f"{n} pieces of {what} cannot set a threshold at alpha {alpha:g}; "
+            f"at least {pieces_needed(alpha)} are needed.",
+            "Give more of it, a larger --alpha, or take all retain text together (--set calibrate.guarantee=pooled).",
+        )
+    return sorted(statistics)[rank - 1]
+
+
+def threshold_of(
+    statistics: Sequence[tuple[str, float]], alpha: float, *, is_each: bool, is_conformal: bool = True
+) -> float:
+    """A threshold from the statistics of several corpora.
+
+    Args:
+        statistics: Corpus and statistic of each piece.
+        alpha: Rate of false positives.
+        is_each: Whether the rate is to hold for each corpus, which takes the largest of their thresholds, or for all
+            pieces together, where text near the forgotten domain may have most of the false positives.
+        is_conformal: With the guarantee, or the plain percentile.
+
+    Raises:
+        DsgError: alpha out of range, or too few pieces.
+    """
+    groups: dict[str, list[float]] = {} if statistics else {"retain text": []}
+    for corpus, value in statistics:
+        groups.setdefault(corpus if is_each else "retain text", []).append(value)
+    if not is_conformal:
+        return max(percentile_threshold(values, alpha) for values in groups.values())
+    return max(
+        conformal_threshold(values, alpha, what=name) for name, values in groups.items() or [("retain text", [])]
+    )
+
+
+def pieces_needed(alpha: float) -> int:
+    """The fewest pieces that can set a threshold."""
+    return math.ceil(round(1 / alpha, 9)) - 1
+
 
 CUSUM_CLIP = 16.0
 """Drifts that one token may add."""

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dsg_cli.artifacts import Guardrail, ModelIdentity
+from dsg_cli.data.batches import TokenBatch, batches
 from dsg_cli.errors import DsgError
-from dsg_cli.model import fingerprint, text_config
-from dsg_cli.runtime.attach import Attached
-from dsg_cli.runtime.gates import CAUSAL_FORMS
-from dsg_cli.runtime.guardrail import GuardrailModule, build_guardrail
-from dsg_cli.runtime.sites import decoder_layers
-from dsg_cli.runtime.spec import GuardrailSpec
-
-__all__ = ["GuardrailModule", "guarded", "last_decisions", "module_from_artifact", "spec_of"]
+from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule, build_guardrail
+from dsg_cli.guardrail.runtime.hooks import Attached
+from dsg_cli.guardrail.runtime.sites import decoder_layers, decoder_of, find_module, fingerprint
+from dsg_cli.guardrail.runtime.spec import GuardrailSpec
+from dsg_cli.models.language_model import LoadedModel, final_norm, text_config
+from dsg_cli.models.residuals import Fitting
+from dsg_cli.workspace.artifacts import Guardrail, ModelIdentity
 
 
 def spec_of(body: Guardrail, model: ModelIdentity) -> GuardrailSpec:
@@ -138,3 +139,97 @@ def check_model(model: nn.Module, guard: GuardrailModule) -> None:
             raise DsgError(f"The guardrail was made for a model with {key} {wanted[key]}; this one has {value}.", hint)
     if fingerprint(model, wanted["last_layer"]) != wanted["fingerprint"]:
         raise DsgError("The guardrail was made for a model with other weights.", hint)
+
+
+def protected_parameters(
+    model: nn.Module, guardrail: GuardrailModule | Sequence[GuardrailModule]
+) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters to freeze before fine-tuning: all that the activation at the guardrail's hook depends on.
+
+    With `parameter.requires_grad_(False)` on each, the gate's statistic of any text is bit for bit what it was. Those
+    are the parameters of every layer up to the hook's (without that one if the hook is its input, whole if the hook
+    lies inside it), and whatever is not known to come after the layers: embeddings and their norms. A head that is
+    tied to the embeddings is frozen with them. Adapters must not be put on frozen modules either.
+
+    Args:
+        model: A causal language model of transformers.
+        guardrail: One guardrail or several: of several, the highest hook counts.
+
+    Raises:
+        DsgError: The model has no such layer or module.
+    """
+    guards = [guardrail] if isinstance(guardrail, GuardrailModule) else list(guardrail)
+    if not guards:
+        return []
+    model = getattr(model, "_orig_mod", model)
+    for guard in guards:
+        find_module(model, guard.read)
+    n_frozen = max(guard.read.layer + (guard.read.point != "resid_pre") for guard in guards)
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    after = [*decoder_layers(model)[n_frozen:], final_norm(model), get_head()]
+    free = tuple(
+        f"{name}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if any(module is one for one in after)
+    )
+    # By identity: a parameter that is used both below and above has several names, of which one may look free.
+    frozen = {id(one) for name, one in model.named_parameters(remove_duplicate=False) if not name.startswith(free)}
+    return [(name, one) for name, one in model.named_parameters() if id(one) in frozen]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a guardrail did to some rows."""
+
+    n_rows: int
+    gate_rate: float
+    """Share of rows that were gated."""
+    changed_rate: float
+    """Share of rows whose activations after the last guarded layer differ from the unguarded model's in any bit."""
+    n_clamped: int
+    """Tokens that were clamped."""
+    edit: float
+    """Largest change of a token's residual, relative to its norm."""
+
+
+@torch.inference_mode()
+def measure_effect(loaded: LoadedModel, guard: GuardrailModule, rows: Sequence[list[int]]) -> Effect:
+    """Run rows with and without the guardrail.
+
+    Args:
+        loaded: The model it was made for, whole or cut after the layer that it writes to.
+        guard: The guardrail.
+        rows: Token ids, BOS included; at least one.
+
+    Raises:
+        DsgError: A residual is not finite.
+    """
+    decoder = decoder_of(loaded.model)
+    n_gated = n_changed = 0
+    before = guard.counters()["n_clamped"]
+
+    def run(batch: TokenBatch) -> Tensor:
+        options = {"input_ids": batch.ids_BL, "attention_mask": batch.mask_BL.long(), "use_cache": False}
+        return decoder(**options).last_hidden_state.to(batch.ids_BL.device)
+
+    def both(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        plain_BLD = run(batch)
+        # That it is the right model has been checked when it was loaded; here it may be cut.
+        with guarded(loaded.model, guard, allow_mismatch=True):
+            guarded_BLD = run(batch)
+        differs_BL = (plain_BLD != guarded_BLD).any(-1) & batch.mask_BL
+        return guard.last_gated_B.clone(), differs_BL.any(-1)
+
+    fit = Fitting()
+    for whole in batches(rows, loaded.tokenizer, device=str(loaded.model.device)):
+        for _, (gated_B, changed_B) in fit(whole, both):
+            n_gated += int(gated_B.sum())
+            n_changed += int(changed_B.sum())
+    counters = guard.counters()
+    return Effect(
+        n_rows=len(rows),
+        gate_rate=n_gated / len(rows),
+        changed_rate=n_changed / len(rows),
+        n_clamped=int(counters["n_clamped"] - before),
+        edit=counters["largest_edit"],
+    )

@@ -1,7 +1,4 @@
-"""The light file: a guardrail as one `.safetensors`, with the artifact's JSON in its metadata.
-
-It is all that `load_guardrail` needs. Paths of the machine that it was made on are cut to their last part.
-"""
+"""A guardrail by its name: the first of the two lines by which one is put on a model."""
 
 from __future__ import annotations
 
@@ -13,16 +10,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dsg_cli.artifacts import Guardrail, Header, Json, to_json
+from dsg_cli.data.hub import SCHEME, fetch_file, parse_address
 from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import GuardrailModule, module_from_artifact
-from dsg_cli.integrity import digest_of, is_file, parse_document, read_document
-from dsg_cli.migrations import migrate
-from dsg_cli.runtime.spec import tensors_digest
+from dsg_cli.guardrail.guarded import module_from_artifact
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.guardrail.runtime.spec import tensors_digest
+from dsg_cli.workspace.artifacts import Guardrail, Header, migrate, to_json
+from dsg_cli.workspace.files import digest_of, is_file, is_folder, parse_document, read_document
+from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.store import Workspace
 
 LIGHT_FILE = "guardrail.safetensors"
 """Its name in a repository or a model folder."""
+
 METADATA = "dsg"
+
 TENSORS_DIGEST = "tensors_sha256"
 
 
@@ -93,3 +95,35 @@ def without_paths(data: Json) -> Json:
 def without_path(source: str) -> str:
     """The last part of a path; names of the hub and of the lab as they are. Artifacts hold no path but whole ones."""
     return (Path(source).name or source) if Path(source).is_absolute() else source
+
+
+def load_guardrail(source: str | Path) -> GuardrailModule:
+    """Read and verify a guardrail.
+
+    Args:
+        source: The JSON file of a workspace (`dsg-workspace/guardrail-001.json`); a light file (`.safetensors`) or an
+            exported folder that holds one; or a repository on the hub (`hf://org/name`, `hf://org/name@revision`).
+
+    Raises:
+        DsgError: Missing, altered, incomplete, of a newer schema, no guardrail, or with values that are not finite.
+    """
+    path = Path(source)
+    if str(source).startswith(SCHEME) or path.suffix == ".safetensors" or is_folder(path):
+        return read_light(light_path(source)).module
+    workspace = Workspace(path.parent)
+    stored = workspace.read(str(path))
+    if not isinstance(stored.body, Guardrail):
+        raise DsgError(f"{path} is no guardrail.", "Give the JSON file that dsg apply wrote.")
+    return module_from_artifact(stored.body, stored.header.model, workspace.tensors(stored), where=str(path))
+
+
+def light_path(source: str | Path) -> Path:
+    """Where a light file lies: itself, the one in an exported folder, or one from the hub in the local cache.
+
+    Raises:
+        DsgError: No such repository, revision or file on the hub, or no access.
+    """
+    if str(source).startswith(SCHEME):
+        address = parse_address(str(source))
+        return fetch_file(address, address.file or LIGHT_FILE)
+    return Path(source) / LIGHT_FILE if is_folder(Path(source)) else Path(source)

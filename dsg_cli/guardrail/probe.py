@@ -16,21 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsg_cli.artifacts import Json
+from dsg_cli.data.batches import TokenBatch
 from dsg_cli.errors import DsgError
-from dsg_cli.fitting import Fitting
-from dsg_cli.interruption import at_safe_points, safe_point
-from dsg_cli.progress import Report, silent
-from dsg_cli.residuals import read_residual
-from dsg_cli.runtime.sites import HookSite
-from dsg_cli.statistics import FeatureStatistics
-from dsg_cli.tokens import TokenBatch
-from dsg_cli.workers import ALONE, Workers
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.guardrail.statistics import FeatureStatistics
+from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.models.residuals import Fitting, read_residual
+from dsg_cli.workspace.files import at_safe_points, safe_point
+from dsg_cli.workspace.results import Json
 
 CLIP = 8.0
 """Bound of a token's logit at run time."""
+
 NEWTON_STEPS, CONVERGED = 50, 1e-10
 """Of a fit, at most; and the largest gradient at which it ends."""
+
 DIGITS = 4
 """Of a weight that are kept: the others follow how a batch was cut, not the text."""
 

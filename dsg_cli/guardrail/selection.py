@@ -8,15 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsg_cli.artifacts import Feature
 from dsg_cli.errors import DsgError
+from dsg_cli.guardrail.runtime.gates import DETECTING_FORMS
+from dsg_cli.models.sae_slice import chosen_columns
+from dsg_cli.workspace.artifacts import Feature, FeatureSet, Guardrail
 
 LIVE_AT_LEAST = 0.05
 """Share of live features below which percentiles are taken over those alone."""
+
 FORGET_PERCENTILE = 5.0
+
 EPSILON = 1e-21
+
 FORMATTING_RATE = 0.05
+
 FORMATTING_RATIO = 10.0
+
 SHOWN = 20
 """Features in a note, at most."""
 
@@ -202,3 +209,39 @@ def formatting_notes(chat_F: Tensor, plain_F: Tensor, indices: Sequence[int]) ->
         for j in indices
         if chat_F[j] >= FORMATTING_RATE and chat_F[j] >= FORMATTING_RATIO * plain_F[j]
     ]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One feature of an SAE."""
+
+    index: int
+    roles: list[str]
+    """`clamped`, `watched`; empty where it was not chosen at all."""
+    weight: float | None = None
+    """In the gate's token score, if it has one there."""
+
+
+def chosen_by(body: Guardrail | FeatureSet, detect_K: Tensor | None = None) -> list[Chosen]:
+    """What a guardrail clamps, then what its gate only watches; or what a selection would.
+
+    Args:
+        body: The artifact's.
+        detect_K: Of a guardrail: weights of its columns in the gate's token score.
+    """
+    if isinstance(body, FeatureSet):
+        weights = {int(one["index"]): float(one["weight"]) for one in body.probe.get("features", [])}
+        clamped, watched = [feature.index for feature in body.features], list(weights)
+    else:
+        clamped, watched = body.indices, body.detectors or body.indices
+        columns = chosen_columns(body.indices, body.detectors)
+        has_weights = body.gate in DETECTING_FORMS and detect_K is not None
+        weights = dict(zip(columns, detect_K.tolist(), strict=True)) if has_weights and detect_K is not None else {}
+    return [
+        Chosen(index, _roles(index, clamped, watched), weights.get(index) if index in watched else None)
+        for index in chosen_columns(clamped, watched)
+    ]
+
+
+def _roles(index: int, clamped: Sequence[int], watched: Sequence[int]) -> list[str]:
+    return [role for role, of_role in (("clamped", clamped), ("watched", watched)) if index in of_role]

@@ -10,20 +10,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dsg_cli.checkpoints import Checkpoint, State
+from dsg_cli.data.batches import TokenBatch
 from dsg_cli.errors import DsgError
-from dsg_cli.fitting import Fitting, in_halves
-from dsg_cli.interruption import at_safe_points
-from dsg_cli.progress import Report, silent
-from dsg_cli.residuals import read_residual
-from dsg_cli.runtime.sites import HookSite
-from dsg_cli.tokens import TokenBatch
-from dsg_cli.workers import ALONE, Workers
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.models.residuals import Fitting, in_halves, read_residual
+from dsg_cli.workspace.checkpoints import Checkpoint, State
+from dsg_cli.workspace.files import at_safe_points
 
 CHUNK_TOKENS = 1024
 """Tokens encoded at a time: what bounds the memory of a pass is this times F, never the corpus."""
+
 NORM_SAMPLE = 65_536
 """Residual norms kept for their median, about; evenly spread over each batch."""
+
 SUMS = ("squares", "activations", "active")
 """What is summed over tokens."""
 

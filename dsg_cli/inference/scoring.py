@@ -11,39 +11,32 @@ import hashlib
 import inspect
 import math
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from dsg_cli.checkpoints import Checkpoint, State
+from dsg_cli.data.batches import TokenBatch, pad_rows
+from dsg_cli.data.tokens import Request, special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.fitting import Fitting
-from dsg_cli.interruption import at_safe_points
-from dsg_cli.model import devices_of
-from dsg_cli.progress import Report, silent
-from dsg_cli.tokens import TokenBatch, pad_rows, with_bos
-from dsg_cli.workers import ALONE, Workers
+from dsg_cli.guardrail.guarded import guarded, last_decisions
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.inference.wrappers import Wrapped, WrapperModule, has_filter, wrap
+from dsg_cli.intervals import wilson
+from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.models.language_model import LoadedModel, devices_of
+from dsg_cli.models.residuals import Fitting
+from dsg_cli.workspace.checkpoints import Checkpoint, State
+from dsg_cli.workspace.files import at_safe_points
+from dsg_cli.workspace.results import Json
 
 Note = Callable[[TokenBatch], Sequence[Any]]
 """Called after each forward pass: a JSON value for each of its rows."""
+
 Measure = Callable[[Tensor, Tensor], Any]
 """Log-probabilities [C, V] and target ids [C] of a continuation -> a JSON value."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """Score `continuation` after `context` (token ids; neither is empty)."""
-
-    context: tuple[int, ...]
-    continuation: tuple[int, ...]
-
-    def inputs(self, max_length: int) -> tuple[int, ...]:
-        """What the model reads: all but the last token, cut on the left to `max_length`."""
-        return (self.context + self.continuation)[-(max_length + 1) :][:-1]
 
 
 @dataclass(frozen=True)
@@ -57,27 +50,6 @@ class Score:
     """What was noted of its row."""
     measured: Any = None
     """What was measured of its tokens."""
-
-
-def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *, bos: int | None) -> Request:
-    """A request from text, as lm-eval encodes it: both together, cut where the context alone ends; `bos` in front.
-
-    Spaces at the end of the context move to the continuation. An empty context is a lone BOS (or EOS).
-
-    Raises:
-        DsgError: The context is empty and the tokenizer has neither BOS nor EOS.
-    """
-    n_spaces = len(context) - len(context.rstrip())
-    if n_spaces:
-        context, continuation = context[:-n_spaces], context[-n_spaces:] + continuation
-    if not context:
-        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if prefix is None:
-            raise DsgError("A question has no context, and the tokenizer has neither BOS nor EOS to start from.")
-        return Request((prefix,), tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"]))
-    whole = with_bos(tokenizer(context + continuation)["input_ids"], bos)
-    head = with_bos(tokenizer(context)["input_ids"], bos)
-    return Request(tuple(head), tuple(whole[len(head) :]))
 
 
 @torch.inference_mode()
@@ -245,3 +217,177 @@ def _aligned(tail_CV: Tensor, continuation: tuple[int, ...]) -> tuple[Tensor, Te
     """Log-probabilities at the tokens of a continuation, and the tokens."""
     tail_CV = tail_CV[-len(continuation) :]
     return tail_CV, torch.tensor(continuation, device=tail_CV.device)[-len(tail_CV) :]
+
+
+KEY_BYTES = 16
+
+Known = Mapping[bytes, tuple[float, bool]]
+"""Answers by `request_key`: log-likelihood, and whether the continuation is greedy."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What gates and filters made of one input."""
+
+    n_tokens: int
+    statistic: float
+    """Of the gate nearest to firing; without any, of the filter nearest to refusing."""
+    gated: bool
+    """A gate fired, or a filter refused."""
+    edit: float
+    """Largest change of a token's residual, relative to its norm."""
+
+
+@dataclass
+class Scorer:
+    """A model, guarded and wrapped or not, that is asked in batches."""
+
+    loaded: LoadedModel
+    guardrails: Sequence[GuardrailModule]
+    batch_size: int
+    max_length: int
+    what: str = "scoring"
+    wrappers: Sequence[WrapperModule] = ()
+    bos: int | None = None
+    """Token that the refusal of a wrapper begins with."""
+    known: Known = field(default_factory=dict)
+    workers: Workers = ALONE
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    report: Report = silent
+    n_tokens: int = 0
+    n_calls: int = 0
+    n_known: int = 0
+    """Requests that were answered without the model."""
+    answers: dict[bytes, tuple[float, bool]] = field(default_factory=dict)
+    """Of everything that was asked."""
+
+    def __call__(
+        self, requests: Sequence[Request], measure: Measure | None = None
+    ) -> tuple[list[Score], list[Decision | None]]:
+        """The scores of requests and, under guardrails or behind filters, what those decided.
+
+        With something to measure, every request is asked: what is known holds log-likelihoods only.
+
+        The guardrails are put on here: filters read the model without them, and the caller has checked that it is the
+        model that they were made for.
+        """
+        wrapped = self._wrapped(requests)
+        requests = [one.request for one in wrapped]
+        keys = [request_key(request, self.max_length) for request in requests]
+        unknown = [i for i, key in enumerate(keys) if measure is not None or key not in self.known]
+        with guarded(self.loaded.model, self.guardrails, allow_mismatch=True):
+            found = score(
+                self.loaded.model,
+                [requests[i] for i in unknown],
+                pad=self.loaded.tokenizer.pad_token_id or 0,
+                special=special_ids(self.loaded.tokenizer),
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                device=str(self.loaded.model.device),
+                note=self._note if self.guardrails else None,
+                measure=measure,
+                what=self.what,
+                workers=self.workers,
+                checkpoint=self.checkpoint,
+                name=f"{self.what}/{self.n_calls}",
+                report=self.report,
+            )
+        self.n_calls += 1
+        self.n_tokens += sum(map(len, {requests[i].inputs(self.max_length) for i in unknown}))
+        self.n_known += len(requests) - len(unknown)
+        asked = dict(zip(unknown, found, strict=True))
+        scores = [asked[i] if i in asked else Score(*self.known[key]) for i, key in enumerate(keys)]
+        self.answers |= {key: (one.loglikelihood, one.is_greedy) for key, one in zip(keys, scores, strict=True)}
+        return scores, [self._decision(*one) for one in zip(wrapped, scores, strict=True)]
+
+    def _wrapped(self, requests: Sequence[Request]) -> list[Wrapped]:
+        return wrap(
+            self.wrappers,
+            self.loaded.model,
+            self.loaded.tokenizer,
+            requests,
+            batch_size=self.batch_size,
+            bos=self.bos,
+            workers=self.workers,
+            report=self.report,
+        )
+
+    def _decision(self, wrapped: Wrapped, found: Score) -> Decision | None:
+        n_tokens = len(wrapped.request.inputs(self.max_length))
+        if found.note is not None:
+            statistic, is_gated, edit = found.note
+            return Decision(n_tokens, statistic, is_gated or wrapped.is_refused, edit)
+        if not has_filter(self.wrappers):
+            return None
+        assert wrapped.statistic is not None
+        return Decision(n_tokens, wrapped.statistic, wrapped.is_refused, 0.0)
+
+    def _note(self, _batch: TokenBatch) -> list[tuple[float, bool, float]]:
+        return last_decisions(self.guardrails)
+
+
+def request_key(request: Request, max_length: int) -> bytes:
+    """What the model reads and is asked for, as a digest."""
+    inputs, continuation = request.inputs(max_length), request.continuation
+    content = array("q", (len(inputs), *inputs, *continuation)).tobytes()
+    return hashlib.sha256(content).digest()[:KEY_BYTES]
+
+
+def answers_to_tensors(answers: Known) -> dict[str, Tensor]:
+    """Answers as an artifact stores them."""
+    keys = sorted(answers)
+    return {
+        "base_request": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES)
+        if keys
+        else torch.zeros(0, KEY_BYTES, dtype=torch.uint8),
+        "base_loglikelihood": torch.tensor([answers[key][0] for key in keys], dtype=torch.float64),
+        "base_is_greedy": torch.tensor([answers[key][1] for key in keys], dtype=torch.bool),
+    }
+
+
+def answers_from_tensors(tensors: Mapping[str, Tensor]) -> dict[bytes, tuple[float, bool]]:
+    """The inverse."""
+    keys = [bytes(row) for row in tensors["base_request"].tolist()]
+    values, greedy = tensors["base_loglikelihood"].tolist(), tensors["base_is_greedy"].tolist()
+    return {key: (value, is_greedy) for key, value, is_greedy in zip(keys, values, greedy, strict=True)}
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """An evaluation of two models on the same questions."""
+
+    results: dict[str, Json]
+    """bench -> side -> metrics"""
+    gate: dict[str, Json]
+    rows: list[Json]
+    """One a question."""
+    n_tokens: int
+    answers: Known = field(default_factory=dict)
+    """Of the base model, for a later evaluation."""
+    n_known: int = 0
+    """Requests of the base model that an earlier evaluation had answered."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """lm-eval's own results of each side."""
+    question_ids: dict[str, list[str]] = field(default_factory=dict)
+    """Questions that the base model knows, of the benches that count only those."""
+    asked: dict[str, str] = field(default_factory=dict)
+    """Bench on free text -> digest of all that was asked."""
+    scores: dict[str, Json] = field(default_factory=dict)
+    """Such a bench -> scores of a model that never saw what is forgotten."""
+    refused: dict[str, Json] = field(default_factory=dict)
+    """Such a bench -> metrics that could not be computed, and why."""
+
+
+def counts(k: int, n: int, metric: str = "acc") -> Json:
+    """How many, and the Wilson interval of the share."""
+    low, high = wilson(k, n)
+    return {f"{metric}_count": k, f"{metric}_low": low, f"{metric}_high": high}
+
+
+def gate_rate(rows: Sequence[Json]) -> Json:
+    """Share of questions that were gated, their number, and how large a change that made.
+
+    `edit` is the mean over gated questions of the largest change of a token's residual, relative to its norm.
+    """
+    edits = [row["edit"] for row in rows if row["gated"]]
+    return {"rate": len(edits) / len(rows), "n": len(rows), "edit": sum(edits) / len(edits) if edits else 0.0}

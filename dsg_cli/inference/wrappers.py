@@ -8,35 +8,192 @@ the refusal in place of the context, so that the answer tells nothing of the que
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dsg_cli.artifacts import Wrapper
+from dsg_cli.data.readers import text_of
+from dsg_cli.data.tokens import Request, encode, special_ids, words_of
 from dsg_cli.errors import DsgError
-from dsg_cli.model import context_length
-from dsg_cli.progress import Report, silent
-from dsg_cli.scoring import Request
-from dsg_cli.tokens import encode, special_ids
-from dsg_cli.workers import ALONE, Workers
-from dsg_cli.wrapper_module import LARGEST, WrapperModule, has_filter, on_side, statistics_of, wrapper_from_artifact
+from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.models.language_model import context_length
+from dsg_cli.models.residuals import mean_residuals
+from dsg_cli.workspace.artifacts import Wrapper
 
-__all__ = [
-    "Verdict",
-    "Wrapped",
-    "WrapperModule",
-    "has_filter",
-    "judged",
-    "on_side",
-    "prefix_ids",
-    "prompt_with",
-    "refuses_answer",
-    "refuses_prompt",
-    "wrap",
-    "wrapper_from_artifact",
-]
+Phrase = tuple[str, ...]
+"""The words of a keyword."""
+
+PRIOR_WORDS = 1000.0
+"""Of both texts together, which each of them is taken to have held before it is read."""
+
+
+def phrases_of(keywords: Iterable[str]) -> frozenset[Phrase]:
+    """Keywords as they are looked for; one may have several words."""
+    return frozenset(phrase for phrase in (tuple(words_of(keyword)) for keyword in keywords) if phrase)
+
+
+def n_found(text: str, phrases: frozenset[Phrase]) -> int:
+    """How many different keywords a text holds, as whole words."""
+    words = words_of(text)
+    return sum(
+        len(phrases.intersection(zip(*(words[i:] for i in range(length)), strict=False)))
+        for length in {len(phrase) for phrase in phrases}
+    )
+
+
+def telling_words(forget: Iterable[str], retain: Iterable[str], n: int) -> list[str]:
+    """The n words that most surely are more frequent in forget texts than in retain texts, the surest first.
+
+    Raises:
+        DsgError: No word is.
+    """
+    counts = [Counter(word for text in texts for word in words_of(text)) for texts in (forget, retain)]
+    scores = log_odds(*counts)
+    found = sorted((word for word, score in scores.items() if score > 0), key=lambda word: (-scores[word], word))
+    if not found:
+        raise DsgError("No word is more frequent in the forget text than in the retain text.", "Check both corpora.")
+    return found[:n]
+
+
+def log_odds(forget: Mapping[str, int], retain: Mapping[str, int]) -> dict[str, float]:
+    """The log-odds ratio of each word between two texts, in units of its standard deviation.
+
+    With y counts, n their sum and a prior of A words spread as both texts together, a = A (y_f + y_r) / (n_f + n_r):
+
+        d = log (y_f + a) / (n_f + A - y_f - a)  -  log (y_r + a) / (n_r + A - y_r - a)
+        z = d / sqrt(1 / (y_f + a) + 1 / (y_r + a))
+
+    (Monroe, Colaresi and Quinn 2008, informative Dirichlet prior.) A word alone in both texts has 0.
+    """
+    n_forget, n_retain = sum(forget.values()), sum(retain.values())
+    scores = {}
+    for word in forget.keys() | retain.keys():
+        y_forget, y_retain = forget.get(word, 0), retain.get(word, 0)
+        prior = PRIOR_WORDS * (y_forget + y_retain) / (n_forget + n_retain)
+        rest = [n + PRIOR_WORDS - y - prior for n, y in ((n_forget, y_forget), (n_retain, y_retain))]
+        if min(rest) <= 0:
+            scores[word] = 0.0
+            continue
+        ratio = math.log((y_forget + prior) / rest[0]) - math.log((y_retain + prior) / rest[1])
+        scores[word] = ratio / math.sqrt(1 / (y_forget + prior) + 1 / (y_retain + prior))
+    return scores
+
+
+def read_keywords(path: str) -> list[str]:
+    """Keywords from a file, one a line; empty lines do not count.
+
+    Raises:
+        DsgError: It cannot be read, is empty, or a line holds no word.
+    """
+    lines = [line.strip() for line in text_of(Path(path)).split("\n")]
+    found: Sequence[str] = list(dict.fromkeys(line for line in lines if line))
+    if not found:
+        raise DsgError(f"{path} holds no keyword.", "Write one a line.")
+    for keyword in found:
+        if not words_of(keyword):
+            raise DsgError(f"{path}: {keyword[:100]!r} holds no word.", "A keyword has letters or digits.")
+    return list(found)
+
+
+LARGEST = torch.finfo(torch.float32).max
+"""Statistic of a text on which an activation is not finite: it is refused. Of one without words, the opposite."""
+
+
+@dataclass(frozen=True, eq=False)
+class WrapperModule:
+    """A wrapper that can act."""
+
+    body: Wrapper
+    weight_D: Tensor | None = None
+    """Of a classifier, float32."""
+    bias: float = 0.0
+    phrases: frozenset[Phrase] = frozenset()
+    """The words of each keyword."""
+
+    @property
+    def is_filter(self) -> bool:
+        return self.body.rule != "prefix"
+
+
+def wrapper_from_artifact(body: Wrapper, tensors: Mapping[str, Tensor], *, where: str) -> WrapperModule:
+    """The wrapper of an artifact.
+
+    Raises:
+        DsgError: A classifier's tensor is missing, of a wrong shape or not finite, or it has no layer; no keyword.
+    """
+    if body.rule != "classifier":
+        phrases = phrases_of(body.keywords)
+        if body.rule == "keywords" and not phrases:
+            raise DsgError(f"{where} looks for keywords and has none.", "Make it again.")
+        return WrapperModule(body, phrases=phrases)
+    if body.layer is None:
+        raise DsgError(f"{where} is a classifier without a layer.", "Make it again.")
+    for name, n_dims in (("weight", 1), ("bias", 0)):
+        if name not in tensors:
+            raise DsgError(f"{where} lacks the tensor {name}.", "Make it again.")
+        if tensors[name].dim() != n_dims or not tensors[name].numel():
+            raise DsgError(f"{where}: the tensor {name} has the shape {list(tensors[name].shape)}.", "Make it again.")
+        if not bool(tensors[name].isfinite().all()):
+            raise DsgError(f"{where}: the tensor {name} is not finite.", "Make it again.")
+    return WrapperModule(body, tensors["weight"].float().cpu(), float(tensors["bias"]))
+
+
+def has_filter(wrappers: Sequence[WrapperModule]) -> bool:
+    """Whether any of them decides anything: a prefix alone does not."""
+    return any(wrapper.is_filter for wrapper in wrappers)
+
+
+def on_side(wrappers: Sequence[WrapperModule], side: str) -> list[WrapperModule]:
+    """The filters of prompts, or those of answers."""
+    return [wrapper for wrapper in wrappers if wrapper.is_filter and wrapper.body.side == side]
+
+
+def statistics_of(
+    wrapper: WrapperModule,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    workers: Workers = ALONE,
+    report: Report = silent,
+    what: str = "filter",
+) -> list[float]:
+    """The statistic of each text: different keywords in it, or weight . mean residual + bias.
+
+    Raises:
+        DsgError: The classifier was made for another width.
+    """
+    if wrapper.weight_D is None:
+        return [float(n_found(_decoded(tokenizer, row), wrapper.phrases)) for row in rows]
+    assert wrapper.body.layer is not None
+    mean_ND = mean_residuals(
+        model,
+        tokenizer,
+        rows,
+        layer=wrapper.body.layer,
+        batch_size=batch_size,
+        workers=workers,
+        report=report,
+        what=what,
+    )
+    if mean_ND.shape[1] != len(wrapper.weight_D):
+        raise DsgError(
+            f"The filter reads {len(wrapper.weight_D)} values a token; this model has {mean_ND.shape[1]}.",
+            "Take the model that it was made for.",
+        )
+    value_N = (mean_ND.double() @ wrapper.weight_D.double() + wrapper.bias).tolist()
+    special = set(special_ids(tokenizer))
+    return [value if set(row) - special else -LARGEST for value, row in zip(value_N, rows, strict=True)]
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(row), skip_special_tokens=True))
 
 
 @dataclass(frozen=True)

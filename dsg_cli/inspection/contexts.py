@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dsg_cli.data.batches import TokenBatch, batches
 from dsg_cli.errors import DsgError
-from dsg_cli.fitting import Fitting
-from dsg_cli.progress import Report, silent
-from dsg_cli.residuals import read_residual
-from dsg_cli.runtime.sites import HookSite
-from dsg_cli.tokens import TokenBatch, batches
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.job import Report, silent
+from dsg_cli.models.residuals import Fitting, read_residual
 
 BEFORE, AFTER = 12, 6
 """Tokens of a context on either side of its peak. W = 12 + 1 + 6."""
+
 NOTHING = -1
 """In the place of a token where a context reaches beyond its row, and of a row where there is no context."""
 

@@ -11,22 +11,35 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dsg_cli.data.tokens import words_of
 from dsg_cli.errors import DsgError
-from dsg_cli.integrity import parse_json, read_bounded
+from dsg_cli.inspection.contexts import BEFORE, NOTHING, Contexts
+from dsg_cli.job import Report, silent
+from dsg_cli.models.language_model import model_folder
+from dsg_cli.workspace.files import parse_json, read_bounded
+from dsg_cli.workspace.results import Json
 
 LARGEST = 512 * 2**20
 """Bytes of a file, and of what it holds once unpacked, at most."""
+
 LONGEST = 2000
 """Characters of a feature's description that are kept."""
+
 DIGITS = 9
 """Of an index, at most."""
+
 FORMS = (
     "Give JSON lines or a JSON array of {index, description}, or CSV with these columns; dsg describe makes the first."
 )
@@ -174,3 +187,271 @@ def _said(path: Path, number: int, value: Any) -> list[str]:
     if not all(one is None or isinstance(one, str) for one in found):
         raise DsgError(f"{path}, entry {number}: the description is no text.", FORMS)
     return [one for one in found if one]
+
+
+K1, B = 1.5, 0.75
+
+_STOP_WORDS = (
+    "a about after all also an and any are as at be because been before being between both but by can could did do "
+    "does each etc for from had has have he her his how i if in into is it its like may more most no not of on one "
+    "only or other our out over she should so some such than that the their them then there these they this those to "
+    "up us was we were what when where which while who will with would you your"
+)
+
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+
+
+@dataclass(frozen=True)
+class Match:
+    """A feature whose description matches."""
+
+    index: int
+    score: float
+
+
+def terms_of(text: str) -> list[str]:
+    """The terms of a text, in order."""
+    return [_stem(word) for word in words_of(text) if word not in STOP_WORDS]
+
+
+def _stem(word: str) -> str:
+    if len(word) <= 3:
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    if word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    return word[:-1] if word.endswith("e") and len(word) > 3 else word
+
+
+def rank_by_terms(query: str, descriptions: Mapping[int, str]) -> list[Match]:
+    """Every feature whose description shares a term with the query, the best first.
+
+    Args:
+        query: Words, in any order.
+        descriptions: Of features, by index.
+
+    Raises:
+        DsgError: The query holds no term, or no description has one of it.
+    """
+    import bm25s
+
+    wanted = list(dict.fromkeys(terms_of(query)))
+    if not wanted:
+        raise DsgError(f"The query {query[:100]!r} holds no word that tells anything.", "Name what is to be forgotten.")
+    indices = sorted(descriptions)
+    documents = [terms_of(descriptions[j]) for j in indices]
+    known = {term for terms in documents for term in terms}
+    found = [term for term in wanted if term in known]
+    if not found:
+        raise DsgError(
+            f"No description matches {query[:100]!r}.", "Describe it in other words, or rank by --embedding NAME."
+        )
+    ranker = bm25s.BM25(k1=K1, b=B, method="lucene", dtype="float64")
+    ranker.index(documents, show_progress=False)
+    scores = ranker.get_scores(found)
+    return ranked({j: float(score) for j, score in zip(indices, scores, strict=True) if score > 0})
+
+
+def ranked(scores: Mapping[int, float]) -> list[Match]:
+    """Features by score, the highest first; of equal ones the smaller index."""
+    return [Match(j, scores[j]) for j in sorted(scores, key=lambda j: (-scores[j], j))]
+
+
+def unmatched(query: str, descriptions: Iterable[str]) -> list[str]:
+    """The query's words that stand in none of the descriptions."""
+    known = {term for text in descriptions for term in terms_of(text)}
+    return [word for word in dict.fromkeys(words_of(query)) if word not in STOP_WORDS and _stem(word) not in known]
+
+
+BATCH = 32
+
+LONGEST_EMBEDDED = 512
+"""Tokens of a text, at most."""
+
+
+@torch.inference_mode()
+def rank_by_embedding(
+    query: str, descriptions: Mapping[int, str], name: str, *, device: str = "cpu", report: Report = silent
+) -> list[Match]:
+    """Every feature, by the cosine of its description to the query.
+
+    Args:
+        query: What is looked for.
+        descriptions: Of features, by index.
+        name: Of the embedding model: a folder, org/name or org/name@revision.
+        device: Where it runs.
+        report: Progress.
+
+    Raises:
+        DsgError: It cannot be loaded, or gives what is not finite.
+    """
+    indices = sorted(descriptions)
+    vectors_ND = embedded([query, *(descriptions[j] for j in indices)], name, device=device, report=report)
+    vectors_ND = torch.nn.functional.normalize(vectors_ND, dim=-1)
+    cosines = (vectors_ND[1:] @ vectors_ND[0]).tolist()
+    return ranked(dict(zip(indices, cosines, strict=True)))
+
+
+def embedded(texts: Sequence[str], name: str, *, device: str = "cpu", report: Report = silent) -> Tensor:
+    """The mean of the last hidden states over a text's tokens, [N, D].
+
+    Raises:
+        DsgError: As `rank_by_embedding`.
+    """
+    tokenizer, model = _loaded(name, device)
+    tokenizer.padding_side = "right"
+    found = torch.zeros(len(texts), model.config.get_text_config().hidden_size)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    longest = min(
+        LONGEST_EMBEDDED, getattr(model.config.get_text_config(), "max_position_embeddings", LONGEST_EMBEDDED)
+    )
+    for start in range(0, len(order), BATCH):
+        some = order[start : start + BATCH]
+        batch = tokenizer(
+            [texts[i] for i in some], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+        states_BLD = model(**inputs).last_hidden_state.float()
+        mask_BL1 = inputs["attention_mask"][..., None]
+        found[some] = ((states_BLD * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)).cpu()
+        report("embedding descriptions", start + len(some), len(order))
+    if not found.isfinite().all():
+        raise DsgError(f"The embedding model {name} gives values that are not finite.", "Take another.")
+    return found
+
+
+def _loaded(name: str, device: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = model_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModel.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # Files of others: libraries raise anything on a bad one.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DsgError(
+            f"The embedding model {name} cannot be loaded: {reason}", "Name another with --embedding."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Features in the order in which they are to be taken."""
+
+    ranking: list[Match]
+    texts: dict[int, str]
+    """Their descriptions; none where they were named by hand."""
+    described: Json
+    """What an artifact says of the ranking; empty where they were named by hand."""
+    notes: list[str]
+
+    @property
+    def indices(self) -> list[int]:
+        return [match.index for match in self.ranking]
+
+
+BEFORE_PEAK = 0.25
+"""Weight of a word before the peak on which the feature is not active."""
+
+SHARE_OF_BEST = 0.25
+
+N_WORDS = 10
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a feature is about."""
+
+    index: int
+    description: str
+    n: int
+    """Tokens on which it is active."""
+    rate: float
+    """Their share of all counted tokens."""
+
+
+def describe_features(
+    contexts: Contexts, tokenizer: PreTrainedTokenizerBase, *, report: Report = silent
+) -> list[Description]:
+    """A description of every feature that fired on a word.
+
+    Args:
+        contexts: Of all features, feature 0 first.
+        tokenizer: The model's.
+        report: Progress.
+    """
+    n_features = len(contexts.rate_C)
+    frequency: dict[int, dict[str, float]] = {}
+    for j in range(n_features):
+        if contexts.row_CN[j, 0] != NOTHING and (words := _frequencies(contexts, j, tokenizer)):
+            frequency[j] = words
+        report("describing features", j + 1, n_features)
+    total: dict[str, float] = {}
+    for words in frequency.values():
+        for word, tf in words.items():
+            total[word] = total.get(word, 0.0) + tf
+    rarity = {word: math.log((1 + len(frequency)) / (1 + several)) for word, several in total.items()}
+    return [
+        Description(
+            index=j,
+            description=", ".join(_best({word: tf * rarity[word] for word, tf in words.items()})),
+            n=round(float(contexts.rate_C[j]) * contexts.n_tokens),
+            rate=float(contexts.rate_C[j]),
+        )
+        for j, words in frequency.items()
+    ]
+
+
+def _frequencies(contexts: Contexts, j: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Word -> tf, for one feature."""
+    found: dict[str, float] = {}
+    peaks = contexts.peak_CN[j].abs().tolist()
+    for n, peak in enumerate(peaks):
+        if not peak:
+            break
+        ids, acts = contexts.ids_CNW[j, n].tolist(), contexts.acts_CNW[j, n].abs().tolist()
+        weights: dict[str, float] = {}
+        for word, act, is_before in _words(ids, acts, tokenizer):
+            least = BEFORE_PEAK if is_before else 0.0
+            weights[word] = max(weights.get(word, 0.0), least + (1 - least) * act / peak)
+        for word, weight in weights.items():
+            if weight:
+                found[word] = found.get(word, 0.0) + weight * peak / sum(peaks)
+    return found
+
+
+def _words(ids: list[int], acts: list[float], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, float, bool]]:
+    """The words of a context, each with the largest activation of its tokens and whether it begins before the peak.
+
+    A tokenizer's pieces are put together to what stands between white space.
+    """
+    places = [place for place, token in enumerate(ids) if token != NOTHING]
+    runs: list[tuple[str, float, bool]] = []
+    before, held = "", 0.0
+    for number, place in enumerate(places, start=1):
+        text = tokenizer.decode([ids[one] for one in places[:number]], skip_special_tokens=True)
+        held = max(held, acts[place])
+        if text.endswith("\ufffd") and number < len(places):
+            continue  # Part of a character, whose other parts follow.
+        piece, joins = text[len(before) :], bool(before) and not before[-1].isspace()
+        if runs and joins and not piece[:1].isspace():
+            run, act, is_before = runs[-1]
+            runs[-1] = (run + piece, max(act, held), is_before)
+        else:
+            runs.append((piece, held, place <= BEFORE))
+        before, held = text, 0.0
+    for run, act, is_before in runs:
+        for word in words_of(run):
+            if word not in STOP_WORDS and any(map(str.isalpha, word)):
+                yield word, act, is_before
+
+
+def _best(scores: dict[str, float]) -> list[str]:
+    order = sorted(scores, key=lambda word: (-scores[word], word))
+    return [word for word in order[:N_WORDS] if scores[word] >= SHARE_OF_BEST * scores[order[0]]]

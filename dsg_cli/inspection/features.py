@@ -1,22 +1,167 @@
-"""What `dsg inspect` makes of what it read: rows of contexts, which corpus is near, what speaks against a feature."""
+"""What speaks against a feature: that it follows the form of a text, or what the forgotten domain shares with others.
+
+The rules are simple, and say so; none of them is a proof.
+
+- *Formatting*: at least half of its strongest contexts (those that reach half of its largest activation) peak on a
+  token without a letter (punctuation, digits, white space), or on a token of the chat template; or it is active on
+  more than a fifth of the tokens of what is retained, near text included; or on chat-formatted retain text far more
+  often than on plain (`selection.formatting_notes`).
+- *Shared*: on a near corpus it is active at least half as often as on what is to be forgotten. A gate may watch a
+  feature with a negative weight in order to stay shut there; of those it is not said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dsg_cli.artifacts import Json
-from dsg_cli.contexts import Context, Contexts, distinct_contexts
-from dsg_cli.describing import describe_features
-from dsg_cli.doubts import Evidence, doubts
-from dsg_cli.roles import Chosen
-from dsg_cli.selection import formatting_notes
-from dsg_cli.stages.inspect_text import Group, Rows
-from dsg_cli.tokens import as_chat, token_texts
+from dsg_cli.data.corpora import Corpus
+from dsg_cli.data.tokens import as_chat, bos_to_prepend, token_texts
+from dsg_cli.errors import DsgError
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.guardrail.selection import Chosen, formatting_notes
+from dsg_cli.inspection.contexts import Context, Contexts, distinct_contexts
+from dsg_cli.inspection.descriptions import describe_features
+from dsg_cli.models.language_model import LoadedModel
+from dsg_cli.stages.inputs import check_tokens
+from dsg_cli.workspace.artifacts import Guardrail, SaeIdentity
+from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.store import Stored
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """An artifact that chose features."""
+
+    made: Stored
+    guard: GuardrailModule | None
+    """None for a selection."""
+    chosen: list[Chosen]
+
+    @property
+    def sae(self) -> SaeIdentity:
+        """The SAE that it was made with."""
+        assert self.made.header.sae is not None
+        return self.made.header.sae
+
+    def some(self, indices: Sequence[int]) -> list[Chosen]:
+        """These features of the SAE, with their roles if they have any; all that were chosen if none are named.
+
+        Raises:
+            DsgError: The SAE does not have one of them.
+        """
+        for index in indices:
+            if not 0 <= index < self.sae.n_features:
+                raise DsgError(f"The SAE {self.sae.source} has {self.sae.n_features} features; there is no {index}.")
+        known = {one.index: one for one in self.chosen}
+        return [known.get(index, Chosen(index, [])) for index in dict.fromkeys(indices)] or self.chosen
+
+    def bos(self, loaded: LoadedModel) -> int | None:
+        """The token that every sequence begins with, after a look at the model's others.
+
+        Raises:
+            DsgError: The tokenizer has other special tokens than when a guardrail was made.
+        """
+        body = self.made.body
+        if isinstance(body, Guardrail):
+            check_tokens(loaded, body.special_ids, self.made.id)
+            return body.bos
+        return bos_to_prepend(loaded.tokenizer, self.sae.prepend_bos)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A corpus, and what it is to the guardrail."""
+
+    corpus: Corpus
+    role: str
+    """forget, near or retain."""
+
+    @property
+    def name(self) -> str:
+        return self.corpus.name
+
+    def described(self) -> Json:
+        """What the settings say of it."""
+        return {"role": self.role, **self.corpus.described()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents of a group as the model reads them, long ones in several rows."""
+
+    ids: list[list[int]]
+    places: list[tuple[int, int]]
+    """Of each row: its document's number in the corpus, and how many of the document's tokens are before it."""
+    n_documents: int
+
+
+MANY_PEAKS = 0.5
+
+FEW_CONTEXTS = 4
+"""With fewer nothing is said about where contexts peak."""
+
+COMMON_RATE = 0.2
+
+SHARED_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of one feature."""
+
+    forget_rate: float | None
+    """Share of the tokens of all forget corpora on which it is active; None where there are none."""
+    near_rates: Mapping[str, float]
+    """The same of each near corpus."""
+    kept_rate: float
+    """The same of all that is not to be forgotten."""
+    peaks: Sequence[str]
+    """Texts of the tokens on which its strongest contexts peak."""
+    template_peaks: int
+    """How many of those are of the chat template."""
+    weight: float | None
+    """In the gate's token score."""
+
+
+def doubts(evidence: Evidence) -> list[str]:
+    """One sentence a doubt."""
+    return [*_formatting(evidence), *_shared(evidence)]
+
+
+def is_bare(text: str) -> bool:
+    """Whether a token holds no letter; one that is a part of a character may be a part of a letter."""
+    return "\ufffd" not in text and not any(character.isalpha() for character in text)
+
+
+def _formatting(evidence: Evidence) -> list[str]:
+    n, found = len(evidence.peaks), []
+    n_bare = sum(map(is_bare, evidence.peaks))
+    if n >= FEW_CONTEXTS and evidence.template_peaks >= MANY_PEAKS * n:
+        found.append(
+            f"looks like formatting: {evidence.template_peaks} of its {n} strongest contexts peak in the chat template"
+        )
+    elif n >= FEW_CONTEXTS and n_bare >= MANY_PEAKS * n:
+        found.append(f"looks like formatting: {n_bare} of its {n} strongest contexts peak on a token without a letter")
+    if evidence.kept_rate > COMMON_RATE:
+        found.append(f"looks like formatting: active on {evidence.kept_rate:.1%} of the tokens of what is retained")
+    return found
+
+
+def _shared(evidence: Evidence) -> list[str]:
+    if evidence.forget_rate is None or (evidence.weight is not None and evidence.weight < 0):
+        return []
+    return [
+        f"shared with {name}: active on {rate:.1%} of its tokens, and on {evidence.forget_rate:.1%} of what is to be "
+        "forgotten"
+        for name, rate in evidence.near_rates.items()
+        if rate > 0 and rate >= SHARED_RATIO * evidence.forget_rate
+    ]
+
 
 STRONG = 0.5
 """Of the largest peak of a feature: contexts that reach it say where it peaks."""

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsg_cli.artifacts import Json
+from dsg_cli.data.tokens import counted_tokens, special_ids, token_texts
 from dsg_cli.errors import DsgError
-from dsg_cli.model import LoadedModel
-from dsg_cli.residuals import read_residual
-from dsg_cli.roles import Chosen
-from dsg_cli.runtime.guardrail import GuardrailModule
-from dsg_cli.runtime.sites import HookSite
-from dsg_cli.tokens import counted_tokens, special_ids, token_texts
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.guardrail.selection import Chosen
+from dsg_cli.models.language_model import LoadedModel
+from dsg_cli.models.residuals import read_residual
+from dsg_cli.workspace.results import Json
 
 
 @dataclass(frozen=True)
@@ -120,3 +120,17 @@ def _gate_steps(guard: GuardrailModule, resid_BLD: Tensor, counted_BL: Tensor) -
         clamped=(decision.change_BLC != 0).any(-1)[0].tolist(),
         edit=guard.edit_size(resid_BLD, decision)[0].tolist(),
     )
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A prompt, and what was seen of it."""
+
+    prompt: str
+    inspected: str
+    """Id of the guardrail or the features."""
+    trace: Trace
+
+    def as_json(self) -> Json:
+        """For scripts and pages."""
+        return {"prompt": self.prompt, "inspected": self.inspected, **self.trace.as_json()}

@@ -17,20 +17,37 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from dsg_cli.lab.words import BY_NAME, FAR, N_CHOICES, NEAR, STATEMENTS
-from dsg_cli.lab.world import Fact, World, build_world, fill, questions, statement
+from dsg_cli.lab.world import (
+    BY_NAME,
+    FAR,
+    N_CHOICES,
+    NEAR,
+    STATEMENTS,
+    Fact,
+    World,
+    build_world,
+    fill,
+    questions,
+    statement,
+)
 
 Part = Literal["dev", "test"]
+
 Row = dict[str, Any]
 
 FORGET = ("hexes",)
+
 OTHERS = ("ciphers", "elixirs")
+
 N_DOCUMENTS = 96
 """Documents of each split of PrivLeak."""
+
 N_PROMPTS = 2
 """Prompts of VerbMem a fact."""
+
 N_EXAMPLES = 10
 """Questions to show before the one that is asked."""
+
 VALUE_LAST = tuple(template for template in STATEMENTS if template.endswith(" {V}."))
 """The statements in which all but the value stands before the value."""
 

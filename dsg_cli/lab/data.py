@@ -5,18 +5,25 @@ The shipped folder has the layout that `dsg lab export` writes; everything in it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 SHIPPED = Path(__file__).parent / "shipped"
+
 MODEL_DIR = SHIPPED / "model"
+
 MODEL_DIRS = {"lab": MODEL_DIR, "lab-retrain": SHIPPED / "retrain", "lab-retrain-1": SHIPPED / "retrain-1"}
 """The lab's model, and two of other seeds that were trained likewise but never on hexes.
 
 Those two know the other domains in every trained phrasing; the `novel` one they understand less well.
 """
+
 SAE_DIRS = {"lab": SHIPPED / "sae", "lab-1": SHIPPED / "sae-1", "lab-2": SHIPPED / "sae-2"}
+
 CORPORA = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far", "lab-retain")
+
 BENCHES = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")
+
 PHRASINGS = ("seen", "held", "novel", "terse")
 
 
@@ -33,3 +40,31 @@ def questions_path(bench: str) -> Path:
 def bench_names() -> list[str]:
     """Every bench of the lab: a bare name asks in the `seen` phrasing, a suffix names another."""
     return [f"{bench}{suffix}" for bench in BENCHES for suffix in ("", *(f"-{p}" for p in PHRASINGS if p != "seen"))]
+
+
+@dataclass(frozen=True)
+class LabSettings:
+    """How the lab is trained. The defaults made the shipped weights."""
+
+    hidden_size: int = 128
+    n_layers: int = 4
+    n_steps: int = 900
+    """Optimiser steps of the language model."""
+    rows: int = 32
+    """Rows of a short batch."""
+    seq_len: int = 128
+    """Tokens in a row of a short batch."""
+    long_rows: int = 6
+    long_seq_len: int = 640
+    long_every: int = 8
+    """One batch in so many holds long rows, whose documents may fill them."""
+    learning_rate: float = 2e-3
+    sae_layer: int = 1
+    sae_features: int = 768
+    sae_k: int = 16
+    sae_tokens: int = 300_000
+    sae_batch: int = 1024
+    sae_learning_rate: float = 1.5e-3
+    n_saes: int = 3
+    documents_per_domain: int = 240
+    """Documents of a shipped corpus, for each of its domains."""

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.integrity import write_folder
+from dsg_cli.job import Report
 from dsg_cli.lab import data as lab
-from dsg_cli.lab.settings import LabSettings
-from dsg_cli.lab.words import BY_NAME
-from dsg_cli.progress import Report
+from dsg_cli.lab.data import LabSettings
+from dsg_cli.lab.world import BY_NAME
+from dsg_cli.workspace.files import write_folder
 
 SELECTOR = '''"""The test questions of a bench (for the dev questions, change the word below)."""
 

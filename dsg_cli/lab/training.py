@@ -6,23 +6,278 @@ Or a language model alone that some domains are kept from, or SAEs alone, at oth
 from __future__ import annotations
 
 import json
+import math
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.job import Report, silent
 from dsg_cli.lab import world as lab_world
-from dsg_cli.lab.autoencoder import train_sae
-from dsg_cli.lab.data import BENCHES, CORPORA, PHRASINGS, SHIPPED
-from dsg_cli.lab.language_model import bench_accuracies, build_tokenizer, train_language_model
-from dsg_cli.lab.settings import LabSettings
-from dsg_cli.lab.words import DOMAINS_OF
-from dsg_cli.lab.world import World
-from dsg_cli.progress import Report, silent
+from dsg_cli.lab.data import BENCHES, CORPORA, PHRASINGS, SHIPPED, LabSettings
+from dsg_cli.lab.world import DOMAINS_OF, World
+from dsg_cli.models.residuals import read_residual, replace_residual
+
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
+
+
+def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """One token a word or punctuation mark; `<bos>` in front, as Gemma has it; decoding is exact."""
+    tokens = [*SPECIAL_TOKENS, ".", ",", ":", "?", *(f"▁{word}" for word in lab_world.vocabulary(world))]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def training_rows(
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    *,
+    n_rows: int,
+    seq_len: int,
+    without: Collection[str] = (),
+) -> Iterator[Tensor]:
+    """Endless batches ids [n_rows, seq_len]: `<bos> document <eos>` one after another, each row starting a new one.
+
+    The documents tell nothing of the domains in `without`.
+    """
+    rng = random.Random(seed)
+    eos = tokenizer.eos_token_id
+    while True:
+        rows = []
+        for _ in range(n_rows):
+            row: list[int] = []
+            while len(row) < seq_len:
+                text = lab_world.training_document(world, rng, max_words=int(0.85 * seq_len), without=without)
+                row += [*tokenizer(text)["input_ids"], eos]
+            rows.append(row[:seq_len])
+        yield torch.tensor(rows)
+
+
+def train_language_model(
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: LabSettings,
+    *,
+    seed: int,
+    report: Report,
+    without: Collection[str] = (),
+) -> tuple[Gemma2ForCausalLM, float]:
+    """Train from scratch on fresh rows at every step; returns the model and the mean loss of the last 50 steps.
+
+    The model never sees the domains in `without`, but has the tokens of their words.
+    """
+    torch.manual_seed(seed)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=3 * settings.hidden_size,
+            num_hidden_layers=settings.n_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=settings.hidden_size // 4,
+            query_pre_attn_scalar=settings.hidden_size // 4,
+            max_position_embeddings=1024,
+            sliding_window=1024,
+            attn_logit_softcapping=None,  # Costs half of the time of long rows and changes nothing at this size.
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            attn_implementation="eager",
+        )
+    )
+    model.train()
+    rows = partial(training_rows, world, tokenizer, without=without)
+    short = rows(2 * seed + 1, n_rows=settings.rows, seq_len=settings.seq_len)
+    long = rows(2 * seed + 2, n_rows=settings.long_rows, seq_len=settings.long_seq_len)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warm_up = 30
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / settings.n_steps))),
+    )
+    losses: list[float] = []
+    for step in range(settings.n_steps):
+        ids_BL = next(long if step % settings.long_every == 0 else short)
+        logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        report(f"language model, loss {losses[-1]:.3f}, steps", step + 1, settings.n_steps)
+    return model.eval(), sum(losses[-50:]) / len(losses[-50:])
+
+
+@torch.inference_mode()
+def bench_accuracies(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, float]:
+    """Accuracy on the test questions of each bench; the choices are single tokens, so one forward pass each."""
+    accuracies = {}
+    for bench in BENCHES:
+        for phrasing in PHRASINGS:
+            asked = [q for q in lab_world.questions(world, DOMAINS_OF[bench], phrasing) if q.split == "test"]
+            batch = tokenizer([q.context for q in asked], return_tensors="pt", padding=True, padding_side="right")
+            logits_BLV = model(**batch).logits
+            last_BV = logits_BLV[torch.arange(len(asked)), batch["attention_mask"].sum(-1) - 1]
+            choices_BC = torch.tensor(
+                [[tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in q.choices] for q in asked]
+            )
+            right = last_BV.gather(1, choices_BC).argmax(-1) == torch.tensor([q.answer for q in asked])
+            accuracies[bench if phrasing == "seen" else f"{bench}-{phrasing}"] = right.float().mean().item()
+    return accuracies
+
+
+def train_sae(
+    model: Gemma2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    settings: LabSettings,
+    *,
+    seed: int,
+    report: Report,
+    folder: Path,
+) -> dict[str, float]:
+    """Train one SAE with sae-lens's trainer, save it for inference in `folder`, and measure it on fresh text."""
+    from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    site = HookSite(settings.sae_layer, "resid_post")
+    torch.manual_seed(seed)
+    rows = _language_model_rows(world, tokenizer, settings, seed=10_000 + seed)
+    sae = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(
+            d_in=settings.hidden_size,
+            d_sae=settings.sae_features,
+            k=settings.sae_k,
+            dtype="float32",
+            device="cpu",
+            apply_b_dec_to_input=True,
+            metadata=SAEMetadata(
+                model_name="dsg-lab",
+                hook_name=site.name,
+                hf_hook_name=f"model.layers.{site.layer}.output",
+                prepend_bos=True,
+                context_size=settings.seq_len,
+            ),
+        )
+    )
+    trainer = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=settings.sae_tokens,
+            train_batch_size_samples=settings.sae_batch,
+            lr=settings.sae_learning_rate,
+            lr_end=settings.sae_learning_rate / 10,
+            lr_decay_steps=settings.sae_tokens // settings.sae_batch // 4,
+            dead_feature_window=50,
+            feature_sampling_window=100,
+            n_batches_for_norm_estimate=10,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae=sae,
+        data_provider=_residual_batches(model, tokenizer, site, rows, settings, report),
+    )
+    trainer.fit()
+    sae.save_inference_model(folder)
+    return measure_sae(SAE.load_from_disk(folder), model, tokenizer, site, next(rows))
+
+
+def _language_model_rows(
+    world: World, tokenizer: PreTrainedTokenizerFast, settings: LabSettings, seed: int
+) -> Iterator[Tensor]:
+    return training_rows(world, tokenizer, seed, n_rows=2 * settings.rows, seq_len=settings.seq_len)
+
+
+def _residual_batches(
+    model: Gemma2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    site: HookSite,
+    rows: Iterator[Tensor],
+    settings: LabSettings,
+    report: Report,
+) -> Iterator[Tensor]:
+    """Shuffled batches [sae_batch, D] of the residuals of counted tokens."""
+    generator = torch.Generator().manual_seed(0)
+    buffer, n_seen = torch.empty(0, settings.hidden_size), 0
+    while True:
+        while len(buffer) < 16 * settings.sae_batch:
+            with torch.inference_mode():
+                buffer = torch.cat([buffer, counted_residuals(model, tokenizer, site, next(rows))])
+        buffer = buffer[torch.randperm(len(buffer), generator=generator)]
+        while len(buffer) > 8 * settings.sae_batch:
+            batch, buffer = buffer[: settings.sae_batch].clone(), buffer[settings.sae_batch :]
+            n_seen += len(batch)
+            report("sparse autoencoder, tokens", min(n_seen, settings.sae_tokens), settings.sae_tokens)
+            yield batch
+
+
+def counted_residuals(
+    model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, site: HookSite, ids_BL: Tensor
+) -> Tensor:
+    """Residuals [tokens, D] without BOS and EOS, whose norms would drown the rest."""
+    resid_BLD = read_residual(model, site, ids_BL, torch.ones_like(ids_BL))
+    special = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
+    return resid_BLD[~torch.isin(ids_BL, special)]
+
+
+@torch.inference_mode()
+def measure_sae(
+    sae: Any, model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, site: HookSite, ids_BL: Tensor
+) -> dict[str, float]:
+    """Variance explained, L0, dead features, and cross-entropy with and without the reconstruction."""
+    resid_TD = counted_residuals(model, tokenizer, site, ids_BL)
+    acts_TF = sae.encode(resid_TD)
+    error = (resid_TD - sae.decode(acts_TF)).pow(2).sum()
+    variance = (resid_TD - resid_TD.mean(0)).pow(2).sum()
+    special = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
+
+    def reconstruct(resid_BLD: Tensor) -> Tensor:
+        return torch.where(torch.isin(ids_BL, special)[..., None], resid_BLD, sae.decode(sae.encode(resid_BLD)))
+
+    with replace_residual(model, site, reconstruct):
+        patched = _cross_entropy(model, ids_BL)
+    return {
+        "variance_explained": round(1 - (error / variance).item(), 4),
+        "l0": round((acts_TF > 0).sum(-1).float().mean().item(), 2),
+        "dead": round((acts_TF > 0).any(0).logical_not().float().mean().item(), 4),
+        "cross_entropy": round(_cross_entropy(model, ids_BL), 4),
+        "cross_entropy_with_sae": round(patched, 4),
+    }
+
+
+def _cross_entropy(model: Gemma2ForCausalLM, ids_BL: Tensor) -> float:
+    logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten()).item()
 
 
 def train_lab(

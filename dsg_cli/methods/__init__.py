@@ -1,1 +1,178 @@
-"""Ways to unlearn, one file each; names.py lists them, settings.py has what each can be told."""
+"""Ways to unlearn, by family: what they are called, and where their code is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dsg_cli.errors import DsgError, nearest
+from dsg_cli.settings import CompareSection
+
+Form = Literal["guardrail", "model", "wrapper"]
+"""What a method makes, and the kind of its artifact: features that are clamped while the model runs; other weights;
+text around the prompt, or a filter in front of or behind the model."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method; `dsg` is the rest of the package."""
+
+    form: Form
+    module: str
+    """Of this package, which holds it."""
+    what: str
+    paper: str
+    """arXiv id, or empty for what nobody in particular proposed."""
+    needs_sae: bool = False
+    needs_forget: bool = True
+    """Whether it reads a forget corpus."""
+    is_trained: bool = False
+    """Whether it trains weights by gradient steps; `ssd` changes them without."""
+    teaches: bool = False
+    """Whether what it reads is there afterwards rather than gone: no rival, and no row of a comparison."""
+
+
+METHODS = {
+    "dsg": Method("guardrail", "", "clamp features where a gate has fired", "2504.08192", needs_sae=True),
+    "static-clamp": Method(
+        "guardrail", "clamps", "clamp each feature wherever it is active", "2410.19278", needs_sae=True
+    ),
+    "conditional-clamp": Method(
+        "guardrail", "clamps", "clamp each feature above a value", "2503.11127", needs_sae=True
+    ),
+    "refusal-clamp": Method(
+        "guardrail", "clamps", "raise a refusal feature where others fire", "2503.11127", needs_sae=True
+    ),
+    "sspu": Method(
+        "model",
+        "representation",
+        "train within the span of SAE features",
+        "2505.24428",
+        needs_sae=True,
+        is_trained=True,
+    ),
+    "sae-representation": Method(
+        "model",
+        "representation",
+        "train SAE features towards those of made-up names",
+        "2509.15631",
+        needs_sae=True,
+        is_trained=True,
+    ),
+    "prompt": Method("wrapper", "wrappers", "tell the model not to answer", "2403.03329", needs_forget=False),
+    "input-filter": Method("wrapper", "wrappers", "refuse prompts by keywords or a linear classifier", "2403.03329"),
+    "output-filter": Method("wrapper", "wrappers", "refuse answers by keywords or a linear classifier", "2403.03329"),
+    "in-context": Method(
+        "wrapper", "wrappers", "show examples with wrong answers first", "2310.07579", needs_forget=False
+    ),
+    "gradient-ascent": Method("model", "losses", "raise the loss on forget text", "2210.01504", is_trained=True),
+    "grad-diff": Method(
+        "model", "losses", "raise the loss on forget text, not on retain text", "2203.12817", is_trained=True
+    ),
+    "npo": Method("model", "losses", "negative preference optimisation", "2404.05868", is_trained=True),
+    "simnpo": Method("model", "losses", "the same without a reference model", "2410.07163", is_trained=True),
+    "rmu": Method(
+        "model",
+        "representation",
+        "steer representations of forget text to a random vector",
+        "2403.03218",
+        is_trained=True,
+    ),
+    "scrub": Method(
+        "model", "losses", "leave a teacher on forget text, follow it on retain text", "2302.09880", is_trained=True
+    ),
+    "ssd": Method("model", "losses", "dampen weights that matter to forget text", "2308.07707"),
+    "finetune": Method(
+        "model",
+        "losses",
+        "train on text, to make a target or a reference",
+        "",
+        needs_forget=False,
+        is_trained=True,
+        teaches=True,
+    ),
+}
+"""In the order of tables."""
+
+
+def check_method(name: str) -> Method:
+    """A method by its name.
+
+    Raises:
+        DsgError: There is none.
+    """
+    if name not in METHODS:
+        raise DsgError(f"There is no method named {name[:200]}.", f"{nearest(name[:200], METHODS)} See dsg ls methods.")
+    return METHODS[name]
+
+
+def teaches(name: str) -> bool:
+    """Whether what a method makes has learnt rather than unlearned."""
+    return name in METHODS and METHODS[name].teaches
+
+
+def check_lora(name: str) -> None:
+    """Refuse adapters for a method that trains no weights.
+
+    Raises:
+        DsgError: It does not, or there is no such method.
+    """
+    if not check_method(name).is_trained:
+        raise DsgError(f"--lora is for methods that train weights, and {name} does not.", "Leave it out.")
+
+
+def check_corpora(name: str, *, train: Sequence[str], others: Sequence[str]) -> None:
+    """Refuse corpora of the other kind: what is taught is neither to be forgotten nor to be retained.
+
+    Args:
+        name: A method.
+        train: Corpora that were named to be trained on.
+        others: Corpora that were named to be forgotten or retained.
+
+    Raises:
+        DsgError: There are some, or there is no such method.
+    """
+    if check_method(name).teaches and others:
+        raise DsgError(f"{name} teaches: nothing is forgotten or retained.", "Name what it trains on with --train.")
+    if train and not teaches(name):
+        raise DsgError(f"--train is for finetune, and {name} unlearns.", "Name corpora with --forget and --retain.")
+
+
+def section_of(name: str) -> str:
+    """The key of a method's settings below `methods` in a recipe."""
+    return name.replace("-", "_")
+
+
+def load_method(name: str) -> Callable[..., Any]:
+    """The function of a method that changes weights (`unlearn_<name>`) or wraps the model (`make_<name>`)."""
+    method = METHODS[name]
+    module = importlib.import_module(f"dsg_cli.methods.{method.module}")
+    verb = "make" if method.form == "wrapper" else "unlearn"
+    function: Callable[..., Any] = getattr(module, f"{verb}_{section_of(name)}")
+    return function
+
+
+def compare_checks(section: CompareSection) -> tuple[tuple[bool, str], ...]:
+    """What has the right type and still makes no sense."""
+    unknown = [name for name in (*section.methods, *section.grids) if name not in METHODS]
+    teaching = [name for name in (*section.methods, *section.grids) if teaches(name)]
+    steps = section.relearn_steps
+    return (
+        (section.budget >= 1, f"compare.budget is {section.budget}; give each method at least 1 trial."),
+        (not unknown, f"compare names no method {unknown[0] if unknown else ''}; dsg ls methods lists them."),
+        (not teaching, f"compare names {teaching[0] if teaching else ''}, which teaches and is compared with nothing."),
+        (
+            not steps or (steps[0] == 0 and sorted(set(steps)) == steps),
+            f"compare.relearn_steps is {steps}; give ascending whole numbers that begin with 0, or none.",
+        ),
+        (
+            0 < section.relearn_learning_rate < 1,
+            f"compare.relearn_learning_rate is {section.relearn_learning_rate:g}; it must lie between 0 and 1.",
+        ),
+        (
+            all(values for grid in section.grids.values() for values in grid.values()),
+            "compare.grids: a setting has no value.",
+        ),
+    )

@@ -1,9 +1,6 @@
-"""Steering files (Khoriaty et al., 2503.11127): features and what they are set to, as CSV.
+"""What the methods that clamp features without a gate have in common: which features, set to what, and where.
 
-A row a feature, columns by their names in any order: `latent_idx`; `hook_action`, which is `clamp`, `clamp_prime` or
-empty (f > 0 -> coefficient), `conditional` (f > clamp_value -> coefficient) or `refusal` (f > clamp_value -> the latent
-`refuse_id` is set to the coefficient); `steering_coefficient`; and `clamp_value`, `refuse_id`, `sae_release` and
-`sae_id` as needed. Other columns, such as `description`, are left alone.
+Each makes a `Clamping` from the statistics of select; stages/clamp.py makes a guardrail of it.
 """
 
 from __future__ import annotations
@@ -12,18 +9,232 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.integrity import is_file, read_bounded
-from dsg_cli.methods.clamping import Clamping, refusing
-from dsg_cli.releases import locate_release, releases
-from dsg_cli.runtime.spec import NEVER
+from dsg_cli.guardrail.runtime.spec import NEVER
+from dsg_cli.guardrail.selection import check_measured
+from dsg_cli.models.releases import locate_release, releases
+from dsg_cli.settings import ConditionalClamp, RefusalClamp, StaticClamp, parse_strength
+from dsg_cli.workspace.files import is_file, read_bounded
+
+
+@dataclass(frozen=True)
+class Clamping:
+    """What is clamped to what, and where; the fields of an artifacts.Guardrail of these names."""
+
+    indices: list[int]
+    """Features that are clamped."""
+    detectors: list[int]
+    """Features that are only watched."""
+    coefficients: list[float]
+    """What each clamped feature is set to."""
+    above: list[float]
+    """Of each feature, the clamped ones first, the activation above which a token is hot."""
+    clamp: Literal["all", "each"]
+    setting: str
+    """The coefficients as a person gave them."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of the choice."""
+
+
+def frequent_features(
+    statistics: Mapping[str, Tensor], *, n_features: int, max_retain_rate: float, section: str
+) -> list[int]:
+    """The features most often active on forget text among those seldom active on retain text, best first.
+
+    Args:
+        statistics: `forget_rate` and `retain_rate` of select, [F]: shares of tokens on which a feature is active.
+        n_features: How many.
+        max_retain_rate: Features active on a larger share of retain tokens are dropped.
+        section: Of the settings, for messages.
+
+    Raises:
+        DsgError: There are fewer that are active on forget text at all, or no forget text was read.
+    """
+    check_measured(statistics)
+    forget_F, retain_F = statistics["forget_rate"], statistics["retain_rate"]
+    is_left_F = (retain_F <= max_retain_rate) & (forget_F > 0)
+    n_left = int(is_left_F.sum())
+    if n_left < n_features:
+        raise DsgError(
+            f"{n_left or 'No'} feature{'s are' if n_left != 1 else ' is'} active on forget text and on at most "
+            f"{max_retain_rate:g} of retain tokens; {n_features} were asked for.",
+            f"Raise methods.{section}.max_retain_rate, or lower methods.{section}.n_features (--set).",
+        )
+    ranked = forget_F.where(is_left_F, -1.0).sort(descending=True, stable=True).indices
+    return [int(j) for j in ranked[:n_features]]
+
+
+def coefficient_of(text: str, median_residual_norm: float, *, key: str) -> float:
+    """A coefficient from a setting, as a positive number.
+
+    Raises:
+        DsgError: It is none.
+    """
+    hint = f"Set methods.{key} to a number such as 300, or a multiple of the median residual norm such as 4r."
+    return parse_strength(text, median_residual_norm, hint=hint)
+
+
+def refusing(
+    selected: Sequence[int],
+    above: Sequence[float],
+    refusal: int,
+    coefficient: float,
+    *,
+    clamps_features: bool,
+    setting: str,
+    notes: tuple[str, ...] = (),
+) -> Clamping:
+    """Wherever any selected feature exceeds its `above`, the refusal feature is set to the coefficient.
+
+    Args:
+        selected: Features that are watched.
+        above: Of each of them.
+        refusal: The refusal feature; how active it is itself makes no token hot.
+        coefficient: What it is set to.
+        clamps_features: Set the selected features to minus that, too.
+        setting: The coefficient as a person gave it.
+        notes: What a person should know.
+
+    Raises:
+        DsgError: The refusal feature is one of the selected.
+    """
+    if refusal in selected:
+        raise DsgError(
+            f"The refusal feature {refusal} is one of those whose activity calls for it.",
+            "Name another with methods.refusal_clamp.refusal_feature, or fewer features with n_features (--set).",
+        )
+    also = list(selected) if clamps_features else []
+    return Clamping(
+        indices=[refusal, *also],
+        detectors=[] if clamps_features else list(selected),
+        coefficients=[coefficient, *(-coefficient for _ in also)],
+        above=[NEVER, *above],
+        clamp="all",
+        setting=setting,
+        notes=notes,
+    )
+
+
+def static_clamping(statistics: Mapping[str, Tensor], settings: StaticClamp, median_residual_norm: float) -> Clamping:
+    """On every token and for every selected feature j: `f_j > 0 -> -c`.
+
+    Khoriaty et al. (2503.11127) call the same with c = 300 and 5 features Clamp Prime.
+
+    Args:
+        statistics: `forget_rate` and `retain_rate` of select, [F].
+        settings: How many features, and c.
+        median_residual_norm: The unit `r` of c.
+
+    Raises:
+        DsgError: Too few features are left.
+    """
+    indices = frequent_features(
+        statistics,
+        n_features=settings.n_features,
+        max_retain_rate=settings.max_retain_rate,
+        section="static_clamp",
+    )
+    c = coefficient_of(settings.strength, median_residual_norm, key="static_clamp.strength")
+    n = len(indices)
+    return Clamping(indices, [], [-c] * n, [0.0] * n, "each", setting=settings.strength)
+
+
+def conditional_clamping(
+    statistics: Mapping[str, Tensor], settings: ConditionalClamp, median_residual_norm: float
+) -> Clamping:
+    """On every token and for every selected feature j: `f_j > above -> -c`.
+
+    Args:
+        statistics: `forget_rate` and `retain_rate` of select, [F].
+        settings: How many features, above which activation, and c.
+        median_residual_norm: The unit `r` of c.
+
+    Raises:
+        DsgError: Too few features are left.
+    """
+    indices = frequent_features(
+        statistics,
+        n_features=settings.n_features,
+        max_retain_rate=settings.max_retain_rate,
+        section="conditional_clamp",
+    )
+    c = coefficient_of(settings.strength, median_residual_norm, key="conditional_clamp.strength")
+    n = len(indices)
+    return Clamping(indices, [], [-c] * n, [settings.above] * n, "each", setting=settings.strength)
+
+
+def refusal_clamping(statistics: Mapping[str, Tensor], settings: RefusalClamp, median_residual_norm: float) -> Clamping:
+    """On every token: `f_j > above` for any selected feature j `-> f_refusal = coefficient`.
+
+    Args:
+        statistics: `forget_rate` and `retain_rate` of select, [F].
+        settings: How many features, above which activation, and what is raised to what.
+        median_residual_norm: The unit `r` of the coefficient.
+
+    Raises:
+        DsgError: Too few features are left, or the refusal feature is one of them or not there.
+    """
+    selected = frequent_features(
+        statistics,
+        n_features=settings.n_features,
+        max_retain_rate=settings.max_retain_rate,
+        section="refusal_clamp",
+    )
+    refusal = settings.refusal_feature
+    notes: tuple[str, ...] = ()
+    if refusal is None:
+        refusal = stand_in(statistics, selected)
+        notes = (
+            f"The refusal feature {refusal} is a stand-in: of the live features the one that is most frequent on "
+            "retain text and rarest on forget text. It turns answers to something else rather than to a refusal.",
+        )
+    n_features = len(statistics["forget_rate"])
+    if refusal >= n_features:
+        raise DsgError(
+            f"The SAE has {n_features} features; there is no {refusal} to be the refusal feature.",
+            "Name another with methods.refusal_clamp.refusal_feature (--set).",
+        )
+    coefficient = coefficient_of(settings.coefficient, median_residual_norm, key="refusal_clamp.coefficient")
+    return refusing(
+        selected,
+        [settings.above] * len(selected),
+        refusal,
+        coefficient,
+        clamps_features=settings.clamps_features,
+        setting=settings.coefficient,
+        notes=notes,
+    )
+
+
+def stand_in(statistics: Mapping[str, Tensor], selected: Sequence[int]) -> int:
+    """argmax_j(retain_rate_j - forget_rate_j) over live features that are not selected.
+
+    Raises:
+        DsgError: There is none.
+    """
+    forget_F, retain_F = statistics["forget_rate"], statistics["retain_rate"]
+    is_live_F = (forget_F > 0) | (retain_F > 0)
+    is_live_F[list(selected)] = False
+    if not is_live_F.any():
+        raise DsgError(
+            "All live features are selected, so none is left to stand in for a refusal feature.",
+            "Name one with methods.refusal_clamp.refusal_feature (--set).",
+        )
+    return int((retain_F - forget_F).where(is_live_F, -torch.inf).argmax())
+
 
 LARGEST_FILE = 2**20
+
 LARGEST_NUMBER = 1e6
+
 METHOD_OF = {
     "": "static-clamp",
     "clamp": "static-clamp",
@@ -32,6 +243,7 @@ METHOD_OF = {
     "refusal": "refusal-clamp",
 }
 """Action -> the method that it asks for."""
+
 SETTING = "steering file"
 """In place of a strength as a person would give it."""
 

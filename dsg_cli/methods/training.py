@@ -7,19 +7,244 @@ on from its checkpoint ends with the same weights, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from dsg_cli.artifacts import Json
-from dsg_cli.checkpoints import State
-from dsg_cli.errors import DsgError
-from dsg_cli.interruption import at_safe_points
-from dsg_cli.methods.freedom import Free
-from dsg_cli.methods.given import Changed, Given
-from dsg_cli.model import devices_of
-from dsg_cli.tokens import TokenBatch
+from dsg_cli.data.batches import TokenBatch
+from dsg_cli.errors import DsgError, nearest
+from dsg_cli.guardrail.runtime.sites import MLP, HookSite, decoder_layers, decoder_of
+from dsg_cli.job import Report, silent
+from dsg_cli.methods.text import Mentions, Text
+from dsg_cli.models.language_model import check_peft, devices_of
+from dsg_cli.settings import RetainLoss, Training
+from dsg_cli.workspace.checkpoints import Checkpoint, State
+from dsg_cli.workspace.files import at_safe_points
+from dsg_cli.workspace.results import Json
+
+
+class Reference:
+    """The values of some parameters at the time when this was made.
+
+    `with reference():` a model that holds them computes as it did then, without gradients. They are exchanged by
+    reference, so that it costs no time; of adapters, which begin as 0, it is the base model.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.values: list[Tensor] = [one.detach().clone() for one in self.parameters]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The block runs on the values of then."""
+        now = [one.data for one in self.parameters]
+        try:
+            for one, value in zip(self.parameters, self.values, strict=True):
+                one.data = value
+            with torch.no_grad():
+                yield
+        finally:
+            for one, value in zip(self.parameters, now, strict=True):
+                one.data = value
+
+
+def logits_of(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """Logits that predict tokens 1 .. L-1, float32, [B, L-1, V]."""
+    found = model(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long(), use_cache=False)
+    logits_BLV: Tensor = found.logits[:, :-1].float()
+    return logits_BLV
+
+
+def token_losses(logits_BLV: Tensor, batch: TokenBatch) -> Tensor:
+    """Negative log-likelihood of each token after the first, 0 at padding, [B, L-1]."""
+    wanted_BL = batch.ids_BL[:, 1:].masked_fill(~batch.mask_BL[:, 1:], -100)
+    return F.cross_entropy(logits_BLV.transpose(1, 2), wanted_BL, reduction="none")
+
+
+def mean_loss(logits_BLV: Tensor, batch: TokenBatch) -> Tensor:
+    """Negative log-likelihood per token, over all sequences together, []."""
+    return token_losses(logits_BLV, batch).sum() / batch.mask_BL[:, 1:].sum()
+
+
+def sequence_losses(logits_BLV: Tensor, batch: TokenBatch) -> Tensor:
+    """Negative log-likelihood of each sequence, [B]."""
+    return token_losses(logits_BLV, batch).sum(-1)
+
+
+def divergence(teacher_BLV: Tensor, student_BLV: Tensor, batch: TokenBatch, *, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) per token, times the squared temperature as in distillation, []."""
+    teacher, student = ((one / temperature).log_softmax(-1) for one in (teacher_BLV, student_BLV))
+    kl_BL = (teacher.exp() * (teacher - student)).sum(-1)
+    mask_BL = batch.mask_BL[:, 1:]
+    return kl_BL[mask_BL].sum() / mask_BL.sum() * temperature**2
+
+
+def retain_term(model: PreTrainedModel, reference: Reference, batch: TokenBatch, kind: RetainLoss) -> Tensor:
+    """What keeps the rest of the model: `nll`, or `kl` from the model as it was, []."""
+    if kind == "none":
+        return torch.zeros((), device=batch.ids_BL.device)
+    logits_BLV = logits_of(model, batch)
+    if kind == "nll":
+        return mean_loss(logits_BLV, batch)
+    with reference():
+        before_BLV = logits_of(model, batch)
+    return divergence(before_BLV, logits_BLV, batch)
+
+
+OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
+"""What families call the matrix by which an MLP writes."""
+
+
+@dataclass(frozen=True)
+class Free:
+    """Parameters that may change."""
+
+    names: list[str]
+    parameters: list[nn.Parameter]
+    adapter: Any = None
+    """PEFT's model around the given one, in which adapters now are."""
+    settings: Training = field(default_factory=Training)
+
+
+def freed(model: PreTrainedModel, settings: Training, *, layers: Sequence[int] | None = None, seed: int = 0) -> Free:
+    """Freeze all of the model but what the settings name.
+
+    Args:
+        model: Whole; adapters are put into it in place.
+        settings: Of the training.
+        layers: Those of the method, where the settings name none; None means all.
+        seed: Of adapters' first values.
+
+    Raises:
+        DsgError: Nothing is left to train, a layer is not there, or no linear layer has such a name.
+    """
+    chosen = settings.layers if settings.layers is not None else layers
+    n_layers = len(decoder_layers(model))
+    beyond = [layer for layer in chosen or () if not 0 <= layer < n_layers]
+    if beyond:
+        raise DsgError(f"The model has layers 0 to {n_layers - 1}; there is no layer {beyond[0]}.")
+    model.requires_grad_(False)
+    if settings.lora:
+        return _adapted(model, settings, chosen, seed)
+    names = [name for name, _ in model.named_parameters() if _is_chosen(model, name, settings.trained, chosen)]
+    if not names:
+        raise DsgError(f"No weight is left to train by `{settings.trained}` in layers {chosen}.")
+    own = dict(model.named_parameters())
+    for name in names:
+        own[name].requires_grad_(True)
+    return Free(names, [own[name] for name in names], settings=settings)
+
+
+def _is_chosen(model: PreTrainedModel, name: str, trained: str, layers: Sequence[int] | None) -> bool:
+    """Whether a parameter, or a module, of that name is meant."""
+    prefix = next(path for path, module in model.named_modules() if module is decoder_layers(model))
+    if not name.startswith(f"{prefix}."):
+        return trained == "all" and layers is None
+    number, _, inner = name.removeprefix(f"{prefix}.").partition(".")
+    parts = inner.split(".")
+    is_mlp = any(part in MLP for part in parts)
+    is_out = is_mlp and any(part in OUT for part in parts) and not name.endswith(".bias")
+    kind = {"all": True, "mlp": is_mlp, "mlp-out": is_out}[trained]
+    return kind and (layers is None or int(number) in layers)
+
+
+def _adapted(model: PreTrainedModel, settings: Training, layers: Sequence[int] | None, seed: int) -> Free:
+    """Adapters on every linear layer that would be trained."""
+    check_peft()
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    within = [path for path, module in model.named_modules() if module is decoder_layers(model)]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and name.startswith(f"{within[0]}.")
+        and _is_chosen(model, name, settings.trained, layers)
+    ]
+    targets = [
+        name
+        for name in linear
+        if not settings.lora_targets or any(f".{name}".endswith(f".{end}") for end in settings.lora_targets)
+    ]
+    if not targets:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        wanted = ", ".join(settings.lora_targets)
+        raise DsgError(
+            f"No linear layer that would be trained has a name that ends with {wanted or 'anything'}.",
+            f"{nearest(settings.lora_targets[0] if settings.lora_targets else '', ends)} They end with: "
+            f"{', '.join(ends) or 'nothing'}.",
+        )
+    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0, target_modules=targets)
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped: Any = get_peft_model(model, config)
+    found = [(name, one) for name, one in wrapped.named_parameters() if one.requires_grad]
+    return Free([name for name, _ in found], [one for _, one in found], wrapped, settings)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a method may use of a sparse autoencoder."""
+
+    site: HookSite
+    """Where it reads."""
+    encode: Callable[[Tensor], Tensor]
+    """Residuals [T, D] -> activations [T, F], float32."""
+    ranked: Sequence[int]
+    """Features that tell forget text from retain text, the first the most."""
+    relevant_KD: Tensor
+    """Decoder rows of the features of highest rank."""
+    irrelevant_KD: Tensor
+    """Decoder rows of the live features of lowest importance ratio."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a method has in hand."""
+
+    model: PreTrainedModel
+    """Float32, whole; the method's own to change."""
+    tokenizer: PreTrainedTokenizerBase
+    forget: Text
+    retain: Text
+    features: Features | None = None
+    """For methods that an SAE guides."""
+    unknown: Text | Mentions | None = None
+    """Entities that do not exist, for the method that needs them."""
+    seed: int = 0
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """Where the training goes on from, and is kept."""
+    report: Report = silent
+
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What was done to the weights."""
+
+    names: list[str]
+    """Of the parameters that were free to change."""
+    n_parameters: int
+    n_changed: int
+    losses: list[Json]
+    """[{step, loss, <term>, ...}]; steps count from 1."""
+    diverged_at: int | None = None
+    kept_at: int | None = None
+    """Where it diverged, the step after which the weights were as they are now."""
+    adapter: Any = None
+    """PEFT's model, if adapters were trained."""
+
 
 RETAIN_SEED = 2**31
 """Added to the seed of retain text, so that the two orders differ."""
@@ -180,3 +405,37 @@ class _Run:
                         "step": entry[f"step.{number}"],
                         **{key: entry[f"{key}.{number}"].to(one.device) for key in ("exp_avg", "exp_avg_sq")},
                     }
+
+
+@dataclass
+class Cost:
+    """Calls of the model, and tokens in them, padding included. A call that keeps a graph is followed by a backward
+    pass."""
+
+    forward_passes: int = 0
+    backward_passes: int = 0
+    forward_tokens: int = 0
+    backward_tokens: int = 0
+
+    def as_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@contextmanager
+def counted(model: nn.Module, cost: Cost) -> Iterator[None]:
+    """While the block runs, every call of the model is counted."""
+
+    def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        n_tokens = ids.numel() if ids is not None else kwargs["inputs_embeds"].shape[:2].numel()
+        cost.forward_passes += 1
+        cost.forward_tokens += n_tokens
+        if torch.is_grad_enabled():
+            cost.backward_passes += 1
+            cost.backward_tokens += n_tokens
+
+    handle = decoder_of(model).register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,33 +1,166 @@
-"""What both filters do: learn to tell forget text from retain text, and refuse as little retain text as was promised.
+"""What every method that makes a wrapper is given, and what it gives back.
 
-The classifier and the keywords come from the `select` part of the corpora, the threshold from the `calibrate` part of
-the retain corpora, and the rates from the `fresh` parts.
+Such a method is a module of this package with one function, `make(settings, material) -> Made`.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dsg_cli.artifacts import Json, Wrapper
-from dsg_cli.calibration import rate_above, threshold_of
-from dsg_cli.corpora import Corpus, Part
+from dsg_cli.data.corpora import Corpus, Part
+from dsg_cli.data.tokens import Piece, draw_pieces, separator, special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.keywords import read_keywords, telling_words
-from dsg_cli.methods.settings import Filter
-from dsg_cli.methods.wrapping import Made, Material
-from dsg_cli.pieces import Piece, draw_pieces
-from dsg_cli.pooling import mean_residuals
-from dsg_cli.tokens import special_ids
-from dsg_cli.wrapper_module import WrapperModule, statistics_of, wrapper_from_artifact
+from dsg_cli.evals.benches import Question
+from dsg_cli.guardrail.calibration import threshold_of
+from dsg_cli.inference.wrappers import WrapperModule, read_keywords, statistics_of, telling_words, wrapper_from_artifact
+from dsg_cli.intervals import rate_above
+from dsg_cli.job import Report, silent
+from dsg_cli.models.language_model import LoadedModel
+from dsg_cli.models.residuals import mean_residuals
+from dsg_cli.settings import Filter, InContext, InputFilter, OutputFilter, Prompt
+from dsg_cli.workspace.artifacts import Wrapper
+from dsg_cli.workspace.results import Json
+
+
+@dataclass(frozen=True)
+class Material:
+    """The model, and what is known of what it is to forget; a method says what it needs."""
+
+    loaded: LoadedModel
+    bos: int | None
+    """Token that every text begins with."""
+    topic: str = ""
+    """What is to be forgotten, in words."""
+    forget: Sequence[Corpus] = ()
+    retain: Sequence[Corpus] = ()
+    forget_names: Sequence[str] = ()
+    """Of the corpora, whether they are read or not."""
+    retain_names: Sequence[str] = ()
+    forget_questions: Sequence[Question] = ()
+    retain_questions: Sequence[Sequence[Question]] = ()
+    """Of each bench."""
+    lengths: Sequence[int] = ()
+    """Of pieces of text in tokens, each as likely as the others."""
+    max_pieces: int = 4096
+    """Of each part of the corpora, about."""
+    batch_size: int = 32
+    seed: int = 0
+    report: Report = silent
+
+
+@dataclass(frozen=True)
+class Made:
+    """A wrapper, its tensors, and what a person should know of it."""
+
+    body: Wrapper
+    tensors: dict[str, Tensor] | None = None
+    n_tokens: int = 0
+    """That were read for it."""
+    notes: list[str] = field(default_factory=list)
+
+
+def prefix(method: str, text: str, material: Material) -> Made:
+    """A wrapper that puts a text in front of prompts, a blank line between them where the tokenizer knows any."""
+    tokenizer = material.loaded.tokenizer
+    text = f"{text.strip()}{separator(tokenizer).strip(' ')}"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    n_unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+    body = Wrapper(
+        method=method,
+        rule="prefix",
+        side="input",
+        text=text,
+        keywords=[],
+        layer=None,
+        threshold=0.0,
+        refusal="",
+        rates=[],
+        special_ids=list(special_ids(tokenizer)),
+        bos=material.bos,
+        forget=list(material.forget_names),
+        retain=list(material.retain_names),
+    )
+    notes = [f"Of {len(ids)} tokens of the text, {n_unknown} are unknown to the model."] if n_unknown else []
+    return Made(body, notes=notes)
+
+
+SLOT = "{topic}"
+
+
+def make_prompt(settings: Prompt, material: Material) -> Made:
+    """The text, with its topic filled in; other braces stay as they are.
+
+    Raises:
+        DsgError: The text is empty, or has a topic and nothing says which.
+    """
+    if not settings.text.strip():
+        raise DsgError("methods.prompt.text is empty.", "Write what the model is told.")
+    return prefix("prompt", settings.text.replace(SLOT, topic_of(settings, material.topic)), material)
+
+
+def topic_of(settings: Prompt, otherwise: str) -> str:
+    """What `{topic}` stands for.
+
+    Raises:
+        DsgError: Nothing says so, and the text has it.
+    """
+    topic = settings.topic or otherwise
+    if SLOT in settings.text and not topic.strip():
+        raise DsgError(
+            f"The text of methods.prompt has {SLOT}, and nothing says what that is.",
+            "Name a corpus with --forget, or give --set methods.prompt.topic=WORDS.",
+        )
+    return topic
+
+
+def make_in_context(settings: InContext, material: Material) -> Made:
+    """Questions drawn with the seed, each with a choice, in an order that the seed decides.
+
+    Raises:
+        DsgError: There are fewer questions than are to be shown, or one has a single choice.
+    """
+    rng = random.Random(material.seed)
+    tokenizer = material.loaded.tokenizer
+    shown = [_wrong(question, rng) for question in _drawn([material.forget_questions], settings.n_forget, rng)]
+    shown += [
+        question.context + question.choices[question.answer]
+        for question in _drawn(material.retain_questions, settings.n_retain, rng)
+    ]
+    rng.shuffle(shown)
+    return prefix("in-context", separator(tokenizer).join(shown), material)
+
+
+def _drawn(benches: Sequence[Sequence[Question]], n: int, rng: random.Random) -> list[Question]:
+    """So many questions, of each bench in turn."""
+    shuffled = [rng.sample(list(bench), len(bench)) for bench in benches]
+    found: list[Question] = []
+    while len(found) < n and any(shuffled):
+        found += [bench.pop() for bench in shuffled if bench]
+    if len(found) < n:
+        raise DsgError(
+            f"{n} questions are to be shown, and the benches have {len(found)}.",
+            "Lower methods.in_context.n_forget or n_retain, or name other benches.",
+        )
+    return found[:n]
+
+
+def _wrong(question: Question, rng: random.Random) -> str:
+    wrong = [choice for i, choice in enumerate(question.choices) if i != question.answer]
+    if not wrong:
+        raise DsgError("A question of the forget bench has a single choice, which is right.", "Name another bench.")
+    return question.context + rng.choice(wrong)
+
 
 MOST_STEPS = 2000
 """Of a fit."""
+
 CONSTANT = 1e-6
 """A dimension that varies less than so much of the one that varies most is left out."""
 
@@ -189,3 +322,21 @@ def _notes(body: Wrapper) -> list[str]:
     if any(rate["rate"] for rate in body.rates if rate["is_forget"]):
         return []
     return ["The filter refuses none of the fresh forget text."]
+
+
+def make_input_filter(settings: InputFilter, material: Material) -> Made:
+    """A filter of prompts; its threshold holds for prompts like retain text.
+
+    Raises:
+        DsgError: Nothing tells the texts apart, there is too little text, or an activation is not finite.
+    """
+    return fitted(settings, material, method="input-filter", side="input")
+
+
+def make_output_filter(settings: OutputFilter, material: Material) -> Made:
+    """A filter of answers; its threshold is set on retain text as it is, without a question in front.
+
+    Raises:
+        DsgError: Nothing tells the texts apart, there is too little text, or an activation is not finite.
+    """
+    return fitted(settings, material, method="output-filter", side="output")

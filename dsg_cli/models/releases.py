@@ -19,10 +19,11 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
+from dsg_cli.data.hub import REPOSITORY, cached_commit, fetch_snapshot, hub_errors, list_files
 from dsg_cli.errors import DsgError, close_to, nearest
-from dsg_cli.hub import REPOSITORY, cached_commit, fetch_snapshot, hub_errors, list_files
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+
 ORIGIN_FILE = "origin.json"
 
 

@@ -1,19 +1,63 @@
-"""Batches that do not fit in memory are halved, and the work goes on."""
+"""Read or replace what a module of a Hugging Face model reads or writes; hooks never outlive their block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from dsg_cli.data.batches import TokenBatch, pad_rows
+from dsg_cli.data.tokens import special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.tokens import TokenBatch
+from dsg_cli.guardrail.runtime.sites import HookSite, edit_site
+from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.models.language_model import text_config
+
+
+class _ReachedError(Exception):
+    """Raised inside the forward pass once the residual is known: nothing above it needs to run."""
+
+
+def read_residual(model: nn.Module, site: HookSite, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """The activations at `site`; layers above it are not run.
+
+    Args:
+        model: A causal language model, whole or cut after the site's layer.
+        site: Where to read.
+        ids_BL: Token ids.
+        mask_BL: 1 for tokens, 0 for padding.
+
+    Returns:
+        resid_BLD in the model's dtype, on the device of the ids wherever the layer lies.
+    """
+    found: list[Tensor] = []
+
+    def keep(resid_BLD: Tensor) -> Tensor:
+        found.append(resid_BLD)
+        raise _ReachedError
+
+    with replace_residual(model, site, keep), suppress(_ReachedError):
+        model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False)
+    return found[0].to(ids_BL.device)
+
+
+@contextmanager
+def replace_residual(model: nn.Module, site: HookSite, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, the activation at `site` is `edit(activation)`."""
+    handle = edit_site(model, site, edit)
+    try:
+        yield
+    finally:
+        handle.remove()
+
 
 Result = TypeVar("Result")
-Work = TypeVar("Work")
 
+Work = TypeVar("Work")
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """How it is said where it has no type of its own: on a CPU, and inside a library of the GPU."""
@@ -87,3 +131,45 @@ def _attempt(batch: Work, compute: Callable[[Work], Result]) -> tuple[Result] | 
 def _halves(batch: TokenBatch) -> list[TokenBatch]:
     middle = len(batch.index) // 2
     return [batch.rows(0, middle), batch.rows(middle, len(batch.index))]
+
+
+@torch.inference_mode()
+def mean_residuals(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    *,
+    layer: int,
+    batch_size: int,
+    workers: Workers = ALONE,
+    report: Report = silent,
+    what: str = "",
+) -> Tensor:
+    """The mean residual of each row after a decoder layer, [N, D] in float32 on the CPU; 0 where no token counts.
+
+    Layers above it are not run. Batches are of similar lengths, longest first, and shared among workers; a row whose
+    residual is not finite stays so.
+    """
+    site = HookSite(layer, "resid_post")
+    special, device = special_ids(tokenizer), str(next(model.parameters()).device)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    config = text_config(model.config)
+    found_ND = torch.zeros(len(rows), int(config.hidden_size))
+    fit = Fitting()
+    n_tokens, total = 0, sum(map(len, rows))
+
+    def pooled(batch: TokenBatch) -> Tensor:
+        resid_BLD = read_residual(model, site, batch.ids_BL, batch.mask_BL).float()
+        counted_BL = batch.counted_BL
+        sum_BD = torch.where(counted_BL[..., None], resid_BLD, 0.0).sum(1)
+        return (sum_BD / counted_BL.sum(1, keepdim=True).clamp(min=1)).cpu()
+
+    for number, start in enumerate(range(0, len(order), batch_size)):
+        index = order[start : start + batch_size]
+        n_tokens += sum(len(rows[i]) for i in index)
+        if workers.owns(number):
+            whole = pad_rows([list(rows[i]) for i in index], tokenizer.pad_token_id or 0, special, device, index=index)
+            for batch, mean_BD in fit(whole, pooled):
+                found_ND[list(batch.index)] = mean_BD
+        report(f"{what}, tokens", n_tokens, total)
+    return workers.total([found_ND])[0] if workers.n > 1 else found_ND

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dsg_cli.errors import DsgError
-from dsg_cli.releases import WEIGHTS_FILE
-from dsg_cli.runtime.slices import SaeSlice, SliceSpec
-from dsg_cli.sae import WEIGHTS, SaeSource
+from dsg_cli.guardrail.runtime.slice import SaeSlice, SliceSpec
+from dsg_cli.models.releases import WEIGHTS_FILE
+from dsg_cli.models.sae import WEIGHTS, SaeSource
 
 
 def slice_sae(

@@ -1,1 +1,3 @@
 """Artifacts to tables for people."""
+
+from __future__ import annotations

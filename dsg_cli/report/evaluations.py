@@ -3,14 +3,127 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.artifacts import EvalReport, Json
-from dsg_cli.report.expectations import met, verdicts
-from dsg_cli.report.methods import composed
-from dsg_cli.report.metrics import interval, number, refusals, shown_metrics
+from dsg_cli.attacks import KINDS
+from dsg_cli.evals.expect import GATE, parse_expected
+from dsg_cli.methods import teaches
+from dsg_cli.report.rendering import captioned, forget_interval, number, share
+from dsg_cli.report.rendering import interval_markup as interval
+from dsg_cli.settings import PublishedSection
+from dsg_cli.workspace.results import AttackReport, EvalReport, Json
+from dsg_cli.workspace.store import Stored
+
+
+def composed(composition: Sequence[Json]) -> str:
+    """What acted, in its order."""
+    return " + ".join(
+        f"{one['id']} ({one['method']}{', taught' if teaches(one['method']) else ''})" for one in composition
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One expectation, its numbers as they are shown."""
+
+    expect: str
+    is_met: bool
+    base: str
+    unlearned: str
+    """What was held against the bound."""
+    bound: str
+    n: str
+
+
+def verdicts(body: EvalReport) -> list[Verdict]:
+    """Every expectation of an evaluation, in the order in which they were given."""
+    shown = []
+    for one in body.expected:
+        asked = parse_expected(one["expect"], list(body.results))
+        sides, is_gate = body.results[asked.bench], asked.metric == GATE
+        n = (body.gate[asked.bench] if is_gate else sides["unlearned"]).get("n")
+        shown.append(
+            Verdict(
+                expect=one["expect"].strip(),
+                is_met=one["met"],
+                base=condition_number(None if is_gate else sides["base"].get(asked.metric)),
+                unlearned=condition_number(one["value"]),
+                bound=condition_number(one.get("bound")),
+                n="-" if n is None else f"{n:,}",
+            )
+        )
+    return shown
+
+
+def verdicts_of_attack(body: AttackReport) -> list[Verdict]:
+    """Every expectation of an attack; `unlearned` is what came back where most did."""
+    base, n = body.before["unguarded"]["forget_acc"], body.before["guarded"].get("n")
+    return [
+        Verdict(
+            expect=one["expect"].strip(),
+            is_met=one["met"],
+            base=condition_number(base),
+            unlearned=condition_number(one["value"]),
+            bound=condition_number(one.get("bound")),
+            n="-" if n is None else f"{n:,}",
+        )
+        for one in body.expected
+    ]
+
+
+def met(is_met: bool) -> Text:
+    """Whether an expectation was met, in a word."""
+    return Text("met", style="green") if is_met else Text("NOT MET", style="red")
+
+
+def missed_table(chain: Sequence[Stored]) -> Table | None:
+    """The expectations that were not met, if there are any."""
+    of_evaluations = [one for stored in chain if isinstance(stored.body, EvalReport) for one in verdicts(stored.body)]
+    of_attacks = [
+        one for stored in chain if isinstance(stored.body, AttackReport) for one in verdicts_of_attack(stored.body)
+    ]
+    missed = [one for one in (*of_evaluations, *of_attacks) if not one.is_met]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("not met", overflow="fold")
+    for name in ("base", "guarded", "bound", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in missed:
+        table.add_row(Text(one.expect, style="red"), one.base, one.unlearned, one.bound, one.n)
+    return table if missed else None
+
+
+def condition_number(value: float | None) -> str:
+    """Five digits: enough to see on which side of a bound a share of thousands of questions lies."""
+    return "-" if value is None else f"{value:.5g}"
+
+
+FOLLOWING = ("_low", "_high", "_stderr", "_count")
+"""Endings of what follows from a metric."""
+
+
+def shown_metrics(sides: Json) -> list[str]:
+    """Metrics of a bench in their order: accuracy alone where there is one."""
+    after = sides["unlearned"]
+    if "acc" in after:
+        return ["acc"]
+    names = [
+        name
+        for name, value in after.items()
+        if isinstance(value, int | float) and name != "n" and not name.endswith(FOLLOWING) and name[:6] != "gated_"
+    ]
+    return names or ["acc"]
+
+
+def refusals(refused: dict[str, Json]) -> list[str]:
+    """A sentence for each bench on what could not be computed, and why."""
+    return [
+        f"{bench}: no {', '.join(metrics)}, {next(iter(metrics.values()))} (--reference)"
+        for bench, metrics in refused.items()
+    ]
 
 
 def evaluation_table(body: EvalReport, named: Sequence[str]) -> Table:
@@ -78,3 +191,125 @@ def first_metric(sides: Json) -> str:
 def shown_benches(body: EvalReport, named: Sequence[str]) -> list[str]:
     """Of an evaluation's benches those that were named, not their parts."""
     return [bench for bench in body.results if bench in named] or list(body.results)
+
+
+NOT_MEASURABLE = "not measurable on this model"
+
+
+def curve_table(body: AttackReport) -> Table:
+    """Every point of one attack; forget accuracies with their intervals."""
+    variants = list(dict.fromkeys(point["variant"] for point in body.curve))
+    has_variants = len(variants) > 1
+    has_utility = any("utility_acc" in point["guarded"] for point in body.curve)
+    columns = [*(["variant"] if has_variants else []), unit(body.attack) or "how"]
+    table = Table(*columns, "guarded", "95 %", "gated", "unguarded", box=None, pad_edge=False)
+    if has_utility:
+        table.add_column("utility")
+    above = None
+    for point in body.curve:
+        guard, variant = point["guarded"], point["variant"]
+        cells = [
+            *([variant if variant != above else ""] if has_variants else []),
+            shown(point["x"]),
+            f"{guard['forget_acc']:.2f}",
+        ]
+        cells += [forget_interval(guard), share(guard.get("gate_rate")), share(point["unguarded"]["forget_acc"])]
+        table.add_row(*cells, *([share(guard.get("utility_acc"))] if has_utility else []))
+        above = variant
+    for one in verdicts_of_attack(body):
+        mark = met(one.is_met)
+        table.add_row(*([""] if has_variants else []), Text(one.expect), one.unlearned, one.bound, mark, one.base)
+    before = body.before
+    how = f" Variant: {variants[0]}." if variants[:1] not in ([], [""]) and not has_variants else ""
+    table.caption = (
+        f"{body.threat_model}{how} Without the attack: guarded {before['guarded']['forget_acc']:.2f}, "
+        f"unguarded {before['unguarded']['forget_acc']:.2f}."
+        + ("" if body.summary["n_measurable"] else f" {NOT_MEASURABLE.capitalize()}: unguarded, it cannot answer.")
+        + evasions(body)
+    )
+    return table
+
+
+def attack_headline(body: AttackReport) -> str:
+    """What came back at most, and what there was without the attack."""
+    found = body.summary
+    if not found["n_measurable"]:
+        return f"{body.attack} on {body.bench}: {NOT_MEASURABLE}"
+    return (
+        f"{body.attack} on {body.bench}: {share(found['forget_acc_worst'])}, before {share(found['forget_acc_before'])}"
+    )
+
+
+def evasions(body: AttackReport) -> str:
+    """Where each variant first brought back more than half of what the guard took away."""
+    first = [f"{variant + ': ' if variant else ''}{shown(x)}" for variant, x in body.summary["evaded_at"].items()]
+    return f" Above {body.summary['evades_above']:.2f} from {'; '.join(first)}." if first else ""
+
+
+def ranking(attacks: Sequence[AttackReport]) -> list[AttackReport]:
+    """What brought back most first; what could not be measured last."""
+    return sorted(attacks, key=lambda one: -(one.summary["forget_acc_worst"] or 0))
+
+
+def ranking_table(attacks: Sequence[AttackReport]) -> Group:
+    """One line an attack, at the point where most came back."""
+    table = Table("attack", "before", "worst", "gated", "unguarded", "where", box=None, pad_edge=False)
+    for one in ranking(attacks):
+        found = one.summary
+        cells = (found["forget_acc_before"], found["forget_acc_worst"], found["gate_rate_at_worst"])
+        where = place(one) if found["n_measurable"] else NOT_MEASURABLE
+        table.add_row(one.attack, *map(share, cells), share(found["unguarded_at_worst"]), where)
+    table.caption = "Accuracy on forget questions, guarded, where most came back; and the unguarded model there."
+    return captioned(table)
+
+
+def place(one: AttackReport) -> str:
+    """The variant and the x at which most came back."""
+    found = one.summary
+    if not found["n_measurable"]:
+        return "-"
+    return " ".join(part for part in (found["worst_variant"], shown(found["worst_x"]), unit(one.attack)) if part)
+
+
+def unit(kind: str) -> str:
+    """What the x of an attack's curve counts."""
+    return KINDS[kind].unit if kind in KINDS else "x"
+
+
+def shown(x: float | str) -> str:
+    """The x of a point."""
+    return x if isinstance(x, str) else f"{x:g}"
+
+
+SIDES = {"base": "base", "unlearned": "guarded"}
+"""What tables call the sides of a bench."""
+
+
+def beside(section: PublishedSection, results: Json) -> list[Json]:
+    """`[{bench, side, metric, published, measured, difference}]`; null where nothing was measured.
+
+    Args:
+        section: Of a recipe.
+        results: bench -> side -> metric -> value, of an evaluation.
+    """
+    rows: list[Json] = []
+    for bench, sides in section.results.items():
+        for side, values in sides.items():
+            of_metrics = values if isinstance(values, dict) else {"acc": values}
+            for metric, published in of_metrics.items():
+                measured = results.get(bench, {}).get(side, {}).get(metric)
+                difference = None if measured is None else measured - published
+                row = {"bench": bench, "side": side, "metric": metric, "published": published}
+                rows.append(row | {"measured": measured, "difference": difference})
+    return rows
+
+
+def published_table(rows: list[Json]) -> Table:
+    """The same for a terminal: shares with four digits after the point, other metrics with two."""
+    table = Table("", "side", "metric", "published", "measured", "difference", box=None, pad_edge=False)
+    for row in rows:
+        n_digits = 4 if row["metric"].startswith("acc") else 2
+        signs = {"published": "", "measured": "", "difference": "+"}
+        shown = ["-" if row[key] is None else f"{row[key]:{sign}.{n_digits}f}" for key, sign in signs.items()]
+        table.add_row(row["bench"], SIDES[row["side"]], row["metric"], *shown)
+    return table

@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dsg_cli.artifacts import (
-    AttackReport,
-    Comparison,
-    EvalReport,
-    Guardrail,
-    ModelWeights,
-    StudyReport,
-    Threshold,
-    Wrapper,
-)
-from dsg_cli.attacks.names import KINDS
+from dsg_cli.attacks import KINDS
 from dsg_cli.lab.data import PHRASINGS
-from dsg_cli.methods.names import teaches
-from dsg_cli.report import rivals, varied
-from dsg_cli.report.attacks import NOT_MEASURABLE, place, ranking, share
-from dsg_cli.report.evaluations import shown_benches
-from dsg_cli.report.guardrails import clamp_line
-from dsg_cli.report.metrics import interval, number, refusals, shown_metrics
-from dsg_cli.report.studies import study_headline
-from dsg_cli.stages.gathering import UNLEARNING, Gathered
-from dsg_cli.workspace import Stored
+from dsg_cli.methods import teaches
+from dsg_cli.report.comparison import costs_compared, how_well_compared, relearned, what_compared
+from dsg_cli.report.evaluations import NOT_MEASURABLE, place, ranking, refusals, shown_benches, shown_metrics
+from dsg_cli.report.gather import UNLEARNING, Gathered
+from dsg_cli.report.rendering import interval_markup as interval
+from dsg_cli.report.rendering import number, share
+from dsg_cli.report.studies import costs_varied, how_well_varied, study_headline
+from dsg_cli.report.tables import clamp_line
+from dsg_cli.workspace.artifacts import Guardrail, ModelWeights, Threshold, Wrapper
+from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, StudyReport
+from dsg_cli.workspace.store import Stored
 
 
 @dataclass(frozen=True)
@@ -40,6 +32,7 @@ STANDING = (
     "The knowledge stays in the weights. Whoever holds them, or can fine-tune them without the guardrail, gets it "
     "back: it protects a model behind an interface, not one that is given away."
 )
+
 MOST_METRICS = 4
 """Of a bench on free text in a sentence; the table has them all."""
 
@@ -55,13 +48,13 @@ def findings(gathered: Gathered) -> dict[str, list[Finding]]:
     def studied(said: Callable[[StudyReport], Iterator[str]]) -> list[Finding]:
         return [Finding(line, (name,)) for name, body in points for line in said(body)]
 
-    answers = [*_how_well(gathered), *compared(rivals.how_well), *studied(varied.how_well)]
-    costs = [*_costs(gathered), *compared(rivals.costs), *studied(varied.costs)]
+    answers = [*_how_well(gathered), *compared(how_well_compared), *studied(how_well_varied)]
+    costs = [*_costs(gathered), *compared(costs_compared), *studied(costs_varied)]
     return {
         "What was unlearned": [*_unlearned(gathered)] or [Finding("Nothing yet: dsg apply.")],
         "How well": answers or [Finding("No evaluation is part of this report: dsg eval.")],
         "At what cost": costs or [Finding("Nothing was measured.")],
-        "What it does not protect against": [*_open(gathered), *compared(rivals.relearned), Finding(STANDING)],
+        "What it does not protect against": [*_open(gathered), *compared(relearned), Finding(STANDING)],
     }
 
 
@@ -78,7 +71,7 @@ def _unlearned(gathered: Gathered) -> Iterator[Finding]:
     ids = {stored.id for stored in gathered.artifacts}
     for stored in gathered.of("compare"):
         comparison = stored.body_as(Comparison)
-        yield Finding(rivals.what(comparison, stored.header.model.source), (stored.id,))
+        yield Finding(what_compared(comparison, stored.header.model.source), (stored.id,))
         detailed = [row["method"] for row in comparison.rows if ids & set(row["artifacts"])]
         if detailed:
             yield Finding(f"Of these, {', '.join(dict.fromkeys(detailed))} is shown in detail.", (stored.id,))

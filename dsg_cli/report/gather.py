@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import get_args
 
-from dsg_cli.artifacts import KINDS, Comparison, Json, StudyReport
 from dsg_cli.errors import DsgError
-from dsg_cli.integrity import parse_json
-from dsg_cli.methods.names import Form
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.methods import Form
+from dsg_cli.workspace.artifacts import KINDS
+from dsg_cli.workspace.files import parse_json
+from dsg_cli.workspace.results import Comparison, Json, StudyReport
+from dsg_cli.workspace.store import Stored, Workspace
 
 UNLEARNING = get_args(Form)
 """Kinds of what unlearns."""
+
 WITH_ROWS = ("threshold", "inspect", "eval")
 """Kinds whose rows a report shows."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -9,11 +10,45 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.artifacts import Inspection, Json
-from dsg_cli.neuronpedia import page_of, place_of
-from dsg_cli.report.heat import heat
-from dsg_cli.report.plain import visible
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.inspection.neuronpedia import page_of, place_of
+from dsg_cli.inspection.trace import GateSteps, Trace, Traced
+from dsg_cli.report.rendering import Markup, data_table, isolated, of_rich, page, tag, visible
+from dsg_cli.workspace.results import Inspection, Json
+from dsg_cli.workspace.store import Stored, Workspace
+
+STEPS = ("", "black on grey82", "black on khaki1", "black on orange1", "bold white on red3")
+"""From nothing on; each with enough contrast on dark and on light."""
+
+OPEN, CLOSE = "«", "»"
+
+
+def heat(tokens: Sequence[str], values: Sequence[float], *, largest: float, marked: int | None = None) -> Text:
+    """A line of text.
+
+    Args:
+        tokens: Its tokens.
+        values: A number each; magnitudes are shown, in four steps.
+        largest: The number that is as strong as can be.
+        marked: The token to stand between « and ».
+    """
+    line = Text()
+    for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        style = STEPS[step_of(value, largest)]
+        shown = visible(token)
+        if i == marked:
+            lead = shown[: len(shown) - len(shown.lstrip())]
+            line.append(lead)
+            line.append(OPEN + shown[len(lead) :] + CLOSE, style=style)
+        else:
+            line.append(shown, style=style)
+    return line
+
+
+def step_of(value: float, largest: float) -> int:
+    """0 for nothing, else 1 to 4."""
+    share = abs(value) / largest if largest > 0 else 0.0
+    return 0 if share <= 0 else min(4, 1 + int(share * 4))
+
 
 ROLES = ("forget", "near", "retain")
 
@@ -169,3 +204,201 @@ def doubt_marks(feature: Json) -> str:
 def overlap_line(overlap: Json) -> str:
     """What an earlier guardrail has in common with what is inspected."""
     return f"{overlap['id']} clamps {' '.join(map(str, overlap['shared']))} too ({overlap['n_features']} in all)"
+
+
+MOST_CONTEXTS = 5
+"""Of a feature in each group."""
+
+
+def inspection_page(stored: Stored, rows: Sequence[Json]) -> str:
+    """An inspection as a document of its own.
+
+    Args:
+        stored: The inspection.
+        rows: Its contexts, with their text where there is any.
+    """
+    body = stored.body_as(Inspection)
+    overlap = [tag("p", overlap_line(one)) for one in body.overlap if one["shared"]]
+    notes = [tag("p", isolated(f"note: {note}"), class_="note") for note in stored.header.notes]
+    table = of_rich(inspection_table(body), f"Features of {body.inspected}")
+    title = f"What the features of {body.inspected} are about"
+    main = tag("main", tag("h1", title), tag("p", stored.id, class_="id"), notes, table, overlap)
+    return page(title, main, features_section(stored, rows, heading="h2"))
+
+
+def features_section(stored: Stored, rows: Sequence[Json], *, heading: str, has_text: bool = True) -> Markup:
+    """One part a feature.
+
+    Args:
+        stored: The inspection.
+        rows: Its contexts.
+        heading: Element of the heading of each.
+        has_text: Whether what is text of corpora is shown.
+    """
+    body = stored.body_as(Inspection)
+    place = place_of(stored.header.sae.source) if stored.header.sae else None
+    contexts: dict[int, list[Json]] = {}
+    for row in rows:
+        contexts.setdefault(row["feature"], []).append(row)
+    if not has_text:
+        body = dataclasses.replace(body, features=[one | {"words": []} for one in body.features])
+        contexts = {index: [row | {"tokens": None} for row in several] for index, several in contexts.items()}
+    parts = [_feature(stored.id, body, one, contexts.get(one["index"], []), place, heading) for one in body.features]
+    is_kept = any(row.get("tokens") for row in rows)
+    note = (
+        "Texts in which they fire are left out: --with-text shows them."
+        if is_kept and not has_text
+        else (
+            ""
+            if is_kept or not rows
+            else "Texts in which they fire were not stored: dsg inspect --samples stores them."
+        )
+    )
+    return Markup((tag("p", note, class_="note") if note else "") + "".join(parts))
+
+
+def _feature(
+    artifact: str, body: Inspection, feature: Json, rows: Sequence[Json], place: str | None, heading: str
+) -> Markup:
+    roles = ", ".join(feature["roles"]) or "not chosen"
+    weight = f", weight {feature['weight']:.3g} in the gate's score" if feature["weight"] is not None else ""
+    rates = [
+        [group["name"], *(f"{feature[key].get(group['name'], 0.0):.4g}" for key in ("rates", "means")), group["role"]]
+        for group in body.groups
+    ]
+    parts = [
+        tag(heading, f"Feature {feature['index']}", id=f"{artifact}-feature-{feature['index']}"),
+        tag("p", f"{roles}{weight}. {feature['description'] or ''}"),
+        [tag("p", isolated(warning), class_="failed") for warning in feature["warnings"]],
+        tag("p", scores_text(feature), class_="dim") if scores_text(feature) else None,
+        tag(
+            "p",
+            "Promotes ",
+            _tokens_markup(feature["promoted"]),
+            "; suppresses ",
+            _tokens_markup(feature["suppressed"]),
+            ".",
+        ),
+        tag("p", "Alike: ", nearest_text(feature), ".") if feature["nearest"] else None,
+        tag("p", tag("a", "Its page on Neuronpedia", href=page_of(place, feature["index"]))) if place else None,
+        tag("p", "Words of its contexts: ", isolated(" ".join(feature["words"])), ".") if feature["words"] else None,
+        data_table(
+            ["corpus", "active on", "mean", "role"],
+            rates,
+            caption=f"Feature {feature['index']} by corpus",
+            numeric=[0, 1, 1, 0],
+        ),
+    ]
+    texts = [row for row in rows if row.get("tokens")]
+    names = [group["name"] for group in body.groups]
+    shown = [row for name in names for row in [one for one in texts if one["group"] == name][:MOST_CONTEXTS]]
+    largest = max((abs(row["peak"]) for row in shown), default=0) or 1
+    return tag("section", parts, [_context(row, largest) for row in shown])
+
+
+def _tokens_markup(promoted: Sequence[Json]) -> Markup:
+    return Markup(", ".join(isolated(one["token"].strip() or repr(one["token"])) for one in promoted) or "nothing")
+
+
+def _context(row: Json, largest: float) -> Markup:
+    """Tokens shaded by activation, of a feature's largest; the peak is underlined too, every value is in its title."""
+    shown = []
+    for place, (token, value) in enumerate(zip(row["tokens"], row["activations"], strict=False)):
+        share = abs(value) / largest
+        style = f"background: rgba(var(--heat), {0.7 * share:.2f})" if share > 0.02 else None
+        peak = "peak" if place == row.get("at") else None
+        shown.append(tag("span", token, title=f"{value:.3g}", style=style, class_=peak))
+    head = tag("span", isolated(row["group"]), f", peak {row['peak']:.3g}: ", class_="dim")
+    return tag("p", head, tag("bdi", shown, dir="auto"), class_="tokens")
+
+
+SHORT = 48
+"""Tokens of a text that is shown whole in the table."""
+
+TOKEN_WIDTH = 14
+
+
+def trace_view(traced: Traced) -> Group:
+    """One prompt: what happened in a sentence, the text, the tokens."""
+    seen = traced.trace
+    return Group(
+        Text(f"{traced.inspected}: {_told(seen)}", style="bold"), Text(), _line(seen), Text(), _table(seen), Text()
+    )
+
+
+def _told(seen: Trace) -> str:
+    gate = seen.gate
+    if gate is None:
+        return f"{len(seen.features)} features; coloured by the strongest of them"
+    rule = f"{gate.form} > {gate.threshold:.3f}"
+    if not any(gate.gated):
+        return f"{rule} stayed shut, at {_number(max_statistic(gate))}; nothing was clamped"
+    if gate.latched_at is None:
+        opened = f"gated the whole text, at {_number(max_statistic(gate))}"
+    else:
+        at = gate.latched_at
+        opened = f"opened at token {at + 1} of {len(seen.tokens)}, {visible(seen.tokens[at].strip())!r}"
+    n = sum(gate.clamped)
+    return f"{rule} {opened}; {n} token{'' if n == 1 else 's'} clamped, largest edit {max(gate.edit):.2g}"
+
+
+def max_statistic(gate: GateSteps) -> float | None:
+    """The largest; None where one counts as infinite."""
+    found = [one for one in gate.statistic if one is not None]
+    return max(found) if len(found) == len(gate.statistic) else None
+
+
+def _line(seen: Trace) -> Text:
+    gate = seen.gate
+    if gate is None:
+        values = _strongest(seen)
+        return heat(seen.tokens, values, largest=max(values))
+    above = [max(score - gate.floor, 0.0) for score in gate.score]
+    # What is below the threshold is weak, however strong the text's strongest is.
+    return heat(seen.tokens, above, largest=max(*above, gate.threshold - gate.floor), marked=gate.latched_at)
+
+
+def _strongest(seen: Trace) -> list[float]:
+    return [max((abs(one) for one in of_token), default=0.0) for of_token in zip(*seen.activations, strict=True)]
+
+
+def _table(seen: Trace) -> Table:
+    gate = seen.gate
+    columns = ["#", "token", *(["score", "statistic", "gate", "edit"] if gate else []), "strongest features"]
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
+    for column in table.columns[2 : 4 if gate else 2]:
+        column.justify = "right"
+    table.columns[1].max_width = TOKEN_WIDTH
+    shown = [i for i in range(len(seen.tokens)) if len(seen.tokens) <= SHORT or _is_worth_a_row(seen, i)]
+    for i in shown:
+        cells = _gate_cells(gate, i, is_counted=seen.counted[i]) if gate else []
+        table.add_row(str(i + 1), Text(visible(seen.tokens[i].strip(" "))), *cells, _features(seen, i))
+    left_out = len(seen.tokens) - len(shown)
+    notes = ["* is clamped where the gate is open" if gate else "* would be clamped"]
+    notes += [f"{left_out} tokens on which no feature is active are left out"] if left_out else []
+    table.caption = Text("; ".join(notes), style="dim")
+    return table
+
+
+def _is_worth_a_row(seen: Trace, i: int) -> bool:
+    return any(acts[i] for acts in seen.activations) or (seen.gate is not None and i == seen.gate.latched_at)
+
+
+def _gate_cells(gate: GateSteps, i: int, *, is_counted: bool) -> list[str]:
+    opened = "opens" if i == gate.latched_at else "open" if gate.gated[i] else ""
+    score = f"{gate.score[i]:.2f}" if is_counted else "-"
+    return [score, _number(gate.statistic[i]), opened, f"{gate.edit[i]:.2g}" if gate.clamped[i] else ""]
+
+
+def _features(seen: Trace, i: int) -> Text:
+    pairs = zip(seen.features, seen.activations, strict=True)
+    active = sorted(((abs(acts[i]), acts[i], one) for one, acts in pairs if acts[i]), key=lambda each: -each[0])
+    most = 2 if seen.gate else 4
+    parts = [f"{one.index}{'*' if 'clamped' in one.roles else ''} {value:.3g}" for _, value, one in active[:most]]
+    return Text("  ".join(parts) + (f"  +{len(active) - most}" if len(active) > most else ""))
+
+
+def _number(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"

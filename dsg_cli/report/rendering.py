@@ -1,21 +1,110 @@
-"""HTML that cannot be broken by what is in it: every text is escaped unless it was made here.
-
-Corpora, names and notes are untrusted. `tag` escapes its children and attributes; only what `tag` returns, and
-figures, goes in as it is. The page that it makes loads nothing: its policy forbids all but its own style.
-"""
+"""Where tables are printed: in colour on a terminal that wants it, plain and 80 columns wide off one."""
 
 from __future__ import annotations
 
+import html
+import os
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from dsg_cli.workspace.results import Json
+
+
+def interval_markup(side: Json, metric: str) -> str:
+    """The 95 % interval of a metric, or a dash."""
+    low, high = side.get(f"{metric}_low"), side.get(f"{metric}_high")
+    if low is None or high is None:
+        return "-"
+    first, last = (f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" for value in (low, high))
+    return f"{first}-{last}" if low >= 0 else f"{first} to {last}"
+
+
+def number(value: float | None) -> str:
+    """A number in a table: two or three decimals, more for what is tiny; a dash for none."""
+    if value is None:
+        return "-"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """A console on a stream, by default stdout; `NO_COLOR` means no styles at all."""
+    out = stream or sys.stdout
+    return Console(
+        file=out,
+        width=None if out.isatty() else 80,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+        # Every name as it is, brackets and colons too.
+        markup=False,
+        emoji=False,
+    )
+
+
+def captioned(table: Table) -> Group:
+    """A table with its caption below as running text: rich would squeeze it into the table's own width."""
+    caption, table.caption = table.caption, None
+    return Group(table, *([caption if isinstance(caption, Text) else Text(str(caption))] if caption else []))
+
+
+def can_redraw() -> bool:
+    """Whether stderr is a terminal on which a line can be drawn over: a progress bar needs that."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def share(value: float | None) -> str:
+    """A rate, or a dash."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def forget_interval(side: Json) -> str:
+    """The 95 % interval of a forget accuracy."""
+    has_interval = {"forget_low", "forget_high"} <= set(side)
+    return f"{side['forget_low']:.2f}-{side['forget_high']:.2f}" if has_interval else "-"
+
+
+SPECIAL = re.compile(r"[\\`*_{}\[\]#+!|~:@/=$\"^]|(?<=www)\.", re.IGNORECASE)
+"""What Markdown gives a meaning to in running text, addresses included."""
+
+
+def one_line(text: str) -> str:
+    """A name on one line; of what cannot be printed, such as a mark that turns text around, a question mark is left."""
+    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))
+
+
+def code(text: str, *, in_table: bool = False) -> str:
+    """A name as Markdown code, which nothing in it can break out of; a table wants its bars escaped even there."""
+    plain = one_line(text).replace("`", "'")
+    return f"`{plain.replace('|', chr(92) + '|') if in_table else plain}`"
+
+
+def escaped(text: str) -> str:
+    """Words of others as running text that says the same: no mark-up, no HTML, no links, no cells."""
+    return html.escape(SPECIAL.sub(r"\\\g<0>", one_line(text)), quote=False)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; cells that hold names are `code`."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def visible(text: str) -> str:
+    """The text with everything that is not printed (control characters, escape sequences, marks that turn the
+    direction of writing, half surrogates) in Python's spelling; a space stays one."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
 HIDDEN = {
     **{number: None for number in range(32) if chr(number) not in "\t\n"},
     **dict.fromkeys(range(0x7F, 0xA0)),
@@ -23,6 +112,7 @@ HIDDEN = {
     **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"),
 }
 """Control characters, those that turn the direction of text that follows, and halves of surrogate pairs."""
+
 VOID = ("meta", "link", "br")
 
 

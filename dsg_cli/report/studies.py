@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.artifacts import Json, StudyReport
-from dsg_cli.methods.comparison import judged
-from dsg_cli.report.attacks import share
-from dsg_cli.report.markdown import code
-from dsg_cli.report.markdown import table as markdown_table
+from dsg_cli.evals.metrics import judged
+from dsg_cli.report.rendering import code, share
+from dsg_cli.report.rendering import table as markdown_table
+from dsg_cli.workspace.results import Json, StudyReport
 
 HEADS = {
     "n_features": "n",
@@ -24,9 +23,12 @@ HEADS = {
     "batch_size": "batch",
 }
 """Columns of settings that have a shorter name in a table."""
+
 TERMINAL_WIDTH = 80
+
 LEFT_OUT = ("score", "95 %", "of", "false pos.")
 """Columns that go first where a terminal is too narrow."""
+
 Point = tuple[Json, dict[tuple[str, str], Json], str]
 """Settings; bench and metric -> row; what went wrong."""
 
@@ -261,3 +263,35 @@ def _shown(value: object) -> str:
         return ""
     text = f"{value:g}" if isinstance(value, float) else str(value).rsplit("/", 1)[-1]
     return text.replace(".hook_", ".")
+
+
+def how_well_varied(body: StudyReport) -> Iterator[str]:
+    """The range of accuracies over all points of a study that asked."""
+    points = [point for point in points_of(body) if not point[2]]
+    said = []
+    for bench in body.benches["forget"]:
+        found = [point[1][bench, "acc"]["value"] for point in points if (bench, "acc") in point[1]]
+        base = share(body.base.get(bench, {}).get("acc"))
+        said += [f"{bench} {_range(found)} (base {base}, guessing {body.chance:.2f})"] if _range(found) else []
+    kept = _range([mean_over(point, body.benches["other"]) for point in points])
+    said += [f"mean of {', '.join(body.benches['other'])} {kept}"] if kept else []
+    if said:
+        yield f"Study {body.study}, {len(points)} points on {body.split} questions: {'; '.join(said)}."
+
+
+def costs_varied(body: StudyReport) -> Iterator[str]:
+    """The ranges of false positives and of the time that a guarded pass takes beyond a plain one."""
+    rows = [row for row in body.rows if row["value"] is not None]
+    for metric, name, digits in (
+        ("false_positive_rate", "fresh retain text gated", ".1%"),
+        ("overhead", "time of a guarded pass over a plain one", "+.1%"),
+    ):
+        found = _range([row["value"] for row in rows if row["metric"] == metric], digits)
+        if found:
+            yield f"Study {body.study}: {name} {found}."
+
+
+def _range(values: list[float | None], digits: str = ".2f") -> str:
+    known = [one for one in values if one is not None]
+    low, high = (format(one, digits) for one in (min(known), max(known))) if known else ("", "")
+    return low if low == high else f"{low} to {high}"

@@ -8,36 +8,172 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
-from dsg_cli.artifacts import (
-    Comparison,
-    EvalReport,
-    FeatureSet,
-    Guardrail,
-    Inspection,
-    Json,
-    ModelWeights,
-    StudyReport,
-    Threshold,
-    Wrapper,
-)
-from dsg_cli.catalogue import CATALOGUE
+from dsg_cli.data.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
+from dsg_cli.guardrail.runtime.spec import NEVER
 from dsg_cli.lab import data as lab
-from dsg_cli.report.attacks import attack_headline, curve_table
+from dsg_cli.methods import teaches
 from dsg_cli.report.comparison import comparison_table
-from dsg_cli.report.console import captioned
-from dsg_cli.report.evaluations import evaluation_table, first_metric
-from dsg_cli.report.guardrails import clamp_line, guardrail_rows
+from dsg_cli.report.evaluations import attack_headline, curve_table, evaluation_table, first_metric
 from dsg_cli.report.inspections import inspection_view
-from dsg_cli.report.methods import model_rows, rate_row, wrapper_rows
-from dsg_cli.report.picked import picked_table
-from dsg_cli.report.plain import visible
+from dsg_cli.report.rendering import captioned, visible
 from dsg_cli.report.studies import study_headline, study_table
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, ModelWeights, Threshold, Wrapper
+from dsg_cli.workspace.results import Comparison, EvalReport, Inspection, Json, StudyReport
+from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:
-    from dsg_cli.stages.verify import Finding
+    from dsg_cli.inspection.descriptions import Candidates
+    from dsg_cli.workspace.store import Finding
+
+
+def clamp_line(body: Guardrail) -> str:
+    """What it is about, in one line."""
+    n = len(body.indices)
+    what = f"{n} features" if n != 1 else f"feature {body.indices[0]}"
+    where = f" where one of {len(body.detectors)} others fires" if body.gate == "token" and body.detectors else ""
+    return f"{'' if body.method == 'dsg' else body.method + ': '}{what} to {_targets(body)}{where}"
+
+
+def guardrail_rows(body: Guardrail) -> list[tuple[str, str]]:
+    """All that there is to say, as names and values."""
+    watched = [("watches", " ".join(map(str, body.detectors)))] if body.detectors and body.gate == "token" else []
+    return [
+        *([("method", body.method)] if body.method != "dsg" else []),
+        ("features", " ".join(map(str, body.indices))),
+        *watched,
+        ("gate", "none: every hot token is clamped" if body.gate == "token" else f"{body.gate} > {body.threshold:.4f}"),
+        (
+            "clamp",
+            f"to {_targets(body, '.4g')} ({body.strength_setting}; "
+            f"median residual norm {body.median_residual_norm:.4g})",
+        ),
+        *([("hot above", _above(body))] if body.above else []),
+        *([("sets", "each feature where it is itself above that")] if body.clamp == "each" else []),
+        ("at", body.hook),
+        ("tried on", _effect(body.effect)),
+    ]
+
+
+def _targets(body: Guardrail, digits: str = ".3g") -> str:
+    """What features are set to: one number, or those of all."""
+    if not body.coefficients:
+        return f"-{body.strength:{digits}}"
+    different = list(dict.fromkeys(body.coefficients))
+    shown = [f"{one:{digits}}" for one in (different if len(different) == 1 else body.coefficients)]
+    return " ".join(shown) if digits == ".4g" or len(shown) <= 2 else f"{shown[0]} ... {shown[-1]}"
+
+
+def _above(body: Guardrail) -> str:
+    """The activations above which features make a token hot, without those that never do."""
+    said = [one for one in body.above if one < NEVER]
+    different = list(dict.fromkeys(said))
+    return " ".join(f"{one:.4g}" for one in (different if len(different) == 1 else said)) or "nothing"
+
+
+def _effect(effect: Json) -> str:
+    if not effect:
+        return "nothing"
+    return (
+        f"{effect['n_rows']} forget rows: gated {effect['gate_rate']:.2f}, changed {effect['changed_rate']:.2f}, "
+        f"largest edit {effect['edit']:.2g} residual norms"
+    )
+
+
+SHOWN_KEYWORDS = 12
+
+
+def model_rows(body: ModelWeights) -> list[tuple[str, str]]:
+    """Of changed weights: what was trained, how the loss went, what it cost."""
+    cost = body.cost
+    rows = [
+        ("method", body.method + (", which taught it; nothing is unlearned" if teaches(body.method) else "")),
+        *([("trained on", ", ".join(body.trained["corpora"]))] if "corpora" in body.trained else []),
+        ("weights", "an adapter of the base model" if body.form == "adapter" else "a whole model"),
+        ("free to change", f"{body.trained['n_parameters']:,} parameters in {len(body.trained['modules'])} modules"),
+        ("changed", f"{body.trained['n_changed']:,}"),
+    ]
+    if body.losses:
+        first, last = body.losses[0], body.losses[-1]
+        rows += [(f"loss, step {one['step']}", _terms(one)) for one in (first, last)]
+    if body.diverged_at is not None:
+        rows.append(("diverged", f"at step {body.diverged_at}; the weights are those of the step above"))
+    passes = f"{cost['forward_passes']:,} forward, {cost['backward_passes']:,} backward"
+    tokens = f"{cost['forward_tokens']:,} and {cost['backward_tokens']:,} tokens"
+    rows.append(("passes", f"{passes}; {tokens}"))
+    if body.features:
+        rows.append(("guided by", " ".join(map(str, body.features))))
+    return rows
+
+
+def wrapper_rows(body: Wrapper) -> list[tuple[str, str]]:
+    """Of a wrapper: its rule, and what it refuses."""
+    rows = [("method", body.method), ("acts on", f"the {body.side}, by {body.rule}")]
+    if body.rule == "prefix":
+        return [*rows, ("text", body.text)]
+    if body.keywords:
+        more = len(body.keywords) - SHOWN_KEYWORDS
+        rows.append(("keywords", ", ".join(body.keywords[:SHOWN_KEYWORDS]) + (f" and {more} more" if more > 0 else "")))
+    if body.layer is not None:
+        rows.append(("reads", f"the residual stream after layer {body.layer}"))
+    rows += [("refuses above", f"{body.threshold:.4f}"), ("with", body.refusal)]
+    return [*rows, *(rate_row(one) for one in body.rates)]
+
+
+def rate_row(rate: Json) -> tuple[str, str]:
+    """One rate of a kind of text, with its interval."""
+    what = f"{'caught' if rate['is_forget'] else 'gated'}: {rate['what']}"
+    return what, f"{rate['rate']:.3f} of {rate['n']} (95 %: {rate['low']:.3f} to {rate['high']:.3f})"
+
+
+def _terms(losses: Json) -> str:
+    rest = ", ".join(f"{name} {value:.3g}" for name, value in losses.items() if name not in ("step", "loss"))
+    return f"{losses['loss']:.3g}" + (f" ({rest})" if rest else "")
+
+
+SHOWN = 40
+"""Candidates in a table, at most."""
+
+
+def candidates_table(candidates: Candidates) -> Table:
+    """What a query found, the best first, before any text is read."""
+    table = Table("rank", "feature", "score", "description", box=None, pad_edge=False)
+    for rank, match in enumerate(candidates.ranking[:SHOWN], start=1):
+        table.add_row(str(rank), str(match.index), f"{match.score:.3f}", Text(visible(candidates.texts[match.index])))
+    n = len(candidates.ranking)
+    more = f", of which {SHOWN} are shown" if n > SHOWN else ""
+    table.caption = Text(f"{n} match {candidates.described['query']!r}{more}.")
+    return table
+
+
+def picked_table(body: FeatureSet) -> Table:
+    """What was taken, with what was measured."""
+    found = {row["index"]: row for row in body.described.get("ranking", [])}
+    measured = ["forget"] if body.forget_tokens else []
+    said = ["description"] if any("description" in row for row in found.values()) else []
+    scored = ["score"] if found else []
+    table = Table("rank", "feature", *scored, *measured, "retain", *said, box=None, pad_edge=False)
+    for rank, feature in enumerate(body.features, start=1):
+        row = found.get(feature.index, {"score": 0.0})
+        values = [row["score"]] * len(scored) + [feature.forget_score or 0.0] * len(measured) + [feature.retain_score]
+        cells = [f"{value:.4g}" for value in values]
+        table.add_row(str(rank), str(feature.index), *cells, *(Text(visible(row.get("description", ""))) for _ in said))
+    table.caption = Text(visible(_caption(body)))
+    return table
+
+
+def _caption(body: FeatureSet) -> str:
+    unread = "" if body.forget_tokens else "; no forget text was read"
+    if not body.described:
+        return f"Named by hand{unread}."
+    described = body.described
+    n = described.get("n_matched", len(described["ranking"]))
+    return (
+        f"{n} match {described['query']!r} ({described['ranker']}, {described['source']}), "
+        f"{body.n_passed} are rare enough on retain text{unread}."
+    )
 
 
 def artifact_table(stored: Stored, view: Any = None) -> Group:
@@ -190,3 +326,58 @@ def _threshold(body: Threshold, lengths: Sequence[int]) -> list[tuple[str, str]]
         ("false positives, fresh retain text", rate),
         *(rate_row(one) for one in body.rates),
     ]
+
+
+def provenance_tree(stored: Stored) -> Tree:
+    """An artifact, below it its inputs, and below those what they were computed from: model, SAE, corpora, versions.
+
+    What differs from the artifact above is said; what lies elsewhere, is missing or is damaged too.
+    """
+    return _grown(Tree(Text(f"{stored.id}  {headline(stored)}"), guide_style="dim"), stored, None)
+
+
+def _grown(tree: Tree, stored: Stored, above: Header | None) -> Tree:
+    header = stored.header
+    for line in facts(header, above):
+        tree.add(Text(line, style="dim"))
+    for named in header.inputs:
+        if named.is_elsewhere:
+            tree.add(Text(f"{named.id}, which lay elsewhere ({named.sha256[:12]})"))
+            continue
+        try:
+            below = Workspace(stored.path.parent).read(str(stored.path.with_name(f"{named.id}.json")))
+        except DsgError as error:
+            tree.add(Text(f"{named.id}  {error.message}", style="red"))
+            continue
+        _grown(tree.add(Text(f"{below.id}  {headline(below)}")), below, header)
+    return tree
+
+
+def facts(header: Header, above: Header | None = None) -> list[str]:
+    """What it was made with; of an input, only what is not as it is for the artifact above it."""
+    known = _made_with(above) if above is not None else {}
+    lines = [f"{name}: {text}" for name, text in _made_with(header).items() if known.get(name) != text]
+    roles = [role for role in ("forget", "retain") if header.settings.get(role)]
+    return [f"made {header.created}", *lines, *(f"{role}: {_corpora(header.settings[role])}" for role in roles)]
+
+
+def _made_with(header: Header) -> dict[str, str]:
+    git, sae = header.git, header.sae
+    commit = f", commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
+    packages = ", ".join(f"{name} {version}" for name, version in header.packages.items())
+    return {
+        "model": f"{header.model.source}, fingerprint {header.model.fingerprint[:12]}",
+        "SAE": f"{sae.source} at {sae.hook}, weights {sae.sha256[:12]}" if sae else "none",
+        "versions": f"dsg-cli {header.dsg_version}{commit}, {packages}",
+        "run": f"{header.device}, {header.dtype}, seed {header.seed}",
+    }
+
+
+def _corpora(described: dict[str, str] | list[str] | list[Json]) -> str:
+    if isinstance(described, dict):
+        return ", ".join(f"{name} ({digest[:12]})" for name, digest in described.items())
+    if any(isinstance(one, str) for one in described):
+        return ", ".join(map(str, described))  # Of a method that read no text.
+    known = [one for one in described if isinstance(one, dict)]
+    counts = [f"{one['documents']} documents, " if "documents" in one else "" for one in known]
+    return ", ".join(f"{one['name']} ({n}{one['sha256'][:12]})" for one, n in zip(known, counts, strict=True))

@@ -9,30 +9,275 @@ named, collects those without a search.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dsg_cli.artifacts import AttackReport, Comparison, EvalReport, Header, Json
-from dsg_cli.attacks.asking import chance_of
-from dsg_cli.benches.tasks import Question
+from dsg_cli.attacks.target import ask, chance_of
+from dsg_cli.data.tokens import bos_to_prepend
 from dsg_cli.errors import DsgError
+from dsg_cli.evals.benches import Question
+from dsg_cli.evals.metrics import judged
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.inference.wrappers import WrapperModule
 from dsg_cli.lab import data as lab
-from dsg_cli.methods.comparison import CRITERION, Values, best_of, compared, trials_of
-from dsg_cli.methods.names import METHODS, check_method, teaches
-from dsg_cli.model import load_model
-from dsg_cli.recipe import Recipe, with_values
-from dsg_cli.stages import attack, evaluate, method
-from dsg_cli.stages.chain import identify, settle
-from dsg_cli.stages.costs import cost_of, reset_peak
-from dsg_cli.stages.material import named_model
-from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.stages.sequence import sequence_of
-from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.stages.subject import find_subject
-from dsg_cli.stages.trials import Search, accuracies
-from dsg_cli.tokens import bos_to_prepend
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.methods import METHODS, check_method, section_of, teaches
+from dsg_cli.models.language_model import LoadedModel, context_length, load_model
+from dsg_cli.recipe import values_at, with_values
+from dsg_cli.settings import CompareSection, Recipe
+from dsg_cli.stages import attack, evaluate
+from dsg_cli.stages.apply import run_method
+from dsg_cli.stages.attack import default_bench
+from dsg_cli.stages.inputs import Subject, find_subject, identify, load_subject, named_model
+from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.workspace.artifacts import Header, ModelWeights
+from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.workspace.provenance import Clock
+from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Json
+from dsg_cli.workspace.store import Stored, Workspace
+
+CRITERION = "harmonic mean of forgetting (fall of forget accuracy to chance) and utility (other accuracy over base)"
+
+Values = dict[str, Any]
+"""Dotted keys of a recipe, and what they are set to."""
+
+
+def compared(section: CompareSection) -> list[str]:
+    """The methods that are meant, each once, in their order."""
+    return [name for name in METHODS if not teaches(name) and (not section.methods or name in section.methods)]
+
+
+def trials_of(method: str, section: CompareSection, seed: int) -> list[Values]:
+    """The settings that are tried: the whole grid, or as many points of it, drawn with the seed, as the budget has."""
+    grid = section.grids.get(method, {})
+    keys = [key if "." in key else f"methods.{section_of(method)}.{key}" for key in grid]
+    points = [dict(zip(keys, values, strict=True)) for values in itertools.product(*grid.values())]
+    if len(points) <= section.budget:
+        return points
+    drawn = random.Random(f"{seed}/{method}").sample(range(len(points)), section.budget)
+    return [points[i] for i in sorted(drawn)]
+
+
+def best_of(trials: Sequence[Json]) -> int | None:
+    """The number of the trial with the highest score, of several the first; None if every one failed."""
+    whole = [number for number, trial in enumerate(trials) if trial["score"] is not None]
+    return max(whole, key=lambda number: trials[number]["score"], default=None)
+
+
+def cost_of(workspace: Workspace, subject: Subject) -> Json:
+    """`{forward_tokens, backward_tokens, seconds, peak_memory_mb, bytes}` of everything that a subject was made by.
+
+    Tokens are those that passed through the model or a part of it; bytes are those of what later steps read.
+    """
+    made = {stored.json["sha256"]: stored for one in subject.weights for stored in _chain(workspace, one)}
+    made |= {
+        stored.json["sha256"]: stored
+        for one in (*subject.guardrails, *subject.wrappers)
+        for stored in _chain(workspace, one)
+    }
+    backward = sum(
+        stored.body.cost["backward_tokens"] for stored in made.values() if isinstance(stored.body, ModelWeights)
+    )
+    acting = [*subject.weights, *subject.guardrails, *subject.wrappers]
+    return {
+        "forward_tokens": sum(stored.header.n_tokens for stored in made.values()),
+        "backward_tokens": backward,
+        "seconds": round(sum(stored.header.seconds for stored in made.values()), 1),
+        "peak_memory_mb": max(stored.header.peak_memory_mb for stored in made.values()),
+        "bytes": sum(_size(stored) for stored in acting),
+    }
+
+
+def _chain(workspace: Workspace, stored: Stored) -> Iterator[Stored]:
+    """An artifact and all that it was computed from, as far as it is in the workspace."""
+    yield stored
+    for one in stored.header.inputs:
+        try:
+            yield from _chain(workspace, workspace.read(one.id))
+        except DsgError:
+            continue
+
+
+def _size(stored: Stored) -> int:
+    if not stored.path.is_file() or stored.path.suffix == ".safetensors":
+        return stored.path.stat().st_size
+    return stored.path.stat().st_size + sum((stored.path.parent / name).stat().st_size for name in stored.header.files)
+
+
+def reset_peak(device: str) -> None:
+    """Have peak memory counted from now on, where the system can: Linux, or an accelerator."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def sequence_of(
+    recipe: Recipe, workspace: Workspace, name: str, values: Values, benches: Json, session: Session
+) -> Json:
+    """`{method, curve: [{request, artifacts, results: {bench: acc}}], error}`, on test questions of every request.
+
+    Args:
+        recipe: Of the comparison.
+        workspace: Where artifacts are and go.
+        name: A method.
+        values: Its settings.
+        benches: Of the comparison.
+        session: How it is run.
+    """
+    chosen = with_values(recipe, values)
+    requests = [*chosen.corpora.forget[:1], *recipe.compare.sequence]
+    asked = [benches["forget"], *(default_bench([one]) for one in requests[1:]), *benches["near"], *benches["other"]]
+    acting: list[str] = []
+    curve: list[Json] = []
+    error = ""
+    for number, request in enumerate(requests):
+        session.say(f"{name}: request {number + 1} of {len(requests)}, {request}")
+        try:
+            acting = _applied(chosen, workspace, name, requests, number, acting, session)
+            settings: Values = {
+                "eval.benches": list(dict.fromkeys(asked)),
+                "eval.split": "test",
+                "guardrail.allow_ineffective": True,
+            }
+            report = evaluate.run(with_values(recipe, settings), workspace, sources=acting, session=session)
+        except DsgError as failure:
+            error = failure.message
+            break
+        sides = report.body_as(EvalReport).results
+        curve.append(
+            {
+                "request": request,
+                "artifacts": list(acting),
+                "eval": report.id,
+                "results": {bench: sides[bench]["unlearned"]["acc"] for bench in dict.fromkeys(asked)},
+            }
+        )
+    return {"method": name, "curve": curve, "error": error}
+
+
+def _applied(
+    recipe: Recipe,
+    workspace: Workspace,
+    name: str,
+    requests: Sequence[str],
+    number: int,
+    acting: Sequence[str],
+    session: Session,
+) -> list[str]:
+    """What acts once a request has been met."""
+    if number:
+        # What has been asked to be forgotten is not held fast any more.
+        retain = [one for one in recipe.corpora.retain if one.partition("=")[0] not in requests[: number + 1]]
+        changes: Values = {"corpora.forget": [requests[number]], "corpora.retain": retain}
+        if METHODS[name].form == "model":
+            changes["model.source"] = acting[-1]
+        recipe = with_values(recipe, changes)
+    stored = run_method(recipe, workspace, name, session=session)
+    return [stored.id] if METHODS[name].form == "model" else [*acting, stored.id]
+
+
+def accuracies(
+    loaded: LoadedModel,
+    questions: Mapping[str, Sequence[Question]],
+    recipe: Recipe,
+    *,
+    bos: int | None,
+    guardrails: Sequence[GuardrailModule] = (),
+    wrappers: Sequence[WrapperModule] = (),
+) -> dict[str, float]:
+    """Accuracy on the questions of each bench."""
+    return {
+        bench: ask(
+            loaded.model,
+            loaded.tokenizer,
+            several,
+            guardrails=guardrails,
+            wrappers=wrappers,
+            bos=bos,
+            batch_size=recipe.eval.batch_size,
+            max_length=context_length(loaded.model.config),
+        )["acc"]
+        for bench, several in questions.items()
+    }
+
+
+@dataclass(frozen=True)
+class Search:
+    """The same search for every method."""
+
+    recipe: Recipe
+    workspace: Workspace
+    benches: Json
+    questions: Mapping[str, Sequence[Question]]
+    """Dev questions by bench."""
+    base: Mapping[str, float]
+    chance: float
+    session: Session
+    checkpoint: Checkpoint
+
+    def points(self, name: str) -> list[Values]:
+        """The settings that are to be tried, as a recipe has them."""
+        points = trials_of(name, self.recipe.compare, self.recipe.seed)
+        return [values_at(with_values(self.recipe, values), values) for values in points]
+
+    def only(self, name: str) -> Values:
+        """The settings of a method that has no others to be tried."""
+        (values,) = self.points(name)
+        return values
+
+    def trials(self, name: str) -> list[Json]:
+        """Every trial of a method, the best one marked; those that an interrupted run had done are not done again.
+
+        Without dev questions there is none: nothing can be, and nothing need be, chosen.
+        """
+        wanted = self.points(name) if self.questions else []
+        done: list[Json] = (self.checkpoint.entry(f"trials/{name}") or {"trials": []})["trials"]
+        # Features that trials share are computed once: they lie in one scratch workspace until the method is done.
+        with tempfile.TemporaryDirectory(prefix=".compare-", suffix=".tmp", dir=self.workspace.folder) as scratch:
+            for number, values in enumerate(wanted[len(done) :], start=len(done) + 1):
+                self.session.say(f"{name}: trial {number} of {len(wanted)}")
+                done = [*done, self._trial(name, values, Workspace(Path(scratch)))]
+                self.checkpoint.keep(f"trials/{name}", {"trials": done})
+                self.checkpoint.write()
+        best = best_of(done)
+        return [{**trial, "is_chosen": number == best} for number, trial in enumerate(done)]
+
+    def _trial(self, name: str, values: Values, scratch: Workspace) -> Json:
+        begun = time.monotonic()
+        found: Json = {"method": name, "values": values, "dev": {}, "is_chosen": False, "error": ""}
+        nothing = dict.fromkeys(("forget", "forgetting", "utility", "score"))
+        recipe = with_values(self.recipe, values)
+        try:
+            stored = run_method(recipe, scratch, name, session=dataclasses.replace(self.session, resume=False))
+            subject = find_subject(scratch, [stored.id])
+            loaded = load_subject(scratch, subject, recipe)
+            dev = accuracies(
+                loaded.model,
+                self.questions,
+                recipe,
+                bos=subject.bos,
+                guardrails=loaded.guardrails,
+                wrappers=loaded.wrappers,
+            )
+            # A model may be large; features that further trials share are small.
+            shutil.rmtree(scratch.folder / stored.id, ignore_errors=True)
+            forget = self.benches["forget"]
+            found |= {"dev": dev, "forget": dev[forget], **judged(forget, dev, self.base, self.chance)}
+        except DsgError as error:
+            found |= {**nothing, "error": error.message}
+        return {**found, "seconds": round(time.monotonic() - begun, 3)}
 
 
 def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), session: Session = QUIET) -> Stored:
@@ -194,7 +439,7 @@ def _rows(
         try:
             session.say(f"{name}{f' on SAE {sae}' if sae else ''}: applying what was chosen")
             reset_peak(made.header.device)
-            stored = method.run(with_values(made.recipe, on_sae), workspace, name, session=session)
+            stored = run_method(with_values(made.recipe, on_sae), workspace, name, session=session)
             rows.append(_measured(made, workspace, _row(name, sae, values), [stored.id], session))
         except DsgError as error:
             rows.append(_row(name, sae, values) | {"error": error.message})

@@ -15,24 +15,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsg_cli.contexts import read_contexts
-from dsg_cli.corpora import check_named, load_corpora
-from dsg_cli.describing import Description, describe_features
+from dsg_cli.data.corpora import check_named, load_corpora
+from dsg_cli.data.tokens import bos_to_prepend, check_chat, encode, prompts
 from dsg_cli.errors import DsgError
-from dsg_cli.fit import check_fits
-from dsg_cli.integrity import is_taken, write_atomically
-from dsg_cli.model import context_length, load_model, load_tokenizer, read_config, text_config
-from dsg_cli.prompting import check_chat, prompts
-from dsg_cli.recipe import Recipe
-from dsg_cli.sae import check_name, load_encoder, read_sae
-from dsg_cli.settings import CorporaSection
-from dsg_cli.stages.chain import settle
-from dsg_cli.stages.material import check_world, named_model
-from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.tokens import bos_to_prepend, encode
-from dsg_cli.workspace import Workspace
+from dsg_cli.inspection.contexts import read_contexts
+from dsg_cli.inspection.descriptions import Description, describe_features
+from dsg_cli.models.language_model import context_length, load_model, load_tokenizer, read_config, text_config
+from dsg_cli.models.sae import check_fits, check_name, load_encoder, read_sae
+from dsg_cli.settings import CorporaSection, Recipe
+from dsg_cli.stages.inputs import check_world, named_model
+from dsg_cli.stages.stage import QUIET, Session, settle
+from dsg_cli.workspace.files import is_taken, write_atomically
+from dsg_cli.workspace.store import Workspace
 
 N_CONTEXTS = 20
+
 ROW_TOKENS = 256
 """Longer documents are read in pieces of so many: activations of all features on one piece are in memory at once."""
 

@@ -7,33 +7,209 @@ writes eval-NNN with one row a question, and in the folder eval-NNN/ lm-eval's o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsg_cli.artifacts import EvalReport, Header, Json
-from dsg_cli.benches.free import load_free
-from dsg_cli.benches.names import PAPER, is_free
-from dsg_cli.benches.paper import PaperQuestion, load_questions, read_question_ids
-from dsg_cli.benches.tasks import commits, load_tasks, metrics_of
-from dsg_cli.checkpoints import Checkpoint
-from dsg_cli.errors import DsgError
-from dsg_cli.expect import Expected, check_expected, check_metrics, parse_expected
+from dsg_cli.errors import DsgError, nearest
+from dsg_cli.evals import PAPER, is_free
+from dsg_cli.evals.benches import commits, load_free, load_tasks, metrics_of
+from dsg_cli.evals.expect import Expected, check_expected, check_metrics, parse_expected
+from dsg_cli.evals.free_text import Reference, Results, Side, Texts, check_texts, evaluate_texts
+from dsg_cli.evals.paper_protocol import PaperQuestion, load_questions, read_question_ids
 from dsg_cli.lab import data as lab
-from dsg_cli.model import whole_digest
-from dsg_cli.recipe import Recipe
-from dsg_cli.stages.chain import identify, settle
-from dsg_cli.stages.earlier import Answers, earlier_answers, earlier_texts, taken_from_earlier
-from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.stages.reference import find_reference, load_reference
-from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.stages.subject import LoadedSubject, Subject, find_subject, load_subject, newest
-from dsg_cli.text_answers import Results, Side, Texts, check_texts
-from dsg_cli.text_evaluation import Reference, evaluate_texts
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer, whole_digest
+from dsg_cli.settings import Recipe
+from dsg_cli.stages.inputs import LoadedSubject, Subject, find_subject, identify, load_subject, named_model, newest
+from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.workspace.artifacts import Header
+from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.workspace.files import is_file, parse_json
+from dsg_cli.workspace.provenance import Clock
+from dsg_cli.workspace.results import EvalReport, Json
+from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:
-    from dsg_cli.sides import SideBySide
+    from dsg_cli.inference.scoring import SideBySide
+
+
+Answers = dict[bytes, tuple[float, bool]]
+
+
+def earlier_answers(
+    workspace: Workspace, header: Header, session: Session, checkpoint: Checkpoint
+) -> dict[str, Answers]:
+    """Answers that the same base model gave, by evaluation: same weights, device, dtype and versions.
+
+    Every worker, and a run that goes on, looks at the same evaluations: what is known decides what a batch holds.
+    """
+    from dsg_cli.inference.scoring import answers_from_tensors
+
+    kept = checkpoint.entry("evaluations")
+    ids: list[str] = session.workers.agreed(kept["ids"] if kept else workspace.ids("eval"))
+    checkpoint.keep("evaluations", {"ids": ids})
+    earlier = {}
+    for artifact_id in ids:
+        try:
+            stored = workspace.read(artifact_id)
+        except DsgError:  # A damaged artifact is no reason not to ask again.
+            continue
+        if _answers_count(stored.header, header) and stored.path.with_suffix(".safetensors").exists():
+            earlier[artifact_id] = answers_from_tensors(workspace.tensors(stored))
+    return earlier
+
+
+def earlier_texts(workspace: Workspace, asked: dict[str, str], header: Header, checkpoint: Checkpoint) -> Results:
+    """Bench on free text -> what an earlier evaluation found of the same items of the same base model.
+
+    Args:
+        workspace: Where evaluations are.
+        asked: Bench -> digest of all that is asked.
+        header: Of the evaluation that is made.
+        checkpoint: Says which evaluations are looked at.
+    """
+    found: Results = {}
+    for artifact_id in (checkpoint.entry("evaluations") or {"ids": []})["ids"] if asked else ():
+        try:
+            stored = workspace.read(artifact_id)
+            of_stored = stored.body_as(EvalReport).asked
+            same = [name for name, digest in asked.items() if of_stored.get(name) == digest]
+            if same and _answers_count(stored.header, header):
+                rows = workspace.rows(stored)
+                found |= {name: [row["base"] for row in rows if row["bench"] == name] for name in same}
+        except DsgError:
+            continue
+    return found
+
+
+def _answers_count(one: Header, other: Header) -> bool:
+    def key(header: Header) -> tuple[object, ...]:
+        return (
+            header.settings.get("model_digest"),
+            header.settings.get("batch_size"),
+            header.git,
+            header.device,
+            header.dtype,
+            header.packages,
+            header.dsg_version,
+        )
+
+    return key(one) == key(other)
+
+
+def taken_from_earlier(answers: Iterable[bytes], earlier: dict[str, Answers]) -> dict[str, int]:
+    """How many answers came from which evaluation; of several that have one, the last."""
+    counts: dict[str, int] = {}
+    for key in answers:
+        holder = next((artifact_id for artifact_id in reversed(earlier) if key in earlier[artifact_id]), None)
+        if holder is not None:
+            counts[holder] = counts.get(holder, 0) + 1
+    return counts
+
+
+FORM = 'Write {"muse-news": {"auc": 0.47}} or {"tofu-forget10": {"truth_ratios": [0.8, ...]}}.'
+
+
+def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str]) -> Reference | None:
+    """What `eval.reference` means; no weights are loaded yet.
+
+    Args:
+        recipe: Names it.
+        workspace: Where evaluations and models are.
+        asked: Bench that needs a reference -> digest of all that is asked.
+
+    Raises:
+        DsgError: It is named and no bench needs it; no such model or file; scores of another form, for other benches,
+            or of other questions.
+    """
+    named = recipe.eval.reference
+    if named is None:
+        return None
+    if not asked:
+        raise DsgError("No bench that is run needs eval.reference.", "Leave it out, or add a bench of MUSE or TOFU.")
+    if named.startswith("eval-") or named.endswith(".json"):
+        return _stored(named, workspace, asked)
+    source = named_model(workspace, named)
+    try:
+        load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    except DsgError as error:
+        hint = "Give --reference a model, an evaluation (eval-NNN) or a .json file of scores."
+        raise DsgError(f"The reference {named} cannot be read. {error.message}", hint) from error
+    return Reference(source)
+
+
+def load_reference(reference: Reference, recipe: Recipe, like: LoadedModel) -> Reference:
+    """The reference with its model, where it is one.
+
+    Raises:
+        DsgError: It cannot be loaded, or reads other tokens than the model that is evaluated.
+    """
+    if reference.scores:
+        return reference
+    loaded = load_model(
+        reference.source,
+        device=recipe.model.device,
+        dtype=recipe.model.dtype,
+        device_map=recipe.model.device_map,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    if loaded.tokenizer.get_vocab() != like.tokenizer.get_vocab():
+        raise DsgError(
+            f"{reference.source} and {like.source} read different tokens, so that their scores cannot be compared.",
+            "Name a model that was trained from the same base.",
+        )
+    return dataclasses.replace(reference, loaded=loaded, digest=whole_digest(loaded.model))
+
+
+def _stored(named: str, workspace: Workspace, asked: Mapping[str, str]) -> Reference:
+    path = Path(named)
+    held: Any = None
+    report: EvalReport | None
+    if not named.endswith(".json"):
+        report = workspace.find("eval", named).body_as(EvalReport)
+    else:
+        if not is_file(path):
+            raise DsgError(f"There is no file {named} (eval.reference).")
+        try:
+            held = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DsgError(f"The reference scores in {named} cannot be read: {error}.") from error
+        if not isinstance(held, dict):
+            raise DsgError(f"{named} holds no scores of a reference.", FORM)
+        report = workspace.read(named).body_as(EvalReport) if held.get("kind") == "eval" else None
+    if report is None:
+        return Reference(named, scores={bench: _checked(named, bench, held) for bench in asked})
+    if not report.reference:
+        raise DsgError(f"{named} was made without a reference.", "Name an evaluation that asked one, or a model.")
+    for bench, digest in asked.items():
+        if bench in report.asked and report.asked[bench] != digest:
+            raise DsgError(
+                f"{named} asked other questions of {bench}: another limit, split, prompt or revision of the data.",
+                "Ask the reference model itself: --reference MODEL.",
+            )
+    scores = {bench: _checked(named, bench, report.reference["scores"]) for bench in asked}
+    results = {bench: sides["reference"] for bench, sides in report.results.items() if "reference" in sides}
+    return Reference(report.reference["source"], report.reference["digest"], None, scores, results)
+
+
+def _checked(where: str, bench: str, held: Mapping[str, Any]) -> Json:
+    """The scores of a bench.
+
+    Raises:
+        DsgError: There are none, or they are no scores.
+    """
+    if bench not in held:
+        raise DsgError(f"{where} has no scores for {bench}.", nearest(bench, map(str, held)))
+    scores = held[bench]
+    values = [scores.get("auc")] if isinstance(scores, dict) and "auc" in scores else []
+    if not values and isinstance(scores, dict) and isinstance(scores.get("truth_ratios"), list):
+        values = scores["truth_ratios"] or [None]
+    wanted = "truth_ratios" if "tofu" in bench else "auc"
+    is_fine = all(isinstance(one, int | float) and 0 < one < math.inf for one in values)
+    if not values or not is_fine or wanted not in scores:
+        raise DsgError(f"The scores for {bench} in {where} are not positive numbers called {wanted}.", FORM)
+    return dict(scores)
 
 
 def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), session: Session = QUIET) -> Stored:
@@ -168,12 +344,12 @@ def _asked(
     loaded = made.loaded
     options |= {"unlearned": loaded.model, "wrappers": loaded.wrappers}
     if made.tasks:
-        from dsg_cli.evaluation import Asking, evaluate
+        from dsg_cli.evals.lm_harness import Asking, evaluate
 
         asking = Asking(settings.limit, settings.num_fewshot, settings.apply_chat_template)
         found.append(evaluate(loaded.base, loaded.guardrails, made.tasks, asking=asking, **options))
     if made.questions:
-        from dsg_cli.paper_evaluation import evaluate_paper
+        from dsg_cli.evals.paper_protocol import evaluate_paper
 
         options |= {"limit": settings.limit, "question_ids": made.wanted}
         found.append(evaluate_paper(loaded.base, loaded.guardrails, made.questions, **options))
@@ -234,8 +410,8 @@ def _write(
     found: Sequence[SideBySide],
     earlier: dict[str, Answers],
 ) -> Stored:
-    from dsg_cli.lm_eval_files import results_files
-    from dsg_cli.scorer import answers_to_tensors
+    from dsg_cli.evals.lm_harness import results_files
+    from dsg_cli.inference.scoring import answers_to_tensors
 
     results = {bench: sides for one in found for bench, sides in one.results.items()}
     first = [bench for bench in recipe.eval.benches if bench in results]

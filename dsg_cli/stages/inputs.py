@@ -7,24 +7,284 @@ that order. Beside it stands the base model, which no method has touched.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dsg_cli.artifacts import Guardrail, Header, Json, ModelWeights, Wrapper
-from dsg_cli.committing import ID
+from dsg_cli.data.corpora import Corpus, check_disjoint, check_named, check_no_shared_texts, load_corpora, parse_name
+from dsg_cli.data.hub import SCHEME
+from dsg_cli.data.tokens import bos_to_prepend, check_chat, special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.export.light import read_light
-from dsg_cli.guardrail import GuardrailModule, module_from_artifact
-from dsg_cli.hub import SCHEME
-from dsg_cli.loading import light_path
-from dsg_cli.methods.names import teaches
-from dsg_cli.model import LoadedModel, load_model
-from dsg_cli.recipe import Recipe
-from dsg_cli.runtime.gates import CAUSAL_FORMS
-from dsg_cli.stages.chain import check_identity, check_tokens
-from dsg_cli.stages.material import folder_of
-from dsg_cli.workspace import Stored, Workspace
-from dsg_cli.wrapper import WrapperModule, has_filter, wrapper_from_artifact
+from dsg_cli.guardrail.guarded import module_from_artifact
+from dsg_cli.guardrail.loading import light_path, read_light
+from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.guardrail.runtime.sites import fingerprint
+from dsg_cli.inference.wrappers import WrapperModule, has_filter, wrapper_from_artifact
+from dsg_cli.methods import METHODS, teaches
+from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer
+from dsg_cli.models.sae import SaeSource, read_sae
+from dsg_cli.settings import CorporaSection, ModelSection, Recipe
+from dsg_cli.workspace.artifacts import Guardrail, Header, ModelIdentity, ModelWeights, SaeIdentity, Wrapper
+from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.store import ID, Stored, Workspace
+
+
+def identify(loaded: LoadedModel, last_layer: int) -> ModelIdentity:
+    """The identity of a loaded model, whole or cut after `last_layer`."""
+    config = loaded.model.config.get_text_config(decoder=True)
+    return ModelIdentity(
+        source=loaded.source,
+        architecture=type(loaded.model).__name__,
+        n_layers=loaded.n_layers,
+        width=int(config.hidden_size),
+        last_layer=last_layer,
+        fingerprint=fingerprint(loaded.model, last_layer),
+    )
+
+
+def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedModel:
+    """The model that an artifact was made with.
+
+    Args:
+        header: Of that artifact.
+        recipe: For device and dtype.
+        cut: Load layers up to the hook only.
+
+    Raises:
+        DsgError: It cannot be loaded, or its weights are others.
+    """
+    wanted = header.model
+    loaded = load_model(
+        recipe.model.instead or wanted.source,
+        device=recipe.model.device,
+        dtype=recipe.model.dtype,
+        last_layer=wanted.last_layer if cut else None,
+        device_map=recipe.model.device_map,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    if not recipe.model.allow_mismatch:
+        check_identity(loaded, header)
+    return loaded
+
+
+def check_identity(loaded: LoadedModel, header: Header) -> None:
+    """Refuse a model that is not the one an artifact was made with.
+
+    Raises:
+        DsgError: It is another one.
+    """
+    wanted = header.model
+    if replace(identify(loaded, wanted.last_layer), source=wanted.source) != wanted:
+        raise DsgError(
+            f"The model in {loaded.source} is not the one that {header.id} was made with: its weights have changed.",
+            "Start again with dsg select"
+            + (", or put it on this model all the same with --allow-mismatch." if header.kind == "guardrail" else "."),
+        )
+
+
+def chain_sae(wanted: SaeIdentity, made: str) -> SaeSource:
+    """The SAE that an artifact was made with.
+
+    Raises:
+        DsgError: It cannot be read, or its weights are others.
+    """
+    sae = read_sae(wanted.source)
+    if replace(sae.identity, revision=wanted.revision) != wanted:
+        changed = "weights" if sae.identity.sha256 != wanted.sha256 else "configuration"
+        raise DsgError(
+            f"The SAE in {wanted.source} is not the one that {made} was made with: its {changed} changed.",
+            "Start again with dsg select.",
+        )
+    return sae
+
+
+def check_tokens(loaded: LoadedModel, special: Sequence[int], made: str) -> None:
+    """Refuse a tokenizer with other special tokens than the artifact was made with.
+
+    Raises:
+        DsgError: It has.
+    """
+    if list(special) != list(special_ids(loaded.tokenizer)):
+        raise DsgError(
+            f"The tokenizer of {loaded.source} has other special tokens than when {made} was made.",
+            "Start again with dsg select.",
+        )
+
+
+def spelled(corpus: Json) -> str:
+    """A corpus of select as it was named there, weight included."""
+    return f"{corpus['name']}={corpus['weight']}" if corpus.get("weight") else str(corpus["name"])
+
+
+@dataclass(frozen=True)
+class Material:
+    """A model by its name, and corpora."""
+
+    model: str
+    names: dict[str, list[str]]
+    """forget and retain -> corpora as later stages call them."""
+    forget: list[Corpus]
+    retain: list[Corpus]
+    """Empty where a method has no use for their texts."""
+    bos: int | None
+    """Token that every sequence begins with."""
+    inputs: list[Stored]
+    notes: list[str]
+    train: list[Corpus] = field(default_factory=list)
+    """What is taught, by the method that does."""
+
+    def described(self) -> Json:
+        """What an artifact's settings say of the corpora."""
+        roles = {"forget": self.forget, "retain": self.retain} | ({"train": self.train} if self.train else {})
+        return {role: [corpus.described() for corpus in several] for role, several in roles.items()}
+
+
+def folder_of(stored: Stored) -> str:
+    """Where a model artifact's weights lie, as `--model` takes it."""
+    return str(stored.path.with_suffix("").resolve())
+
+
+def named_model(workspace: Workspace, source: str) -> str:
+    """The model that `--model` means: `model-003` is that artifact's weights, verified.
+
+    Raises:
+        DsgError: It is such a name, and there is no such artifact.
+    """
+    return folder_of(workspace.find("model", source)) if source.startswith("model-") else source
+
+
+def taken_from(recipe: Recipe, origin: Stored | None) -> Recipe:
+    """The recipe with the model, and unless it names any the corpora, of an artifact that is gone on from."""
+    if origin is None:
+        return recipe
+    settings, corpora = origin.header.settings, recipe.corpora
+    if origin.header.kind == "features" or not corpora.forget:
+        forget, retain = ([spelled(one) for one in settings[role]] for role in ("forget", "retain"))
+        corpora = replace(corpora, forget=forget, retain=retain, limit=settings.get("limit"))
+    source = folder_of(origin) if isinstance(origin.body, ModelWeights) else origin.header.model.source
+    return replace(recipe, corpora=corpora, model=replace(recipe.model, source=source))
+
+
+def find_material(
+    recipe: Recipe, workspace: Workspace, method: str, origin: Stored | None, *, reads_text: bool = True
+) -> Material:
+    """Read the corpora, and check all that can be checked before weights are loaded.
+
+    Args:
+        recipe: Names the model and the corpora.
+        workspace: Where models that are artifacts are.
+        method: What for; one without a forget corpus may have no corpora at all.
+        origin: A features or a model artifact that the recipe was taken from.
+        reads_text: Whether the method reads corpora, or only says their names.
+
+    Raises:
+        DsgError: None named, unknown, both forgotten and retained, or unfit for the model.
+    """
+    names = {"forget": recipe.corpora.forget, "retain": recipe.corpora.retain}
+    for role, named in names.items():
+        if named or METHODS[method].needs_forget:
+            check_named(named, role=role)
+    check_disjoint(names["forget"], names["retain"])
+    check_world(recipe)
+    source = named_model(workspace, recipe.model.source)
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    found: dict[str, list[Corpus]] = {"forget": [], "retain": []}
+    notes: list[str] = []
+    for role, named in names.items() if reads_text else ():
+        found[role], changed = read_corpora(named, role, recipe, origin)
+        notes += changed
+    check_no_shared_texts(found["forget"], found["retain"])
+    check_chat(tokenizer, [*found["forget"], *found["retain"]])
+    sae_prepends = bool(origin is not None and origin.header.sae is not None and origin.header.sae.prepend_bos)
+    return Material(
+        model=source,
+        names={role: [parse_name(name).name for name in named] for role, named in names.items()},
+        forget=found["forget"],
+        retain=found["retain"],
+        bos=bos_to_prepend(tokenizer, sae_prepends),
+        inputs=[] if origin is None else [origin],
+        notes=notes,
+    )
+
+
+def find_lesson(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> Material:
+    """Read what is to be taught, and check all that can be checked before weights are loaded.
+
+    Args:
+        recipe: Names the model, and in the method's settings the corpora and how many documents of each.
+        workspace: Where models that are artifacts are.
+        origin: A features or a model artifact whose model is trained on.
+
+    Raises:
+        DsgError: No corpus is named, or one is unknown or unfit for the model.
+    """
+    names = recipe.methods.finetune.corpora
+    check_named(names, role="train")
+    limit = recipe.methods.finetune.limit
+    recipe = replace(recipe, corpora=CorporaSection(forget=names, limit=limit))
+    check_world(recipe)
+    source = named_model(workspace, recipe.model.source)
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    train, notes = read_corpora(names, "train", recipe, origin)
+    check_chat(tokenizer, train)
+    inputs = [] if origin is None else [origin]
+    nothing: dict[str, list[str]] = {"forget": [], "retain": []}
+    return Material(source, nothing, [], [], bos_to_prepend(tokenizer, False), inputs, notes, train)
+
+
+def load_whole(material: Material, recipe: Recipe, *, dtype: str) -> LoadedModel:
+    """The model, whole.
+
+    Raises:
+        DsgError: It cannot be loaded, or is not the one that features were selected on.
+    """
+    loaded = load_model(
+        material.model,
+        device=recipe.model.device,
+        dtype=dtype,
+        device_map=recipe.model.device_map,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    for stored in material.inputs:
+        if stored.header.kind == "features":
+            check_identity(loaded, stored.header)
+    return loaded
+
+
+def check_world(recipe: Recipe) -> None:
+    """The lab's corpora are about a world that only the lab's model knows.
+
+    Raises:
+        DsgError: They are given to the default model, which is what happens when no model is named.
+    """
+    names = [*recipe.corpora.forget, *recipe.corpora.retain]
+    is_lab = bool(names) and all(name.startswith("lab-") for name in names)
+    if recipe.model.source == ModelSection().source and is_lab:
+        raise DsgError(f"{recipe.model.source} knows nothing of the lab's world.", "Add --model lab.")
+
+
+def read_corpora(
+    names: Sequence[str], role: str, recipe: Recipe, origin: Stored | None
+) -> tuple[list[Corpus], list[str]]:
+    """Corpora, those of an artifact as it drew them; and a note on each that has changed since.
+
+    Raises:
+        DsgError: One cannot be read.
+    """
+    said: dict[str, Json] = {}
+    if origin is not None:
+        said = {one["name"]: one for one in origin.header.settings.get(role, [])}
+    is_taken = origin is not None and {parse_name(name).name for name in names} == set(said)
+    found = load_corpora(
+        names,
+        role=role,
+        limit=recipe.corpora.limit,
+        seed=origin.header.seed if origin is not None and is_taken else recipe.seed,
+        revisions={name: one["revision"] for name, one in said.items() if one.get("revision")},
+    )
+    changed = [one.name for one in found if is_taken and one.sha256 != said[one.name]["sha256"]]
+    return found, [f"The {role} corpus {name} has changed since {origin.id if origin else ''}." for name in changed]
+
 
 KINDS = ("guardrail", "model", "wrapper")
 

@@ -10,32 +10,175 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from dsg_cli.artifacts import FeatureSet, Guardrail, Header, Inspection, Json
-from dsg_cli.contexts import read_contexts
-from dsg_cli.directions import decoder_rows, nearest_features
+from dsg_cli.data.corpora import Corpus, check_disjoint, check_named, parse_name, part_of
+from dsg_cli.data.tokens import check_chat, chunks, encode, prompts
 from dsg_cli.errors import DsgError
-from dsg_cli.lens import logit_lens
-from dsg_cli.model import LoadedModel, context_length, load_tokenizer
-from dsg_cli.neuronpedia import Descriptions, described, place_of
-from dsg_cli.prompting import check_chat
-from dsg_cli.recipe import Recipe
-from dsg_cli.roles import Chosen
-from dsg_cli.sae import SaeSource
-from dsg_cli.selection import EPSILON, score_of
-from dsg_cli.slicing import load_slice
-from dsg_cli.stages.chain import chain_sae, identify, load_chain_model, settle
-from dsg_cli.stages.inspect_text import LONGEST_ROW, MOST_TOKENS, Group, drawn_as, read_groups, read_rows
-from dsg_cli.stages.inspected import Inspected, features_of, find_inspected
-from dsg_cli.stages.inspecting import Read, context_rows, doubts_of, with_near, words_of_all
-from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.guardrail.selection import EPSILON, Chosen, chosen_by, score_of
+from dsg_cli.inspection.contexts import read_contexts
+from dsg_cli.inspection.features import Group, Inspected, Read, Rows, context_rows, doubts_of, with_near, words_of_all
+from dsg_cli.inspection.lens import decoder_rows, logit_lens, nearest_features
+from dsg_cli.inspection.neuronpedia import Descriptions, described, place_of
+from dsg_cli.models.language_model import LoadedModel, context_length, load_tokenizer
+from dsg_cli.models.sae import SaeSource
+from dsg_cli.models.sae_slice import load_slice
+from dsg_cli.settings import Recipe
+from dsg_cli.stages.inputs import (
+    chain_sae,
+    find_subject,
+    guard_modules,
+    identify,
+    load_chain_model,
+    only_guardrails,
+    read_corpora,
+)
+from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header
+from dsg_cli.workspace.provenance import Clock
+from dsg_cli.workspace.results import Inspection, Json
+from dsg_cli.workspace.store import Stored, Workspace
+
+KINDS = ("guardrail", "features")
+
+
+def features_of(made: Stored) -> Stored | None:
+    """The features that an artifact was made from, where they lie beside it; itself, if it is features.
+
+    Raises:
+        DsgError: They do not verify.
+    """
+    if made.header.kind == "features":
+        return made
+    beside = Workspace(made.path.parent)
+    for one in made.header.inputs:
+        path = made.path.with_name(f"{one.id}.json")
+        if not one.is_elsewhere and path.is_file() and (found := features_of(beside.read(str(path)))) is not None:
+            return found
+    return None
+
+
+def find_inspected(workspace: Workspace, source: str | None) -> Inspected:
+    """The newest guardrail, else the newest features, or what is named.
+
+    Args:
+        workspace: Where artifacts are.
+        source: An id or path of either kind; a guardrail also as a light file, or from the hub.
+
+    Raises:
+        DsgError: There is none, it is of another kind, or it does not verify.
+    """
+    if source is None:
+        kind = next((kind for kind in KINDS if workspace.ids(kind)), "features")
+        source = workspace.find(kind).id
+    if Path(source).name.startswith("features-"):
+        made = workspace.find("features", source)
+        return Inspected(made, None, chosen_by(made.body))  # type: ignore[arg-type]
+    if Path(source).name.startswith(("threshold-", "eval-", "attack-", "study-", "compare-", "inspect-")):
+        raise DsgError(f"dsg inspect takes a guardrail or features, not {source}.")
+    subject = find_subject(workspace, [source])
+    only_guardrails(subject, "dsg inspect")
+    guard = guard_modules(workspace, subject)[0]
+    return Inspected(subject.guardrails[0], guard, chosen_by(subject.bodies[0], guard.detect))
+
+
+NEAR_BY_DEFAULT = "lab-near"
+
+MOST_TOKENS = 2**18
+"""Of each corpus."""
+
+LONGEST_ROW = 1024
+
+BLOCK = 256
+"""Documents that are encoded at a time."""
+
+
+def drawn_as(recipe: Recipe, features: Stored | None, limit: int | None) -> Recipe:
+    """The recipe with the limit and the seed by which documents are drawn: those of select, where they are known.
+
+    Args:
+        recipe: Else its own.
+        features: What select made.
+        limit: Documents of each corpus, if other than those of select are wanted.
+    """
+    drawn = recipe.corpora.limit
+    if features is not None:
+        drawn, recipe = features.header.settings["limit"], replace(recipe, seed=features.header.seed)
+    return replace(recipe, corpora=replace(recipe.corpora, limit=drawn if limit is None else limit))
+
+
+def read_groups(
+    recipe: Recipe, found: Inspected, features: Stored | None, *, near: Sequence[str]
+) -> tuple[list[Group], list[str]]:
+    """The corpora of select, and those that are named as near; and a note on each that has changed since.
+
+    Args:
+        recipe: From `drawn_as`.
+        found: The artifact that is inspected.
+        features: The features that it was made from, if they are at hand.
+        near: Names of near corpora, of those that select had or others.
+
+    Raises:
+        DsgError: A corpus is unknown, cannot be read, or is both forgotten and near.
+    """
+    forget, retain = _names(found, features)
+    near = list(near) or [name for name in retain if name == NEAR_BY_DEFAULT]
+    if near:
+        check_named(near, role="near")
+    check_disjoint(forget, near)
+    near_names = [parse_name(name).name for name in near]
+    is_whole = features is not None and recipe.corpora.limit == features.header.settings["limit"]
+    groups: list[Group] = []
+    notes: list[str] = []
+    for role, names in (("forget", forget), ("retain", retain)):
+        corpora, changed = read_corpora(names, role, recipe, features) if names else ([], [])
+        groups += [Group(one, "near" if one.name in near_names else role) for one in corpora]
+        notes += changed if is_whole else []
+    further = [name for name in near if parse_name(name).name not in {group.name for group in groups}]
+    if further:
+        corpora, _ = read_corpora(further, "near", recipe, None)
+        groups += [Group(one, "near") for one in corpora]
+    order = ("forget", "near", "retain")
+    return sorted(groups, key=lambda group: order.index(group.role)), notes
+
+
+def _names(found: Inspected, features: Stored | None) -> tuple[list[str], list[str]]:
+    """Names of the forget and the retain corpora of select."""
+    if features is not None:
+        settings = features.header.settings
+        return [one["name"] for one in settings["forget"]], [one["name"] for one in settings["retain"]]
+    body = found.made.body
+    assert isinstance(body, Guardrail)
+    return list(body.forget), list(body.retain)
+
+
+def read_rows(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, *, bos: int | None, seq_len: int) -> Rows:
+    """The `select` part of a corpus, on which scores and rates of select are too: so many tokens of it, at most."""
+    texts = prompts(tokenizer, corpus, "select")
+    numbers = [i for i, text in enumerate(corpus.texts) if part_of(text) == "select"]
+    ids: list[list[int]] = []
+    places: list[tuple[int, int]] = []
+    n_tokens = n_documents = 0
+    step = seq_len - (bos is not None)
+    for start in range(0, len(texts), BLOCK):
+        block = encode(tokenizer, texts[start : start + BLOCK], bos=bos)
+        for number, document in zip(numbers[start : start + BLOCK], block, strict=True):
+            if n_tokens >= MOST_TOKENS:
+                return Rows(ids, places, n_documents)
+            for k, row in enumerate(chunks(document, seq_len, bos=bos)):
+                ids.append(row)
+                places.append((number, k * step))
+            n_documents += 1
+            n_tokens += len(document)
+    return Rows(ids, places, n_documents)
+
 
 N_TOKENS, N_NEAREST = 8, 3
 """Of the logit lens either way, and of like features."""
+
 CANDIDATES = 8
 """Contexts that are kept for each that is shown: many are the same words."""
 

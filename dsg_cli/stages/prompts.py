@@ -1,6 +1,6 @@
-"""`dsg inspect --serve`: one prompt after another, with what the gates saw and both answers, for the live page.
+"""`dsg generate`: what do the base model and the guarded one write, and when did the gate open?
 
-Writes no artifact: prompts and answers are text.
+Writes no artifact: prompts and answers are text, which artifacts do not hold.
 """
 
 from __future__ import annotations
@@ -8,21 +8,230 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsg_cli.artifacts import Json
+from torch import Tensor
+
 from dsg_cli.errors import DsgError
-from dsg_cli.generation import Answer
+from dsg_cli.guardrail.guarded import check_causal
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.guardrail.runtime.slice import SaeSlice
+from dsg_cli.guardrail.selection import Chosen
+from dsg_cli.inference.generation import Answer, answer, prompt_ids
+from dsg_cli.inference.wrappers import prompt_with
+from dsg_cli.inspection.features import Inspected
+from dsg_cli.inspection.trace import Traced, trace
 from dsg_cli.lab import data as lab
-from dsg_cli.recipe import Recipe
-from dsg_cli.settings import GenerateSection
-from dsg_cli.stages.generate import Asked
-from dsg_cli.stages.trace import Tracer
-from dsg_cli.workspace import Workspace
-from dsg_cli.wrapper import prompt_with
+from dsg_cli.models.language_model import LoadedModel
+from dsg_cli.models.sae_slice import load_slice
+from dsg_cli.settings import GenerateSection, Recipe
+from dsg_cli.stages.inputs import LoadedSubject, Subject, chain_sae, find_subject, load_chain_model, load_subject
+from dsg_cli.stages.inspect import find_inspected
+from dsg_cli.stages.stage import settle
+from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.store import Workspace
+
+Write = Callable[[str, str], None]
+"""Called with a side (base, guarded) and a piece of its answer."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What each side wrote to one prompt."""
+
+    prompt: str
+    guardrails: list[str]
+    sides: dict[str, Answer]
+
+    def as_json(self) -> Json:
+        """For scripts: the gates' traces are named by their guardrails."""
+        document: Json = {"prompt": self.prompt}
+        for side, one in self.sides.items():
+            document[side] = {"text": one.text, "n_tokens": one.n_tokens}
+            if side == "guarded":
+                gates = [
+                    {"guardrail": name, **dataclasses.asdict(gate)}
+                    for name, gate in zip(self.guardrails, one.gates, strict=True)
+                ]
+                document[side] |= {"refused": one.refused, "tokens": one.tokens, "gates": gates}
+        return document
+
+
+def run_prompts(
+    recipe: Recipe,
+    workspace: Workspace,
+    prompts: Sequence[str],
+    *,
+    sources: Sequence[str] = (),
+    write: Write = lambda _side, _piece: None,
+) -> Iterator[Answers]:
+    """Answer prompts one by one under the newest guardrail, model or wrapper, or under those named together.
+
+    Raises:
+        DsgError: Anything the user can mend; every prompt is checked before the first is answered.
+    """
+    if not prompts:
+        raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
+    asked = Asked.load(recipe, workspace, sources)
+    rows = [asked.ids(prompt, recipe.generate) for prompt in prompts]
+    for prompt, ids in zip(prompts, rows, strict=True):
+        yield asked.answers(prompt, ids, recipe.generate, write)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who answers: the base model, and the guarded one."""
+
+    recipe: Recipe
+    subject: Subject
+    loaded: LoadedSubject
+
+    @classmethod
+    def load(cls, recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> Asked:
+        """Both sides, loaded once.
+
+        Raises:
+            DsgError: Nothing that unlearns, a gate that needs whole sequences, or another model.
+        """
+        subject = find_subject(workspace, sources)
+        if recipe.generate.side != "base":
+            check_causal(body.gate for body in subject.bodies)
+        recipe = settle(recipe, subject.header)
+        return cls(recipe, subject, load_subject(workspace, subject, recipe))
+
+    def ids(self, prompt: str, settings: GenerateSection) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            DsgError: As for `prompt_ids`.
+        """
+        return prompt_ids(
+            self.loaded.base, prompt, bos=self.subject.bos, chat=settings.chat, n_new=settings.max_new_tokens
+        )
+
+    def answers(
+        self,
+        prompt: str,
+        ids: Sequence[int],
+        settings: GenerateSection,
+        write: Write = lambda _side, _piece: None,
+    ) -> Answers:
+        """What each side that is wanted writes to a prompt.
+
+        Raises:
+            DsgError: As for `answer`.
+        """
+        loaded = self.loaded
+        sides: dict[str, Answer] = {}
+        for side in ("base", "guarded") if settings.side == "both" else (settings.side,):
+            is_guarded = side == "guarded"
+            sides[side] = answer(
+                loaded.model if is_guarded else loaded.base,
+                ids,
+                guardrails=loaded.guardrails if is_guarded else (),
+                wrappers=loaded.wrappers if is_guarded else (),
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=self.recipe.seed,
+                refusal=settings.refusal if settings.on_trigger == "refuse" else None,
+                allow_mismatch=self.recipe.model.allow_mismatch,
+                write=lambda piece, side=side: write(side, piece),  # type: ignore[misc]
+            )
+        return Answers(prompt, [stored.id for stored in self.subject.guardrails], sides)
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """A guardrail or a selection beside its model, loaded once, to be shown any number of prompts."""
+
+    inspected: Inspected
+    features: list[Chosen]
+    slice: SaeSlice
+    """Of those features."""
+    site: HookSite
+    loaded: LoadedModel
+    bos: int | None
+
+    @classmethod
+    def load(
+        cls,
+        recipe: Recipe,
+        workspace: Workspace,
+        source: str | None = None,
+        *,
+        features: Sequence[int] = (),
+        loaded: LoadedModel | None = None,
+    ) -> Tracer:
+        """Everything read and checked.
+
+        Args:
+            recipe: Device and dtype.
+            workspace: Where artifacts are.
+            source: A guardrail or features; see `find_inspected`.
+            features: Show these features of the SAE instead of those that were chosen.
+            loaded: The artifact's model, whole or cut, if it has been loaded and checked already.
+
+        Raises:
+            DsgError: Nothing to inspect, no such feature, or another model or SAE than the artifact was made with.
+        """
+        inspected = find_inspected(workspace, source)
+        chosen = inspected.some(features)
+        if inspected.guard is not None and not features:
+            slice_, site = inspected.guard.slice, inspected.guard.read  # All that is needed is in its own file.
+        else:
+            sae = chain_sae(inspected.sae, inspected.made.id)
+            slice_, site = load_slice(sae, [one.index for one in chosen]), sae.site
+        header = inspected.made.header
+        loaded = loaded or load_chain_model(header, settle(recipe, header), cut=True)
+        return cls(inspected, chosen, slice_.to(loaded.model.device), site, loaded, inspected.bos(loaded))
+
+    def ids(self, prompt: str, *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            DsgError: As for `prompt_ids`.
+        """
+        return prompt_ids(self.loaded, prompt, bos=self.bos, chat=chat, n_new=0)
+
+    def traced(self, prompt: str, ids: Sequence[int]) -> Traced:
+        """What is seen of a prompt.
+
+        Raises:
+            DsgError: A residual is not finite.
+        """
+
+        def encode(resid_TD: Tensor) -> Tensor:
+            acts_TC: Tensor = self.slice(resid_TD).acts
+            return acts_TC
+
+        seen = trace(
+            self.loaded, ids, site=self.site, encode=encode, features=self.features, guard=self.inspected.guard
+        )
+        return Traced(prompt, self.inspected.made.id, seen)
+
+
+def trace_prompts(
+    recipe: Recipe,
+    workspace: Workspace,
+    prompts: Sequence[str],
+    *,
+    source: str | None = None,
+    features: Sequence[int] = (),
+    chat: bool = False,
+) -> Iterator[Traced]:
+    """Show prompts to the newest guardrail, else the newest features, or to what is named.
+
+    Raises:
+        DsgError: Anything the user can mend; every prompt is checked before the first is read.
+    """
+    tracer = Tracer.load(recipe, workspace, source, features=features)
+    rows = [tracer.ids(prompt, chat=chat) for prompt in prompts]
+    for prompt, ids in zip(prompts, rows, strict=True):
+        yield tracer.traced(prompt, ids)
+
 
 MOST_NEW = 512
 """Tokens that the page may ask for."""

@@ -8,7 +8,6 @@ whole model, or a LoRA adapter.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,24 +15,57 @@ from typing import Any
 
 import torch
 
-from dsg_cli.artifacts import Header, ModelWeights
+from dsg_cli.data.readers import read_prompts
+from dsg_cli.data.tokens import special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.integrity import Content
-from dsg_cli.methods.cost import Cost, counted
-from dsg_cli.methods.given import Changed, Given
-from dsg_cli.methods.lesson import lesson_of
-from dsg_cli.methods.names import METHODS, module_name, section_of
-from dsg_cli.methods.text import text_of
-from dsg_cli.model import LoadedModel, context_length
-from dsg_cli.recipe import Recipe
-from dsg_cli.settings import CorporaSection
-from dsg_cli.stages.chain import identify, settle
-from dsg_cli.stages.guidance import features_of, unknown_text
-from dsg_cli.stages.material import Material, find_lesson, find_material, load_whole, taken_from
-from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.tokens import special_ids
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.guardrail.selection import EPSILON, scores_of, select_features
+from dsg_cli.methods import METHODS, load_method, section_of
+from dsg_cli.methods.representation import find_mentions
+from dsg_cli.methods.text import Mentions, Text, lesson_of, rows_of, text_of
+from dsg_cli.methods.training import Changed, Cost, Features, Given, counted
+from dsg_cli.models.language_model import LoadedModel, context_length
+from dsg_cli.models.sae import load_encoder
+from dsg_cli.models.sae_slice import slice_sae
+from dsg_cli.settings import CorporaSection, Recipe
+from dsg_cli.stages.inputs import Material, chain_sae, find_lesson, find_material, identify, load_whole, taken_from
+from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.workspace.artifacts import FeatureSet, Header, ModelWeights
+from dsg_cli.workspace.files import Content
+from dsg_cli.workspace.provenance import Clock
+from dsg_cli.workspace.store import Stored, Workspace
+
+
+def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Stored, *, device: str) -> Features:
+    """The SAE of a features artifact, and what its statistics say of it.
+
+    Raises:
+        DsgError: The SAE is another one now, or too few features are relevant or irrelevant.
+    """
+    assert features.header.sae is not None
+    sae = chain_sae(features.header.sae, features.id)
+    settings, body = getattr(recipe.methods, section_of(method)), features.body_as(FeatureSet)
+    tensors = workspace.tensors(features)
+    forget_F, retain_F = scores_of(body.score, tensors)
+    n_relevant = getattr(settings, "n_relevant", len(body.features))
+    n_irrelevant = getattr(settings, "n_irrelevant", 1)
+    percentile = features.header.settings["ratio_percentile"]
+    chosen = select_features(forget_F, retain_F, n_features=n_relevant, ratio_percentile=percentile)
+    relevant = [feature.index for feature in chosen.features]
+    live_F = (tensors["retain_rate"] > 0) & (tensors["forget_rate"] > 0)
+    ratio_F = torch.where(live_F, forget_F / (retain_F + EPSILON), torch.inf)
+    irrelevant = [i for i in ratio_F.argsort().tolist() if bool(live_F[i]) and i not in relevant][:n_irrelevant]
+    if len(irrelevant) < n_irrelevant:
+        raise DsgError(f"Only {len(irrelevant)} features are irrelevant.", "Lower methods.sspu.n_irrelevant.")
+    rows = [slice_sae(sae, indices)[1]["W_dec"].to(device) for indices in (relevant, irrelevant)]
+    return Features(sae.site, load_encoder(sae, device=device), relevant, *rows)
+
+
+def unknown_text(recipe: Recipe, material: Material, loaded: LoadedModel, forget: Text) -> Text | Mentions:
+    """Entities that do not exist: in the texts of a file, or in forget text in the place of its names."""
+    path = recipe.methods.sae_representation.unknown_file
+    if path:
+        return rows_of(loaded.tokenizer, read_prompts((), Path(path)), bos=material.bos, like=forget)
+    return find_mentions(loaded.tokenizer, forget, bos=material.bos, seed=recipe.seed)
 
 
 def run(
@@ -85,7 +117,7 @@ def run(
     with session.checkpoint(workspace, header) as checkpoint, counted(loaded.model, cost):
         given = _given(recipe, workspace, method, material, loaded, origin, session)
         given = dataclasses.replace(given, checkpoint=checkpoint)
-        changed: Changed = importlib.import_module(module_name(method)).unlearn(given, settings)
+        changed: Changed = load_method(method)(given, settings)
         return _written(workspace, clock, header, material, loaded, changed, cost, settings)
 
 

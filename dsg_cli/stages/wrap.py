@@ -6,35 +6,31 @@ Takes corpora and model from a selection or from the recipe, makes the wrapper (
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsg_cli.artifacts import Json
-from dsg_cli.benches.tasks import Question, commits, load_tasks, questions_of
-from dsg_cli.corpora import COMPOSED
+from dsg_cli.data.corpora import COMPOSED
+from dsg_cli.data.readers import read_prompts
+from dsg_cli.data.tokens import encode
 from dsg_cli.errors import DsgError
-from dsg_cli.integrity import file_digest
-from dsg_cli.keywords import read_keywords
+from dsg_cli.evals.benches import Question, commits, load_tasks, questions_of
+from dsg_cli.inference.wrappers import read_keywords
 from dsg_cli.lab import data as lab
-from dsg_cli.methods.names import check_method, module_name, section_of
-from dsg_cli.methods.prompt import topic_of
-from dsg_cli.methods.settings import Filter, InContext
-from dsg_cli.methods.wrapping import Made, Material
-from dsg_cli.model import LoadedModel, context_length, read_config, text_config
-from dsg_cli.prompt_files import read_prompts
-from dsg_cli.recipe import Recipe
-from dsg_cli.stages.calibration_text import lengths_of
-from dsg_cli.stages.chain import identify, settle
-from dsg_cli.stages.material import Material as Sources
-from dsg_cli.stages.material import find_material, load_whole, taken_from
-from dsg_cli.stages.provenance import Clock, new_header
-from dsg_cli.stages.session import QUIET, Session
-from dsg_cli.tokens import encode
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.methods import check_method, load_method, section_of
+from dsg_cli.methods.wrappers import Made, Material, topic_of
+from dsg_cli.models.language_model import LoadedModel, context_length, read_config, text_config
+from dsg_cli.settings import Filter, InContext, Recipe
+from dsg_cli.stages.calibrate import lengths_of
+from dsg_cli.stages.inputs import Material as Sources
+from dsg_cli.stages.inputs import find_material, identify, load_whole, taken_from
+from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.workspace.files import file_digest
+from dsg_cli.workspace.provenance import Clock
+from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.store import Stored, Workspace
 
 
 def run(
@@ -87,8 +83,7 @@ def _made(recipe: Recipe, workspace: Workspace, method: str, origin: Stored | No
     )
     if session.reuse and (stored := workspace.matching(header)) is not None:
         return stored
-    module: Any = importlib.import_module(module_name(method))
-    made: Made = module.make(settings, _material(recipe, read, loaded, session))
+    made: Made = load_method(method)(settings, _material(recipe, read, loaded, session))
     session.report("wrapper", 1, 1)
     header = dataclasses.replace(header, notes=[*header.notes, *made.notes])
     return workspace.write(clock.close(header, n_tokens=made.n_tokens), made.body, tensors=made.tensors)

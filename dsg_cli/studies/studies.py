@@ -1,8 +1,7 @@
-"""How much forget text is needed?
+"""What does a guarded forward pass cost beside a plain one?
 
-By documents: a share of those that select reads, drawn at random. By entities: those that name some of a share of the
-entities that the text is about, and none of the others; documents that name nobody are left out. A larger share
-contains a smaller one. Retain text stays whole, and its statistics are computed once.
+The two take turns on the same tokens in one process, so that whatever else the machine does falls on both; what is
+reported is the median of the ratios of pairs.
 """
 
 from __future__ import annotations
@@ -11,16 +10,100 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dsg_cli.artifacts import Json
-from dsg_cli.corpora import Corpus
+import torch
+from torch import Tensor, nn
+
+from dsg_cli.data.batches import pad_rows
+from dsg_cli.data.corpora import Corpus
+from dsg_cli.data.tokens import special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.lab.words import DOMAINS
-from dsg_cli.lab.world import build_world
-from dsg_cli.studies.rig import Rig, gate_rows
-from dsg_cli.studies.rows import accuracy_row, accuracy_rows
+from dsg_cli.guardrail.guarded import guarded
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.lab.world import DOMAINS, build_world
+from dsg_cli.models.language_model import context_length
+from dsg_cli.studies import AXES
+from dsg_cli.studies.sweep import (
+    Guards,
+    Rig,
+    Statistics,
+    accuracy_row,
+    accuracy_rows,
+    failed_row,
+    gate_rows,
+    guarded_rows,
+    median_row,
+    rate_row,
+    row_of,
+)
+from dsg_cli.workspace.results import Json
+
+WARM_UP = 2
+"""Pairs that are not counted."""
+
+
+def rows_of_cost(point: Json, rig: Rig) -> list[Json]:
+    """Seconds of both, and by how much of the plain one the guarded one takes longer.
+
+    Raises:
+        DsgError: The guardrail cannot be made, or the model or the text is too short.
+    """
+    guards = rig.guards_at({})
+    ground, length, batch_size = guards.ground, point["length"], point["batch_size"]
+    longest = context_length(ground.loaded.model.config)
+    n_body = length - (ground.bos is not None)
+    if n_body < 1 or length > longest:
+        raise DsgError(f"A pass over {length} tokens is not possible: the model reads {longest}, BOS among them.")
+    rows = [piece.ids for piece in rig.pieces("fresh", n_body, True)]
+    if not rows:
+        raise DsgError(f"The retain text has no {length} tokens in a row.", "Give shorter lengths.")
+    tokenizer, device = ground.loaded.tokenizer, str(ground.loaded.model.device)
+    batch = pad_rows(
+        [rows[i % len(rows)] for i in range(batch_size)], tokenizer.pad_token_id or 0, special_ids(tokenizer), device
+    )
+    module = guards.make(rig.wanted.at(point)).module
+    plain, under = paired_seconds(ground.loaded.model, module, batch.ids_BL, batch.mask_BL, repeats=rig.repeats)
+    return [
+        median_row(point, "plain_seconds", plain),
+        median_row(point, "guarded_seconds", under),
+        median_row(point, "overhead", [two / one - 1 for one, two in zip(plain, under, strict=True)]),
+    ]
+
+
+@torch.inference_mode()
+def paired_seconds(
+    model: nn.Module, guard: GuardrailModule, ids_BL: Tensor, mask_BL: Tensor, *, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of plain and of guarded forward passes over the same tokens, pair by pair; each goes first in turn."""
+
+    def forward() -> float:
+        begun = _now(ids_BL)
+        model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False)
+        return _now(ids_BL) - begun
+
+    def under() -> float:
+        # Putting hooks on is no part of a pass.
+        with guarded(model, guard, allow_mismatch=True):
+            return forward()
+
+    ways: Sequence[Callable[[], float]] = (forward, under)
+    found: list[list[float]] = [[], []]
+    for number in range(WARM_UP + repeats):
+        for way in (0, 1) if number % 2 else (1, 0):
+            seconds = ways[way]()
+            if number >= WARM_UP:
+                found[way].append(seconds)
+    return found[0], found[1]
+
+
+def _now(on: Tensor) -> float:
+    """A clock that has waited for the device."""
+    if on.is_cuda:
+        torch.cuda.synchronize(on.device)
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -37,7 +120,7 @@ class Kept:
         return sum(len(corpus.part("select")) for corpus in self.corpora)
 
 
-def rows_of(point: Json, rig: Rig) -> list[Json]:
+def rows_of_data_efficiency(point: Json, rig: Rig) -> list[Json]:
     """The guardrail made with a share of the forget text; by entities also on questions that name them, and on others.
 
     Raises:
@@ -113,3 +196,87 @@ def _naming(names: Sequence[str]) -> re.Pattern[str]:
 
 def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256("".join(hashlib.sha256(text.encode()).hexdigest() for text in texts).encode()).hexdigest()
+
+
+def rows_of_seeds(point: Json, rig: Rig) -> list[Json]:
+    """The guardrail on the SAE and the data of a point, on every bench; `hook` and `n_in_sae` say which SAE it is.
+
+    Raises:
+        DsgError: The SAE cannot be read or does not fit the model, or the guardrail cannot be made.
+    """
+    guards = rig.guards_at({AXES[name].key: point[name] for name in ("sae", "seed") if name in point})
+    identity = guards.ground.sae.identity
+    return guarded_rows(point | {"hook": identity.hook, "n_in_sae": identity.n_features}, rig, guards)
+
+
+def rows_of_layers(point: Json, rig: Rig) -> list[Json]:
+    """The guardrail on the SAE of a point, on every bench; `hook` says which layer it is.
+
+    Raises:
+        DsgError: The SAE cannot be read or does not fit the model, or the guardrail cannot be made.
+    """
+    return rows_of_seeds(point, rig)
+
+
+def rows_of_length(point: Json, rig: Rig) -> list[Json]:
+    """What the gate does with text of one length; a length that can set no threshold of its own says why.
+
+    Raises:
+        DsgError: The recipe's guardrail cannot be made, or there is no text of that length.
+    """
+    guards, wanted = rig.guards_at({}), rig.wanted.at(point)
+    threshold = guards.make(wanted).threshold
+    seen = {part: _seen(rig, guards, point, part) for part in ("calibrate", "fresh", "forget")}
+    if not seen["fresh"]:
+        raise DsgError(f"No document of the retain text has {point['length']} tokens.", "Give shorter lengths.")
+    rows = [_share(point, "false_positive_rate", seen["fresh"], threshold)]
+    if seen["forget"]:
+        rows.append(_share(point, "forget_gate_rate", seen["forget"], threshold))
+    try:
+        own = guards.threshold(wanted, seen["calibrate"])
+    except DsgError as error:
+        return [*rows, failed_row(point, error.message, metric="threshold")]
+    return [*rows, row_of(point, "threshold", value=own), _share(point, "own_false_positive_rate", seen["fresh"], own)]
+
+
+def _seen(rig: Rig, guards: Guards, point: Json, part: str) -> Statistics:
+    what, pieces = f"{part}, {point['length']} tokens", rig.pieces(part, point["length"], False)
+    return guards.statistics(rig.wanted.at(point), pieces, what=what) if pieces else []
+
+
+def _share(point: Json, metric: str, seen: Statistics, threshold: float) -> Json:
+    return rate_row(point, metric, sum(statistic > threshold for _, statistic in seen), len(seen))
+
+
+def rows_of_sequential(point: Json, rig: Rig) -> list[Json]:
+    """What acts after so many requests, on the bench of every request and on all others.
+
+    Raises:
+        DsgError: A guardrail cannot be made.
+    """
+    n_requests, wanted = point["requests"], rig.wanted.at(point)
+    numbers = range(n_requests) if point["way"] == "each" else [n_requests - 1]
+    grounds = [_guards(rig, number, is_union=point["way"] == "union") for number in numbers]
+    acting = [guards.make(wanted) for guards in grounds]
+    return accuracy_rows(point, rig.asker(grounds[0]).under(acting))
+
+
+def _guards(rig: Rig, number: int, *, is_union: bool) -> Guards:
+    """Guardrails for one request, or for all up to it."""
+    met = rig.requests[: number + 1]
+    retain = [one for one in rig.retain if one.partition("=")[0] not in met]
+    return rig.guards_at({"corpora.forget": list(met if is_union else met[-1:]), "corpora.retain": retain})
+
+
+def prepare_stability(points: Sequence[Json], rig: Rig) -> None:
+    """See retain text once for all gates."""
+    rig.guards_at({}).prepare([rig.wanted.at(point) for point in points])
+
+
+def rows_of_stability(point: Json, rig: Rig) -> list[Json]:
+    """The guardrail of a point, on every bench.
+
+    Raises:
+        DsgError: It cannot be made.
+    """
+    return guarded_rows(point, rig, rig.guards_at({}))

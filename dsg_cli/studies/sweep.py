@@ -7,14 +7,22 @@ changes what features are set to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
 
-from dsg_cli.artifacts import FeatureSet, Json
-from dsg_cli.checkpoints import Checkpoint
-from dsg_cli.detection import (
+from dsg_cli.attacks.target import Outcome, outcomes, requests_of
+from dsg_cli.data.batches import TokenBatch
+from dsg_cli.data.corpora import Corpus
+from dsg_cli.data.tokens import Piece, Request, special_ids
+from dsg_cli.errors import DsgError
+from dsg_cli.evals.benches import Question
+from dsg_cli.guardrail.calibration import (
     Detection,
     Sliced,
     check_finite,
@@ -24,16 +32,19 @@ from dsg_cli.detection import (
     sliced,
     threshold_at,
 )
-from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import GuardrailModule
-from dsg_cli.model import LoadedModel
-from dsg_cli.pieces import Piece
-from dsg_cli.progress import Report, silent
-from dsg_cli.runtime.gates import DETECTING_FORMS
-from dsg_cli.sae import SaeSource
-from dsg_cli.selection import scores_of, select_features
-from dsg_cli.settings import CalibrateSection
-from dsg_cli.strength import parse_strength
+from dsg_cli.guardrail.guarded import guarded, last_decisions
+from dsg_cli.guardrail.runtime.gates import DETECTING_FORMS
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.guardrail.selection import scores_of, select_features
+from dsg_cli.inference.scoring import Score, score
+from dsg_cli.intervals import wilson
+from dsg_cli.job import Report, silent
+from dsg_cli.models.language_model import LoadedModel, context_length
+from dsg_cli.models.sae import SaeSource
+from dsg_cli.settings import CalibrateSection, parse_strength
+from dsg_cli.workspace.artifacts import FeatureSet
+from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.workspace.results import Json
 
 Statistics = list[tuple[str, float]]
 """Corpus and statistic of each piece."""
@@ -217,3 +228,210 @@ class Guards:
         )
         check_finite([value for _, _, several in found for value in several])
         return [[(pieces[i].corpus, several[g]) for i, _, several in found] for g in range(len(modules))]
+
+
+class Asker:
+    """Questions of several benches and what the base model answers.
+
+    Args:
+        loaded: The model, whole.
+        questions: By bench.
+        bos: Token that every sequence begins with.
+        batch_size: Sequences in a batch.
+        report: Progress.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        questions: Mapping[str, Sequence[Question]],
+        *,
+        bos: int | None,
+        batch_size: int,
+        report: Report = silent,
+    ) -> None:
+        self.loaded, self.questions = loaded, questions
+        self.batch_size, self.report = batch_size, report
+        self.max_length = context_length(loaded.model.config)
+        self.n_asked = 0
+        """Requests that went through the whole model."""
+        of_bench = {bench: requests_of(loaded.tokenizer, several, bos=bos) for bench, several in questions.items()}
+        self._requests = [request for several in of_bench.values() for request in several]
+        self._n_requests = {bench: len(several) for bench, several in of_bench.items()}
+        self._inputs = list(dict.fromkeys(request.inputs(self.max_length) for request in self._requests))
+        self._seen: dict[str, dict[tuple[int, ...], float]] = {}
+        """What a gate watches -> what it sees of each input."""
+        self._base = self._scored(self._requests, ())
+
+    def base(self) -> dict[str, list[Outcome]]:
+        """What the model answers without any guardrail, by bench."""
+        return self._outcomes(self._base, [False] * len(self._base))
+
+    def under(self, guards: Sequence[Guard]) -> dict[str, list[Outcome]]:
+        """What it answers under guardrails that act together, by bench.
+
+        Raises:
+            DsgError: An activation or a log-likelihood is not finite.
+        """
+        seen = [(guard, self._statistics(guard)) for guard in guards]
+        is_open = {
+            row: any(not statistics[row] <= guard.module.gate.threshold for guard, statistics in seen)
+            for row in self._inputs
+        }
+        opened = [i for i, request in enumerate(self._requests) if is_open[request.inputs(self.max_length)]]
+        found = self._scored([self._requests[i] for i in opened], guards)
+        scores, decided = list(self._base), [False] * len(self._base)
+        for i, one in zip(opened, found, strict=True):
+            scores[i], decided[i] = one, bool(one.note)
+        return self._outcomes(scores, decided)
+
+    def _statistics(self, guard: Guard) -> dict[tuple[int, ...], float]:
+        if guard.watches not in self._seen:
+            pieces = [Piece(str(i), "", list(row)) for i, row in enumerate(self._inputs)]
+            found = gate_statistics(self.loaded, [guard.module], pieces, what="questions", report=self.report)
+            check_finite([statistic for _, _, (statistic,) in found])
+            self._seen[guard.watches] = {self._inputs[i]: statistic for i, _, (statistic,) in found}
+        return self._seen[guard.watches]
+
+    def _scored(self, requests: Sequence[Request], guards: Sequence[Guard]) -> list[Score]:
+        """Scores, noting of each whether a gate opened."""
+        modules, model = [guard.module for guard in guards], self.loaded.model
+        self.n_asked += len(requests)
+
+        def note(_batch: TokenBatch) -> list[bool]:
+            return [is_gated for _, is_gated, _ in last_decisions(modules)]
+
+        # It is the model that the guardrails were made on a moment ago.
+        with guarded(model, modules, allow_mismatch=True):
+            return score(
+                model,
+                requests,
+                pad=self.loaded.tokenizer.pad_token_id or 0,
+                special=special_ids(self.loaded.tokenizer),
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                device=str(model.device),
+                note=note if modules else None,
+                what="asking",
+                report=self.report,
+            )
+
+    def _outcomes(self, scores: Sequence[Score], decided: Sequence[bool]) -> dict[str, list[Outcome]]:
+        found: dict[str, list[Outcome]] = {}
+        start = 0
+        for bench, questions in self.questions.items():
+            own = slice(start, start + self._n_requests[bench])
+            found[bench] = outcomes(questions, scores[own], decided[own])
+            start = own.stop
+        return found
+
+
+MEASURES = ("bench", "metric", "value", "low", "high", "n", "gate_rate", "gate_low", "gate_high", "error")
+"""Columns after those of the settings. `low` and `high` are a 95 % interval: Wilson's of shares, of medians one by
+order statistics, which assumes nothing of how values are distributed."""
+
+
+def row_of(point: Json, metric: str, *, bench: str = "", value: float | None = None, **measured: object) -> Json:
+    """One row; measures that are not given are null."""
+    return {**point, **dict.fromkeys(MEASURES), "bench": bench, "metric": metric, "value": value, "error": ""} | (
+        measured
+    )
+
+
+def failed_row(point: Json, error: str, *, metric: str = "") -> Json:
+    """The row of a point, or of one of its measures, that could not be had."""
+    return row_of(point, metric, error=error)
+
+
+def rate_row(point: Json, metric: str, n_of: int, n: int, *, bench: str = "") -> Json:
+    """A share of n."""
+    low, high = wilson(n_of, n)
+    return row_of(point, metric, bench=bench, value=n_of / n if n else None, low=low, high=high, n=n)
+
+
+def accuracy_row(point: Json, bench: str, found: Sequence[Outcome], *, metric: str = "acc") -> Json:
+    """Accuracy on questions, with the share of them that was gated."""
+    made = rate_row(point, metric, sum(one.is_right for one in found), len(found), bench=bench)
+    n_gated = sum(one.is_gated for one in found)
+    low, high = wilson(n_gated, len(found))
+    return made | {"gate_rate": n_gated / len(found) if found else None, "gate_low": low, "gate_high": high}
+
+
+def accuracy_rows(point: Json, found: Mapping[str, Sequence[Outcome]]) -> list[Json]:
+    """The same of every bench."""
+    return [accuracy_row(point, bench, several) for bench, several in found.items()]
+
+
+def median_row(point: Json, metric: str, values: Sequence[float]) -> Json:
+    """The median of values, and its interval."""
+    low, high = median_interval(values)
+    return row_of(point, metric, value=statistics.median(values), low=low, high=high, n=len(values))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % interval of the median: the narrowest pair of order statistics, alike from both ends, that has it.
+
+    Of fewer than six values no pair has; it is then the smallest and the largest.
+    """
+    from scipy.stats import binom
+
+    ordered, n = sorted(values), len(values)
+    k = 0
+    while 2 * (k + 2) <= n and 2 * binom.cdf(k + 1, n, 0.5) <= 0.05:
+        k += 1
+    # The median lies below the (k+1)-th smallest value with a chance of P(at most k of n lie below the median).
+    return ordered[k], ordered[n - 1 - k]
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Json]) -> str:
+    """Rows as CSV: setting columns, then measures; numbers as they are, nothing where a row has none."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *MEASURES], lineterminator="\n", extrasaction="raise")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@dataclass(frozen=True)
+class Rig:
+    """All that a study measures with."""
+
+    wanted: Wanted
+    """The recipe's own settings, for what a grid does not vary."""
+    guards_at: Callable[[Mapping[str, Any]], Guards]
+    """Guardrails where a recipe has these values at dotted keys."""
+    guards_on: Callable[[Sequence[Corpus]], Guards]
+    """Guardrails made with other forget text."""
+    asker: Callable[[Guards], Asker]
+    """Questions that begin as the text did on which they were made."""
+    pieces: Callable[[str, int, bool], list[Piece]]
+    """Pieces of so many tokens: of `calibrate` or `fresh` retain text or of `forget` text; packed, or each from one
+    document."""
+    forget: Sequence[Corpus]
+    retain: Sequence[str]
+    """Retain corpora by name, with weights."""
+    names: Sequence[str]
+    """Entities that forget text is about; empty where none are known."""
+    requests: Sequence[str]
+    """Corpora that are to be forgotten one after another, the first one first."""
+    forget_bench: str
+    repeats: int
+    seed: int
+
+
+def guarded_rows(point: Json, rig: Rig, guards: Guards) -> list[Json]:
+    """The guardrail of a point on every bench, its threshold and its false positives.
+
+    Raises:
+        DsgError: It cannot be made.
+    """
+    guard = guards.make(rig.wanted.at(point))
+    return [*accuracy_rows(point, rig.asker(guards).under([guard])), *gate_rows(point, guard)]
+
+
+def gate_rows(point: Json, guard: Guard) -> list[Json]:
+    """What is known of a gate from retain text."""
+    return [
+        rate_row(point, "false_positive_rate", guard.n_false, guard.n_fresh),
+        row_of(point, "threshold", value=guard.threshold),
+    ]

@@ -7,41 +7,88 @@ A file's JSON object is header and body side by side; workspace.py reads and wri
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from dsg_cli.measured import AttackReport, Comparison, EvalReport, Inspection, StudyReport
-from dsg_cli.provenance import Header, InputArtifact, Json, ModelIdentity, SaeIdentity
+from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Inspection, Json, StudyReport
 
-__all__ = [
-    "KINDS",
-    "MADE_BY",
-    "NEXT_COMMAND",
-    "SCHEMAS",
-    "AttackReport",
-    "Body",
-    "BodyT",
-    "CalibratedGate",
-    "Comparison",
-    "EvalReport",
-    "Feature",
-    "FeatureSet",
-    "Gate",
-    "Guardrail",
-    "Header",
-    "InputArtifact",
-    "Inspection",
-    "Json",
-    "ModelIdentity",
-    "ModelWeights",
-    "SaeIdentity",
-    "StudyReport",
-    "Threshold",
-    "Wrapper",
-    "to_json",
-]
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model, and proof that it is that one."""
+
+    source: str
+    architecture: str
+    n_layers: int
+    width: int
+    last_layer: int
+    """The fingerprint covers layers 0..last_layer."""
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SaeIdentity:
+    """Which sparse autoencoder, and where in the model it reads."""
+
+    source: str
+    architecture: str
+    hook: str
+    width: int
+    n_features: int
+    prepend_bos: bool
+    config_sha256: str
+    sha256: str
+    """Digest of the weights file."""
+    hook_out: str = ""
+    """Where a transcoder's output belongs; empty for an SAE, which writes where it reads."""
+    revision: str = ""
+    """Commit of the repository that a release was read from; empty for others, whose source names it."""
+
+
+@dataclass(frozen=True)
+class InputArtifact:
+    """An artifact that this one was computed from."""
+
+    id: str
+    sha256: str
+    is_elsewhere: bool = False
+    """It did not lie in the same workspace; what is called so there is another one."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Provenance: what ran, on what, from what."""
+
+    kind: str
+    schema: int
+    id: str
+    created: str
+    """UTC time, ISO 8601."""
+    dsg_version: str
+    git: Json
+    """Commit and changes of the checkout that the package runs from; empty for an installed package."""
+    packages: dict[str, str]
+    device: str
+    dtype: str
+    seed: int
+    settings: Json
+    """Resolved settings of the stage."""
+    model: ModelIdentity
+    sae: SaeIdentity | None
+    inputs: list[InputArtifact]
+    files: dict[str, str] = field(default_factory=dict)
+    """Side files and their sha256."""
+    seconds: float = 0.0
+    n_tokens: int = 0
+    peak_memory_mb: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    """What a person should know before trusting it."""
+    trust_remote_code: bool = False
+    """Python files that came with the model were run."""
+
 
 CalibratedGate = Literal["mean", "causal-mean", "window", "cusum", "probe"]
+
 Gate = Literal[CalibratedGate, "token"]
 """Gate forms, see runtime/gates.py; `token`, which is none, has no threshold to be calibrated."""
 
@@ -231,6 +278,7 @@ Body = (
     | AttackReport
     | StudyReport
 )
+
 BodyT = TypeVar(
     "BodyT",
     Comparison,
@@ -257,6 +305,7 @@ KINDS: dict[str, type[Any]] = {
     "study": StudyReport,
     "inspect": Inspection,
 }
+
 SCHEMAS: dict[str, int] = {
     "features": 3,
     "threshold": 3,
@@ -269,6 +318,7 @@ SCHEMAS: dict[str, int] = {
     "study": 1,
     "inspect": 1,
 }
+
 MADE_BY = {
     "features": "dsg select",
     "threshold": "dsg calibrate",
@@ -281,6 +331,7 @@ MADE_BY = {
     "study": "dsg study",
     "inspect": "dsg inspect",
 }
+
 NEXT_COMMAND = {
     "features": "dsg calibrate",
     "threshold": "dsg apply",
@@ -298,3 +349,44 @@ NEXT_COMMAND = {
 def to_json(header: Header, body: Body) -> Json:
     """Header and body as one JSON object."""
     return {**dataclasses.asdict(header), **dataclasses.asdict(body)}
+
+
+ADDED: dict[tuple[str, int], Json] = {
+    ("features", 2): {"probe": {}},
+    ("features", 3): {"described": {}},
+    ("threshold", 2): {"detectors": [], "window": 0},
+    ("threshold", 3): {"weights": [], "bias": 0.0, "clip": 0.0, "guarantee": "pooled", "percentile": None, "rates": []},
+    ("guardrail", 2): {"detectors": [], "window": 0, "slice": {"activation": "threshold"}},
+    ("guardrail", 3): {"effect": {}},
+    ("guardrail", 4): {"bias": 0.0, "clip": 0.0, "strength_trials": []},
+    ("guardrail", 5): {"method": "dsg", "clamp": "all", "coefficients": [], "above": []},
+    ("eval", 2): {"question_ids": {}, "base_from": {}},
+    ("eval", 3): {"composition": []},
+    ("eval", 4): {"asked": {}, "reference": {}, "refused": {}},
+    ("attack", 2): {"expected": []},
+    ("attack", 3): {"composition": []},
+}
+"""Kind and schema -> fields that it has and earlier ones have not, and what they would hold."""
+
+
+def migrate(data: Json) -> Json:
+    """An artifact's JSON object in the newest schema of its kind."""
+    kind, schema = data["kind"], data["schema"]
+    for later in range(schema + 1, SCHEMAS[kind] + 1):
+        data = {**data, **ADDED.get((kind, later), {})}
+    if schema == 1 and kind == "guardrail":
+        data["hook_out"] = data["hook"]
+    if schema == 1 and kind == "attack":
+        curve = [{"variant": "", **point} for point in data["curve"]]
+        before = {side: curve[0][side] for side in ("guarded", "unguarded")}
+        data = {**data, "curve": curve, "before": before, "summary": _later_summary(data, before)}
+    return data
+
+
+def _later_summary(data: Json, before: Json) -> Json:
+    """The summary of an attack of schema 1 as schema 2 has it."""
+    n_points = len(data["curve"])
+    base, begun = (before[side]["forget_acc"] for side in ("unguarded", "guarded"))
+    of_base = {"base_acc": base, "n_points": n_points, "n_measurable": n_points}
+    of_base |= {"evades_above": (base + begun) / 2, "evaded_at": {}}
+    return {**of_base, "worst_variant": "", "gate_rate_at_worst": None, **data["summary"]}

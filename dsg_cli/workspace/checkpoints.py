@@ -22,13 +22,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dsg_cli.errors import DsgError
-from dsg_cli.integrity import parse_json, read_bounded, write_atomically
-from dsg_cli.interruption import pending, safe_point
+from dsg_cli.workspace.files import parse_json, pending, read_bounded, safe_point, write_atomically
 
 State = dict[str, Any]
 """Tensors, and values of JSON."""
+
 MAGIC = b"dsg-checkpoint-1 "
+
 LARGEST = 2**37
+
 SUFFIX = ".checkpoint"
 
 

@@ -3,28 +3,71 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
-from dsg_cli.artifacts import KINDS, SCHEMAS, Body, Header, Json
-from dsg_cli.conversion import build_section
 from dsg_cli.errors import DsgError
-from dsg_cli.locks import held, locked
-from dsg_cli.migrations import migrate
-from dsg_cli.shapes import misfits
+from dsg_cli.settings import build_section
+from dsg_cli.workspace.artifacts import KINDS, SCHEMAS, Body, Header, migrate
+from dsg_cli.workspace.results import Json, misfits
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """While the block runs, no other process or thread is in a block with this lock; it waits for its turn.
+
+    Args:
+        path: An empty file that stays; whether it is locked is known to the system alone.
+
+    Raises:
+        DsgError: The file system has no locks.
+        OSError: The file cannot be made.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        except OSError as error:
+            raise DsgError(
+                f"The file system of {path.parent} has no file locks ({error.strerror}).",
+                "Put the workspace elsewhere with --workspace or DSG_WORKSPACE.",
+            ) from error
+        yield
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Try to take a lock without waiting; true if nobody else has it.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
 
 CHUNK = 2**24
 """Bytes that are read at a time."""
+
 LARGEST_JSON = 256 * 2**20
 """Bytes of an artifact's JSON file, at most."""
+
 IN_USE = "in-use"
 """Lock in a scratch folder, held while it is filled."""
 
@@ -243,3 +286,67 @@ def _remove_abandoned(folder: Path) -> None:
             with held(scratch / IN_USE) as is_abandoned:
                 if is_abandoned:
                     shutil.rmtree(scratch, ignore_errors=True)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signalled(BaseException):
+    """A signal asked the process to stop; not an Exception, so that nothing on the way swallows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.is_kept = False
+        """What was done before is in a checkpoint."""
+
+
+class _State:
+    depth = 0
+    """Blocks of `at_safe_points` that are open."""
+    pending: int | None = None
+    """A signal that waits for the next safe point."""
+
+
+def install() -> None:
+    """Handle SIGINT and SIGTERM from now on."""
+    for number in SIGNALS:
+        signal.signal(number, _handle)
+
+
+@contextmanager
+def at_safe_points() -> Iterator[None]:
+    """While the block runs, a first signal waits for `safe_point`, or for the end of the block.
+
+    Raises:
+        Signalled: After the block, if a signal came and no safe point did.
+    """
+    _State.depth += 1
+    try:
+        yield
+    finally:
+        _State.depth -= 1
+    safe_point()
+
+
+def safe_point() -> None:
+    """A point at which all is whole.
+
+    Raises:
+        Signalled: A signal came since the last one.
+    """
+    number, _State.pending = _State.pending, None
+    if number is not None:
+        raise Signalled(number)
+
+
+def pending() -> bool:
+    """Whether a signal waits for a safe point."""
+    return _State.pending is not None
+
+
+def _handle(number: int, _frame: FrameType | None) -> None:
+    if _State.depth and _State.pending is None:
+        _State.pending = number
+        return
+    _State.pending = None
+    raise Signalled(number)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
-from dsg_cli import __version__
-from dsg_cli.artifacts import SCHEMAS, Header, Json, ModelIdentity, SaeIdentity
-from dsg_cli.recipe import Recipe
-from dsg_cli.workspace import Stored
-
-PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "lm-eval", "safetensors", "tokenizers")
+from dsg_cli.workspace.artifacts import Header
+from dsg_cli.workspace.results import Json
 
 
 @dataclass(frozen=True)
@@ -35,40 +28,6 @@ class Clock:
             n_tokens=n_tokens,
             peak_memory_mb=round(peak_memory_mb(header.device), 1),
         )
-
-
-def new_header(
-    kind: str,
-    recipe: Recipe,
-    *,
-    settings: Json,
-    model: ModelIdentity,
-    sae: SaeIdentity | None,
-    inputs: Sequence[Stored],
-    notes: Sequence[str] = (),
-) -> Header:
-    """A header without id, files and costs, which come last."""
-    return Header(
-        kind=kind,
-        schema=SCHEMAS[kind],
-        id="",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        dsg_version=__version__,
-        git=git_state(),
-        packages={"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES},
-        device=recipe.model.device,
-        dtype=recipe.model.dtype,
-        seed=recipe.seed,
-        settings=settings,
-        model=model,
-        sae=sae,
-        inputs=[stored.as_input() for stored in inputs],
-        notes=[
-            *notes,
-            *(["Python files that came with the model were run."] if recipe.model.trust_remote_code else []),
-        ],
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
 
 
 def git_state() -> Json:

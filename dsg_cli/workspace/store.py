@@ -9,31 +9,131 @@ lies beside it.
 from __future__ import annotations
 
 import json
+import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
 
-from dsg_cli.artifacts import KINDS, MADE_BY, Body, BodyT, Header, InputArtifact, Json, to_json
-from dsg_cli.committing import ID, check_side_file, commit, next_id, writing
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.integrity import (
+from dsg_cli.workspace.artifacts import KINDS, MADE_BY, Body, BodyT, Header, InputArtifact, to_json
+from dsg_cli.workspace.checkpoints import SUFFIX, check_checkpoint
+from dsg_cli.workspace.files import (
     LARGEST_JSON,
     Content,
     artifact_text,
+    at_safe_points,
     content_digest,
     digest_of,
     file_digest,
     is_file,
     is_folder,
+    locked,
     parse_document,
+    place_content,
     read_bounded,
     read_document,
+    sync_folder,
+    write_atomically,
 )
+from dsg_cli.workspace.results import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LOCK = ".lock"
+
+PARTIAL = ".partial"
+
+ID = re.compile(r"(" + "|".join(KINDS) + r")-([0-9]{3,18})(?![0-9])")
+
+SIDE_FILES = (".safetensors", ".jsonl", ".csv")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """While the block runs, nobody else writes to the workspace; what a killed process left has been dealt with.
+
+    Raises:
+        DsgError: The file system has no locks.
+        OSError: The folder cannot be written to.
+    """
+    with locked(folder / LOCK):
+        for scratch in leftovers(folder):
+            if scratch.is_dir():
+                _finish(folder, scratch)
+            else:
+                scratch.unlink(missing_ok=True)  # A probe, which its owner may have taken away.
+        yield
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Scratch folders and files; of a process that writes now, or of one that was killed."""
+    own = re.compile(rf"\.({ID.pattern}){re.escape(PARTIAL)}|\..*\.[0-9a-f]{{12}}\.tmp")
+    return sorted(path for path in folder.glob(".*") if own.fullmatch(path.name))
+
+
+def next_id(folder: Path, kind: str) -> str:
+    """The number after the highest that any file of that kind has; to be asked while `writing`."""
+    taken = (ID.match(path.name) for path in folder.iterdir())
+    number = max((int(match[2]) for match in taken if match and match[1] == kind), default=0)
+    return f"{kind}-{number + 1:03d}"
+
+
+def commit(folder: Path, artifact_id: str, files: Mapping[str, Content], text: str) -> None:
+    """Write an artifact; to be called while `writing`.
+
+    Args:
+        folder: The workspace.
+        artifact_id: Its id.
+        files: Its side files, by their names: what is in them, or a file that is moved to there.
+        text: Of its JSON file.
+
+    Raises:
+        OSError: It cannot be written; nothing of it is left.
+    """
+    scratch = folder / f".{artifact_id}{PARTIAL}"
+    try:
+        scratch.mkdir()
+        for name, content in files.items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            place_content(scratch / name, content)
+        with at_safe_points():
+            write_atomically(scratch / f"{artifact_id}.json", text.encode())
+            _finish(folder, scratch)
+    finally:
+        if not (scratch / f"{artifact_id}.json").exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_side_file(name: str, artifact_id: str) -> None:
+    """Refuse a name of a side file that does not belong to an artifact, or lies outside the workspace.
+
+    Raises:
+        DsgError: It is such a name.
+    """
+    parts = PurePosixPath(name).parts
+    is_own_file = any(name == f"{artifact_id}{suffix}" for suffix in SIDE_FILES)
+    is_inside = len(parts) > 1 and parts[0] == artifact_id and ".." not in parts and "\x00" not in name
+    if not is_own_file and not is_inside:
+        raise DsgError(f"{artifact_id} names the file {name[:100]!r}, which is none of its own.")
+
+
+def _finish(folder: Path, scratch: Path) -> None:
+    """Move a committed artifact to where it belongs, its JSON file last; remove one that is not committed."""
+    last = scratch / f"{scratch.name.removeprefix('.').removesuffix(PARTIAL)}.json"
+    if last.exists():
+        for path in sorted(scratch.iterdir()):
+            if path != last:
+                path.rename(folder / path.name)
+        sync_folder(folder)
+        last.rename(folder / last.name)
+        sync_folder(folder)
+    shutil.rmtree(scratch)
 
 
 @dataclass(frozen=True)
@@ -277,3 +377,87 @@ def reuse_key(header: Header) -> tuple[object, ...]:
         header.git,
         header.trust_remote_code,
     )
+
+
+State = Literal["ok", "broken", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing in a workspace."""
+
+    name: str
+    state: State
+    remark: str = ""
+
+
+def verify_all(workspace: Workspace) -> list[Finding]:
+    """Verify every artifact with its side files and inputs, and name what else lies there.
+
+    `broken` is what must not be relied on; `unfinished` is what an interrupted or a running command left, which does
+    no harm.
+
+    Raises:
+        DsgError: There is no such folder.
+    """
+    if not is_folder(workspace.folder):
+        raise DsgError(f"There is no workspace {str(workspace.folder)[:200]}.", "Name another with --workspace.")
+    return [*_artifacts(workspace), *_strays(workspace), *_unfinished(workspace.folder)]
+
+
+def _artifacts(workspace: Workspace) -> Iterator[Finding]:
+    for artifact_id in workspace.ids():
+        try:
+            stored = workspace.read(artifact_id)
+        except DsgError as error:
+            yield Finding(artifact_id, "broken", error.message)
+            continue
+        missing = [
+            one.id
+            for one in stored.header.inputs
+            if not one.is_elsewhere and not stored.path.with_name(f"{one.id}.json").is_file()
+        ]
+        yield Finding(artifact_id, "ok", f"its input {', '.join(missing)} is not here" if missing else "")
+
+
+def _strays(workspace: Workspace) -> Iterator[Finding]:
+    """Files with names of artifacts that belong to none."""
+    for path in sorted(workspace.folder.iterdir()):
+        match = ID.match(path.name)
+        if match is None or not (path.is_dir() or path.suffix in SIDE_FILES):
+            continue
+        if path.stem != match[0]:
+            continue
+        if not (workspace.folder / f"{match[0]}.json").is_file():
+            yield Finding(path.name, "broken", f"{match[0]}.json, which vouches for it, is missing")
+        else:
+            yield from _unlisted(workspace, path, match[0])
+
+
+def _unlisted(workspace: Workspace, path: Path, artifact_id: str) -> Iterator[Finding]:
+    try:
+        listed = workspace.read(artifact_id).header.files
+    except DsgError:
+        return  # It has been named already.
+    inside = [file for file in sorted(path.rglob("*")) if not file.is_dir()] if path.is_dir() else [path]
+    for file in inside:
+        name = file.relative_to(workspace.folder).as_posix()
+        if name not in listed:
+            yield Finding(name, "broken", f"{artifact_id} does not know it")
+
+
+def _unfinished(folder: Path) -> Iterator[Finding]:
+    for path in leftovers(folder):
+        yield Finding(path.name, "unfinished", "the next command that writes here deals with it")
+    for path in sorted(folder.glob(f".*{SUFFIX}")):
+        kind = re.match(r"\.(" + "|".join(KINDS) + r")-[0-9a-f]{16}\b", path.name)
+        if kind is None:
+            continue
+        try:
+            check_checkpoint(path)
+        except DsgError as error:
+            yield Finding(path.name, "broken", error.message)
+        else:
+            yield Finding(
+                path.name, "unfinished", f"of an interrupted run ({kind[1]}); go on with --resume, or delete it"
+            )

@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-
-from dsg_cli import load_guardrail
 from dsg_cli.artifacts import Guardrail
 from dsg_cli.export.light import light_file
 from dsg_cli.runtime.slices import SliceSpec
+
+from dsg_cli import load_guardrail
 from dsg_cli.workspace import Workspace
 
 WIDTH, N_CHOSEN, N_DETECTORS = 2304, 20, 8

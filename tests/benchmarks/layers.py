@@ -56,7 +56,6 @@ def make(folder: str) -> None:
 def measure(how: str, folder: str) -> dict[str, float]:
     """Load, run one batch twice; memory, seconds and a checksum."""
     import torch
-
     from dsg_cli.model import load_model
     from dsg_cli.residuals import read_residual, replace_residual
     from dsg_cli.runtime.sites import HookSite

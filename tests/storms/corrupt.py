@@ -39,7 +39,6 @@ def make_workspace(folder: Path) -> None:
         except SystemExit as stop:
             assert not stop.code, command
     import torch
-
     from dsg_cli.checkpoints import Checkpoint
 
     checkpoint = Checkpoint(folder / f".features-{'0' * 16}.checkpoint")
@@ -51,6 +50,7 @@ def targets(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Of each kind of file: one, and how it is read."""
     from dsg_cli.checkpoints import check_checkpoint
     from dsg_cli.export.light import read_light
+
     from dsg_cli.workspace import Workspace
 
     workspace = Workspace(folder)

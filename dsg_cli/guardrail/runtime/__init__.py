@@ -2,3 +2,5 @@
 
 `dsg export` copies these files, as they are, into the folder of an exported model.
 """
+
+from __future__ import annotations

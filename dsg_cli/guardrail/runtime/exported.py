@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .attach import Attached
 from .errors import DsgError
 from .guardrail import GuardrailModule, build_guardrail
-from .identity import fingerprint
-from .sites import decoder_of
+from .hooks import Attached
+from .sites import decoder_of, fingerprint
 from .spec import GuardrailSpec
 
 Json = dict[str, Any]
+
 PREFIX = "dsg_guardrails"
 """Name of the guardrails among the model's modules, and of their description in its configuration."""
 

@@ -10,13 +10,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 NEVER = 3.4028234663852886e38
 """An activation that no finite one exceeds: the largest number of float32, for JSON has no infinity."""
+
 CLAMP_DEFAULTS: dict[str, Any] = {"clamp": "all", "coefficients": [], "above": []}
 """Fields of a spec that say how features are clamped, as they are where a guardrail knows of one way only."""
 
@@ -71,3 +74,36 @@ def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
     said = {name: value for name, value in said.items() if name not in CLAMP_DEFAULTS or value != CLAMP_DEFAULTS[name]}
     text = json.dumps(said, sort_keys=True, allow_nan=False)
     return hashlib.sha256(f"{text}\n{tensors_digest(tensors)}".encode()).hexdigest()
+
+
+KEY, KEPT = "vocab_size", "dsg_vocab_size"
+
+SEAL = "guarded: load this model with an auto class and trust_remote_code"
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """The content of a configuration file, made useless to the base's classes."""
+    return values if values.get(KEY) == SEAL else {**values, KEY: SEAL, KEPT: values[KEY]}
+
+
+def unsealed(values: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration is made of."""
+    if values.get(KEY) != SEAL:
+        return values
+    return {key: value for key, value in values.items() if key != KEPT} | {KEY: values[KEPT]}
+
+
+class SealedConfig:
+    """To stand before a configuration of transformers among the bases of a class."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """As transformers does it, from what the seal hides."""
+        return super().from_dict(unsealed(config_dict), **options)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: Any, *arguments: Any, **options: Any) -> None:
+        """As transformers does it; then sealed."""
+        super().to_json_file(json_file_path, *arguments, **options)  # type: ignore[misc]
+        path = Path(json_file_path)
+        values = {KEY: getattr(self, KEY)} | json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(sealed(values), indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -14,19 +14,23 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 
-from dsg_cli.artifacts import Json
 from dsg_cli.errors import DsgError
+from dsg_cli.workspace.results import Json
 
 HOST = "127.0.0.1"
+
 LONGEST = 64 * 1024
 """Bytes of a request."""
+
 SECONDS = 10
 """For a request to arrive in."""
+
 PAGES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
+
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -35,6 +39,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+
 Ask = Callable[[Json], Json]
 """A prompt as the page sends it -> what is shown of it."""
 
@@ -85,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(self.server.about)
         elif self.path in PAGES:
             name, kind = PAGES[self.path]
-            self._send(HTTPStatus.OK, files("dsg_cli.live").joinpath(name).read_bytes(), kind)
+            self._send(HTTPStatus.OK, files("dsg_cli.inspection.live").joinpath(name).read_bytes(), kind)
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "There is no such page.")
 

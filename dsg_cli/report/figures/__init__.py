@@ -1,1 +1,3 @@
 """Figures of a report, one kind a file, in one style."""
+
+from __future__ import annotations

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsg_cli.report.html import HIDDEN, Markup, tag
+from dsg_cli.report.rendering import HIDDEN, Markup, tag
 
 COLOURS = {
     "vermilion": ("#d55e00", "#f08a3c"),
@@ -28,12 +28,18 @@ COLOURS = {
     "grey": ("#6b6b6b", "#a8a8a8"),
 }
 """Name -> on a light ground and on a dark one."""
+
 CYCLE = tuple(light for light, _ in COLOURS.values())
+
 FORGET, KEPT, OTHER, PURPLE, ORANGE, GREY = CYCLE
+
 INK, LINE = "#1a1b1c", "#c3c4c5"
 """Of text and axes, and of grids: what a page replaces by its own."""
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p")
+
 DASHES = ("-", "--", "-.", ":")
+
 STYLE: Any = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -57,8 +63,10 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "text.parse_math": False,
 }
+
 PIXELS = 1.3
 """Of a page to a point of a figure, where there is room."""
+
 NARROWEST = 420
 """Pixels; on a narrower screen a figure scrolls, so that what is written in it can be read."""
 

@@ -1,1 +1,0 @@
-"""Benchmarks as lm-eval tasks."""

@@ -1,0 +1,1 @@
+"""The method: statistics, selection, probe, calibration, and the guarded model."""

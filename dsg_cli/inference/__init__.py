@@ -1,0 +1,1 @@
+"""Log-likelihoods and text under guardrails and wrappers."""

@@ -1,1 +1,0 @@
-"""What is measured of a model's text, as functions of numbers and strings: no model here."""

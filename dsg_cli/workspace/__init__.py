@@ -1,0 +1,1 @@
+"""Artifacts, and how they are written and read."""
