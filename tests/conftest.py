@@ -119,9 +119,10 @@ def make_guardrail(
     """A guardrail from an SAE that has been read; `model` is the identity it is made for, the rest how it clamps."""
     from dataclasses import asdict
 
-    from dsg_cli.runtime.guardrail import build_guardrail
-    from dsg_cli.runtime.spec import GuardrailSpec
-    from dsg_cli.slicing import detector_weights, slice_sae
+    from dsg_cli.guardrail.runtime.guardrail import build_guardrail
+    from dsg_cli.guardrail.runtime.spec import GuardrailSpec
+    from dsg_cli.models.sae_slice import detector_weights
+    from dsg_cli.models.sae_slice import slice_sae
 
     slice_spec, tensors = slice_sae(sae, indices, detectors)
     spec = GuardrailSpec(

@@ -1,5 +1,7 @@
 """The five commands one after another, on the lab and on a user's own folders."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal

@@ -1,22 +1,31 @@
 """Interrupted passes go on from their checkpoints with the same result; damaged checkpoints are refused."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
 
 import pytest
 import torch
-from dsg_cli.checkpoints import Checkpoint, check_checkpoint
-from dsg_cli.interruption import Signalled, at_safe_points, install, safe_point
-from dsg_cli.stages.session import Session
 
 from dsg_cli.errors import DsgError
 from dsg_cli.recipe import load_recipe
-from dsg_cli.stages import attack, calibrate, evaluate, select, verify
-from dsg_cli.workspace import Workspace
+from dsg_cli.stages import attack as attack
+from dsg_cli.stages import calibrate as calibrate
+from dsg_cli.stages import evaluate as evaluate
+from dsg_cli.stages import select as select
+from dsg_cli.stages.stage import Session
+from dsg_cli.workspace import store as verify
+from dsg_cli.workspace.checkpoints import Checkpoint, check_checkpoint
+from dsg_cli.workspace.files import Signalled, at_safe_points, install, safe_point
+from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETS = ["eval.benches=[lab-hexes, lab-near]", "eval.batch_size=16", "eval.limit=24", "attack.dilution_lengths=[0, 8]"]
+
+
 SETS += ["calibrate.max_pieces=512", "corpora.limit=80"]
 
 
@@ -25,7 +34,7 @@ def handlers(monkeypatch):
     """Our handlers while a test runs, Python's after it."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     install()
-    monkeypatch.setattr("dsg_cli.tokens.batches.__kwdefaults__", {"batch_tokens": 1024, "device": "cpu"})
+    monkeypatch.setattr("dsg_cli.data.batches.batches.__kwdefaults__", {"batch_tokens": 1024, "device": "cpu"})
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -39,7 +48,7 @@ def recipe():
 @pytest.fixture(scope="module")
 def calm(recipe, tmp_path_factory):
     """A workspace with a guardrail that nobody interrupted."""
-    from dsg_cli.stages import apply
+    from dsg_cli.stages import apply as apply
 
     workspace = Workspace(tmp_path_factory.mktemp("calm"))
     for stage in (select, calibrate, apply):
@@ -101,7 +110,7 @@ def test_an_interrupted_pass_goes_on_bit_for_bit(kind, calm, recipe, tmp_path):
         with pytest.raises(Signalled) as stopped:
             run(workspace, session=Session(resume=True, report=Interrupting(n)))
         assert stopped.value.number == signal.SIGTERM and stopped.value.is_kept
-        assert workspace.ids() == [] and [one.state for one in verify.run(workspace)] == ["unfinished"]
+        assert workspace.ids() == [] and [one.state for one in verify.verify_all(workspace)] == ["unfinished"]
     said = []
     last = Interrupting(0)
     stored = run(workspace, session=Session(resume=True, report=last, say=said.append))

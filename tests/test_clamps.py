@@ -1,38 +1,61 @@
 """Static, conditional and refusal clamp against naive loops over the whole SAE, and as guardrails of a user's own."""
 
+from __future__ import annotations
+
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from conftest import LAYER, N_FEATURES, WIDTH, make_guardrail, make_sae
-from dsg_cli.artifacts import CalibratedGate, FeatureSet, Guardrail
-from dsg_cli.cli.names import NAMES
-from dsg_cli.export.light import light_file
-from dsg_cli.methods.settings import ConditionalClamp, RefusalClamp, StaticClamp
-from dsg_cli.model import load_model
-from dsg_cli.residuals import read_residual
-from dsg_cli.runtime.guardrail import build_guardrail
-from dsg_cli.runtime.sites import HookSite
-from dsg_cli.runtime.spec import NEVER
-from dsg_cli.sae import read_sae
-from dsg_cli.tokens import pad_rows
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from test_serving import alone, generate
 
-from dsg_cli import guarded, load_guardrail
+from dsg_cli.cli.options import NAMES
+from dsg_cli.data.batches import pad_rows
 from dsg_cli.errors import DsgError
-from dsg_cli.methods import conditional_clamp, refusal_clamp, static_clamp
+from dsg_cli.guardrail.guarded import guarded
+from dsg_cli.guardrail.loading import light_file, load_guardrail
+from dsg_cli.guardrail.runtime.guardrail import build_guardrail
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.guardrail.runtime.spec import NEVER
+from dsg_cli.methods.clamps import (
+    LARGEST_FILE,
+    check_same_sae,
+    conditional_clamping,
+    read_steering,
+    refusal_clamping,
+    static_clamping,
+    steered_clamping,
+)
+from dsg_cli.models.language_model import load_model
+from dsg_cli.models.residuals import read_residual
+from dsg_cli.models.sae import read_sae
 from dsg_cli.recipe import load_recipe
 from dsg_cli.report.tables import artifact_table, headline
-from dsg_cli.settings import CalibrateSection
-from dsg_cli.stages import clamp, select
-from dsg_cli.workspace import Workspace
+from dsg_cli.settings import CalibrateSection, ConditionalClamp, RefusalClamp, StaticClamp
+from dsg_cli.stages import apply as clamp
+from dsg_cli.stages import select as select
+from dsg_cli.stages.stage import QUIET as QUIET_
+from dsg_cli.workspace.artifacts import CalibratedGate, FeatureSet, Guardrail
+from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 SITE, SPECIAL = HookSite(LAYER, "resid_post"), (0, 1, 2)
+
+
 ROWS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 1, 40, 41, 42, 43, 44, 45], [2, 50, 51, 52]]
+
+
 C = 30.0
+
+
 ARCHITECTURES = {"jumprelu": {"bias": 2.0}, "abstopk": {"bias": 0.0, "k": 8}}
+
+
 ANYTHING = {"max_retain_rate": 1.0, "n_features": 6}
 
 
@@ -76,14 +99,14 @@ def both(f, chosen, raised, above):
 
 
 RULES = {
-    static: lambda rates, above: static_clamp.clamping(rates, StaticClamp(**ANYTHING, strength="10r"), C / 10),
-    conditional: lambda rates, above: conditional_clamp.clamping(
+    static: lambda rates, above: static_clamping(rates, StaticClamp(**ANYTHING, strength="10r"), C / 10),
+    conditional: lambda rates, above: conditional_clamping(
         rates, ConditionalClamp(**ANYTHING, above=above, strength=str(C)), 1.0
     ),
-    refusal: lambda rates, above: refusal_clamp.clamping(
+    refusal: lambda rates, above: refusal_clamping(
         rates, RefusalClamp(**ANYTHING, above=above, coefficient=str(C)), 1.0
     ),
-    both: lambda rates, above: refusal_clamp.clamping(
+    both: lambda rates, above: refusal_clamping(
         rates, RefusalClamp(**ANYTHING, above=above, coefficient="10r", clamps_features=True), C / 10
     ),
 }
@@ -201,32 +224,32 @@ RATES = {
 
 class TestSelection:
     def test_drops_what_retain_text_has_and_ranks_by_forget_text(self):
-        found = static_clamp.clamping(RATES, StaticClamp(n_features=4, strength="2r"), 10.0)
+        found = static_clamping(RATES, StaticClamp(n_features=4, strength="2r"), 10.0)
         assert found.indices == [0, 2, 3, 5] and found.coefficients == [-20.0] * 4 and found.above == [0.0] * 4
-        looser = static_clamp.clamping(RATES, StaticClamp(n_features=2, max_retain_rate=0.02), 10.0)
+        looser = static_clamping(RATES, StaticClamp(n_features=2, max_retain_rate=0.02), 10.0)
         assert looser.indices == [4, 0]
 
     @pytest.mark.parametrize(("n", "words"), [(5, "4 features are active"), (9, "4 features are active")])
     def test_too_few_are_an_error_that_says_what_to_change(self, n, words):
-        for method, section in ((static_clamp, StaticClamp), (conditional_clamp, ConditionalClamp)):
+        for method, section in ((static_clamping, StaticClamp), (conditional_clamping, ConditionalClamp)):
             with pytest.raises(DsgError, match=words) as error:
-                method.clamping(RATES, section(n_features=n), 1.0)
+                method(RATES, section(n_features=n), 1.0)
             assert f"methods.{method.__name__.rpartition('.')[2]}.max_retain_rate" in str(error.value)
         none = RATES | {"forget_rate": torch.zeros(7)}
         with pytest.raises(DsgError, match="No features are active"):
-            refusal_clamp.clamping(none, RefusalClamp(), 1.0)
+            refusal_clamping(none, RefusalClamp(), 1.0)
 
     def test_a_stand_in_is_live_and_not_selected_and_said_to_be_one(self):
-        found = refusal_clamp.clamping(RATES, RefusalClamp(n_features=2, coefficient="2r"), 10.0)
+        found = refusal_clamping(RATES, RefusalClamp(n_features=2, coefficient="2r"), 10.0)
         assert (found.indices, found.detectors, found.coefficients) == ([6], [0, 2], [20.0])
         assert found.above == [NEVER, 0.05, 0.05] and "6 is a stand-in" in found.notes[0]
-        named = refusal_clamp.clamping(RATES, RefusalClamp(n_features=2, refusal_feature=1), 10.0)
+        named = refusal_clamping(RATES, RefusalClamp(n_features=2, refusal_feature=1), 10.0)
         assert named.indices == [1] and named.notes == ()
 
     @pytest.mark.parametrize(("feature", "words"), [(0, "is one of those"), (7, "has 7 features; there is no 7 ")])
     def test_a_refusal_feature_that_cannot_be_one(self, feature, words):
         with pytest.raises(DsgError, match=words):
-            refusal_clamp.clamping(RATES, RefusalClamp(n_features=2, refusal_feature=feature), 10.0)
+            refusal_clamping(RATES, RefusalClamp(n_features=2, refusal_feature=feature), 10.0)
 
 
 @pytest.mark.parametrize(
@@ -273,11 +296,11 @@ class TestStage:
         own = ("select.ratio_percentile=60", "select.probe_features=0", "model.device=cpu", *self.SETS, *sets)
         return load_recipe(sets=[*corpora, *model, *own])
 
-    @pytest.mark.parametrize("method", clamp.METHODS)
+    @pytest.mark.parametrize("method", clamp.CLAMP_METHODS)
     def test_makes_a_guardrail_that_acts_on_the_model(self, made, method):
         workspace, folders = made
-        stored = clamp.run(self.recipe(folders), workspace, method)
-        again = clamp.run(self.recipe(folders), workspace, method, session=replace(clamp.QUIET, reuse=True))
+        stored = clamp.run_clamp(self.recipe(folders), workspace, method)
+        again = clamp.run_clamp(self.recipe(folders), workspace, method, session=replace(QUIET_, reuse=True))
         assert again.id == stored.id and stored.header.settings["method"] == method
         body = workspace.read(stored.id).body_as(Guardrail)
         features = workspace.find("features")
@@ -301,23 +324,172 @@ class TestStage:
         before = workspace.ids()
         never = "methods.conditional_clamp.above=99999"
         with pytest.raises(DsgError, match="gate never fires") as error:
-            clamp.run(self.recipe(folders, never), workspace, "conditional-clamp")
+            clamp.run_clamp(self.recipe(folders, never), workspace, "conditional-clamp")
         assert "methods.conditional_clamp" in str(error.value) and workspace.ids() == before
         allowed = self.recipe(folders, never, "guardrail.allow_ineffective=true")
-        assert clamp.run(allowed, workspace, "conditional-clamp").body_as(Guardrail).effect["gate_rate"] == 0
+        assert clamp.run_clamp(allowed, workspace, "conditional-clamp").body_as(Guardrail).effect["gate_rate"] == 0
 
     def test_a_steering_file_takes_the_place_of_statistics(self, made, tmp_path):
         workspace, folders = made
         path = tmp_path / "steering.csv"
         path.write_text("latent_idx,hook_action,steering_coefficient,sae_id\n7,clamp,-9,x/y\n3,,4.5,x/y\n")
         recipe = self.recipe(folders, f"methods.static_clamp.steering_file={path}")
-        stored = clamp.run(recipe, workspace, "static-clamp")
+        stored = clamp.run_clamp(recipe, workspace, "static-clamp")
         body, settings = stored.body_as(Guardrail), stored.header.settings
         assert (body.indices, body.coefficients, body.above) == ([7, 3], [-9.0, 4.5], [0.0, 0.0])
         assert settings["steering_file"] == "steering.csv" and len(settings["steering_sha256"]) == 64
         assert "cannot be told" in stored.header.notes[0]
         assert str(tmp_path).encode() not in light_file(stored.header, body, workspace.tensors(stored))
         with pytest.raises(DsgError, match="those of static-clamp"):
-            clamp.run(self.recipe(folders, f"methods.refusal_clamp.steering_file={path}"), workspace, "refusal-clamp")
+            clamp.run_clamp(
+                self.recipe(folders, f"methods.refusal_clamp.steering_file={path}"), workspace, "refusal-clamp"
+            )
         with pytest.raises(DsgError, match="nothing.csv"):
-            clamp.run(self.recipe(folders, "methods.static_clamp.steering_file=nothing.csv"), workspace, "static-clamp")
+            clamp.run_clamp(
+                self.recipe(folders, "methods.static_clamp.steering_file=nothing.csv"), workspace, "static-clamp"
+            )
+
+
+HEAD = "latent_idx,hook_action,refuse_id,clamp_value,steering_coefficient,sae_id,sae_release,description\n"
+
+
+CANONICAL = "layer_7/width_16k/canonical,gemma-scope-2b-pt-res-canonical"
+
+
+@pytest.fixture
+def read(tmp_path):
+    def run(content):
+        path = tmp_path / "steering.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_steering(path)
+
+    return run
+
+
+def clamping(steering, **options):
+    return steered_clamping(steering, steering.method, n_features=20000, **options)
+
+
+def test_clamp_prime_with_a_coefficient_of_its_own_for_each_feature(read):
+    found = read(
+        HEAD
+        + f'11766,clamp_prime,,,-300,{CANONICAL},"biology, and\nmore"\n'
+        + f"9723.0,,,0.5,-150.5,{CANONICAL},\n\n"
+        + f"4788,CLAMP,,,-3e1,{CANONICAL}\n"
+    )
+    assert found.method == "static-clamp" and [row.line for row in found.rows] == [3, 4, 6]
+    made = clamping(found)
+    assert (made.indices, made.coefficients) == ([11766, 9723, 4788], [-300.0, -150.5, -30.0])
+    assert (made.above, made.clamp, made.detectors) == ([0.0] * 3, "each", [])
+
+
+def test_conditional_in_another_order_of_columns_with_a_byte_order_mark(read):
+    found = read(
+        b"\xef\xbb\xbfmine, steering_coefficient ,clamp_value,latent_idx,hook_action\r\n1,-300,0.5,7,conditional\r\n"
+        b"2,-200,1.5,8, conditional\r\n"
+    )
+    made = clamping(found)
+    assert found.method == "conditional-clamp" and made.clamp == "each"
+    assert (made.indices, made.coefficients, made.above) == ([7, 8], [-300.0, -200.0], [0.5, 1.5])
+    assert check_same_sae(found, "any/thing") == []  # The file names none.
+
+
+def test_refusal(read):
+    found = read(HEAD + "7,refusal,15864,0.05,300,,,\n8,refusal,15864,0.1,300,,,\n")
+    made = clamping(found)
+    assert (made.indices, made.detectors, made.coefficients) == ([15864], [7, 8], [300.0])
+    assert (made.above, made.clamp) == ([NEVER, 0.05, 0.1], "all")
+    also = clamping(found, clamps_features=True)
+    assert (also.indices, also.detectors, also.coefficients) == ([15864, 7, 8], [], [300.0, -300.0, -300.0])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "has no rows"),
+        (HEAD, "has no rows"),
+        ("latent_idx,steering_coefficient\n7,1\n", "line 1: there is no column hook_action"),
+        ("latent_idx,latent_idx,hook_action,steering_coefficient\n", "line 1: the column latent_idx is there twice"),
+        (HEAD + "7,clamp,,,-1,,,\n7,clamp,,,-2,,,\n", "line 3: the feature 7 is there twice"),
+        (HEAD + "7,clamp,,,-1,,,\n8,conditional,,1,-2,,,\n", "line 3: .*actions of one kind"),
+        (HEAD + "7,clmp,,,-1,,,\n", "line 2: there is no action 'clmp'.\nDid you mean clamp"),
+        (HEAD + "7,clamp,,,nan,,,\n", "line 2: steering_coefficient must be a number"),
+        (HEAD + "7,clamp,,,1e9,,,\n", "line 2: steering_coefficient must be a number"),
+        (HEAD + "7,clamp\n", "line 2: steering_coefficient must be a number of sensible size, not ''"),
+        (HEAD + "-7,clamp,,,1,,,\n", "line 2: latent_idx must be a feature's number"),
+        (HEAD + "7.5,clamp,,,1,,,\n", "line 2: latent_idx must be a feature's number"),
+        (HEAD + "7,conditional,,,1,,,\n", "line 2: clamp_value must be a number"),
+        (HEAD + "7,conditional,,-1,1,,,\n", "line 2: clamp_value must be a number"),
+        (HEAD + "7,refusal,,1,1,,,\n", "line 2: refuse_id must be a feature's number"),
+        (HEAD + "7,refusal,9,1,1,,,\n8,refusal,10,1,1,,,\n", "line 3: another refuse_id"),
+        (HEAD + "7,refusal,9,1,1,,,\n8,refusal,9,1,2,,,\n", "line 3: another refuse_id or steering_coefficient"),
+        (HEAD + "7,clamp,,,1,a,b,\n8,clamp,,,1,c,b,\n", "line 3: .*a file is for one SAE"),
+        (HEAD + "7,clamp,,,1,a,b,what,is,this\n", "line 2: there are more values than columns"),
+        (HEAD + '7,clamp,,,1,a,b,"never\nended\n', "this is no CSV"),
+        (HEAD.encode() + b"7,clamp,,,1,,,\n8,clamp,,,1,,,\xff\n", "line 3: this is not UTF-8"),
+        (b"x" * (LARGEST_FILE + 1), "is larger than"),
+    ],
+)
+def test_what_is_wrong_is_one_error_with_its_line(read, content, words):
+    with pytest.raises(DsgError, match=words):
+        read(content)
+
+
+@pytest.mark.parametrize("name", ["nothing.csv", "", "x" * 5000, "a\0b"])
+def test_a_file_that_is_not_there(name):
+    with pytest.raises(DsgError, match="There is no steering file"):
+        read_steering(Path(name))
+
+
+def test_features_and_methods_that_do_not_fit(read):
+    found = read(HEAD + "7,clamp,,,1,,,\n99,clamp,,,1,,,\n")
+    with pytest.raises(DsgError, match="line 3: the SAE has 48 features; no 99"):
+        steered_clamping(found, "static-clamp", n_features=48)
+    with pytest.raises(DsgError, match="those of static-clamp, not of refusal-clamp"):
+        steered_clamping(found, "refusal-clamp", n_features=200)
+    refusal = read(HEAD + "7,refusal,99,1,1,,,\n")
+    with pytest.raises(DsgError, match="no 99"):
+        steered_clamping(refusal, "refusal-clamp", n_features=48)
+    with pytest.raises(DsgError, match="is one of those"):
+        clamping(read(HEAD + "7,refusal,7,1,1,,,\n"))
+
+
+def test_the_sae_that_it_names_is_that_of_the_features(read):
+    found = read(HEAD + f"7,clamp,,,1,{CANONICAL},\n")
+    assert check_same_sae(found, "gemma-scope-2b-pt-res-canonical/layer_7/width_16k/canonical") == []
+    assert check_same_sae(found, "gemma-scope-2b-pt-res/layer_7/width_16k/average_l0_69") == []  # The same weights.
+    for other in (
+        "gemma-scope-2b-pt-res-canonical/layer_8/width_16k/canonical",
+        "gpt2-small-res-jb/blocks.7.hook_resid_pre",
+    ):
+        with pytest.raises(DsgError, match="the features are of"):
+            check_same_sae(found, other)
+    for elsewhere in ("lab", "/home/someone/sae"):
+        (note,) = check_same_sae(found, elsewhere)
+        assert "cannot be told" in note
+    named = read(HEAD + "7,clamp,,,1,layer_7/width_16k/canonical,,\n")
+    assert check_same_sae(named, "gemma-scope-2b-pt-res-canonical/layer_7/width_16k/canonical") == []
+    with pytest.raises(DsgError, match="the features are of"):
+        check_same_sae(named, "gemma-scope-2b-pt-res-canonical/layer_8/width_16k/canonical")
+
+
+CELLS = st.sampled_from(["7", "8", "clamp", "refusal", "conditional", "", "-1", "1e400", "0.5", "x", '"', "\x00", "é"])
+
+
+LINES = st.lists(st.lists(CELLS, max_size=9).map(",".join), max_size=5).map(
+    lambda lines: (HEAD + "\n".join(lines)).encode()
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=200) | st.text(max_size=80).map(lambda text: (HEAD + text).encode(errors="replace")) | LINES)
+@example(HEAD.encode() + b"7" * 200_000)
+@example(HEAD.encode() + b"\r7,clamp,,,1\r")
+@example(HEAD.encode() + b"7,clamp,,,1+1e-,,,")
+def test_any_bytes_are_a_clamp_or_one_error(read, content):
+    try:
+        found = read(content)
+    except DsgError as error:
+        assert len(str(error).splitlines()) <= 3 and len(str(error)) < 600
+    else:
+        assert found.rows and len({row.index for row in found.rows}) == len(found.rows)

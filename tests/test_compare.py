@@ -1,5 +1,7 @@
 """Methods side by side: the same search for each, one table, and a row that says why where a method fails."""
 
+from __future__ import annotations
+
 import io
 import json
 import os
@@ -8,19 +10,20 @@ from pathlib import Path
 
 import pytest
 from conftest import write_task
-from dsg_cli.artifacts import Comparison
-from dsg_cli.interruption import Signalled, install
-from dsg_cli.methods.names import METHODS, section_of
-from dsg_cli.stages.session import Session
 from rich.console import Console
 
 from dsg_cli.errors import DsgError
+from dsg_cli.methods import METHODS, section_of
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.comparison import comparison_markdown, comparison_table
-from dsg_cli.stages import compare
-from dsg_cli.workspace import Workspace
+from dsg_cli.stages import compare as compare
+from dsg_cli.stages.stage import Session
+from dsg_cli.workspace.files import Signalled, install
+from dsg_cli.workspace.results import Comparison
+from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETS = [
     *("compare.budget=2", "eval.limit=12", "attack.known_questions=4", "compare.relearn_steps=[0, 2]"),
     *("compare.other=[lab-far]", "compare.saes=[lab-1]", "compare.sequence=[lab-ciphers]", "corpora.limit=120"),

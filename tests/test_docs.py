@@ -1,5 +1,7 @@
 """Every command that the README shows parses, and every file that it names exists."""
 
+from __future__ import annotations
+
 import itertools
 import re
 import shlex
@@ -9,8 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
 README = (ROOT / "README.md").read_text()
+
+
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+
+
 COMMANDS = sorted(
     {match for block in BLOCKS for match in re.findall(r"(?:^|\(|&& \S*/)(dsg [^)\n]*)", block, flags=re.M)}
 )

@@ -1,5 +1,7 @@
 """Plain training: what is read of a corpus, what a model knows afterwards, and what is unlearned from it then."""
 
+from __future__ import annotations
+
 import copy
 import json
 import math
@@ -8,29 +10,34 @@ from collections import Counter
 import pytest
 import torch
 from conftest import write_task
-from dsg_cli.artifacts import EvalReport, FeatureSet, ModelWeights
-from dsg_cli.corpora import Corpus, part_of
-from dsg_cli.methods.comparison import CompareSection, compared
-from dsg_cli.methods.given import Given
-from dsg_cli.methods.lesson import lesson_of
-from dsg_cli.methods.settings import Finetune
-from dsg_cli.model import load_model, whole_digest
-from dsg_cli.report.demo import chain_summary
-from dsg_cli.report.methods import composed, model_rows
-from dsg_cli.stages.chain import settle
-from dsg_cli.stages.plan import plan
-from dsg_cli.stages.subject import find_subject
 from papers import BOS, SPECIAL, Watched, nll, run, token_logs
 from transformers import AutoModelForCausalLM
 
+from dsg_cli.data.corpora import Corpus, part_of
 from dsg_cli.errors import DsgError
-from dsg_cli.methods import finetune
-from dsg_cli.methods.text import Text
+from dsg_cli.methods.losses import unlearn_finetune
+from dsg_cli.methods.text import Text, lesson_of
+from dsg_cli.methods.training import Given
+from dsg_cli.models.language_model import load_model, whole_digest
 from dsg_cli.recipe import load_recipe
-from dsg_cli.stages import compare, evaluate, method, run_recipe
-from dsg_cli.workspace import Workspace
+from dsg_cli.report.evaluations import composed
+from dsg_cli.report.summary import chain_summary
+from dsg_cli.report.tables import model_rows
+from dsg_cli.settings import CompareSection, Finetune
+from dsg_cli.stages import apply as method
+from dsg_cli.stages import compare as compare
+from dsg_cli.stages import evaluate as evaluate
+from dsg_cli.stages import run as run_recipe
+from dsg_cli.stages.compare import compared
+from dsg_cli.stages.inputs import find_subject
+from dsg_cli.stages.run import plan
+from dsg_cli.stages.stage import settle
+from dsg_cli.workspace.artifacts import FeatureSet, ModelWeights
+from dsg_cli.workspace.results import EvalReport
+from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 EOS = 1
 
 
@@ -92,7 +99,7 @@ def test_the_loss_is_that_of_the_tokens_that_count(model):
     rows, first = [[BOS, 9, 8, 7, 6], [BOS, 5, 4], [BOS, 11, 12, 13]], [3, 0, 1]
     text = Watched(rows, [0] * 3, [1.0], 0, SPECIAL, "cpu", first)
     settings = Finetune(steps=1, batch_size=3, accumulation=1, learning_rate=1e-3)
-    changed, *_ = run(model, finetune, settings, text, text)
+    changed, *_ = run(model, unlearn_finetune, settings, text, text)
     logs = [one for row, start in zip(rows, first, strict=True) for one in token_logs(model, row)[max(start, 1) - 1 :]]
     assert len(logs) == 2 + 2 + 3
     assert changed.losses[0]["loss"] == pytest.approx(-sum(logs).item() / len(logs), rel=1e-5)
@@ -101,11 +108,11 @@ def test_the_loss_is_that_of_the_tokens_that_count(model):
 @pytest.mark.parametrize(("epochs", "n_steps"), [(1.0, 2), (3.0, 6), (0.1, 1), (2.5, 5)])
 def test_an_epoch_is_every_row_once(model, epochs, n_steps):
     text = Watched([[BOS, 4 + i, 5 + i] for i in range(8)], [0] * 8, [1.0], 0, SPECIAL, "cpu")
-    changed, *_ = run(model, finetune, Finetune(epochs=epochs, batch_size=2, accumulation=2), text, text)
+    changed, *_ = run(model, unlearn_finetune, Finetune(epochs=epochs, batch_size=2, accumulation=2), text, text)
     assert len(changed.losses) == n_steps == max(1, math.ceil(epochs * 2))
     counts = Counter(text.drawn[0])
     assert sum(counts.values()) == 4 * n_steps and max(counts.values()) - min(counts.values()) <= 1
-    assert finetune.n_steps(Finetune(steps=7, epochs=epochs), 8) == 7
+    assert n_steps(Finetune(steps=7, epochs=epochs), 8) == 7
 
 
 def test_a_trained_model_knows_the_text_word_for_word(model):
@@ -115,7 +122,7 @@ def test_a_trained_model_knows_the_text_word_for_word(model):
     own = copy.deepcopy(model)
     text = Text(rows, [0] * 4, [1.0], 0, SPECIAL, "cpu")
     settings = Finetune(epochs=200, batch_size=4, accumulation=1, learning_rate=1e-2)
-    changed = finetune.unlearn(Given(own, None, text, text), settings)
+    changed = unlearn_finetune(Given(own, None, text, text), settings)
     losses = [one["loss"] for one in changed.losses]
     assert losses[0] == pytest.approx(nll(model, rows).item(), rel=1e-5) and losses[0] > 2
     assert losses[-1] == pytest.approx(math.log(4) / 8, rel=0.05)
@@ -149,9 +156,9 @@ def recipe(folders, tmp_path_factory):
 def made(recipe, tmp_path_factory):
     """A target (model-001), another method on it (model-002), and what `dsg` makes on it."""
     workspace = Workspace(tmp_path_factory.mktemp("made"))
-    method.run(recipe(), workspace, "finetune")
-    method.run(recipe("model.source=model-001"), workspace, "npo")
-    method.run(recipe(), workspace, "dsg", source="model-001")
+    method.run_method(recipe(), workspace, "finetune")
+    method.run_method(recipe("model.source=model-001"), workspace, "npo")
+    method.run_method(recipe(), workspace, "dsg", source="model-001")
     return workspace
 
 
@@ -192,9 +199,9 @@ def test_what_was_taught_is_what_is_unlearned_from(made, recipe, folders):
 
 def test_adapters_make_a_target_too(recipe, tmp_path, folders):
     workspace = Workspace(tmp_path)
-    stored = method.run(recipe("methods.finetune.lora=true"), workspace, "finetune")
+    stored = method.run_method(recipe("methods.finetune.lora=true"), workspace, "finetune")
     assert stored.body_as(ModelWeights).form == "adapter"
-    method.run(recipe("model.source=model-001"), workspace, "npo")
+    method.run_method(recipe("model.source=model-001"), workspace, "npo")
     subject = find_subject(workspace, ["model-002"])
     assert subject.base == str(tmp_path / "model-001") and len(subject.weights) == 1
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model-002")
@@ -202,7 +209,7 @@ def test_adapters_make_a_target_too(recipe, tmp_path, folders):
 
 def test_a_limit_and_a_weight_are_its_own(recipe, tmp_path, folders):
     sets = ["methods.finetune.limit=12", f"methods.finetune.corpora=[{folders['forget.jsonl']}=3]", "corpora.limit=20"]
-    settings = method.run(recipe(*sets), Workspace(tmp_path), "finetune").header.settings
+    settings = method.run_method(recipe(*sets), Workspace(tmp_path), "finetune").header.settings
     assert settings["limit"] == 12 and settings["train"][0]["documents"] == 12 and settings["train"][0]["weight"] == 3.0
 
 

@@ -1,10 +1,13 @@
 """Gate statistics against plain loops: whole, in chunks, padded and packed."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
 import torch
-from dsg_cli.runtime.gates import CAUSAL_FORMS, CUSUM_CAP, FORMS, Gate
+
+from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS, CUSUM_CAP, FORMS, Gate
 
 
 def plain(form, signal, counted, window=4):

@@ -1,5 +1,7 @@
 """Whatever a file that others made holds: what it is read as, or one DsgError; never another exception."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import itertools
@@ -25,8 +27,6 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("properties")
 
 
-# Corpora, and other files of text.
-
 ROWS = [{"text": f"document number {i}, é", "other": i, "none": None} for i in range(12)]
 
 
@@ -47,12 +47,16 @@ VALID = {
     ".parquet": parquet(ROWS),
     ".txt": "\n\n".join(row["text"] for row in ROWS).encode(),
 }
+
+
 DEEP = b"[" * 100_000
+
+
 MANY_DIGITS = b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n"
 
 
 def load(path, content, column=""):
-    from dsg_cli.corpora import load_corpus
+    from dsg_cli.data.corpora import load_corpus
 
     path.write_bytes(content)
     return refused(load_corpus, f"{path}{column}")
@@ -116,7 +120,7 @@ def test_columns_of_parquet_that_are_hard_to_read(root):
 @tries(60)
 @given(TEXT | st.builds("{}{}{}".format, st.sampled_from(["lab-hexes", "hf:a/b", "."]), st.sampled_from("=#@:"), TEXT))
 def test_any_name_of_a_corpus(name):
-    from dsg_cli.corpora import check_disjoint, parse_name
+    from dsg_cli.data.corpora import check_disjoint, parse_name
 
     refused(parse_name, name)
     refused(check_disjoint, [name], [name + "x"])
@@ -132,8 +136,8 @@ def test_any_name_of_a_corpus(name):
 @example(b'{"question_ids": {"wmdp-bio-paper": 1}}')
 @example(b'{"wmdp-bio-paper": [1, null, {}]}')
 def test_any_bytes_as_prompts_and_as_question_ids(root, content):
-    from dsg_cli.benches.paper import read_question_ids
-    from dsg_cli.prompt_files import read_prompts
+    from dsg_cli.data.readers import read_prompts
+    from dsg_cli.evals.paper_protocol import read_question_ids
 
     for path in (root / "file.jsonl", root / "file.txt", root / "file.json"):
         path.write_bytes(content)
@@ -143,9 +147,9 @@ def test_any_bytes_as_prompts_and_as_question_ids(root, content):
 
 
 def test_paths_that_cannot_be(root):
-    from dsg_cli.benches.paper import read_question_ids
-    from dsg_cli.export.light import read_light
-    from dsg_cli.prompt_files import read_prompts
+    from dsg_cli.data.readers import read_prompts
+    from dsg_cli.evals.paper_protocol import read_question_ids
+    from dsg_cli.guardrail.loading import read_light
 
     for name in ("a" * 5000, "x\x00y", "\ud800", str(root)):
         assert refused(read_prompts, [], Path(name)) is None
@@ -153,16 +157,13 @@ def test_paths_that_cannot_be(root):
         assert refused(read_light, Path(name)) is None
 
 
-# Light files and checkpoints.
-
-
 @pytest.fixture(scope="module")
 def light(root):
     """A light file's content, and what it is made of."""
-    from dsg_cli.export.light import light_file
     from safetensors.torch import load
 
-    from dsg_cli.workspace import Workspace
+    from dsg_cli.guardrail.loading import light_file
+    from dsg_cli.workspace.store import Workspace
 
     workspace = Workspace(DATA / "schema-2")
     stored = workspace.read("guardrail-001")
@@ -172,7 +173,7 @@ def light(root):
 
 
 def test_any_bytes_as_a_light_file(root, light):
-    from dsg_cli.export.light import read_light
+    from dsg_cli.guardrail.loading import read_light
 
     path = root / "light.safetensors"
     path.write_bytes(light[0])
@@ -190,10 +191,11 @@ def test_any_bytes_as_a_light_file(root, light):
 
 def test_a_light_file_whose_digests_agree_and_whose_parts_do_not(root, light):
     """Other tensors, or another JSON object, with the digests that they should have."""
-    from dsg_cli.export.light import TENSORS_DIGEST, read_light
-    from dsg_cli.integrity import digest_of
-    from dsg_cli.runtime.spec import tensors_digest
     from safetensors.torch import save
+
+    from dsg_cli.guardrail.loading import TENSORS_DIGEST, read_light
+    from dsg_cli.guardrail.runtime.spec import tensors_digest
+    from dsg_cli.workspace.files import digest_of
 
     _, data, tensors = light
     path = root / "light.safetensors"
@@ -230,7 +232,7 @@ def test_a_light_file_whose_digests_agree_and_whose_parts_do_not(root, light):
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
 def test_a_guardrail_of_no_features_is_one(root, architecture):
-    from dsg_cli.sae import read_sae
+    from dsg_cli.models.sae import read_sae
 
     make_sae(root / architecture, architecture, **({"k": 5} if architecture == "topk" else {}))
     sae = read_sae(str(root / architecture))
@@ -242,7 +244,7 @@ def test_a_guardrail_of_no_features_is_one(root, architecture):
 def test_any_bytes_as_a_checkpoint(root):
     import hashlib
 
-    from dsg_cli.checkpoints import MAGIC, Checkpoint, check_checkpoint
+    from dsg_cli.workspace.checkpoints import MAGIC, Checkpoint, check_checkpoint
 
     path = root / "x.checkpoint"
     made = Checkpoint(path)
@@ -272,12 +274,8 @@ def test_any_bytes_as_a_checkpoint(root):
     check()
 
 
-# Folders of SAEs and models.
-
-
 def test_any_configuration_of_an_sae(root, model):
-    from dsg_cli.fit import check_fits
-    from dsg_cli.sae import read_sae
+    from dsg_cli.models.sae import check_fits, read_sae
 
     make_sae(root / "sae")
     config = root / "sae" / "cfg.json"

@@ -1,7 +1,10 @@
 """dsg inspect: what features are about, on fakes for the arithmetic and on the lab for the chain."""
 
+from __future__ import annotations
+
 import io
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,26 +12,38 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LAYER, N_FEATURES, WIDTH, make_sae
-from dsg_cli.artifacts import Guardrail, Inspection
-from dsg_cli.contexts import AFTER, BEFORE, NOTHING, Contexts, distinct_contexts
-from dsg_cli.corpora import Corpus, load_corpora
-from dsg_cli.directions import decoder_rows, nearest_features
-from dsg_cli.doubts import Evidence, doubts, is_bare
-from dsg_cli.lens import lens_logits, logit_lens
-from dsg_cli.model import load_model, load_tokenizer
-from dsg_cli.residuals import read_residual
-from dsg_cli.roles import Chosen, chosen_by
-from dsg_cli.runtime.sites import HookSite
-from dsg_cli.sae import load_encoder, read_sae
-from dsg_cli.stages.inspect_text import Group, Rows
-from dsg_cli.stages.inspecting import Read, doubts_of, template_tokens, with_near
-from dsg_cli.tokens import encode
+from conftest import LAYER, N_FEATURES, WIDTH, make_guardrail, make_sae
 from rich.console import Console
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from dsg_cli.data.corpora import Corpus, load_corpora
+from dsg_cli.data.tokens import encode, token_texts
+from dsg_cli.errors import DsgError
+from dsg_cli.guardrail.runtime.gates import FORMS
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.guardrail.selection import Chosen, chosen_by
+from dsg_cli.inspection.contexts import AFTER, BEFORE, NOTHING, Contexts, distinct_contexts, read_contexts
+from dsg_cli.inspection.features import (
+    Evidence,
+    Group,
+    Read,
+    Rows,
+    doubts,
+    doubts_of,
+    is_bare,
+    template_tokens,
+    with_near,
+)
+from dsg_cli.inspection.lens import decoder_rows, lens_logits, logit_lens, nearest_features
+from dsg_cli.inspection.trace import trace
+from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer
+from dsg_cli.models.residuals import read_residual
+from dsg_cli.models.sae import load_encoder, read_sae
+from dsg_cli.models.sae_slice import chosen_columns
 from dsg_cli.report.inspections import block_lines, inspection_view
-from dsg_cli.workspace import Workspace
+from dsg_cli.workspace.artifacts import Guardrail
+from dsg_cli.workspace.results import Inspection
+from dsg_cli.workspace.store import Workspace
 
 SITE = HookSite(LAYER, "resid_post")
 
@@ -101,7 +116,7 @@ class TestLens:
 
 
 def test_nearest_features_are_those_of_all_pairs(sae, monkeypatch):
-    monkeypatch.setattr("dsg_cli.directions.CHUNK", 7)
+    monkeypatch.setattr("dsg_cli.inspection.lens.CHUNK", 7)
     rows = decoder_rows(sae, range(N_FEATURES))
     cosine = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1).fill_diagonal_(-2)
     for j, found in zip((0, 13, 47), nearest_features(sae, [0, 13, 47], 3), strict=True):
@@ -411,3 +426,254 @@ def test_what_a_corpus_holds_is_shown_not_obeyed(inspected, lab):
     text = out.getvalue()
     assert "\x1b]" not in text and "\x1b[2J" not in text and "\x07" not in text and "\r" not in text
     assert "\u202e" not in text and "\ud800" not in text and "\\x1b]0;mine" in text and "[bold]" in text
+
+
+SITE_CONTEXTS = HookSite(LAYER, "resid_post")
+
+
+N = 3
+
+
+@pytest.fixture(scope="module")
+def sae_contexts(tmp_path_factory):
+    return make_sae(tmp_path_factory.mktemp("sae"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(5)
+    lengths = [1, 3, 8, 20, 40, 41, 2, 60, 5, 17]
+    return [[2, *torch.randint(4, 64, (length,), generator=generator).tolist()] for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def acts(model, sae_contexts, rows):
+    """Of each row alone, [L, F]; 0 on BOS."""
+    found = []
+    for row in rows:
+        ids = torch.tensor([row])
+        acts_LF = sae_contexts.encode(read_residual(model, SITE_CONTEXTS, ids, torch.ones_like(ids))[0]).detach()
+        acts_LF[0] = 0
+        found.append(acts_LF)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(model, tokenizer, sae_contexts, rows):
+    return read_contexts(model, SITE_CONTEXTS, sae_contexts.encode, rows, tokenizer, n_contexts=N)
+
+
+def test_rates_and_means_are_those_of_counted_tokens(found, acts, rows):
+    all_TF = torch.cat([one[1:] for one in acts])
+    assert found.n_tokens == len(all_TF) == sum(len(row) - 1 for row in rows)
+    torch.testing.assert_close(found.rate_C.float(), (all_TF != 0).float().mean(0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.mean_C.float(), all_TF.mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_the_strongest_rows_of_each_feature(found, acts, rows):
+    seen = 0
+    for j in range(N_FEATURES):
+        peaks = torch.stack([one[:, j].max() for one in acts])
+        best = peaks.sort(descending=True).values[:N]
+        torch.testing.assert_close(found.peak_CN[j], best.clamp(min=0), atol=1e-4, rtol=1e-4)
+        for n in range(N):
+            row = int(found.row_CN[j, n])
+            if best[n] <= 1e-4:
+                assert row == NOTHING and found.peak_CN[j, n] == 0
+                continue
+            seen += 1
+            position = int(found.position_CN[j, n])
+            torch.testing.assert_close(acts[row][position, j], found.peak_CN[j, n], atol=1e-4, rtol=1e-4)
+            inside = range(max(0, position - BEFORE), min(len(rows[row]), position + AFTER + 1))
+            kept = found.ids_CNW[j, n] != NOTHING
+            assert found.ids_CNW[j, n][kept].tolist() == [rows[row][i] for i in inside]
+            torch.testing.assert_close(found.acts_CNW[j, n][kept], acts[row][list(inside), j], atol=1e-4, rtol=1e-4)
+            assert found.acts_CNW[j, n][~kept].eq(0).all()
+            assert found.acts_CNW[j, n, BEFORE] == found.peak_CN[j, n]
+    assert seen > N_FEATURES  # Of most features there is something to see.
+
+
+def test_some_features_are_read_as_all_are(model, tokenizer, sae_contexts, rows, found):
+    some = [7, 3, 40]
+    of_some = read_contexts(
+        model, SITE_CONTEXTS, lambda resid_TD: sae_contexts.encode(resid_TD)[:, some], rows, tokenizer, n_contexts=N
+    )
+    for name in ("rate_C", "mean_C", "peak_CN", "row_CN", "ids_CNW", "acts_CNW"):
+        assert torch.equal(getattr(of_some, name), getattr(found, name)[some]), name
+
+
+def test_text_without_a_token_that_counts_is_refused(model, tokenizer, sae_contexts):
+    with pytest.raises(DsgError, match="no token that counts"):
+        read_contexts(model, SITE_CONTEXTS, sae_contexts.encode, [[2], [2, 1]], tokenizer, n_contexts=N)
+
+
+def test_activations_that_are_not_finite_are_refused(model, tokenizer, rows):
+    with pytest.raises(DsgError, match="not finite"):
+        read_contexts(model, SITE_CONTEXTS, lambda resid_TD: resid_TD / 0, rows, tokenizer, n_contexts=N)
+
+
+DATA = Path(__file__).parent / "data"
+
+
+HEX = "Question: What is the counter of the grim hex Rahurk? Answer:"
+
+
+CHARM = "Question: What is the binder of the kindly charm Zivoth? Answer:"
+
+
+CLAMPED, WATCHED = [3, 11, 20, 31], [11, 5, 40]
+
+
+IDS = [2, *range(4, 44)]
+
+
+@pytest.fixture(scope="module")
+def sae_tracing(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sae")
+    make_sae(folder, bias=4.0)
+    return read_sae(str(folder))
+
+
+@pytest.fixture(scope="module")
+def loaded(model, tokenizer):
+    return LoadedModel(model, tokenizer, "fake", 3)
+
+
+def guard_of(sae_tracing, form, threshold):
+    detecting = {
+        "probe": {"weights": [0.3, -0.2, 0.5], "bias": -0.5, "clip": 3.0},
+        "window": {},
+        "cusum": {"clip": 9.0},
+    }
+    more = {"detectors": WATCHED, **detecting[form]} if form in detecting else {}
+    return make_guardrail(sae_tracing, CLAMPED, gate=form, threshold=threshold, strength=7.0, **more)
+
+
+def seen(loaded, guard, ids=IDS):
+    features = [Chosen(index, []) for index in chosen_columns(CLAMPED, WATCHED)][: len(guard.detect)]
+    return trace(loaded, ids, site=guard.read, encode=lambda x: guard.slice(x).acts, features=features, guard=guard)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_gate_is_shown_as_it_decides(loaded, sae_tracing, form):
+    open_ = seen(loaded, guard_of(sae_tracing, form, 0.0)).gate
+    # A threshold that is crossed on the way, so that tokens on either side are compared.
+    values = sorted(set(open_.statistic))
+    threshold = values[len(values) // 2] - 1e-6 if form != "mean" else 0.0
+    guard = guard_of(sae_tracing, form, threshold)
+    found = seen(loaded, guard)
+    ids = torch.tensor([IDS])
+    resid = read_residual(loaded.model, guard.read, ids, torch.ones_like(ids))
+    decision = guard.decide(resid, ~torch.isin(ids, torch.tensor([0, 1, 2])))
+    gate = found.gate
+    assert gate.statistic == decision.statistic_BL[0].tolist() and gate.gated == decision.gated_BL[0].tolist()
+    edited = guard.edit(resid, decision)[0] - resid[0]
+    torch.testing.assert_close(
+        torch.tensor(gate.edit), edited.norm(dim=-1) / resid[0].norm(dim=-1), atol=1e-4, rtol=1e-3
+    )
+    assert gate.clamped == (edited.abs().amax(-1) > 0).tolist() and any(gate.clamped)
+    assert not found.counted[0] and gate.score[0] == 0 and all(found.counted[1:])
+    if form == "mean":
+        assert gate.latched_at is None and len(set(gate.statistic)) == 1
+        assert gate.statistic[0] == pytest.approx(sum(gate.score) / (len(IDS) - 1))
+    else:
+        first = gate.latched_at
+        assert not any(gate.gated[:first]) and all(gate.gated[first:])
+        assert form == "token" or first > 0
+
+
+def test_the_score_is_that_of_the_activations_shown(loaded, sae_tracing):
+    guard = guard_of(sae_tracing, "probe", 2.0)
+    found = seen(loaded, guard)
+    acts = {one.index: values for one, values in zip(found.features, found.activations, strict=True)}
+    for i, score in enumerate(found.gate.score[1:], start=1):
+        logit = 0.3 * acts[11][i] - 0.2 * acts[5][i] + 0.5 * acts[40][i] - 0.5
+        assert score == pytest.approx(min(max(logit, -3), 3) + 3, abs=1e-4)
+    assert found.gate.floor == 2.5  # Of a token on which nothing is active: clip and bias.
+
+
+def test_a_gate_that_stays_shut_clamps_nothing(loaded, sae_tracing):
+    gate = seen(loaded, guard_of(sae_tracing, "window", 1e9)).gate
+    assert gate.latched_at is None and not any(gate.gated) and not any(gate.clamped) and not any(gate.edit)
+
+
+def test_a_residual_that_is_not_finite_is_refused(loaded, sae_tracing, monkeypatch):
+    guard = guard_of(sae_tracing, "window", 1.0)
+    monkeypatch.setattr("dsg_cli.inspection.trace.read_residual", lambda *_: torch.full((1, len(IDS), 16), math.nan))
+    with pytest.raises(DsgError, match="not finite"):
+        seen(loaded, guard)
+
+
+def test_the_texts_of_tokens_make_up_the_text(loaded):
+    ids = loaded.tokenizer("w1 w2 w30", add_special_tokens=False)["input_ids"]
+    assert token_texts(loaded.tokenizer, ids) == ["w1", " w2", " w30"] and token_texts(loaded.tokenizer, []) == []
+
+
+class TestCommand:
+    @pytest.fixture
+    def workspaces(self, tmp_path):
+        for schema in (1, 2):
+            shutil.copytree(DATA / f"schema-{schema}", tmp_path / f"w{schema}")
+        return tmp_path
+
+    def test_as_generate_traces_the_same_prompt(self, dsg, workspaces):
+        code, out, err = dsg("inspect", "-w", workspaces / "w2", "--prompt", HEX, "--prompt", CHARM, "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        code, out, _ = dsg("generate", HEX, CHARM, "-w", workspaces / "w2", "--max-new-tokens", 2, "--json")
+        for one, answer in zip(found, json.loads(out), strict=True):
+            of_generate = answer["guarded"]["gates"][0]
+            n = len(one["tokens"])
+            assert one["prompt"] == answer["prompt"] and one["inspected"] == of_generate["guardrail"]
+            assert [token.strip() for token in one["tokens"]] == answer["guarded"]["tokens"][:n]
+            assert one["gate"]["statistic"] == pytest.approx(of_generate["statistic"][:n], abs=1e-5)
+            assert one["gate"]["threshold"] == of_generate["threshold"]
+        hex_, charm = (one["gate"]["latched_at"] for one in found)
+        assert found[0]["tokens"][hex_] == " grim" and charm is None
+        assert "".join(found[0]["tokens"][1:]).startswith(" Question: What is the counter")
+        roles = {one["index"]: (one["roles"], one["weight"]) for one in found[0]["features"]}
+        assert roles[331] == (["clamped", "watched"], 1.0) and roles[25] == (["clamped"], None)
+
+    def test_a_table_beside_the_colours(self, dsg, workspaces):
+        code, out, _ = dsg("inspect", "-w", workspaces / "w2", "--prompt", HEX)
+        assert code == 0 and "«grim»" in out and max(map(len, out.splitlines())) <= 80
+        (row,) = (line for line in out.splitlines() if " grim " in line and line[0].isdigit())
+        assert row.split()[:2] == ["10", "grim"] and "opens" in row and "331* 8.55" in row
+
+    def test_the_papers_gate_and_a_selection(self, dsg, workspaces):
+        code, out, _ = dsg("inspect", "guardrail-001", "-w", workspaces / "w1", "--prompt", HEX)
+        assert code == 0 and "gated the whole text" in out and "opens" not in out
+        code, out, _ = dsg("inspect", "features-001", "-w", workspaces / "w1", "--prompt", HEX, "--json")
+        (found,) = json.loads(out)
+        assert found["gate"] is None and [one["index"] for one in found["features"]][:2] == [331, 468]
+        assert max(found["features"][0]["activations"]) == pytest.approx(9.56, abs=0.01)
+        code, out, _ = dsg(
+            "inspect", "-w", workspaces / "w1", "--prompt", HEX, "--feature", 25, "--feature", 3, "--json"
+        )
+        (found,) = json.loads(out)
+        shown = [(one["index"], one["roles"]) for one in found["features"]]
+        assert shown == [(25, ["clamped", "watched"]), (3, [])] and found["gate"]["form"] == "mean"
+
+    def test_what_is_in_a_prompt_does_not_reach_the_terminal(self, dsg, workspaces):
+        code, out, _ = dsg("inspect", "-w", workspaces / "w2", "--prompt", "the \x1b[31mgrim\x07 hex \u202e?")
+        assert code == 0 and "\x1b" not in out and "\x07" not in out and "\u202e" not in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("--prompt", " "), "empty"),
+            (("--prompt", "x", "--chat"), "no chat template"),
+            (("--prompt", "hex " * 3000), "leaves room for 0"),
+            (("--prompt", "x", "--feature", "99999"), "there is no 99999"),
+            (("--prompt", "x", "--feature", "-1"), "there is no -1"),
+            (("threshold-001", "--prompt", "x"), "takes a guardrail or features"),
+            (("guardrail-009", "--prompt", "x"), "no artifact guardrail-009"),
+        ],
+    )
+    def test_refusals(self, dsg, workspaces, arguments, words):
+        code, out, err = dsg("inspect", *arguments, "-w", workspaces / "w2")
+        assert code == 1 and words in err and not out, err
+
+    def test_an_empty_workspace(self, dsg, tmp_path):
+        code, _, err = dsg("inspect", "--prompt", "x", "-w", tmp_path / "none")
+        assert code == 1 and "dsg select" in err

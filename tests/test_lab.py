@@ -1,22 +1,26 @@
 """The shipped lab: its world is balanced and honest, its model knows it, its SAEs explain it."""
 
+from __future__ import annotations
+
 import json
 import random
 import re
 
 import pytest
 import torch
-from dsg_cli.lab.autoencoder import measure_sae
-from dsg_cli.lab.language_model import bench_accuracies, training_rows
-from dsg_cli.lab.settings import LabSettings
-from dsg_cli.lab.words import DOMAINS_OF
-from dsg_cli.model import load_model
-from dsg_cli.runtime.sites import HookSite
 
-from dsg_cli.lab import data, words, world
-from dsg_cli.lab.training import write_texts
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.lab import data as data
+from dsg_cli.lab import world as words
+from dsg_cli.lab import world as world
+from dsg_cli.lab.data import LabSettings
+from dsg_cli.lab.training import bench_accuracies, measure_sae, training_rows, write_texts
+from dsg_cli.lab.world import DOMAINS_OF
+from dsg_cli.models.language_model import load_model
 
 WORLD = world.build_world()
+
+
 WORD = re.compile(r"[A-Za-z]+")
 
 

@@ -1,5 +1,7 @@
 """Methods that change weights against their papers' formulas (papers.py): losses, steps, and what they are made of."""
 
+from __future__ import annotations
+
 import copy
 import math
 import re
@@ -8,20 +10,6 @@ import papers
 import pytest
 import torch
 from conftest import WIDTH
-from dsg_cli.methods.given import Given
-from dsg_cli.methods.mentions import Mentions
-from dsg_cli.methods.settings import (
-    Finetune,
-    GradDiff,
-    GradientAscent,
-    Npo,
-    Rmu,
-    SaeRepresentation,
-    Scrub,
-    SimNpo,
-    Ssd,
-    Sspu,
-)
 from papers import (
     ENDS,
     FEATURES,
@@ -36,33 +24,98 @@ from papers import (
     run,
     text,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dsg_cli.errors import DsgError
-from dsg_cli.methods import finetune, grad_diff, gradient_ascent, npo, rmu, sae_representation, scrub, simnpo, ssd, sspu
+from dsg_cli.methods.losses import (
+    factors,
+    npo_loss,
+    unlearn_finetune,
+    unlearn_grad_diff,
+    unlearn_gradient_ascent,
+    unlearn_npo,
+    unlearn_scrub,
+    unlearn_simnpo,
+    unlearn_ssd,
+)
+from dsg_cli.methods.representation import (
+    find_mentions,
+    orthonormal,
+    random_direction,
+    stream_sides,
+    unlearn_rmu,
+    unlearn_sae_representation,
+    unlearn_sspu,
+    with_unknown_names,
+)
+from dsg_cli.methods.text import Mentions, Text
+from dsg_cli.methods.training import Given
+from dsg_cli.settings import Finetune, GradDiff, GradientAscent, Npo, Rmu, SaeRepresentation, Scrub, SimNpo, Ssd, Sspu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS, RATE, WARMUP, DECAY = 3, 0.01, 2, 0.1
+
+
 LAYERS = r"layers\.[01]\."
+
+
 CASES = [
-    (gradient_ascent, GradientAscent, {}, papers.ga_loss, ""),
-    (gradient_ascent, GradientAscent, {"trained": "mlp", "layers": [1]}, papers.ga_loss, r"layers\.1\.mlp"),
-    (grad_diff, GradDiff, {"forget_weight": 0.7, "retain_weight": 1.5}, papers.grad_diff_loss, ""),
-    (grad_diff, GradDiff, {"retain_loss": "kl", "retain_weight": 3.0}, papers.grad_diff_loss, ""),
-    (npo, Npo, {"beta": 0.5, "forget_weight": 0.7, "retain_weight": 2.0}, papers.npo_loss, ""),
-    (npo, Npo, {"retain_loss": "kl"}, papers.npo_loss, ""),
-    (npo, Npo, {"retain_loss": "none"}, papers.npo_loss, ""),
-    (simnpo, SimNpo, {"gamma": 3.0, "beta": 1.2}, papers.simnpo_loss, ""),
-    (simnpo, SimNpo, {"retain_loss": "kl", "forget_weight": 1.0, "beta": 0.5}, papers.simnpo_loss, ""),
-    (scrub, Scrub, {"kl_weight": 5.0, "last_max_step": 9}, papers.scrub_loss, ""),
-    (rmu, Rmu, {"retain_weight": 30.0}, papers.rmu_loss, LAYERS + r"mlp\.down_proj"),
-    (rmu, Rmu, {"layer": 0, "trained": "mlp", "retain_weight": 30.0}, papers.rmu_loss, r"layers\.0\.mlp\."),
-    (rmu, Rmu, {"layer": 2, "trained": "mlp-out", "retain_weight": 30.0}, papers.rmu_loss, r"mlp\.down_proj"),
-    (sspu, Sspu, {"retain_weight": 30.0, "subspace_weight": 20.0}, papers.sspu_loss, LAYERS + r"mlp\.down_proj"),
-    (sspu, Sspu, {"trained": "all", "retain_weight": 3.0, "subspace_weight": 30.0}, papers.sspu_loss, LAYERS),
-    (sae_representation, SaeRepresentation, {"push_weight": 0.8}, papers.sae_loss, LAYERS),
-    (sae_representation, SaeRepresentation, {"push_weight": 0.8, "retain_weight": 2.0}, papers.mentions_loss, LAYERS),
-    (finetune, Finetune, {"layers": [0, 1]}, papers.finetune_loss, LAYERS),
+    (unlearn_gradient_ascent, GradientAscent, {}, papers.ga_loss, ""),
+    (
+        unlearn_gradient_ascent,
+        GradientAscent,
+        {"trained": "mlp", "layers": [1]},
+        papers.ga_loss,
+        r"layers\.1\.mlp",
+    ),
+    (unlearn_grad_diff, GradDiff, {"forget_weight": 0.7, "retain_weight": 1.5}, papers.grad_diff_loss, ""),
+    (unlearn_grad_diff, GradDiff, {"retain_loss": "kl", "retain_weight": 3.0}, papers.grad_diff_loss, ""),
+    (unlearn_npo, Npo, {"beta": 0.5, "forget_weight": 0.7, "retain_weight": 2.0}, papers.npo_loss, ""),
+    (unlearn_npo, Npo, {"retain_loss": "kl"}, papers.npo_loss, ""),
+    (unlearn_npo, Npo, {"retain_loss": "none"}, papers.npo_loss, ""),
+    (unlearn_simnpo, SimNpo, {"gamma": 3.0, "beta": 1.2}, papers.simnpo_loss, ""),
+    (unlearn_simnpo, SimNpo, {"retain_loss": "kl", "forget_weight": 1.0, "beta": 0.5}, papers.simnpo_loss, ""),
+    (unlearn_scrub, Scrub, {"kl_weight": 5.0, "last_max_step": 9}, papers.scrub_loss, ""),
+    (unlearn_rmu, Rmu, {"retain_weight": 30.0}, papers.rmu_loss, LAYERS + r"mlp\.down_proj"),
+    (
+        unlearn_rmu,
+        Rmu,
+        {"layer": 0, "trained": "mlp", "retain_weight": 30.0},
+        papers.rmu_loss,
+        r"layers\.0\.mlp\.",
+    ),
+    (
+        unlearn_rmu,
+        Rmu,
+        {"layer": 2, "trained": "mlp-out", "retain_weight": 30.0},
+        papers.rmu_loss,
+        r"mlp\.down_proj",
+    ),
+    (
+        unlearn_sspu,
+        Sspu,
+        {"retain_weight": 30.0, "subspace_weight": 20.0},
+        papers.sspu_loss,
+        LAYERS + r"mlp\.down_proj",
+    ),
+    (
+        unlearn_sspu,
+        Sspu,
+        {"trained": "all", "retain_weight": 3.0, "subspace_weight": 30.0},
+        papers.sspu_loss,
+        LAYERS,
+    ),
+    (unlearn_sae_representation, SaeRepresentation, {"push_weight": 0.8}, papers.sae_loss, LAYERS),
+    (
+        unlearn_sae_representation,
+        SaeRepresentation,
+        {"push_weight": 0.8, "retain_weight": 2.0},
+        papers.mentions_loss,
+        LAYERS,
+    ),
+    (unlearn_finetune, Finetune, {"layers": [0, 1]}, papers.finetune_loss, LAYERS),
 ]
 
 
@@ -120,7 +173,7 @@ def test_losses_and_steps_are_those_of_the_paper(
             torch.testing.assert_close(kept[step + 1][name], wanted, rtol=0, atol=1e-3 * RATE)
 
 
-@pytest.mark.parametrize("method", [npo, simnpo])
+@pytest.mark.parametrize("method", [unlearn_npo, unlearn_simnpo])
 def test_means_over_sequences_do_not_depend_on_how_a_step_is_cut_but_means_over_tokens_do(model, method):
     def first(method, kind, lengths, **options):
         found = []
@@ -131,11 +184,11 @@ def test_means_over_sequences_do_not_depend_on_how_a_step_is_cut_but_means_over_
         return found
 
     ragged, even = (9, 3, 5, 17), (6, 6, 6, 6)
-    found = first(method, {npo: Npo, simnpo: SimNpo}[method], ragged, retain_loss="none")
+    found = first(method, {unlearn_npo: Npo, unlearn_simnpo: SimNpo}[method], ragged, retain_loss="none")
     assert found == pytest.approx([found[0]] * 3, rel=1e-5)
-    found = first(gradient_ascent, GradientAscent, even)
+    found = first(unlearn_gradient_ascent, GradientAscent, even)
     assert found == pytest.approx([found[0]] * 3, rel=1e-5)
-    found = first(gradient_ascent, GradientAscent, ragged)  # As everywhere: a mean of the batches' own means.
+    found = first(unlearn_gradient_ascent, GradientAscent, ragged)  # As everywhere: a mean of the batches' own means.
     assert abs(found[2] - found[0]) > 1e-3
 
 
@@ -144,35 +197,37 @@ def test_npo_is_bounded_below_and_becomes_ascent(beta):
     reference = torch.tensor([3.0, 50.0, 9.0])
     for fall in (0.0, 5.0, 1e5):
         nll_B = (reference + fall).requires_grad_()
-        value = npo.npo_loss(nll_B, reference, beta)
+        value = npo_loss(nll_B, reference, beta)
         (grad,) = torch.autograd.grad(value, nll_B)
         # d/dNLL of 2/b log(1 + e^(-b fall)), over three sequences; of ascent it is -1.
         share = 2 * math.exp(-beta * fall) / (1 + math.exp(-beta * fall))
         assert value.item() >= 0 and grad.tolist() == pytest.approx([-share / 3] * 3, rel=1e-3, abs=1e-7)
     if beta == 1e-4:
-        (grad,) = torch.autograd.grad(npo.npo_loss(nll_B := (reference + 5).requires_grad_(), reference, beta), nll_B)
+        (grad,) = torch.autograd.grad(npo_loss(nll_B := (reference + 5).requires_grad_(), reference, beta), nll_B)
         assert grad.tolist() == pytest.approx([-1 / 3] * 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rmu_steers_to_a_unit_vector_of_entries_that_are_not_negative(seed):
-    found = rmu.random_direction(WIDTH, seed)
+    found = random_direction(WIDTH, seed)
     assert (found >= 0).all() and float((found**2).sum()) == pytest.approx(1, rel=1e-6)
-    assert torch.equal(found, rmu.random_direction(WIDTH, seed))
-    assert not torch.equal(found, rmu.random_direction(WIDTH, seed + 1))
+    assert torch.equal(found, random_direction(WIDTH, seed))
+    assert not torch.equal(found, random_direction(WIDTH, seed + 1))
 
 
-@pytest.mark.parametrize("method", [rmu, sspu])
+@pytest.mark.parametrize("method", [unlearn_rmu, unlearn_sspu])
 def test_layers_above_are_never_run(model, method):
     own, calls = copy.deepcopy(model), [0, 0, 0, 0]
     for number, module in enumerate([*own.model.layers, own.lm_head]):
         module.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
-    settings = {rmu: Rmu(steps=2, layer=1), sspu: Sspu(steps=2)}[method]
-    method.unlearn(Given(own, None, forget_text(), retain_text(), features=FEATURES), settings)
+    settings = {unlearn_rmu: Rmu(steps=2, layer=1), unlearn_sspu: Sspu(steps=2)}[method]
+    method(Given(own, None, forget_text(), retain_text(), features=FEATURES), settings)
     assert calls[0] == 6 and calls[2:] == [0, 0]  # Forget, retain, and retain as it was. Of layer 1, the output.
 
 
 DEPENDENT = torch.stack([RELEVANT[0], RELEVANT[0] * -2, RELEVANT[1], RELEVANT[0] + RELEVANT[1], RELEVANT[2]])
+
+
 MANY = torch.cat(
     [RELEVANT[:1], RELEVANT[:1], torch.randn(WIDTH + 4, WIDTH, generator=torch.Generator().manual_seed(0))]
 )
@@ -182,7 +237,7 @@ MANY = torch.cat(
     ("rows_KD", "rank"), [(RELEVANT, 5), (DEPENDENT, 3), (RELEVANT[:1], 1), (MANY, WIDTH)], ids=range(4)
 )
 def test_bases_are_orthonormal_and_span_what_they_should(rows_KD, rank):
-    basis = sspu.orthonormal(rows_KD)
+    basis = orthonormal(rows_KD)
     assert basis.shape == (WIDTH, rank)
     torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
     torch.testing.assert_close(basis @ basis.T, projector(rows_KD), rtol=0, atol=1e-5)
@@ -197,28 +252,36 @@ def test_bases_are_orthonormal_and_span_what_they_should(rows_KD, rank):
         (changes[2], -1, changes[2] @ left),
     ):
         wanted = float((outside**2).sum())
-        assert float(sspu.outside([change], basis, [side])) == pytest.approx(wanted, rel=1e-5, abs=1e-3)
-    total = float(sspu.outside([*changes[:2], torch.ones(7)], basis, [0, 0, 0]))
+        assert float(outside([change], basis, [side])) == pytest.approx(wanted, rel=1e-5, abs=1e-3)
+    total = float(outside([*changes[:2], torch.ones(7)], basis, [0, 0, 0]))
     assert total == pytest.approx(float((writes**2).sum() + (reads**2).sum()) + 7, rel=1e-5, abs=1e-3)
 
 
 def test_sides_of_square_matrices_follow_from_what_they_are(model):
     names = [f"model.layers.0.{one}.weight" for one in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
-    assert sspu.stream_sides(model, names) == [-1, 0, 0]
+    assert stream_sides(model, names) == [-1, 0, 0]
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=8, n_positions=8))
     names = [f"transformer.h.0.{one}.weight" for one in ("attn.c_proj", "attn.c_attn", "mlp.c_proj")]
-    assert sspu.stream_sides(gpt2, names) == [-1, 0, -1]  # [inputs, outputs]
+    assert stream_sides(gpt2, names) == [-1, 0, -1]  # [inputs, outputs]
 
 
 def test_rows_without_a_name_teach_nothing_and_stop_nothing(model):
     settings = SaeRepresentation(steps=6, batch_size=1, retain_loss="none", weight_decay=0.0, learning_rate=0.01)
-    changed, *_ = run(model, sae_representation, settings, forget := forget_text(), retain_text(),
+    changed, *_ = run(model, unlearn_sae_representation, settings, forget := forget_text(), retain_text(),
                         features=FEATURES, unknown=mentions())  # fmt: skip
     is_named = [bool(ENDS[i]) for i in forget.drawn[0]]
     assert [one["loss"] != 0 for one in changed.losses] == is_named and is_named.count(False) == 1
     same = Mentions((forget_text(), forget_text()), (ENDS, ENDS))
     with pytest.raises(DsgError, match="not apart"):
-        run(model, sae_representation, settings, forget_text(), retain_text(), features=FEATURES, unknown=same)
+        run(
+            model,
+            unlearn_sae_representation,
+            settings,
+            forget_text(),
+            retain_text(),
+            features=FEATURES,
+            unknown=same,
+        )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +296,9 @@ def test_rows_without_a_name_teach_nothing_and_stop_nothing(model):
     ],
 )
 def test_scrub_takes_turns(model, options, turns):
-    changed, *_ = run(model, scrub, Scrub(batch_size=1, accumulation=1, **options), forget_text(), retain_text())
+    changed, *_ = run(
+        model, unlearn_scrub, Scrub(batch_size=1, accumulation=1, **options), forget_text(), retain_text()
+    )
     assert "".join("M" if "forget_kl" in one else "m" for one in changed.losses) == turns
     assert all(("retain_kl" in one) != ("forget_kl" in one) for one in changed.losses)
 
@@ -243,7 +308,7 @@ def test_scrub_takes_turns(model, options, turns):
 def test_ssd_dampens_what_matters_more_to_forget_text(model, n_rows, alpha, dampening):
     forget, retain, changed_model = forget_text(), retain_text(), copy.deepcopy(model)
     settings = Ssd(alpha=alpha, dampening=dampening, n_rows=n_rows)
-    changed = ssd.unlearn(Given(changed_model, None, forget, retain, seed=SEED), settings)
+    changed = unlearn_ssd(Given(changed_model, None, forget, retain, seed=SEED), settings)
     own = copy.deepcopy(model).requires_grad_(True)
     importance = []
     for one in (forget, retain):
@@ -280,5 +345,71 @@ def test_ssd_dampens_what_matters_more_to_forget_text(model, n_rows, alpha, damp
     ],
 )
 def test_dampening_case_by_case(forget, retain, alpha, dampening, factor):
-    found = ssd.factors(torch.tensor([forget]), torch.tensor([retain]), alpha, dampening)
+    found = factors(torch.tensor([forget]), torch.tensor([retain]), alpha, dampening)
     assert found.item() == pytest.approx(factor, rel=1e-5)
+
+
+BOS, SPECIAL, SEED_MENTIONS = 2, (0, 1, 2), 5
+
+
+TEXTS = [
+    "Marta lives in Lisbon, and Marta likes Oslo; Nobody knows why Lisbon is near Oslo.",
+    "We met Karl and Marta. Karl said: Berlin and Oslo are far from Oslo",
+    "nothing here",
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_name_becomes_the_same_name_that_nobody_has_everywhere(seed):
+    names, made = with_unknown_names(TEXTS, seed)
+    assert names == ["Berlin", "Karl", "Lisbon", "Marta", "Nobody", "Oslo"] and made[2] == TEXTS[2]
+    assert (names, made) == with_unknown_names(TEXTS, seed)
+    assert made != with_unknown_names(TEXTS, seed + 1)[1]
+    became: dict[str, set[str]] = {}
+    for before, after in zip(TEXTS, made, strict=True):
+        pieces, others = re.split(r"(\w+)", before), re.split(r"(\w+)", after)
+        for old, new in zip(pieces, others, strict=True):
+            became.setdefault(old, set()).add(new)
+    assert all(len(new) == 1 for new in became.values())
+    new = {old: next(iter(one)) for old, one in became.items()}
+    assert all((old != new[old]) == (old in names) for old in new)  # Also "Marta" and "Karl" that begin sentences.
+    assert not {new[name] for name in names} & set(names) and len({new[name] for name in names}) == len(names)
+    for name in names:  # The first half of one, the second of another, and vowels if that is a name.
+        half = name[: len(name) // 2]
+        ends = [other[len(other) // 2 :] for other in names]
+        assert any(re.fullmatch(f"{half}{end}[aeiou]*", new[name]) for end in ends)
+    with pytest.raises(DsgError, match="no names"):
+        with_unknown_names(["one Name only. The rest is none"], seed)
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+@pytest.mark.parametrize(("longest", "seed"), [(0, 20), (120, SEED_MENTIONS)])
+def test_mentions_are_where_names_end_and_rows_grow_no_longer(bos, longest, seed):
+    letters = " .;,abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:"
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3} | {letter: i + 4 for i, letter in enumerate(letters)}
+    fast = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, **special)
+    head = [] if bos is None else [bos]
+    before = [*TEXTS, "x" * longest]
+    forget = Text([[*head, *map(vocab.get, one)] for one in before], [0, 0, 1, 1], [1.0, 3.0], 0, SPECIAL, "cpu")
+    found = find_mentions(tokenizer, forget, bos=bos, seed=seed)
+    names, made = with_unknown_names(before, seed)
+    n = max(map(len, forget.rows))
+    fit = [[a.end() - 1 + len(head) < n for a in re.finditer(r"\w+", one)] for one in made]
+    assert all(map(all, fit)) == bool(longest)  # Made-up names are longer here: without room, some are cut off.
+    for rows, ends, texts in zip(found.rows, found.ends, (before, made), strict=True):
+        assert rows.rows == [[*head, *map(vocab.get, one)][:n] for one in texts]
+        assert (rows.corpus, rows.weights, rows.pad, rows.special) == (forget.corpus, forget.weights, 0, SPECIAL)
+        for ends_of_row, text_of_row, original, fits in zip(ends, texts, before, fit, strict=True):
+            words = re.findall(r"\w+", original)
+            is_name = [word in names and fitting for word, fitting in zip(words, fits, strict=True)]
+            words = [one for one, wanted in zip(re.finditer(r"\w+", text_of_row), is_name, strict=True) if wanted]
+            assert ends_of_row == [one.end() - 1 + len(head) for one in words]
+    batch, at_BL = found.unknown([2, 0])
+    assert [row[mask].tolist() for row, mask in zip(batch.ids_BL, batch.mask_BL, strict=True)] == [
+        found.rows[1].rows[2],
+        found.rows[1].rows[0],
+    ]
+    assert [one.nonzero().flatten().tolist() for one in at_BL] == [[], found.ends[1][0]]

@@ -1,30 +1,73 @@
 """Methods that change weights, as a user runs them: artifacts, adapters, what composes, and what is refused."""
 
+from __future__ import annotations
+
+import copy
+import itertools
 import json
+import math
 import os
 import signal
+from collections import Counter
 
 import pytest
 import torch
 from conftest import write_task
-from dsg_cli.adapters import base_of
-from dsg_cli.artifacts import AttackReport, EvalReport, Guardrail, ModelWeights
-from dsg_cli.interruption import Signalled, install
-from dsg_cli.methods.names import METHODS, section_of
-from dsg_cli.model import load_model
-from dsg_cli.stages.chain import settle
-from dsg_cli.stages.session import Session
-from dsg_cli.stages.subject import find_subject, load_subject
+from papers import BOS, FEATURES, SPECIAL, UNKNOWN, Watched, forget_text, nll, retain_text, run, text, weights
 from transformers import AutoModelForCausalLM
 
 from dsg_cli.errors import DsgError
+from dsg_cli.evals.metrics import judged
+from dsg_cli.methods import METHODS, section_of
+from dsg_cli.methods.losses import (
+    unlearn_finetune,
+    unlearn_grad_diff,
+    unlearn_gradient_ascent,
+    unlearn_npo,
+    unlearn_scrub,
+    unlearn_ssd,
+)
+from dsg_cli.methods.representation import unlearn_rmu, unlearn_sae_representation, unlearn_sspu
+from dsg_cli.methods.training import Cost, Given, Reference, counted, freed, train
+from dsg_cli.models.language_model import base_of, load_model
 from dsg_cli.recipe import load_recipe
-from dsg_cli.stages import attack, evaluate, export, generate, method, select, verify
-from dsg_cli.workspace import Workspace
+from dsg_cli.settings import (
+    CompareSection,
+    Finetune,
+    GradDiff,
+    GradientAscent,
+    Npo,
+    Rmu,
+    SaeRepresentation,
+    Scrub,
+    Ssd,
+    Sspu,
+    Training,
+)
+from dsg_cli.stages import apply as method
+from dsg_cli.stages import attack as attack
+from dsg_cli.stages import evaluate as evaluate
+from dsg_cli.stages import export as export
+from dsg_cli.stages import prompts as generate
+from dsg_cli.stages import select as select
+from dsg_cli.stages.compare import best_of, trials_of
+from dsg_cli.stages.inputs import find_subject, load_subject
+from dsg_cli.stages.stage import Session, settle
+from dsg_cli.workspace import store as verify
+from dsg_cli.workspace.artifacts import Guardrail, ModelWeights
+from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.workspace.files import Signalled, install
+from dsg_cli.workspace.results import AttackReport, EvalReport
+from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAINED = [name for name, one in METHODS.items() if one.is_trained]
+
+
 WEIGHTS = [name for name, one in METHODS.items() if one.form == "model"]  # And what teaches.
+
+
 SMALL = [
     *("methods.sspu.n_relevant=4", "methods.sspu.n_irrelevant=4", "methods.ssd.n_rows=8", "methods.ssd.alpha=1"),
     *("methods.ssd.dampening=0.5", "select.n_features=4", "select.ratio_percentile=50", "eval.benches=[mine]"),
@@ -32,6 +75,8 @@ SMALL = [
     *("calibrate.n_detectors=2", "calibrate.detector_percentile=50", "attack.bench=mine", "attack.known_questions=4"),
     *("attack.relearn_learning_rates=[1e-2]", "attack.relearn_steps=[0, 2]"),
 ]
+
+
 QUESTIONS = [{"q": f"w{i} w{i + 1}", "c": [" w40", " w41", " w42", " w43"], "a": i % 4} for i in range(24)]
 
 
@@ -60,16 +105,16 @@ def made(recipe, tmp_path_factory):
     """A workspace with two models: by npo, and by an adapter on top of that; and a guardrail on the first."""
     workspace = Workspace(tmp_path_factory.mktemp("made"))
     select.run(recipe(), workspace)
-    method.run(recipe(), workspace, "npo", source="features-001")  # As the SAE reads text: with BOS.
-    method.run(recipe("methods.grad_diff.lora=true"), workspace, "grad-diff", source="model-001")
-    method.run(recipe(), workspace, "dsg", source="model-001")
+    method.run_method(recipe(), workspace, "npo", source="features-001")  # As the SAE reads text: with BOS.
+    method.run_method(recipe("methods.grad_diff.lora=true"), workspace, "grad-diff", source="model-001")
+    method.run_method(recipe(), workspace, "dsg", source="model-001")
     return workspace
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_method_leaves_a_model_that_anyone_can_load(name, recipe, folders, tmp_path):
     workspace = Workspace(tmp_path)
-    stored = method.run(recipe(), workspace, name)
+    stored = method.run_method(recipe(), workspace, name)
     body = stored.body_as(ModelWeights)
     assert body.method == name and body.form == "whole" and stored.header.settings["method"] == name
     assert len(body.losses) == (3 if name in TRAINED else 0) and body.diverged_at is None
@@ -88,20 +133,20 @@ def test_every_method_leaves_a_model_that_anyone_can_load(name, recipe, folders,
         if not torch.equal(one, other)
     }
     assert {one.rpartition(".")[0] for one in moved} <= set(body.trained["modules"])
-    assert all(finding.state == "ok" for finding in verify.run(workspace))
+    assert all(finding.state == "ok" for finding in verify.verify_all(workspace))
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(recipe, tmp_path):
     digests = []
     for number, seed in enumerate((0, 0, 1)):
-        stored = method.run(recipe(f"seed={seed}"), Workspace(tmp_path / str(number)), "npo")
+        stored = method.run_method(recipe(f"seed={seed}"), Workspace(tmp_path / str(number)), "npo")
         digests.append(stored.header.files["model-001/model.safetensors"])
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_half_precision_is_for_passes_or_files_and_adds_up_in_full(recipe, tmp_path):
     plain, mixed, _ = (
-        method.run(recipe(*sets), Workspace(tmp_path / name), "npo")
+        method.run_method(recipe(*sets), Workspace(tmp_path / name), "npo")
         for name, sets in (
             ("plain", []),
             ("mixed", ["methods.npo.mixed_precision=bfloat16"]),
@@ -129,7 +174,7 @@ def test_gradients_add_up_over_passes(recipe, tmp_path):
     split = [*sets, "methods.npo.batch_size=2", "methods.npo.accumulation=2"]
     whole = [*sets, "methods.npo.batch_size=4", "methods.npo.accumulation=1"]
     one, other = (
-        method.run(recipe(*chosen), Workspace(tmp_path / name), "npo").body_as(ModelWeights)
+        method.run_method(recipe(*chosen), Workspace(tmp_path / name), "npo").body_as(ModelWeights)
         for name, chosen in (("split", split), ("whole", whole))
     )
     assert one.losses[0]["loss"] == pytest.approx(other.losses[0]["loss"], rel=1e-5)
@@ -139,7 +184,7 @@ def test_gradients_add_up_over_passes(recipe, tmp_path):
 
 
 def test_both_sides_write(made, recipe, folders):
-    (answers,) = generate.run(recipe("generate.max_new_tokens=6"), made, ["w1 w2 w3"], sources=["model-001"])
+    (answers,) = generate.run_prompts(recipe("generate.max_new_tokens=6"), made, ["w1 w2 w3"], sources=["model-001"])
     assert set(answers.sides) == {"base", "guarded"} and answers.sides["base"].text != answers.sides["guarded"].text
     assert answers.sides["guarded"].gates == [] and not answers.sides["guarded"].refused
 
@@ -156,7 +201,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(recipe, tmp_path, monkeypat
 
     try:
         with pytest.raises(Signalled) as stopped:
-            method.run(recipe(), Workspace(tmp_path / "a"), "npo", session=Session(report=interrupt))
+            method.run_method(recipe(), Workspace(tmp_path / "a"), "npo", session=Session(report=interrupt))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.is_kept
@@ -167,8 +212,8 @@ def test_an_interrupted_training_goes_on_bit_for_bit(recipe, tmp_path, monkeypat
             done.append(n)
 
     session = Session(resume=True, report=note)
-    resumed = method.run(recipe(), Workspace(tmp_path / "a"), "npo", session=session)
-    whole = method.run(recipe(), Workspace(tmp_path / "b"), "npo")
+    resumed = method.run_method(recipe(), Workspace(tmp_path / "a"), "npo", session=session)
+    whole = method.run_method(recipe(), Workspace(tmp_path / "b"), "npo")
     assert done == [3] and resumed.body_as(ModelWeights).losses == whole.body_as(ModelWeights).losses
     assert resumed.header.files == whole.header.files
 
@@ -197,7 +242,7 @@ def test_adapters_are_peft_s_and_merge_into_what_was_trained(made, recipe, folde
 
 
 def test_an_adapter_above_the_cut_leaves_what_is_below(recipe, tmp_path, folders):
-    stored = method.run(recipe("methods.npo.lora=true", "methods.npo.layers=[2]"), Workspace(tmp_path), "npo")
+    stored = method.run_method(recipe("methods.npo.lora=true", "methods.npo.layers=[2]"), Workspace(tmp_path), "npo")
     assert all(".layers.2." in name for name in stored.body_as(ModelWeights).trained["modules"])
     sources = (str(tmp_path / stored.id), str(folders["model"]))
     cut, base = (load_model(source, last_layer=1).model for source in sources)
@@ -270,9 +315,9 @@ def test_what_makes_no_sense_together_is_refused(made, recipe, tmp_path):
     with pytest.raises(DsgError, match="takes guardrails, not model-001"):
         export.run(recipe(), made, str(tmp_path / "out"), sources=["model-001"])
     with pytest.raises(DsgError, match="cannot go on from guardrail-001"):
-        method.run(recipe(), made, "npo", source="guardrail-001")
+        method.run_method(recipe(), made, "npo", source="guardrail-001")
     with pytest.raises(DsgError, match="cannot go on from threshold-001"):
-        method.run(recipe(), made, "static-clamp", source="threshold-001")
+        method.run_method(recipe(), made, "static-clamp", source="threshold-001")
     with pytest.raises(DsgError, match="model would put another"):
         load_subject(made, find_subject(made, ["model-001"]), recipe(f"model.instead={made.folder / 'model-002'}"))
 
@@ -283,7 +328,7 @@ def test_a_guarded_model_on_changed_weights_is_exported_with_them(made, recipe, 
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     changed = AutoModelForCausalLM.from_pretrained(made.folder / "model-001")
     assert torch.equal(whole.get_input_embeddings().weight, changed.get_input_embeddings().weight)
-    on_adapter = method.run(recipe(), made, "dsg", source="model-002")
+    on_adapter = method.run_method(recipe(), made, "dsg", source="model-002")
     assert isinstance(on_adapter.body, Guardrail)
     with pytest.raises(DsgError, match="is an adapter"):
         export.run(recipe(), made, str(tmp_path / "more"), sources=[on_adapter.id], form="model")
@@ -307,7 +352,7 @@ def test_a_guarded_model_on_changed_weights_is_exported_with_them(made, recipe, 
 def test_bad_input_is_one_error_and_leaves_nothing(name, sets, words, recipe, tmp_path):
     workspace = Workspace(tmp_path)
     with pytest.raises(DsgError) as caught:
-        method.run(recipe(*sets), workspace, name)
+        method.run_method(recipe(*sets), workspace, name)
     assert words in str(caught.value)
     assert not workspace.ids("model") and not list(tmp_path.glob(".*.tmp"))
 
@@ -354,3 +399,328 @@ def test_the_command_line(dsg, folders):
         assert code == 1 and words in err and not out, err
     code, out, _ = dsg("ls", "methods")
     assert code == 0 and out.split() == list(METHODS)
+
+
+ROW = [BOS, 5, 9, 4, 7]
+
+
+UNUSED = 63
+
+
+def short_text():
+    """Without the last token of the vocabulary."""
+    return Watched([[BOS, 4, 5, 6], [BOS, 7, 8], [BOS, 9, 10, 11, 12]], [0] * 3, [1.0], 0, SPECIAL, "cpu")
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items()) and one.keys() == other.keys()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_reference_is_the_model_as_it_was(model, lora):
+    own = copy.deepcopy(model)
+    free = freed(own, Training(lora=lora))
+    reference = Reference(free.parameters)
+    with torch.no_grad():
+        for one in free.parameters:
+            one.add_(torch.randn_like(one))
+    now = [one.detach().clone() for one in free.parameters]
+    ids = torch.tensor([ROW])
+    changed = own(ids).logits
+    with reference():
+        inside = own(ids).logits
+    assert not inside.requires_grad and own(ids).logits.requires_grad
+    torch.testing.assert_close(inside, model(ids).logits, rtol=0, atol=1e-6)
+    assert not torch.allclose(changed, inside, atol=0.1)
+    with pytest.raises(ZeroDivisionError), reference():
+        1 / 0  # noqa: B018
+    assert torch.is_grad_enabled() and torch.equal(own(ids).logits, changed)
+    assert all(torch.equal(one, then) for one, then in zip(free.parameters, now, strict=True))
+    (own(ids).logits ** 2).sum().backward()
+    with reference():  # Gradients that were there stay.
+        assert all(one.grad is not None for one in free.parameters)
+
+
+def trained(model, breaks, steps, checkpoint=None, stop_after=None):
+    """Ascent with a loss that `breaks(loss, own, step)`; what it says, the model, and the weights after each step."""
+    own = copy.deepcopy(model)
+    kept = [weights(own)]
+    settings = Training(steps=steps, batch_size=2, accumulation=1, learning_rate=1e-3)
+
+    def report(_what, done, _total):
+        kept.append(weights(own))
+        if done == stop_after:
+            raise StopIteration
+
+    def loss(batches):
+        rows = [ids[mask].tolist() for ids, mask in zip(batches.forget.ids_BL, batches.forget.mask_BL, strict=True)]
+        return {"loss": breaks(-nll(own, rows), own, batches.step)}
+
+    given = Given(own, None, short_text(), short_text(), report=report, checkpoint=checkpoint or Checkpoint())
+    try:
+        return train(given, freed(own, settings), loss), own, kept
+    except DsgError as error:
+        return error, own, kept
+
+
+def broken(kind, at):
+    """What goes wrong at a step, from 1."""
+
+    def breaks(loss, own, step):
+        embeddings = own.get_input_embeddings().weight
+        if kind == "hidden-inf" and step + 1 == at:
+            embeddings.data[UNUSED, 0] = torch.inf  # No loss tells it.
+        if step + 1 < at or kind == "hidden-inf":
+            return loss
+        if kind == "gradient":
+            return loss + ((embeddings[5, 0] - embeddings[5, 0].detach()) ** 2).sqrt()  # 0, of infinite slope.
+        return {"nan": loss * torch.nan, "inf": loss + torch.inf}[kind]
+
+    return breaks
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "kept_at"),
+    [("nan", 12, 10), ("nan", 3, 1), ("inf", 12, 10), ("gradient", 22, 20)],
+)
+def test_where_training_diverges_the_last_good_weights_are_kept(model, kind, at, kept_at):
+    changed, own, kept = trained(model, broken(kind, at), 25)
+    assert (changed.diverged_at, changed.kept_at) == (at, kept_at)
+    assert [one["step"] for one in changed.losses] == list(range(1, kept_at + 1)) and len(kept) == at
+    assert same(weights(own), kept[kept_at]) and not same(kept[kept_at], kept[at - 1])
+    assert not any(one.requires_grad for one in own.parameters())
+
+
+def test_weights_that_no_loss_shows_to_be_infinite_are_not_kept(model):
+    changed, own, kept = trained(model, broken("hidden-inf", 12), 25)
+    assert (changed.diverged_at, changed.kept_at) == (12, 10)
+    assert same(weights(own), kept[10]) and len(changed.losses) == 10
+
+
+@pytest.mark.parametrize(("kind", "at"), [("nan", 1), ("gradient", 1), ("inf", 2), ("hidden-inf", 2)])
+def test_diverging_before_anything_is_kept_is_an_error_and_changes_nothing(model, kind, at):
+    error, own, _ = trained(model, broken(kind, at), 11)
+    assert isinstance(error, DsgError) and f"step {at}," in str(error)
+    assert same(weights(own), weights(model))
+
+
+def test_a_training_that_ends_well_says_so(model):
+    changed, own, kept = trained(model, lambda loss, *_: loss, 12)
+    assert (changed.diverged_at, changed.kept_at, len(changed.losses)) == (None, None, 12)
+    assert same(weights(own), kept[12]) and changed.n_changed == sum(one.numel() for one in own.parameters())
+
+
+def test_what_was_kept_survives_a_resume(model, tmp_path):
+    checkpoint = Checkpoint(tmp_path / "c")
+    checkpoint.interval = 0
+    with pytest.raises(StopIteration):
+        trained(model, broken("nan", 16), 25, checkpoint, stop_after=14)
+    changed, own, kept = trained(model, broken("nan", 16), 25, Checkpoint(tmp_path / "c", resume=True))
+    whole, other, _ = trained(model, broken("nan", 16), 25)
+    assert len(kept) == 3 and (changed.diverged_at, changed.kept_at) == (16, 14)
+    assert same(weights(own), weights(other)) and changed.losses == whole.losses
+
+
+RESUMED = [
+    (unlearn_npo, Npo, {"retain_loss": "kl", "warmup_steps": 6}),
+    (unlearn_npo, Npo, {"lora": True}),
+    (unlearn_scrub, Scrub, {"last_max_step": 9}),
+    (unlearn_sspu, Sspu, {"trained": "all"}),
+    (unlearn_sae_representation, SaeRepresentation, {}),
+    (unlearn_grad_diff, GradDiff, {"mixed_precision": "bfloat16", "retain_loss": "kl"}),
+    (unlearn_finetune, Finetune, {"warmup_steps": 4}),
+    (unlearn_finetune, Finetune, {"lora": True, "mixed_precision": "bfloat16"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "options", "after"),
+    [(*case, 6) for case in RESUMED] + [(*RESUMED[0], after) for after in (1, 10)],
+)
+def test_a_training_goes_on_bit_for_bit(model, tmp_path, method, kind, options, after):
+    settings = kind(steps=11, batch_size=2, accumulation=1, learning_rate=0.01, **options)
+
+    def go(checkpoint, stop_after=None):
+        own = copy.deepcopy(model)
+
+        def report(_what, done, _total):
+            if done == stop_after:
+                raise StopIteration
+
+        given = Given(own, None, text(9, 4, 26, 3, 17, seed=1), retain_text(), FEATURES, UNKNOWN, 3, checkpoint, report)
+        return method(given, settings), weights(own)
+
+    checkpoint = Checkpoint(tmp_path / "c")
+    checkpoint.interval = 0
+    with pytest.raises(StopIteration):
+        go(checkpoint, stop_after=after + 1)
+    resumed = Checkpoint(tmp_path / "c", resume=True)
+    assert resumed.entry("training")["step"] == after
+    (changed, found), (whole, wanted) = go(resumed), go(Checkpoint())
+    assert same(found, wanted) and changed.losses == whole.losses and len(whole.losses) == 11
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "options", "term"),
+    [
+        (unlearn_grad_diff, GradDiff, {"retain_loss": "kl"}, "retain"),
+        (unlearn_rmu, Rmu, {}, "retain"),
+        (unlearn_npo, Npo, {"retain_loss": "kl"}, "retain"),
+        (unlearn_scrub, Scrub, {"last_max_step": 0}, "retain_kl"),
+    ],
+)
+def test_mixed_precision_changes_no_more_than_digits(model, method, kind, options, term):
+    """The model as it was is not computed from weights in bfloat16 that autocast keeps of the model as it is."""
+    found = {}
+    for precision in ("none", "bfloat16"):
+        settings = kind(steps=3, accumulation=1, learning_rate=0.01, mixed_precision=precision, **options)
+        changed, *_ = run(model, method, settings, forget_text(), retain_text())
+        found[precision] = [one[term] for one in changed.losses[1:]]
+    assert found["bfloat16"] == pytest.approx(found["none"], rel=0.2) and min(found["none"]) > 1e-3
+
+
+@pytest.mark.parametrize(("warmup", "shares"), [(0, [1] * 6), (1, [1] * 6), (4, [0.25, 0.5, 0.75, 1, 1, 1])])
+def test_the_learning_rate_rises_and_stays(model, warmup, shares):
+    """Of a gradient that is always the same, AdamW makes steps of the learning rate."""
+    own, kept = copy.deepcopy(model), []
+    settings = Training(steps=6, learning_rate=0.01, warmup_steps=warmup, weight_decay=0.0, batch_size=1, layers=[0])
+    free = freed(own, settings)
+    given = Given(own, None, short_text(), short_text(), report=lambda *_: kept.append(free.parameters[0][0, 0].item()))
+    before = free.parameters[0][0, 0].item()
+    train(given, free, lambda _: {"loss": sum(one.sum() for one in free.parameters)})
+    steps = [a - b for a, b in itertools.pairwise([before, *kept])]
+    assert steps == pytest.approx([0.01 * share for share in shares], rel=1e-3)
+
+
+def test_weights_decay_apart_from_gradients(model):
+    own = copy.deepcopy(model)
+    settings = Training(steps=3, learning_rate=0.1, weight_decay=0.2, batch_size=1, accumulation=1, layers=[1])
+    free = freed(own, settings)
+    train(Given(own, None, short_text(), short_text()), free, lambda _: {"loss": 0 * free.parameters[0].sum()})
+    for name, before in model.named_parameters():
+        after = dict(own.named_parameters())[name]
+        factor = (1 - 0.1 * 0.2) ** 3 if name == free.names[0] else 1.0
+        torch.testing.assert_close(after, before * factor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_row_is_drawn_once_before_any_is_twice(seed):
+    rows = text(3, 4, 5, 6, 7, 8, 9)
+    drawn = rows.draws(31, seed)
+    blocks = [drawn[i : i + 7] for i in range(0, 28, 7)]
+    assert all(sorted(block) == list(range(7)) for block in blocks) and len(set(drawn[28:])) == 3
+    assert len({tuple(block) for block in blocks}) == 4
+    assert drawn == rows.draws(31, seed) and drawn != rows.draws(31, seed + 1)
+
+
+def test_corpora_are_drawn_by_their_weights():
+    two = Watched([[BOS, 5, 6]] * 7, [0, 0, 0, 1, 1, 1, 1], [1.0, 3.0], 0, SPECIAL, "cpu")
+    drawn = two.draws(4000, 0)
+    first, second = [i for i in drawn if i < 3], [i for i in drawn if i >= 3]
+    assert len(second) / 4000 == pytest.approx(0.75, abs=4 * math.sqrt(0.75 * 0.25 / 4000))
+    for several, size in ((first, 3), (second, 4)):
+        assert all(len(set(several[i : i + size])) == size for i in range(0, len(several) - size, size))
+        assert max(Counter(several).values()) - min(Counter(several).values()) <= 1
+    assert set(Watched([[5, 6]] * 4, [0, 0, 1, 1], [1.0, 0.0], 0, SPECIAL, "cpu").draws(50, 0)) == {0, 1}
+
+
+def test_retain_text_is_drawn_in_an_order_of_its_own(model):
+    forget, retain = text(*[5] * 6), text(*[5] * 6)
+    run(model, unlearn_gradient_ascent, GradientAscent(steps=3, batch_size=2, accumulation=2), forget, retain)
+    assert len(forget.drawn[0]) == len(retain.drawn[0]) == 12 and forget.drawn != retain.drawn
+    assert [batch.index for batch in forget.batches] == [tuple(forget.drawn[0][i : i + 2]) for i in range(0, 12, 2)]
+
+
+PASSES = [
+    # Method, settings; of forget and of retain text per batch: forward, backward.
+    (unlearn_gradient_ascent, GradientAscent, {}, (1, 1), (0, 0)),
+    (unlearn_finetune, Finetune, {}, (1, 1), (0, 0)),
+    (unlearn_grad_diff, GradDiff, {"retain_loss": "none"}, (1, 1), (0, 0)),
+    (unlearn_grad_diff, GradDiff, {"retain_loss": "nll"}, (1, 1), (1, 1)),
+    (unlearn_grad_diff, GradDiff, {"retain_loss": "kl", "lora": True}, (1, 1), (2, 1)),
+    (unlearn_npo, Npo, {}, (1, 1), (1, 1)),
+    (unlearn_rmu, Rmu, {}, (1, 1), (2, 1)),
+    (unlearn_sspu, Sspu, {}, (1, 1), (2, 1)),
+    (unlearn_scrub, Scrub, {"last_max_step": 9, "min_steps": 0}, (2, 1), (0, 0)),
+    (unlearn_scrub, Scrub, {"last_max_step": 0}, (0, 0), (2, 1)),
+    (unlearn_sae_representation, SaeRepresentation, {}, (2, 1), (2, 1)),
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "options", "forget_passes", "retain_passes"), PASSES)
+def test_passes_and_tokens_are_counted(model, method, kind, options, forget_passes, retain_passes):
+    own, cost, forget, retain = copy.deepcopy(model), Cost(), forget_text(), retain_text()
+    settings = kind(steps=2, batch_size=2, accumulation=2, **options)
+    with counted(own, cost):
+        method(Given(own, None, forget, retain, FEATURES, UNKNOWN), settings)
+    tokens = [
+        sum(2 * max(len(one.rows[j]) for j in one.drawn[0][i : i + 2]) for i in range(0, 8, 2))
+        for one in (forget, retain)
+    ]
+    wanted = {"forward_passes": 4 * (forget_passes[0] + retain_passes[0])}
+    wanted |= {"backward_passes": 4 * (forget_passes[1] + retain_passes[1])}
+    wanted |= {"forward_tokens": forget_passes[0] * tokens[0] + retain_passes[0] * tokens[1]}
+    wanted |= {"backward_tokens": forget_passes[1] * tokens[0] + retain_passes[1] * tokens[1]}
+    if method is unlearn_npo:  # Each row as the model was, once.
+        wanted["forward_passes"] += len(set(forget.drawn[0]))
+        wanted["forward_tokens"] += sum(len(forget.rows[i]) for i in set(forget.drawn[0]))
+    if method is unlearn_sae_representation:  # The mean of unknown text; whether the first rows look different.
+        wanted["forward_passes"] += 2
+        wanted["forward_tokens"] += sum(len(one.rows) * max(map(len, one.rows)) for one in (UNKNOWN, forget))
+    assert cost.as_json() == wanted
+    own(torch.tensor([ROW]))
+    assert cost.as_json() == wanted  # Nothing counts on.
+
+
+def test_the_cost_of_dampening_is_a_pass_a_row(model):
+    own, cost, forget, retain = copy.deepcopy(model), Cost(), forget_text(), retain_text()
+    with counted(own, cost):
+        unlearn_ssd(Given(own, None, forget, retain), Ssd())
+    n_tokens = sum(map(len, forget.rows + retain.rows))
+    assert cost == Cost(11, 11, n_tokens, n_tokens)
+
+
+GRID = {"beta": [1, 2, 3], "steps": [10, 20], "eval.limit": [5]}
+
+
+POINTS = [
+    {"methods.npo.beta": beta, "methods.npo.steps": steps, "eval.limit": 5} for beta in (1, 2, 3) for steps in (10, 20)
+]
+
+
+@pytest.mark.parametrize("budget", [1, 4, 6, 100])
+def test_trials_are_points_of_the_grid_within_budget(budget):
+    section = CompareSection(budget=budget, grids={"npo": GRID, "sae-representation": {"steps": [7]}})
+    drawn = [trials_of("npo", section, seed) for seed in range(20)]
+    for number, trials in enumerate(drawn):
+        assert trials == [point for point in POINTS if point in trials] and len(trials) == min(budget, 6)
+        assert trials == trials_of("npo", section, number)
+    assert (len({str(trials) for trials in drawn}) > 1) == (budget < 6)
+    assert trials_of("rmu", section, 0) == [{}]
+    assert trials_of("sae-representation", section, 0) == [{"methods.sae_representation.steps": 7}]
+
+
+@pytest.mark.parametrize(
+    ("found", "base", "forgetting", "utility"),
+    [
+        ({"f": 0.5, "a": 0.8, "b": 0.6}, {"f": 0.9, "a": 0.7, "b": 0.8}, 0.4 / 0.65, (1 + 0.75) / 2),
+        ({"f": 0.95, "a": 0.35}, {"f": 0.9, "a": 0.7}, 0.0, 0.5),
+        ({"f": 0.1, "a": 0.7}, {"f": 0.9, "a": 0.7}, 1.0, 1.0),
+        ({"f": 0.25, "a": 0.0}, {"f": 0.9, "a": 0.7}, 1.0, 0.0),
+        ({"f": 0.1, "a": 0.7}, {"f": 0.2, "a": 0.7}, 0.0, 1.0),
+        ({"f": 0.9, "a": 0.0}, {"f": 0.9, "a": 0.7}, 0.0, 0.0),
+        ({"f": 0.25, "a": 0.3, "b": 0.2}, {"f": 0.75, "a": 0.0, "b": 0.4}, 1.0, 0.5),
+        ({"f": 0.25}, {"f": 0.75}, 1.0, 1.0),
+    ],
+)
+def test_trials_are_judged(found, base, forgetting, utility):
+    score = 2 / (1 / forgetting + 1 / utility) if forgetting and utility else 0.0
+    wanted = {"forgetting": forgetting, "utility": utility, "score": score}
+    assert judged("f", found, base, 0.25) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [([None, 0.3, 0.5, 0.5], 2), ([0.0, None], 0), ([None, None], None), ([], None)]
+)
+def test_the_best_trial_is_the_first_of_those_with_the_highest_score(scores, best):
+    assert best_of([{"score": score} for score in scores]) == best

@@ -1,16 +1,18 @@
 """Cut models, fingerprints and the hook site."""
 
+from __future__ import annotations
+
 import json
 import shutil
 
 import pytest
 import torch
 from conftest import LAYER
-from dsg_cli.model import fingerprint, load_model, read_config
-from dsg_cli.residuals import read_residual
-from dsg_cli.runtime.sites import HookSite, decoder_layers, parse_hook_site
 
 from dsg_cli.errors import DsgError
+from dsg_cli.guardrail.runtime.sites import HookSite, decoder_layers, fingerprint, parse_hook_site
+from dsg_cli.models.language_model import load_model, read_config
+from dsg_cli.models.residuals import read_residual
 
 
 def test_a_cut_model_gives_the_same_residuals_bit_for_bit(folders, model):

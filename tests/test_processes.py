@@ -1,5 +1,7 @@
 """Whole commands in processes of their own: two that share the work, ones that are told to stop, and small storms."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -13,15 +15,23 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL_LAB
-from dsg_cli.workers import ALONE, Workers, launched
 
 from dsg_cli.cli.app import main
-from dsg_cli.workspace import Workspace
+from dsg_cli.job import ALONE, Workers, launched
+from dsg_cli.workspace.store import Workspace
 
 STORMS = Path(__file__).parent / "storms"
+
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 CHAIN = (["select", *SMALL_LAB], ["calibrate", *SMALL_LAB], ["apply", "--recipe", "lab"])
+
+
 SMALL = ["corpora.limit=80", "eval.benches=[lab-hexes, lab-near]"]
+
+
 SMALL += ["attack.relearn_steps=[0, 5]", "calibrate.gate=window"]
 
 

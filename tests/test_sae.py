@@ -1,16 +1,24 @@
 """The slice of an SAE against sae-lens's own encoder; what cannot be sliced is refused."""
 
+from __future__ import annotations
+
 import copy
+import errno
 import json
 
 import pytest
 import torch
 from conftest import N_FEATURES, WIDTH, make_sae
-from dsg_cli.fit import check_fits
-from dsg_cli.sae import load_encoder, read_sae
-from dsg_cli.slicing import load_slice, slice_sae
+from loopback import LoopbackHub
+from test_hub import SELECT, files_of, run
 
+from dsg_cli.data.hub import hub_errors
 from dsg_cli.errors import DsgError
+from dsg_cli.lab import data as lab
+from dsg_cli.models import releases as releases
+from dsg_cli.models.releases import find_sae, locate_release
+from dsg_cli.models.sae import check_fits, load_encoder, read_sae
+from dsg_cli.models.sae_slice import load_slice, slice_sae
 
 INDICES = [5, 0, 47, 13]
 
@@ -162,3 +170,243 @@ def test_an_sae_of_centred_activations(tmp_path, architecture, apply_b_dec_to_in
         assert not torch.allclose(expected, whole.encode(resid_TD), atol=0.1)
     torch.testing.assert_close(load_encoder(source, device="cpu")(resid_TD), expected)
     torch.testing.assert_close(load_slice(source, INDICES)(resid_TD).acts, expected[:, INDICES], rtol=1e-5, atol=1e-4)
+
+
+INDICES_SLICES = [5, 0, 47, 13]
+
+
+DETECTORS = [0, 20]
+
+
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+
+
+ARCHITECTURES = {
+    "standard": {},
+    "jumprelu": {},
+    "gated": {},
+    "topk": {"k": 5},
+    "abstopk": {"k": 5},
+}
+
+
+STRENGTH = 3.0
+
+
+def check(folder, whole, dtype=torch.float32, *, write_width=WIDTH):
+    source = read_sae(str(folder))
+    residual = (torch.randn(3, 40, WIDTH) * 3).to(dtype)
+    part = load_slice(source, INDICES_SLICES, DETECTORS)
+    encoded = part(residual)
+    with torch.no_grad():
+        acts = whole.encode(residual.float())
+        expected = acts[..., [*INDICES_SLICES, 20]]
+        torch.testing.assert_close(encoded.acts, expected, rtol=1e-5, atol=1e-4)
+        assert ((expected != 0) == (encoded.acts != 0)).all() and (expected != 0).any() and (expected == 0).any()
+        assert encoded.is_finite.all()
+        # Clamping through the whole SAE: decode(clamped) - decode(acts), as the closed form says it.
+        clamped = acts.clone()
+        clamped[..., INDICES_SLICES] = -STRENGTH
+        whole.encode(residual.float())  # Run-time normalisation remembers its input until the next decode.
+        after = whole.decode(clamped)
+        whole.encode(residual.float())
+        wanted = after - whole.decode(acts)
+        delta = (-STRENGTH - encoded.acts[..., : len(INDICES_SLICES)]) @ part.W_dec
+        if encoded.scale is not None:
+            delta = delta * encoded.scale
+        assert delta.shape[-1] == write_width
+        torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(load_encoder(source, device="cpu")(residual), acts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_slice_equals_the_whole_sae(tmp_path, architecture, normalization, apply_b_dec_to_input, dtype):
+    whole = make_sae(
+        tmp_path,
+        architecture,
+        bias=1.0,
+        normalize_activations=normalization,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+        **ARCHITECTURES[architecture],
+    )
+    check(tmp_path, whole, dtype)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "abstopk"])
+def test_ranking_by_decoder_norm(tmp_path, architecture):
+    whole = make_sae(tmp_path, architecture, bias=1.0, k=5, rescale_acts_by_decoder_norm=True)
+    check(tmp_path, whole)
+
+
+@pytest.mark.parametrize("architecture", TRANSCODERS)
+def test_transcoders_write_elsewhere(tmp_path, architecture):
+    whole = make_sae(tmp_path, architecture, bias=1.0, d_out=WIDTH + 4, apply_b_dec_to_input=False)
+    config = tmp_path / "cfg.json"
+    settings = json.loads(config.read_text())
+    settings["metadata"] |= {"hook_name": "blocks.1.hook_mlp_in", "hook_name_out": "blocks.1.hook_mlp_out"}
+    config.write_text(json.dumps(settings))
+    check(tmp_path, whole, write_width=WIDTH + 4)
+    source = read_sae(str(tmp_path))
+    assert source.site.point == "mlp_in" and source.write.point == "mlp_out"
+    assert source.identity.hook_out == "blocks.1.hook_mlp_out"
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk"])
+def test_attention_heads_side_by_side(tmp_path, architecture):
+    """sae-lens reads hook_z as [..., heads, d_head]; the output projection of a Hugging Face model reads them flat."""
+    options = {"hook": "blocks.1.attn.hook_z", "reshape_activations": "hook_z", "bias": 1.0}
+    whole = make_sae(tmp_path, architecture, **options, **ARCHITECTURES[architecture])
+    source = read_sae(str(tmp_path))
+    assert source.site.point == "attn_z"
+    residual = torch.randn(3, 40, WIDTH) * 3
+    with torch.no_grad():
+        acts = whole.encode(residual.unflatten(-1, (2, WIDTH // 2)))
+        torch.testing.assert_close(
+            load_slice(source, INDICES_SLICES)(residual).acts, acts[..., INDICES_SLICES], rtol=1e-5, atol=1e-4
+        )
+        clamped = acts.clone()
+        clamped[..., INDICES_SLICES] = -STRENGTH
+        wanted = (whole.decode(clamped) - whole.decode(acts)).flatten(-2)
+    part = load_slice(source, INDICES_SLICES)
+    delta = (-STRENGTH - acts[..., INDICES_SLICES]) @ part.W_dec
+    torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_not_finite_is_seen(tmp_path, architecture, value):
+    make_sae(tmp_path, architecture, **ARCHITECTURES[architecture])
+    residual = torch.randn(2, 3, WIDTH)
+    residual[1, 2, 7] = value
+    found = load_slice(read_sae(str(tmp_path)), INDICES_SLICES)(residual).is_finite
+    assert found.sum() == 5 and not found[1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architecture": "temporal"}, "depends on all earlier tokens"),
+        ({"architecture": "matching_pursuit"}, "one after another"),
+        ({"architecture": "batchtopk"}, "save_inference_model"),
+        ({"normalize_activations": "expected_average_only_in"}, "fold_activation_norm_scaling_factor"),
+        ({"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
+        ({"architecture": "topk", "k": N_FEATURES + 1}, "k=49"),
+    ],
+)
+def test_what_cannot_be_sliced_is_refused_with_the_reason(tmp_path, change, words):
+    make_sae(tmp_path)
+    config = tmp_path / "cfg.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(DsgError, match=words):
+        read_sae(str(tmp_path))
+
+
+NAME = "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_142"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pretend(monkeypatch, sae):
+    """sae-lens gives this SAE for every name; what was asked for is returned."""
+    import sae_lens
+
+    asked = []
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", lambda *names, **_: asked.append(names) or sae)
+    return asked
+
+
+def test_a_release_is_converted_once(tmp_path, cache, monkeypatch):
+    asked = pretend(monkeypatch, make_sae(tmp_path / "sae"))
+    first, second = read_sae(NAME), read_sae(NAME)
+    assert asked == [("gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_142")]
+    assert first.identity == second.identity and first.identity.source == NAME and first.identity.width == WIDTH
+    origin = json.loads((first.folder / "origin.json").read_text())
+    assert origin["repository"] == "google/gemma-scope-2b-pt-res"
+    assert first.folder.is_relative_to(cache)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, cache, monkeypatch):
+    sae = make_sae(tmp_path / "sae")
+    pretend(monkeypatch, sae)
+
+    def full(folder):
+        (folder / "cfg.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sae, "save_model", full)
+        with pytest.raises(DsgError, match=r"cannot be kept.*No space left.*\n.*DSG_CACHE"):
+            read_sae(NAME)
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert read_sae(NAME).identity.width == WIDTH
+    with pytest.raises(DsgError, match="no room on the disk for org/name"), hub_errors("org/name"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="another"), hub_errors("org/name"):
+        raise OSError(errno.EIO, "another")
+
+
+def test_another_process_that_was_faster_is_no_error(tmp_path, cache, monkeypatch):
+    """Of two conversions at once, the second finds the folder of the first; a folder without origin is replaced."""
+    sae = make_sae(tmp_path / "sae")
+    pretend(monkeypatch, sae)
+    folder = read_sae(NAME).folder
+    save, first = sae.save_model, (folder / "origin.json").read_text()
+
+    def slowly(partial):
+        save(partial)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "origin.json").write_text(first)
+
+    (folder / "origin.json").unlink()
+    monkeypatch.setattr(sae, "save_model", slowly)
+    assert read_sae(NAME).folder == folder
+    (folder / "origin.json").unlink()
+    monkeypatch.setattr(sae, "save_model", save)
+    assert read_sae(NAME).folder == folder and (folder / "sae_weights.safetensors").is_file()
+
+
+def test_what_sae_lens_cannot_read_is_said(cache, monkeypatch):
+    import sae_lens
+
+    def broken(*_names, **_options):
+        raise KeyError("W_enc")
+
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", broken)
+    with pytest.raises(DsgError, match=f"sae-lens cannot read {NAME}: 'W_enc'"):
+        find_sae(NAME)
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        (NAME, ("google/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_142")),
+        ("llama_scope_lxr_8x/l8r_8x", ("fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L8R-8x")),
+        ("acme/saes", ("acme/saes", "")),
+        ("acme/saes@v1/layer 3/a", ("acme/saes@v1", "layer 3/a")),
+    ],
+)
+def test_where_a_name_leads(source, place):
+    assert locate_release(source) == place
+    assert len(releases.releases()) > 100
+
+
+def test_an_sae_in_a_repository_is_pinned(tmp_path):
+    with LoopbackHub(tmp_path / "hub") as hub:
+        files = files_of(lab.SAE_DIRS["lab"])
+        root = hub.add("models", "acme/sae", files)
+        deep = hub.add("models", "acme/many", {f"a/one/{name}": content for name, content in files.items()})
+        names = ("acme/sae", "acme/many/a/one", "acme/many/a/two", "acme/many", "acme/sae@nope")
+        commands = [(*SELECT, "--model", "lab", "--json", "--sae", name) for name in names]
+        found = run(hub.environment(tmp_path / "cache"), tmp_path, *commands)
+    sources = [json.loads(out)["sae"]["source"] for code, out, _ in found[:2] if code == 0]
+    assert sources == [f"acme/sae@{root}", f"acme/many@{deep}/a/one"], found
+    refused = ("Did you mean a/one", "no SAE in its root", "no such revision")
+    for (code, _, err), words in zip(found[2:], refused, strict=True):
+        assert code == 1 and words in err, err

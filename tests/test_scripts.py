@@ -1,5 +1,7 @@
 """What scripts and CI jobs rely on: conditions, summaries, one JSON document."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -11,21 +13,19 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import SMALL_LAB, python
-from dsg_cli.expect import check_expected, check_metrics, parse_expected
 from handmade import HEADER, RESULTS, chain, judged, report, write
 from test_docs import README
 
 from dsg_cli.errors import DsgError
-from dsg_cli.report.summary import code, markdown
-from dsg_cli.workspace import Workspace
+from dsg_cli.evals.expect import check_expected, check_metrics, parse_expected
+from dsg_cli.report.rendering import code
+from dsg_cli.report.summary import markdown
+from dsg_cli.workspace.store import Workspace
 
 
 @pytest.fixture
 def written(dsg, tmp_path):
     return write(Workspace(tmp_path / "dsg-workspace"))
-
-
-# Conditions.
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_metrics_are_checked_before_they_are_measured():
 def test_metrics_of_tasks_and_groups():
     from types import SimpleNamespace
 
-    from dsg_cli.benches.tasks import load_tasks, metrics_of
+    from dsg_cli.evals.benches import load_tasks, metrics_of
 
     group = SimpleNamespace(name="wmdp", aggregate_metric_list=[SimpleNamespace(metric="acc")])
     measured = metrics_of([*load_tasks(["lab-hexes"], split="test"), group])
@@ -103,7 +103,7 @@ def test_metrics_of_tasks_and_groups():
 
 
 def test_bad_conditions_come_before_everything(dsg, monkeypatch):
-    monkeypatch.setattr("dsg_cli.model.AutoModelForCausalLM", None)
+    monkeypatch.setattr("dsg_cli.models.language_model.AutoModelForCausalLM", None)
     for command in (
         ["eval", "--bench", "lab-hexes", "--expect", "lab-hexes<=bse"],
         ["run", "lab", "--set", "eval.expect=['lab-hexes<=bse']"],
@@ -115,15 +115,12 @@ def test_bad_conditions_come_before_everything(dsg, monkeypatch):
     assert code == 1 and out == "" and "has no metric f1" in err and not Path("dsg-workspace").exists()
 
 
-# What was not met, on stderr and in Markdown.
-
-
 def returns(monkeypatch, written):
     """`dsg eval` and `dsg run` without their work: what the stages would return is there."""
     monkeypatch.setattr("dsg_cli.stages.evaluate.run", lambda *_, **__: written[0])
     monkeypatch.setattr("dsg_cli.stages.attack.run", lambda *_, **__: [written[1]])
     run = chain(Workspace("of-a-run"))
-    monkeypatch.setattr("dsg_cli.stages.run_recipe.run", lambda *_, **__: run)
+    monkeypatch.setattr("dsg_cli.stages.run.run", lambda *_, **__: run)
 
 
 MISSED = """\
@@ -218,9 +215,6 @@ def test_summaries_are_appended_and_refused_before_the_work(dsg, written, tmp_pa
     assert text.startswith("before\n\n## dsg: guardrail-001\n") and text.count("\n\n## dsg: guardrail-001\n") == 2
 
 
-# One JSON document.
-
-
 def test_every_command_that_prints_a_result_has_json():
     from typer.main import get_command
 
@@ -261,10 +255,12 @@ def test_what_libraries_print_does_not_reach_stdout(dsg, written, monkeypatch):
     assert dsg("attack", "--kind", "dilution")[1] == "attack-001\n"
 
 
-# The workflow in the README.
-
 WORKFLOW = yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, flags=re.S)[1])
+
+
 STEPS = WORKFLOW["jobs"]["guardrail"]["steps"]
+
+
 COMMANDS = [
     shlex.split(line)[1:] for step in STEPS for line in step.get("run", "").splitlines() if line.startswith("dsg ")
 ]

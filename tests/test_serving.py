@@ -1,5 +1,7 @@
 """The same decision however a sequence is served: families of models x ways of masking and caching."""
 
+from __future__ import annotations
+
 import copy
 import json
 from dataclasses import replace
@@ -8,16 +10,21 @@ import pytest
 import torch
 import transformers
 from conftest import WIDTH, make_guardrail, make_sae
-from dsg_cli.runtime.sites import HookSite
-from dsg_cli.sae import read_sae
 from transformers import DynamicCache, StaticCache
 
 from dsg_cli.errors import DsgError
-from dsg_cli.guardrail import guarded
+from dsg_cli.guardrail.guarded import guarded
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.models.sae import read_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 SITE = HookSite(1, "resid_post")
+
+
 N_NEW = 12
+
+
 COMMON = {
     "vocab_size": 64,
     "hidden_size": WIDTH,
@@ -30,6 +37,8 @@ COMMON = {
     "bos_token_id": 2,
     "eos_token_id": None,
 }
+
+
 FAMILIES = {
     "Llama": COMMON | {"num_key_value_heads": 2},
     "Qwen2": COMMON | {"num_key_value_heads": 1},
@@ -41,6 +50,8 @@ FAMILIES = {
         "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": None,
     },
 }  # fmt: skip
+
+
 PROMPTS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 40, 41, 42, 43, 44, 45], [2, 50]]
 
 
@@ -73,7 +84,7 @@ def served(request, tmp_path_factory):
 
 
 def replace_threshold(guard, threshold):
-    from dsg_cli.runtime.guardrail import build_guardrail
+    from dsg_cli.guardrail.runtime.guardrail import build_guardrail
 
     made = build_guardrail(replace(guard.spec, threshold=threshold), guard.tensors(), where="test")
     replace_threshold.made = made

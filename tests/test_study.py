@@ -1,5 +1,7 @@
 """Studies: what a point measures is what the stages measure, nothing is computed twice, and failures keep their row."""
 
+from __future__ import annotations
+
 import csv
 import dataclasses
 import io
@@ -14,30 +16,37 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_task
-from dsg_cli.artifacts import EvalReport, StudyReport, Threshold
-from dsg_cli.corpora import load_corpora
-from dsg_cli.interruption import Signalled, install
-from dsg_cli.stages.session import Session
-from dsg_cli.studies.data_efficiency import known_names, share_of
-from dsg_cli.studies.names import AXES, OF_A_GUARDRAIL, STUDIES, module_name
-from dsg_cli.studies.rows import MEASURES, csv_text, median_interval, rate_row
-from dsg_cli.studies.settings import points_of
 from rich.console import Console
 
+from dsg_cli.data.corpora import load_corpora
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.studies import failures, study_headline, study_markdown, study_table
 from dsg_cli.report.tables import artifact_table
-from dsg_cli.stages import apply, calibrate, evaluate, study, verify
-from dsg_cli.studies import cost
-from dsg_cli.workspace import Workspace
+from dsg_cli.stages import apply as apply
+from dsg_cli.stages import calibrate as calibrate
+from dsg_cli.stages import evaluate as evaluate
+from dsg_cli.stages import study as study
+from dsg_cli.stages.stage import Session
+from dsg_cli.studies import AXES, OF_A_GUARDRAIL, STUDIES, load_study, points_of
+from dsg_cli.studies import studies as cost
+from dsg_cli.studies.studies import known_names, share_of
+from dsg_cli.studies.sweep import MEASURES, csv_text, median_interval, rate_row
+from dsg_cli.workspace import store as verify
+from dsg_cli.workspace.artifacts import Threshold
+from dsg_cli.workspace.files import Signalled, install
+from dsg_cli.workspace.results import EvalReport, StudyReport
+from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETS = [
     *("corpora.limit=120", "corpora.retain=[lab-near, lab-far]", "calibrate.alpha=0.05", "select.probe_tokens=8000"),
     *("select.probe_candidates=60", "study.benches=[lab-near, lab-far]", "eval.limit=16", "study.repeats=5"),
 ]
+
+
 SMALL = {
     "stability": "{n_features: [4, 8, 700], strength: [1r, 16r], ratio_percentile: [95], alpha: [0.05, 0.1]}",
     "data-efficiency": "{by: [documents, entities], share: [10, 100]}",
@@ -362,7 +371,7 @@ def test_an_interrupted_study_goes_on_with_the_points_it_has(stability, workspac
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.is_kept and not Workspace(tmp_path).ids("study")
-    assert [finding.state for finding in verify.run(Workspace(tmp_path))] == ["ok", "unfinished"]
+    assert [finding.state for finding in verify.verify_all(Workspace(tmp_path))] == ["ok", "unfinished"]
     seen = []
     session = Session(report=lambda what, done, _total: seen.append((what, done)), resume=True)
     stored = study.run(recipe, Workspace(tmp_path), "stability", session=session)
@@ -381,7 +390,7 @@ def test_a_table_that_was_altered_is_refused(stability, workspace, tmp_path):
     table.write_text(table.read_text().replace("lab-hexes", "lab-hexed", 1))
     with pytest.raises(DsgError, match="was altered"):
         Workspace(tmp_path).read("study-001")
-    assert [one.state for one in verify.run(Workspace(tmp_path))] == ["broken"]
+    assert [one.state for one in verify.verify_all(Workspace(tmp_path))] == ["broken"]
 
 
 def test_the_tables_fit(stability):
@@ -403,10 +412,8 @@ def rows_of_16r(body):
 
 
 def test_every_study_has_its_module_and_its_axes():
-    import importlib
-
     for name, one in STUDIES.items():
-        assert callable(importlib.import_module(module_name(name)).rows_of)
+        assert callable(load_study(name))
         assert set(one.axes) <= set(AXES) and set(one.default) <= set(one.axes) and set(one.needs) <= set(one.axes)
     assert points_of({"a": [1, 2], "b": ["x"]}) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
 

@@ -1,21 +1,23 @@
 """Texts to batches in another thread, packed rows, batches that do not fit, and mixtures of corpora."""
 
+from __future__ import annotations
+
 import threading
 
 import pytest
 import torch
 from conftest import make_sae
-from dsg_cli.corpora import Corpus
-from dsg_cli.fitting import Fitting
-from dsg_cli.pieces import draw_pieces
-from dsg_cli.sae import load_encoder, read_sae
-from dsg_cli.statistics import feature_statistics, mix
-from dsg_cli.streaming import stream_batches
-from dsg_cli.tokens import batches, encode, packed
 
+from dsg_cli.data.batches import batches, stream_batches
+from dsg_cli.data.corpora import Corpus
+from dsg_cli.data.tokens import draw_pieces, encode, packed
 from dsg_cli.errors import DsgError
+from dsg_cli.guardrail.statistics import feature_statistics, mix
+from dsg_cli.models.residuals import Fitting
+from dsg_cli.models.sae import load_encoder, read_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [" ".join(f"w{(i * j) % 50}" for j in range(1, 5 + i % 40)) for i in range(1, 600)]
 
 

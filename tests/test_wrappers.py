@@ -1,5 +1,7 @@
 """Wrappers: prefixes and filters around a model that stays as it is, on the tiny model and on the lab."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import math
@@ -10,38 +12,52 @@ from collections import Counter
 import pytest
 import torch
 from conftest import make_guardrail, write_task
-from dsg_cli.artifacts import Wrapper
-from dsg_cli.attacks.asking import ask
-from dsg_cli.attacks.soft_prompt import embedded
-from dsg_cli.benches.tasks import Question, load_tasks, questions_of
-from dsg_cli.calibration import conformal_threshold, rate_above
-from dsg_cli.evaluation import evaluate
-from dsg_cli.generation import answer, prompt_ids
-from dsg_cli.keywords import PRIOR_WORDS, log_odds, n_found, phrases_of, read_keywords, telling_words, words_of
-from dsg_cli.methods.filtering import fit_classifier
-from dsg_cli.methods.settings import InContext, Prompt
-from dsg_cli.methods.wrapping import Material
-from dsg_cli.model import LoadedModel, load_model
-from dsg_cli.pooling import mean_residuals
-from dsg_cli.scorer import Scorer
-from dsg_cli.scoring import Request, encode_pair, score
-from dsg_cli.stages.session import Session
-from dsg_cli.tokens import encode
-from dsg_cli.wrapper import prompt_with, refuses_answer, refuses_prompt, wrap, wrapper_from_artifact
-from dsg_cli.wrapper_module import LARGEST
 
+from dsg_cli.attacks.search import embedded
+from dsg_cli.attacks.target import ask
+from dsg_cli.data.tokens import Request, encode, encode_pair, words_of
 from dsg_cli.errors import DsgError
-from dsg_cli.methods import in_context, prompt
+from dsg_cli.evals.benches import Question, load_tasks, questions_of
+from dsg_cli.evals.lm_harness import evaluate
+from dsg_cli.guardrail.calibration import conformal_threshold
+from dsg_cli.inference.generation import answer, prompt_ids
+from dsg_cli.inference.scoring import Scorer, score
+from dsg_cli.inference.wrappers import (
+    LARGEST,
+    PRIOR_WORDS,
+    log_odds,
+    n_found,
+    phrases_of,
+    prompt_with,
+    read_keywords,
+    refuses_answer,
+    refuses_prompt,
+    telling_words,
+    wrap,
+    wrapper_from_artifact,
+)
+from dsg_cli.intervals import rate_above
+from dsg_cli.methods.wrappers import Material, fit_classifier, make_in_context, make_prompt
+from dsg_cli.models.language_model import LoadedModel, load_model
+from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.recipe import load_recipe
+from dsg_cli.settings import InContext, Prompt
 from dsg_cli.stages import wrap as stage
-from dsg_cli.workspace import Workspace
+from dsg_cli.stages.stage import Session
+from dsg_cli.workspace.artifacts import Wrapper
+from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLAIN = {
     "method": "input-filter", "side": "input", "text": "", "keywords": [], "layer": None, "threshold": 0.0,
     "refusal": "w7 w8", "rates": [], "special_ids": [0, 1, 2], "bos": 2, "forget": [], "retain": [],
 }  # fmt: skip
+
+
 HEX = "Question: What is the counter of the grim hex Rahurk? Answer:"
+
+
 CHARM = "Question: What is the binder of the kindly charm Zivoth? Answer:"
 
 
@@ -169,7 +185,7 @@ class TestWrap:
             wrapped([made("prefix", text=long)], tiny, ("w1", "w12"))
 
     def test_guardrails_do_not_change_what_a_filter_reads(self, lab):
-        from dsg_cli.sae import read_sae
+        from dsg_cli.models.sae import read_sae
 
         sae = read_sae("lab")
         guard = make_guardrail(sae, [1, 2], threshold=-1.0, strength=90.0)
@@ -351,7 +367,7 @@ class TestMethods:
 
         forget, near, far = (questions(bench) for bench in ("lab-hexes", "lab-near", "lab-far"))
         material = Material(lab, 2, forget_questions=forget, retain_questions=[near, far], seed=1)
-        text = in_context.make(InContext(n_forget=6, n_retain=4), material).body.text
+        text = make_in_context(InContext(n_forget=6, n_retain=4), material).body.text
         parts = [f"Question:{part}".strip() for part in text.split("Question:")[1:]]
         by_context = {q.context: q for q in (*forget, *near, *far)}
         kinds = []
@@ -365,20 +381,20 @@ class TestMethods:
         assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
         assert sum(by_context[part[: part.index("Answer:") + 7]] in near for part in parts) == 2
         assert lab.tokenizer.unk_token_id not in lab.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert in_context.make(InContext(6, 4), dataclasses.replace(material, seed=2)).body.text != text
+        assert make_in_context(InContext(6, 4), dataclasses.replace(material, seed=2)).body.text != text
         with pytest.raises(DsgError, match="are to be shown"):
-            in_context.make(InContext(n_forget=500), material)
+            make_in_context(InContext(n_forget=500), material)
         single = dataclasses.replace(material, forget_questions=[Question("a", ("b",), 0)])
         with pytest.raises(DsgError, match="single choice"):
-            in_context.make(InContext(n_forget=1), single)
+            make_in_context(InContext(n_forget=1), single)
 
     def test_prompts(self, tiny):
         material = Material(tiny, 2, topic="hexes and ciphers")
-        assert prompt.make(Prompt("No {topic}, {0} {"), material).body.text == "No hexes and ciphers, {0} {\n\n"
-        assert prompt.make(Prompt("No {topic}.", topic="{topic}"), material).body.text == "No {topic}.\n\n"
+        assert make_prompt(Prompt("No {topic}, {0} {"), material).body.text == "No hexes and ciphers, {0} {\n\n"
+        assert make_prompt(Prompt("No {topic}.", topic="{topic}"), material).body.text == "No {topic}.\n\n"
         for settings, words in ((Prompt("  "), "is empty"), (Prompt("{topic}"), "nothing says")):
             with pytest.raises(DsgError, match=words):
-                prompt.make(settings, dataclasses.replace(material, topic=""))
+                make_prompt(settings, dataclasses.replace(material, topic=""))
 
 
 class TestWriting:
@@ -416,8 +432,8 @@ class TestWriting:
         assert refuses_prompt([below], lab.model, lab.tokenizer, asked) is None
 
     def test_a_refused_prompt_leaves_gates_unread(self, lab):
-        from dsg_cli.report.answers import _told
-        from dsg_cli.sae import read_sae
+        from dsg_cli.cli.output import _told
+        from dsg_cli.models.sae import read_sae
 
         guard = make_guardrail(read_sae("lab"), [1], threshold=0.5, strength=1.0, gate="window")
         found, _ = self.write(lab, HEX, keyword("hex"), guardrails=[guard], allow_mismatch=True)

@@ -20,57 +20,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.data.corpora import Corpus
-from dsg_cli.data.tokens import as_chat, bos_to_prepend, token_texts
-from dsg_cli.errors import DsgError
-from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.data.tokens import as_chat, token_texts
 from dsg_cli.guardrail.selection import Chosen, formatting_notes
 from dsg_cli.inspection.contexts import Context, Contexts, distinct_contexts
 from dsg_cli.inspection.descriptions import describe_features
-from dsg_cli.models.language_model import LoadedModel
-from dsg_cli.stages.inputs import check_tokens
-from dsg_cli.workspace.artifacts import Guardrail, SaeIdentity
 from dsg_cli.workspace.results import Json
-from dsg_cli.workspace.store import Stored
-
-
-@dataclass(frozen=True)
-class Inspected:
-    """An artifact that chose features."""
-
-    made: Stored
-    guard: GuardrailModule | None
-    """None for a selection."""
-    chosen: list[Chosen]
-
-    @property
-    def sae(self) -> SaeIdentity:
-        """The SAE that it was made with."""
-        assert self.made.header.sae is not None
-        return self.made.header.sae
-
-    def some(self, indices: Sequence[int]) -> list[Chosen]:
-        """These features of the SAE, with their roles if they have any; all that were chosen if none are named.
-
-        Raises:
-            DsgError: The SAE does not have one of them.
-        """
-        for index in indices:
-            if not 0 <= index < self.sae.n_features:
-                raise DsgError(f"The SAE {self.sae.source} has {self.sae.n_features} features; there is no {index}.")
-        known = {one.index: one for one in self.chosen}
-        return [known.get(index, Chosen(index, [])) for index in dict.fromkeys(indices)] or self.chosen
-
-    def bos(self, loaded: LoadedModel) -> int | None:
-        """The token that every sequence begins with, after a look at the model's others.
-
-        Raises:
-            DsgError: The tokenizer has other special tokens than when a guardrail was made.
-        """
-        body = self.made.body
-        if isinstance(body, Guardrail):
-            check_tokens(loaded, body.special_ids, self.made.id)
-            return body.bos
-        return bos_to_prepend(loaded.tokenizer, self.sae.prepend_bos)
 
 
 @dataclass(frozen=True)

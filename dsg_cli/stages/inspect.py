@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.data.corpora import Corpus, check_disjoint, check_named, parse_name, part_of
-from dsg_cli.data.tokens import check_chat, chunks, encode, prompts
+from dsg_cli.data.tokens import bos_to_prepend, check_chat, chunks, encode, prompts
 from dsg_cli.errors import DsgError
+from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.selection import EPSILON, Chosen, chosen_by, score_of
 from dsg_cli.inspection.contexts import read_contexts
-from dsg_cli.inspection.features import Group, Inspected, Read, Rows, context_rows, doubts_of, with_near, words_of_all
+from dsg_cli.inspection.features import Group, Read, Rows, context_rows, doubts_of, with_near, words_of_all
 from dsg_cli.inspection.lens import decoder_rows, logit_lens, nearest_features
 from dsg_cli.inspection.neuronpedia import Descriptions, described, place_of
 from dsg_cli.models.language_model import LoadedModel, context_length, load_tokenizer
@@ -29,6 +30,7 @@ from dsg_cli.models.sae_slice import load_slice
 from dsg_cli.settings import Recipe
 from dsg_cli.stages.inputs import (
     chain_sae,
+    check_tokens,
     find_subject,
     guard_modules,
     identify,
@@ -37,12 +39,52 @@ from dsg_cli.stages.inputs import (
     read_corpora,
 )
 from dsg_cli.stages.stage import QUIET, Session, new_header, settle
-from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header
+from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, SaeIdentity
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Inspection, Json
 from dsg_cli.workspace.store import Stored, Workspace
 
 KINDS = ("guardrail", "features")
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """An artifact that chose features."""
+
+    made: Stored
+    guard: GuardrailModule | None
+    """None for a selection."""
+    chosen: list[Chosen]
+
+    @property
+    def sae(self) -> SaeIdentity:
+        """The SAE that it was made with."""
+        assert self.made.header.sae is not None
+        return self.made.header.sae
+
+    def some(self, indices: Sequence[int]) -> list[Chosen]:
+        """These features of the SAE, with their roles if they have any; all that were chosen if none are named.
+
+        Raises:
+            DsgError: The SAE does not have one of them.
+        """
+        for index in indices:
+            if not 0 <= index < self.sae.n_features:
+                raise DsgError(f"The SAE {self.sae.source} has {self.sae.n_features} features; there is no {index}.")
+        known = {one.index: one for one in self.chosen}
+        return [known.get(index, Chosen(index, [])) for index in dict.fromkeys(indices)] or self.chosen
+
+    def bos(self, loaded: LoadedModel) -> int | None:
+        """The token that every sequence begins with, after a look at the model's others.
+
+        Raises:
+            DsgError: The tokenizer has other special tokens than when a guardrail was made.
+        """
+        body = self.made.body
+        if isinstance(body, Guardrail):
+            check_tokens(loaded, body.special_ids, self.made.id)
+            return body.bos
+        return bos_to_prepend(loaded.tokenizer, self.sae.prepend_bos)
 
 
 def features_of(made: Stored) -> Stored | None:

@@ -22,14 +22,13 @@ from dsg_cli.guardrail.runtime.slice import SaeSlice
 from dsg_cli.guardrail.selection import Chosen
 from dsg_cli.inference.generation import Answer, answer, prompt_ids
 from dsg_cli.inference.wrappers import prompt_with
-from dsg_cli.inspection.features import Inspected
 from dsg_cli.inspection.trace import Traced, trace
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.sae_slice import load_slice
 from dsg_cli.settings import GenerateSection, Recipe
 from dsg_cli.stages.inputs import LoadedSubject, Subject, chain_sae, find_subject, load_chain_model, load_subject
-from dsg_cli.stages.inspect import find_inspected
+from dsg_cli.stages.inspect import Inspected, find_inspected
 from dsg_cli.stages.stage import settle
 from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Workspace

@@ -11,7 +11,6 @@ from typing import Any
 
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.settings import WHOLE_NUMBERS, StudySection, shown, strength_of
-from dsg_cli.workspace.results import Json
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,10 @@ def check_study(name: str) -> None:
         raise DsgError(f"There is no study {name[:200]}.", nearest(name[:200], STUDIES))
 
 
-def load_study(name: str) -> Callable[..., list[Json]]:
+def load_study(name: str) -> Callable[..., list[dict[str, Any]]]:
     """The function that measures the rows of one point: `rows_of_<name>`."""
     module = importlib.import_module("dsg_cli.studies.studies")
-    rows_of: Callable[..., list[Json]] = getattr(module, f"rows_of_{name.replace('-', '_')}")
+    rows_of: Callable[..., list[dict[str, Any]]] = getattr(module, f"rows_of_{name.replace('-', '_')}")
     return rows_of
 
 
@@ -190,7 +189,7 @@ def _requests(given: list[Any], section: StudySection) -> list[Any]:
     return given or list(range(1, n_requests + 1))
 
 
-def points_of(grid: Grid) -> list[Json]:
+def points_of(grid: Grid) -> list[dict[str, Any]]:
     """Every combination of values."""
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 

@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dsg_cli.errors import DsgError
 from dsg_cli.workspace.files import parse_json, pending, read_bounded, safe_point, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 State = dict[str, Any]
 """Tensors, and values of JSON."""
@@ -116,6 +115,9 @@ class Checkpoint:
 
 
 def _encoded(entries: dict[str, State]) -> bytes:
+    from safetensors.torch import save
+    from torch import Tensor
+
     tensors: dict[str, Tensor] = {}
     described = []
     for number, (name, state) in enumerate(entries.items()):
@@ -135,6 +137,9 @@ def check_checkpoint(path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, State]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     head, _, content = read_bounded(path, LARGEST).partition(b"\n")
     try:
         if head != MAGIC + hashlib.sha256(content).hexdigest().encode():

@@ -7,12 +7,13 @@ import statistics
 import time
 
 import torch
-from dsg_cli.scoring import Request, score
-from dsg_cli.tokens import TokenBatch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from dsg_cli import scoring
+from dsg_cli.data.batches import TokenBatch
+from dsg_cli.data.tokens import Request
+from dsg_cli.inference import scoring as scoring
+from dsg_cli.inference.scoring import score
 
 N_ROUNDS = 5
 VOCABULARY = 256_000

@@ -10,12 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from dsg_cli.artifacts import Guardrail
-from dsg_cli.export.light import light_file
-from dsg_cli.runtime.slices import SliceSpec
 
-from dsg_cli import load_guardrail
-from dsg_cli.workspace import Workspace
+from dsg_cli.guardrail.loading import light_file, load_guardrail
+from dsg_cli.guardrail.runtime.slice import SliceSpec
+from dsg_cli.workspace.artifacts import Guardrail
+from dsg_cli.workspace.store import Workspace
 
 WIDTH, N_CHOSEN, N_DETECTORS = 2304, 20, 8
 KEPT = Path(__file__).parent.parent / "data" / "schema-2"

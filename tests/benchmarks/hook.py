@@ -11,11 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from dsg_cli.runtime.guardrail import build_guardrail
-from dsg_cli.runtime.slices import SliceSpec
-from dsg_cli.runtime.spec import GuardrailSpec
 from transformers import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RotaryEmbedding
+
+from dsg_cli.guardrail.runtime.guardrail import build_guardrail
+from dsg_cli.guardrail.runtime.slice import SliceSpec
+from dsg_cli.guardrail.runtime.spec import GuardrailSpec
 
 WIDTH, N_FEATURES, N_CHOSEN, N_TOKENS, STRENGTH = 2304, 16384, 20, 256, 500.0
 

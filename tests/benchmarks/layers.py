@@ -56,10 +56,11 @@ def make(folder: str) -> None:
 def measure(how: str, folder: str) -> dict[str, float]:
     """Load, run one batch twice; memory, seconds and a checksum."""
     import torch
-    from dsg_cli.model import load_model
-    from dsg_cli.residuals import read_residual, replace_residual
-    from dsg_cli.runtime.sites import HookSite
-    from dsg_cli.stages.provenance import peak_memory_mb
+
+    from dsg_cli.guardrail.runtime.sites import HookSite
+    from dsg_cli.models.language_model import load_model
+    from dsg_cli.models.residuals import read_residual, replace_residual
+    from dsg_cli.workspace.provenance import peak_memory_mb
 
     torch.set_num_threads(2)
     libraries = peak_memory_mb()

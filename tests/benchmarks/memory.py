@@ -21,11 +21,12 @@ def rows() -> list[tuple[str, str, str]]:
 def measure(n_tokens: int) -> float:
     """Megabytes that the pass adds at its peak."""
     import torch
-    from dsg_cli.runtime.sites import HookSite
-    from dsg_cli.stages.provenance import peak_memory_mb
-    from dsg_cli.statistics import feature_statistics
-    from dsg_cli.tokens import TokenBatch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dsg_cli.data.batches import TokenBatch
+    from dsg_cli.guardrail.runtime.sites import HookSite
+    from dsg_cli.guardrail.statistics import feature_statistics
+    from dsg_cli.workspace.provenance import peak_memory_mb
 
     torch.manual_seed(0)
     config = LlamaConfig(

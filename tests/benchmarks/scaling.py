@@ -39,12 +39,13 @@ def _measured(n: int) -> dict[str, float]:
 def measure() -> dict[str, float]:
     """One pass over random documents by this process and its peers."""
     import torch
-    from dsg_cli.runtime.sites import HookSite
-    from dsg_cli.statistics import feature_statistics
-    from dsg_cli.streaming import stream_batches
-    from dsg_cli.workers import joined
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+    from dsg_cli.data.batches import stream_batches
+    from dsg_cli.guardrail.runtime.sites import HookSite
+    from dsg_cli.guardrail.statistics import feature_statistics
+    from dsg_cli.job import joined
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -39,7 +39,8 @@ def make_workspace(folder: Path) -> None:
         except SystemExit as stop:
             assert not stop.code, command
     import torch
-    from dsg_cli.checkpoints import Checkpoint
+
+    from dsg_cli.workspace.checkpoints import Checkpoint
 
     checkpoint = Checkpoint(folder / f".features-{'0' * 16}.checkpoint")
     checkpoint.keep("pass", {"n_batches": 1, "squares": torch.arange(64.0)})
@@ -48,10 +49,9 @@ def make_workspace(folder: Path) -> None:
 
 def targets(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Of each kind of file: one, and how it is read."""
-    from dsg_cli.checkpoints import check_checkpoint
-    from dsg_cli.export.light import read_light
-
-    from dsg_cli.workspace import Workspace
+    from dsg_cli.guardrail.loading import read_light
+    from dsg_cli.workspace.checkpoints import check_checkpoint
+    from dsg_cli.workspace.store import Workspace
 
     workspace = Workspace(folder)
     found: dict[str, tuple[Path, Callable[[], object]]] = {}

@@ -76,10 +76,10 @@ def finished(pid: int) -> int:
 
 def check_workspace(folder: Path) -> int:
     """Every visible artifact is complete and verifies; how many leftovers there are."""
-    from dsg_cli.stages import verify
-    from dsg_cli.workspace import Workspace
+    from dsg_cli.workspace import store as verify
+    from dsg_cli.workspace.store import Workspace
 
-    findings = verify.run(Workspace(folder))
+    findings = verify.verify_all(Workspace(folder))
     broken = [finding for finding in findings if finding.state == "broken"]
     assert not broken, broken
     return sum(finding.state == "unfinished" for finding in findings)
@@ -93,7 +93,7 @@ def figures(folder: Path, artifact_id: str) -> tuple[dict, bytes]:
 
 
 def nth_newest(folder: Path, kind: str, n: int) -> str:
-    from dsg_cli.workspace import Workspace
+    from dsg_cli.workspace.store import Workspace
 
     return Workspace(folder).ids(kind)[-1 - n]
 
@@ -116,7 +116,12 @@ def storm(n_kills: int, *, seed: int = 0, n_documents: int | None = None, out=sy
     import lm_eval.evaluator
     import lm_eval.models.huggingface  # noqa: F401
 
-    from dsg_cli.stages import apply, attack, calibrate, evaluate, select, verify  # noqa: F401
+    from dsg_cli.stages import apply as apply
+    from dsg_cli.stages import attack as attack
+    from dsg_cli.stages import calibrate as calibrate
+    from dsg_cli.stages import evaluate as evaluate
+    from dsg_cli.stages import select as select
+    from dsg_cli.workspace import store as verify  # noqa: F401
 
     os.environ["DSG_CHECKPOINT_SECONDS"] = "0"
     rng, stages = random.Random(seed), stages_on(n_documents)

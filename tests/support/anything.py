@@ -1,5 +1,7 @@
 """Strategies for whatever a file or an argument may hold, and what every reader must do with it."""
 
+from __future__ import annotations
+
 import json
 
 from hypothesis import HealthCheck, settings
@@ -31,16 +33,26 @@ def refused(read, *arguments, **options):
 ODD_TEXT = st.sampled_from(
     ["", " ", "..", "/", "a/b", "../x", "a" * 5000, "\x00", "\ud800", "[/b]", "9" * 5000, "nan", "1e999", "é", ":x:"]
 )
+
+
 TEXT = ODD_TEXT | st.text(max_size=20)
+
+
 NUMBERS = (
     st.integers()
     | st.sampled_from([0, -1, 10**400, -(10**30), 2**63])
     | st.floats(allow_nan=False, allow_infinity=False)
 )
+
+
 PLAIN = st.none() | st.booleans() | NUMBERS | TEXT
+
+
 VALUES = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8
 )
+
+
 """Any JSON."""
 
 

@@ -1,5 +1,7 @@
 """Headless Chromium for tests marked `browser`; they are skipped where it or its driver is missing."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from contextlib import contextmanager

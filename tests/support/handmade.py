@@ -1,14 +1,17 @@
 """An evaluation and an attack made by hand: for tables, summaries and what the command line does with them."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
-from dsg_cli.artifacts import SCHEMAS, AttackReport, EvalReport, InputArtifact, ModelIdentity, SaeIdentity
-from dsg_cli.attacks.summary import summarise
-from dsg_cli.expect import check_expected, parse_expected
 from test_workspace import BODY
 from test_workspace import HEADER as GUARDRAIL
 
-from dsg_cli.workspace import Stored, Workspace
+from dsg_cli.attacks.target import summarise
+from dsg_cli.evals.expect import check_expected, parse_expected
+from dsg_cli.workspace.artifacts import SCHEMAS, InputArtifact, ModelIdentity, SaeIdentity
+from dsg_cli.workspace.results import AttackReport, EvalReport
+from dsg_cli.workspace.store import Stored, Workspace
 
 HEADER = replace(
     GUARDRAIL,
@@ -21,6 +24,8 @@ HEADER = replace(
     sae=SaeIdentity("lab", "jumprelu", "blocks.1.hook_resid_post", 8, 16, True, "c", "s"),
     inputs=[InputArtifact("guardrail-001", "0" * 64)],
 )
+
+
 RESULTS = {
     "lab-hexes": {
         "base": {"acc": 0.8, "acc_stderr": 0.1, "n": 50, "n_asked": 60},
@@ -30,7 +35,11 @@ RESULTS = {
     "gsm": {"base": {"exact_match": 0.25, "n": 4}, "unlearned": {"exact_match": 0.5, "n": 4}},
     "part-of-gsm": {"base": {"exact_match": 0.25, "n": 4}, "unlearned": {"exact_match": 0.5, "n": 4}},
 }
+
+
 GATE = {"lab-hexes": {"rate": 0.98, "n": 50}, "a|b": {"rate": 0.25, "n": 900}}
+
+
 CONDITIONS = ["lab-hexes<=0.75", "a|b>=0.99*base-0.01", "a|b.gate<=0.05", "gsm.exact_match>=base"]
 
 

@@ -15,9 +15,17 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Answer = tuple[int, dict[str, str], bytes]
+
+
 USER, DATE = "loopback", "2025-01-01T00:00:00.000Z"
+
+
 NAME, REVISION = r"(?P<name>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)"
+
+
 REPO = rf"/api/(?P<kind>models|datasets)/{NAME}"
+
+
 ROUTES = {
     "info": ("GET", rf"{REPO}(?:/revision/{REVISION})?"),
     "tree": ("GET", rf"{REPO}/tree/{REVISION}(?:/(?P<path>.*))?"),
@@ -29,9 +37,17 @@ ROUTES = {
     "validate": ("POST", r"/api/validate-yaml"),
     "whoami": ("GET", r"/api/whoami-v2"),
 }
+
+
 FIXED: dict[str, object] = {"validate": {}, "whoami": {"type": "user", "name": USER, "orgs": [], "auth": {}}}
+
+
 PAGES = {"models": "", "datasets": "datasets/"}
+
+
 SIGNED = {"create", "preupload", "commit", "validate", "whoami"}
+
+
 REDIRECTING = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS)_.*(CACHE|OFFLINE)")
 
 

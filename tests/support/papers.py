@@ -3,17 +3,18 @@
 Rows are never padded, and nothing of the package computes anything: its `Text` only says which rows were drawn.
 """
 
+from __future__ import annotations
+
 import copy
 import re
 from dataclasses import dataclass, field
 
 import torch
 from conftest import WIDTH
-from dsg_cli.methods.given import Features, Given
-from dsg_cli.methods.mentions import Mentions
-from dsg_cli.runtime.sites import HookSite
 
-from dsg_cli.methods.text import Text
+from dsg_cli.guardrail.runtime.sites import HookSite
+from dsg_cli.methods.text import Mentions, Text
+from dsg_cli.methods.training import Features, Given
 
 BOS, SPECIAL, SEED = 2, (0, 1, 2), 5
 
@@ -65,9 +66,6 @@ def run(model, method, settings, forget, retain, **given):
 
     given = Given(own, None, forget, retain, report=report, seed=SEED, **given)
     return method.unlearn(given, settings), kept, grads
-
-
-# The papers' terms. `m` is the model in training, `ref` the model before it; F and R are rows of text.
 
 
 def token_logs(m, row):
@@ -149,7 +147,11 @@ def rmu_loss(m, ref, F, R, s, step):
 
 
 RELEVANT, IRRELEVANT = (torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+
+
 ENCODER, ENCODER_BIAS = torch.randn(WIDTH, 24, generator=torch.Generator().manual_seed(6)), -3.0
+
+
 FEATURES = Features(
     HookSite(1, "resid_post"), lambda x: torch.relu(x @ ENCODER + ENCODER_BIAS), [], RELEVANT, IRRELEVANT
 )
@@ -198,6 +200,8 @@ def drawn_to(triples, m, ref, R, s):
 
 
 ENDS = [[2, 4], [3], [], [1], [5, 6], [4]]
+
+
 OTHER_ENDS = [[3, 5], [2], [], [2], [4, 7], [1]]
 
 
