@@ -17,9 +17,7 @@ from dsg_cli.guardrail.calibration import conformal_threshold, percentile_thresh
 from dsg_cli.guardrail.selection import formatting_notes
 from dsg_cli.intervals import clopper_pearson, rate_above
 from dsg_cli.recipe import load_recipe
-from dsg_cli.stages import apply as apply
-from dsg_cli.stages import calibrate as calibrate
-from dsg_cli.stages import select as select
+from dsg_cli.stages import apply, calibrate, select
 from dsg_cli.stages.apply import SATURATED, tuning_questions
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Threshold
 from dsg_cli.workspace.store import Workspace

@@ -11,10 +11,7 @@ import torch
 
 from dsg_cli.errors import DsgError
 from dsg_cli.recipe import load_recipe
-from dsg_cli.stages import attack as attack
-from dsg_cli.stages import calibrate as calibrate
-from dsg_cli.stages import evaluate as evaluate
-from dsg_cli.stages import select as select
+from dsg_cli.stages import attack, calibrate, evaluate, select
 from dsg_cli.stages.stage import Session
 from dsg_cli.workspace import store as verify
 from dsg_cli.workspace.checkpoints import Checkpoint, check_checkpoint

@@ -37,7 +37,7 @@ from dsg_cli.recipe import load_recipe
 from dsg_cli.report.tables import artifact_table, headline
 from dsg_cli.settings import CalibrateSection, ConditionalClamp, RefusalClamp, StaticClamp
 from dsg_cli.stages import apply as clamp
-from dsg_cli.stages import select as select
+from dsg_cli.stages import select
 from dsg_cli.stages.stage import QUIET as QUIET_
 from dsg_cli.workspace.artifacts import CalibratedGate, FeatureSet, Guardrail
 from dsg_cli.workspace.store import Workspace

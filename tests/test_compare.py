@@ -16,7 +16,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.methods import METHODS, section_of
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.comparison import comparison_markdown, comparison_table
-from dsg_cli.stages import compare as compare
+from dsg_cli.stages import compare
 from dsg_cli.stages.stage import Session
 from dsg_cli.workspace.files import Signalled, install
 from dsg_cli.workspace.results import Comparison

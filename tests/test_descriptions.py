@@ -20,17 +20,23 @@ import torch
 
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.sites import HookSite
-from dsg_cli.inspection import descriptions as descriptions
+from dsg_cli.inspection import descriptions
 from dsg_cli.inspection import neuronpedia as neuronpedia_export
-from dsg_cli.inspection.contexts import AFTER, BEFORE, NOTHING, Contexts, read_contexts
-from dsg_cli.inspection.descriptions import (
+from dsg_cli.inspection.contexts import (
+    AFTER,
+    BEFORE,
     BEFORE_PEAK,
-    K1,
     N_WORDS,
+    NOTHING,
     SHARE_OF_BEST,
+    Contexts,
+    describe_features,
+    read_contexts,
+)
+from dsg_cli.inspection.descriptions import (
+    K1,
     B,
     Match,
-    describe_features,
     rank_by_embedding,
     rank_by_terms,
     read_descriptions,
@@ -43,13 +49,8 @@ from dsg_cli.recipe import load_recipe
 from dsg_cli.report.gather import gather
 from dsg_cli.report.page import report_of
 from dsg_cli.report.tables import artifact_table, candidates_table
-from dsg_cli.stages import apply as apply
-from dsg_cli.stages import calibrate as calibrate
-from dsg_cli.stages import describe as describe
-from dsg_cli.stages import evaluate as evaluate
-from dsg_cli.stages import inspect as inspect
+from dsg_cli.stages import apply, calibrate, describe, evaluate, inspect, select
 from dsg_cli.stages import run as run_recipe
-from dsg_cli.stages import select as select
 from dsg_cli.stages.stage import Session
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Threshold
 from dsg_cli.workspace.results import Inspection

@@ -33,7 +33,7 @@ from dsg_cli.models.language_model import load_model
 from dsg_cli.models.sae import read_sae
 from dsg_cli.recipe import load_recipe
 from dsg_cli.report.rendering import code, escaped
-from dsg_cli.stages import export as export
+from dsg_cli.stages import export
 from dsg_cli.stages.export import card_facts
 from dsg_cli.stages.inputs import find_subject, guard_modules
 from dsg_cli.workspace.artifacts import SCHEMAS, Guardrail

@@ -25,8 +25,7 @@ from dsg_cli.report.summary import chain_summary
 from dsg_cli.report.tables import model_rows
 from dsg_cli.settings import CompareSection, Finetune
 from dsg_cli.stages import apply as method
-from dsg_cli.stages import compare as compare
-from dsg_cli.stages import evaluate as evaluate
+from dsg_cli.stages import compare, evaluate
 from dsg_cli.stages import run as run_recipe
 from dsg_cli.stages.compare import compared
 from dsg_cli.stages.inputs import find_subject

@@ -53,11 +53,9 @@ from dsg_cli.evals.tofu import (
     truthfulness,
 )
 from dsg_cli.job import silent
-from dsg_cli.lab import data as data
+from dsg_cli.lab import data, training, world
 from dsg_cli.lab import data as lab
-from dsg_cli.lab import training as training
 from dsg_cli.lab import world as words
-from dsg_cli.lab import world as world
 from dsg_cli.lab.benchmarks import SPLITS, rows
 from dsg_cli.lab.data import LabSettings
 from dsg_cli.lab.export import train_without

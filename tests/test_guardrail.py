@@ -45,10 +45,8 @@ from dsg_cli.models.language_model import devices_of, load_model, read_config
 from dsg_cli.models.residuals import read_residual, replace_residual
 from dsg_cli.models.sae import read_sae
 from dsg_cli.recipe import load_recipe
-from dsg_cli.stages import apply as apply
+from dsg_cli.stages import apply, calibrate, select
 from dsg_cli.stages import apply as trial
-from dsg_cli.stages import calibrate as calibrate
-from dsg_cli.stages import select as select
 from dsg_cli.workspace.artifacts import Guardrail, Threshold
 from dsg_cli.workspace.store import Workspace
 

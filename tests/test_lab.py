@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from dsg_cli.guardrail.runtime.sites import HookSite
-from dsg_cli.lab import data as data
+from dsg_cli.lab import data, world
 from dsg_cli.lab import world as words
-from dsg_cli.lab import world as world
 from dsg_cli.lab.data import LabSettings
 from dsg_cli.lab.training import bench_accuracies, measure_sae, training_rows, write_texts
 from dsg_cli.lab.world import DOMAINS_OF

@@ -45,11 +45,8 @@ from dsg_cli.settings import (
     Training,
 )
 from dsg_cli.stages import apply as method
-from dsg_cli.stages import attack as attack
-from dsg_cli.stages import evaluate as evaluate
-from dsg_cli.stages import export as export
+from dsg_cli.stages import attack, evaluate, export, select
 from dsg_cli.stages import prompts as generate
-from dsg_cli.stages import select as select
 from dsg_cli.stages.compare import best_of, trials_of
 from dsg_cli.stages.inputs import find_subject, load_subject
 from dsg_cli.stages.stage import Session, settle

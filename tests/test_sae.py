@@ -15,7 +15,7 @@ from test_hub import SELECT, files_of, run
 from dsg_cli.data.hub import hub_errors
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
-from dsg_cli.models import releases as releases
+from dsg_cli.models import releases
 from dsg_cli.models.releases import find_sae, locate_release
 from dsg_cli.models.sae import check_fits, load_encoder, read_sae
 from dsg_cli.models.sae_slice import load_slice, slice_sae

@@ -24,10 +24,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.studies import failures, study_headline, study_markdown, study_table
 from dsg_cli.report.tables import artifact_table
-from dsg_cli.stages import apply as apply
-from dsg_cli.stages import calibrate as calibrate
-from dsg_cli.stages import evaluate as evaluate
-from dsg_cli.stages import study as study
+from dsg_cli.stages import apply, calibrate, evaluate, study
 from dsg_cli.stages.stage import Session
 from dsg_cli.studies import AXES, OF_A_GUARDRAIL, STUDIES, load_study, points_of
 from dsg_cli.studies import studies as cost

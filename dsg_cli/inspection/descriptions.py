@@ -11,25 +11,20 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import math
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dsg_cli.data.tokens import words_of
 from dsg_cli.errors import DsgError
-from dsg_cli.inspection.contexts import BEFORE, NOTHING, Contexts
 from dsg_cli.job import Report, silent
-from dsg_cli.models.language_model import model_folder
 from dsg_cli.workspace.files import parse_json, read_bounded
 from dsg_cli.workspace.results import Json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = 512 * 2**20
 """Bytes of a file, and of what it holds once unpacked, at most."""
@@ -211,6 +206,8 @@ class Match:
 
 def terms_of(text: str) -> list[str]:
     """The terms of a text, in order."""
+    from dsg_cli.data.tokens import words_of
+
     return [_stem(word) for word in words_of(text) if word not in STOP_WORDS]
 
 
@@ -260,6 +257,8 @@ def ranked(scores: Mapping[int, float]) -> list[Match]:
 
 def unmatched(query: str, descriptions: Iterable[str]) -> list[str]:
     """The query's words that stand in none of the descriptions."""
+    from dsg_cli.data.tokens import words_of
+
     known = {term for text in descriptions for term in terms_of(text)}
     return [word for word in dict.fromkeys(words_of(query)) if word not in STOP_WORDS and _stem(word) not in known]
 
@@ -270,7 +269,6 @@ LONGEST_EMBEDDED = 512
 """Tokens of a text, at most."""
 
 
-@torch.inference_mode()
 def rank_by_embedding(
     query: str, descriptions: Mapping[int, str], name: str, *, device: str = "cpu", report: Report = silent
 ) -> list[Match]:
@@ -286,8 +284,11 @@ def rank_by_embedding(
     Raises:
         DsgError: It cannot be loaded, or gives what is not finite.
     """
+    import torch
+
     indices = sorted(descriptions)
-    vectors_ND = embedded([query, *(descriptions[j] for j in indices)], name, device=device, report=report)
+    with torch.inference_mode():
+        vectors_ND = embedded([query, *(descriptions[j] for j in indices)], name, device=device, report=report)
     vectors_ND = torch.nn.functional.normalize(vectors_ND, dim=-1)
     cosines = (vectors_ND[1:] @ vectors_ND[0]).tolist()
     return ranked(dict(zip(indices, cosines, strict=True)))
@@ -299,6 +300,8 @@ def embedded(texts: Sequence[str], name: str, *, device: str = "cpu", report: Re
     Raises:
         DsgError: As `rank_by_embedding`.
     """
+    import torch
+
     tokenizer, model = _loaded(name, device)
     tokenizer.padding_side = "right"
     found = torch.zeros(len(texts), model.config.get_text_config().hidden_size)
@@ -322,7 +325,10 @@ def embedded(texts: Sequence[str], name: str, *, device: str = "cpu", report: Re
 
 
 def _loaded(name: str, device: str) -> tuple[Any, Any]:
+    import torch
     from transformers import AutoModel, AutoTokenizer
+
+    from dsg_cli.models.language_model import model_folder
 
     folder = model_folder(name)
     try:
@@ -354,104 +360,3 @@ class Candidates:
     @property
     def indices(self) -> list[int]:
         return [match.index for match in self.ranking]
-
-
-BEFORE_PEAK = 0.25
-"""Weight of a word before the peak on which the feature is not active."""
-
-SHARE_OF_BEST = 0.25
-
-N_WORDS = 10
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a feature is about."""
-
-    index: int
-    description: str
-    n: int
-    """Tokens on which it is active."""
-    rate: float
-    """Their share of all counted tokens."""
-
-
-def describe_features(
-    contexts: Contexts, tokenizer: PreTrainedTokenizerBase, *, report: Report = silent
-) -> list[Description]:
-    """A description of every feature that fired on a word.
-
-    Args:
-        contexts: Of all features, feature 0 first.
-        tokenizer: The model's.
-        report: Progress.
-    """
-    n_features = len(contexts.rate_C)
-    frequency: dict[int, dict[str, float]] = {}
-    for j in range(n_features):
-        if contexts.row_CN[j, 0] != NOTHING and (words := _frequencies(contexts, j, tokenizer)):
-            frequency[j] = words
-        report("describing features", j + 1, n_features)
-    total: dict[str, float] = {}
-    for words in frequency.values():
-        for word, tf in words.items():
-            total[word] = total.get(word, 0.0) + tf
-    rarity = {word: math.log((1 + len(frequency)) / (1 + several)) for word, several in total.items()}
-    return [
-        Description(
-            index=j,
-            description=", ".join(_best({word: tf * rarity[word] for word, tf in words.items()})),
-            n=round(float(contexts.rate_C[j]) * contexts.n_tokens),
-            rate=float(contexts.rate_C[j]),
-        )
-        for j, words in frequency.items()
-    ]
-
-
-def _frequencies(contexts: Contexts, j: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Word -> tf, for one feature."""
-    found: dict[str, float] = {}
-    peaks = contexts.peak_CN[j].abs().tolist()
-    for n, peak in enumerate(peaks):
-        if not peak:
-            break
-        ids, acts = contexts.ids_CNW[j, n].tolist(), contexts.acts_CNW[j, n].abs().tolist()
-        weights: dict[str, float] = {}
-        for word, act, is_before in _words(ids, acts, tokenizer):
-            least = BEFORE_PEAK if is_before else 0.0
-            weights[word] = max(weights.get(word, 0.0), least + (1 - least) * act / peak)
-        for word, weight in weights.items():
-            if weight:
-                found[word] = found.get(word, 0.0) + weight * peak / sum(peaks)
-    return found
-
-
-def _words(ids: list[int], acts: list[float], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, float, bool]]:
-    """The words of a context, each with the largest activation of its tokens and whether it begins before the peak.
-
-    A tokenizer's pieces are put together to what stands between white space.
-    """
-    places = [place for place, token in enumerate(ids) if token != NOTHING]
-    runs: list[tuple[str, float, bool]] = []
-    before, held = "", 0.0
-    for number, place in enumerate(places, start=1):
-        text = tokenizer.decode([ids[one] for one in places[:number]], skip_special_tokens=True)
-        held = max(held, acts[place])
-        if text.endswith("\ufffd") and number < len(places):
-            continue  # Part of a character, whose other parts follow.
-        piece, joins = text[len(before) :], bool(before) and not before[-1].isspace()
-        if runs and joins and not piece[:1].isspace():
-            run, act, is_before = runs[-1]
-            runs[-1] = (run + piece, max(act, held), is_before)
-        else:
-            runs.append((piece, held, place <= BEFORE))
-        before, held = text, 0.0
-    for run, act, is_before in runs:
-        for word in words_of(run):
-            if word not in STOP_WORDS and any(map(str.isalpha, word)):
-                yield word, act, is_before
-
-
-def _best(scores: dict[str, float]) -> list[str]:
-    order = sorted(scores, key=lambda word: (-scores[word], word))
-    return [word for word in order[:N_WORDS] if scores[word] >= SHARE_OF_BEST * scores[order[0]]]

@@ -22,8 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dsg_cli.data.corpora import Corpus
 from dsg_cli.data.tokens import as_chat, token_texts
 from dsg_cli.guardrail.selection import Chosen, formatting_notes
-from dsg_cli.inspection.contexts import Context, Contexts, distinct_contexts
-from dsg_cli.inspection.descriptions import describe_features
+from dsg_cli.inspection.contexts import Context, Contexts, describe_features, distinct_contexts
 from dsg_cli.workspace.results import Json
 
 

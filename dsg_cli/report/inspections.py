@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsg_cli.inspection.trace import GateSteps, Trace, Traced
+
 import dataclasses
 from collections.abc import Sequence
 
@@ -11,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from dsg_cli.inspection.neuronpedia import page_of, place_of
-from dsg_cli.inspection.trace import GateSteps, Trace, Traced
 from dsg_cli.report.rendering import Markup, data_table, isolated, of_rich, page, tag, visible
 from dsg_cli.workspace.results import Inspection, Json
 from dsg_cli.workspace.store import Stored, Workspace

@@ -18,8 +18,7 @@ from pathlib import Path
 from dsg_cli.data.corpora import check_named, load_corpora
 from dsg_cli.data.tokens import bos_to_prepend, check_chat, encode, prompts
 from dsg_cli.errors import DsgError
-from dsg_cli.inspection.contexts import read_contexts
-from dsg_cli.inspection.descriptions import Description, describe_features
+from dsg_cli.inspection.contexts import Description, describe_features, read_contexts
 from dsg_cli.models.language_model import context_length, load_model, load_tokenizer, read_config, text_config
 from dsg_cli.models.sae import check_fits, check_name, load_encoder, read_sae
 from dsg_cli.settings import CorporaSection, Recipe

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from dsg_cli.data.batches import TokenBatch
 from dsg_cli.data.tokens import Request
-from dsg_cli.inference import scoring as scoring
+from dsg_cli.inference import scoring
 from dsg_cli.inference.scoring import score
 
 N_ROUNDS = 5
