@@ -12,9 +12,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from dsg_cli.workspace.checkpoints import Checkpoint, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,3 +112,26 @@ Report = Callable[[str, int, int], None]
 
 def silent(_what: str, _done: int, _total: int) -> None:
     """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a long computation is run; every pass takes the one it is given, under a name of its own."""
+
+    workers: Workers = ALONE
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    progress: Report = silent
+    name: str = ""
+    """Of the pass: in the checkpoint, and on the progress bar."""
+
+    def named(self, name: str) -> Job:
+        """The part of this job that one pass does."""
+        return replace(self, name=name)
+
+    def kept(self) -> State | None:
+        """What an interrupted run kept of this pass."""
+        return self.checkpoint.entry(self.name)
+
+    def reached(self, state: Callable[[], State]) -> None:
+        """To be called where the work of this pass is whole; a signal that waits is raised here."""
+        self.checkpoint.reached(self.name, state)
