@@ -44,11 +44,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file by path, or one of the package's by name.
-
-    Raises:
-        DsgError: There is none.
-    """
+    """A recipe file by path, or one of the package's by name."""
     path = Path(name)
     if is_file(path):
         return path
@@ -68,9 +64,6 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
         name: Path or name; None for the defaults alone.
         sets: `section.key=value` strings, the value in YAML.
         flags: Dotted keys and values; None means that the flag was not given.
-
-    Raises:
-        DsgError: All unknown keys and ill-typed values in one message.
     """
     data: dict[str, Any] = {}
     where = "the settings"
@@ -104,11 +97,7 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values at dotted keys.
-
-    Raises:
-        DsgError: An unknown key, or a value that is ill-typed or out of range.
-    """
+    """The recipe with other values at dotted keys."""
     data = dataclasses.asdict(recipe)
     for key, value in values.items():
         _put(data, key, value)
@@ -126,11 +115,7 @@ def values_at(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _parsed(text: str, what: str) -> Any:
-    """What YAML holds.
-
-    Raises:
-        DsgError: It is no YAML.
-    """
+    """What YAML holds."""
     try:
         return yaml.safe_load(text)
     except Exception as error:  # Of a text of the user's: the 45th of May is a ValueError, deep nesting another.

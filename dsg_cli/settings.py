@@ -792,11 +792,7 @@ def parse_strength(
     *,
     hint: str = HINT,
 ) -> float:
-    """The same, where it must be one.
-
-    Raises:
-        DsgError: Neither, or not a positive finite number; `hint` says what to do.
-    """
+    """The same, where it must be one."""
     value = strength_of(text, median_residual_norm)
     if value is None:
         raise DsgError(f"The strength {text!r} is not a positive number of sensible size.", hint)

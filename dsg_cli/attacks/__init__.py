@@ -74,11 +74,7 @@ def options_of(kind: str, settings: dict[str, object]) -> dict[str, object]:
 
 
 def expanded(kinds: Sequence[str]) -> list[str]:
-    """The attacks that are meant, each once; `all` stands for every one.
-
-    Raises:
-        DsgError: One is unknown, or none is named.
-    """
+    """The attacks that are meant, each once; `all` stands for every one."""
     if not kinds:
         raise DsgError("No attack is named.", "Give one with --kind: `dsg ls attacks` lists them.")
     for kind in kinds:

@@ -37,9 +37,6 @@ def attack_dilution(
         lengths: How many benign tokens are added, a point of the curve each.
         places: `before` the question, `after` it (before the words with which every question ends, such as
             `Answer:`), or half of them at either place: a variant each.
-
-    Raises:
-        DsgError: There is no benign text, or the longest dilution does not fit the model.
     """
     check_room(target, material.forget, max(lengths), "attack.dilution_lengths")
     usable = benign_texts(material, max(lengths))
@@ -79,9 +76,6 @@ def benign_texts(material: Material, length: int) -> list[list[int]]:
     """Texts of at least so many benign tokens: documents that are long enough by themselves.
 
     Where there is none, each document is followed by the next ones, and after the last by the first again.
-
-    Raises:
-        DsgError: There is no benign text at all.
     """
     documents = [text for text in material.benign if text]
     if not documents:
@@ -109,9 +103,6 @@ def check_room(target: Target, questions: Sequence[Question], n_more: int, setti
         questions: As they would be asked, but for `n_more` further tokens.
         n_more: Tokens.
         setting: What made them so long.
-
-    Raises:
-        DsgError: One would be.
     """
     pairs = [
         encode_pair(target.tokenizer, q.context, choice, bos=target.bos) for q in questions for choice in q.choices
@@ -177,9 +168,6 @@ def attack_split(target: Target, material: Material, *, parts: Sequence[int], fi
         material: Its `forget` is asked.
         parts: How many parts, a point of the curve each. A question of fewer words has as many parts as words.
         filler_tokens: Benign tokens between two parts, where there is no chat template.
-
-    Raises:
-        DsgError: There is no benign text, or what is asked does not fit the model.
     """
     has_turns = bool(target.tokenizer.chat_template)
     variant = "turns" if has_turns else "filler"
@@ -261,9 +249,6 @@ def read_contexts(path: str, questions: Sequence[Question], setting: str) -> lis
         path: Of the file.
         questions: Whose choices and answers stay.
         setting: That names the file, for messages.
-
-    Raises:
-        DsgError: It cannot be read, has an empty line, or more or fewer lines than there are questions.
     """
     lines = _json_lines(path) if path.endswith(".jsonl") else _text_lines(path)
     if len(lines) != len(questions):
@@ -276,11 +261,7 @@ def read_contexts(path: str, questions: Sequence[Question], setting: str) -> lis
 
 
 def read_frames(path: str, setting: str) -> dict[str, str]:
-    """Texts to put around a question, one a line, by the numbers of their lines.
-
-    Raises:
-        DsgError: It cannot be read, is empty, or a line does not hold `{question}` once.
-    """
+    """Texts to put around a question, one a line, by the numbers of their lines."""
     lines = _text_lines(path)
     if not lines:
         raise DsgError(f"{path} ({setting}) is empty.", f"Write one text a line, each with {SLOT}.")
@@ -334,9 +315,6 @@ def attack_prefix(target: Target, material: Material) -> list[Json]:
     Args:
         target: What is attacked.
         material: Its `forget` is asked, in our frames and in those of `frames`.
-
-    Raises:
-        DsgError: A question does not fit the model in one of them.
     """
     frames = {"jailbreak": JAILBREAKS, "plain": PLAIN, "own": material.frames}
     asked = {
@@ -362,9 +340,6 @@ def attack_few_shot(target: Target, material: Material, *, counts: Sequence[int]
         material: Its `forget` is asked after the first questions of `known` with their right answers; those must be
             as many as the largest count.
         counts: How many examples, a point of the curve each.
-
-    Raises:
-        DsgError: So many examples do not fit the model.
     """
     between = separator(target.tokenizer)
     examples = [question.context + question.choices[question.answer] + between for question in material.known]

@@ -75,11 +75,7 @@ def training_batch(target: Target, material: Material) -> TokenBatch:
 
 
 def unrelated_batch(target: Target, material: Material) -> TokenBatch:
-    """As many benign texts as the attacker knows questions, drawn with the seed.
-
-    Raises:
-        DsgError: There is none.
-    """
+    """As many benign texts as the attacker knows questions, drawn with the seed."""
     length = min(UNRELATED_TOKENS, target.max_length - 1)
     texts = [text[:length] for text in material.benign if len(text) > 1]
     if not texts:
@@ -198,9 +194,6 @@ def attack_relearn(
 
     Returns:
         Points whose sides also hold `utility_acc`, `gate_rate` and, after the first step, `loss`.
-
-    Raises:
-        DsgError: Nothing is left to train, or the model is spread over several devices.
     """
     makers = {"forget": training_batch, "unrelated": unrelated_batch}
     batches = {one: makers[one](target, material) for one in data}
@@ -329,11 +322,7 @@ def _asked(target: Target, material: Material, attacked: PreTrainedModel, name: 
 
 
 def _trained(target: Target, attacked: PreTrainedModel, chosen: _Chosen) -> list[nn.Parameter]:
-    """The parameters that are trained, all others frozen.
-
-    Raises:
-        DsgError: There is none.
-    """
+    """The parameters that are trained, all others frozen."""
     protected = [one for _, one in protected_parameters(attacked, target.guardrails)]
     frozen = protected if chosen.frozen_below else []
     attacked.requires_grad_(False)

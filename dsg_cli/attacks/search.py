@@ -116,9 +116,6 @@ def attack_soft_prompt(
 
     Returns:
         Points whose sides also hold `loss`, which is what is minimised, on the attacker's questions.
-
-    Raises:
-        DsgError: There is no benign text, or the tokens do not fit the model.
     """
     check_room(target, [*material.forget, *material.known], tokens, "attack.soft_prompt_tokens")
     begun = benign_texts(material, tokens)[0][:tokens]
@@ -252,9 +249,6 @@ def attack_suffix(
 
     Returns:
         Points whose sides also hold `loss`, which is what is minimised, on the attacker's questions.
-
-    Raises:
-        DsgError: There is no benign text, or the tokens do not fit the model.
     """
     check_room(target, [*material.forget, *material.known], tokens, "attack.suffix_tokens")
     begun = benign_texts(material, tokens)[0][:tokens]

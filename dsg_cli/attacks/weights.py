@@ -28,11 +28,7 @@ from dsg_cli.workspace.results import Json
 
 
 def copied(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model.
-
-    Raises:
-        DsgError: It is spread over several devices.
-    """
+    """A copy of a model."""
     if len(devices_of(model)) > 1:
         raise DsgError(
             "A model that is spread over several devices cannot be copied, so its weights cannot be attacked here.",
@@ -64,9 +60,6 @@ def attack_quantize(target: Target, material: Material, *, bits: Sequence[int]) 
         target: What is attacked.
         material: `forget` and, if there is any, `utility` are asked.
         bits: Of a rounded weight, a point of the curve each.
-
-    Raises:
-        DsgError: The model is spread over several devices.
     """
     return [
         target.point(
@@ -107,9 +100,6 @@ def attack_prune(target: Target, material: Material, *, shares: Sequence[float])
         target: What is attacked.
         material: `forget` and, if there is any, `utility` are asked.
         shares: Of each weight matrix, what is set to 0: a point of the curve each. 0 is plain evaluation.
-
-    Raises:
-        DsgError: The model is spread over several devices.
     """
     return [
         target.point(
@@ -167,9 +157,6 @@ def attack_probe(target: Target, material: Material, *, ridge: float) -> list[Js
 
     Returns:
         Points whose x is the layer, from 0; those of the probe also hold `n_known`, what it was fitted on.
-
-    Raises:
-        DsgError: The model's head or last norm is not found.
     """
     found: dict[str, list[tuple[Json, Json]]] = {}
     for side in SIDES:

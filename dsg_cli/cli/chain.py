@@ -174,11 +174,7 @@ def calibrate_command(
 
 
 def lengths_setting(text: str | None) -> dict[str, object]:
-    """`8:128` as the lengths 8 to 128; a file as where they are taken from.
-
-    Raises:
-        DsgError: Neither two whole numbers nor a file.
-    """
+    """`8:128` as the lengths 8 to 128; a file as where they are taken from."""
     if text is None:
         return {}
     try:

@@ -191,9 +191,6 @@ def check_modes(modes: Mapping[str, object], others: Mapping[str, object]) -> No
     Args:
         modes: Flags that choose what is done instead of an inspection, and their values.
         others: Flags that say how features are inspected.
-
-    Raises:
-        DsgError: There are such flags.
     """
     chosen = [flag for flag, value in modes.items() if value]
     given = [*chosen[1:], *([flag for flag, value in others.items() if value] if chosen else [])]
@@ -232,11 +229,7 @@ def show_prompts(
 
 
 def serve(recipe: Recipe, workspace: Path, source: str | None, *, port: int, quiet: bool) -> None:
-    """Load both models, say where the page is, and answer it until a signal comes.
-
-    Raises:
-        DsgError: Nothing to look at, or the port cannot be used; the port is taken before weights are loaded.
-    """
+    """Load both models, say where the page is, and answer it until a signal comes."""
     from dsg_cli.inspection.live.server import Server
 
     with Server(port) as server:
@@ -398,11 +391,7 @@ def report_command(
 
 
 def _check(output: Path, figures: Path | None, kinds: list[str], *, force: bool) -> None:
-    """Refuse bad options before anything is read.
-
-    Raises:
-        DsgError: They are.
-    """
+    """Refuse bad options before anything is read."""
     unknown = [kind for kind in kinds if kind not in ("svg", "png", "pdf")]
     if unknown:
         raise DsgError(f"Figures are written as svg, png or pdf, not as {unknown[0][:40]}.")

@@ -34,11 +34,7 @@ def _saes() -> list[str]:
 
 
 def ids_of(release: str) -> list[str]:
-    """SAEs of a release, as `--sae` takes them.
-
-    Raises:
-        DsgError: There is no such release.
-    """
+    """SAEs of a release, as `--sae` takes them."""
     from dsg_cli.models.releases import releases
 
     if release not in releases():

@@ -97,11 +97,7 @@ def _show_ranking(stored: Sequence[Stored]) -> None:
 
 
 def check_new_file(path: Path, flag: str, *, force: bool = False) -> None:
-    """Refuse a file that cannot be written, or that is there already, before anything is computed for it.
-
-    Raises:
-        DsgError: It is one.
-    """
+    """Refuse a file that cannot be written, or that is there already, before anything is computed for it."""
     if is_taken(path) and (path.is_dir() or not force):
         raise DsgError(f"{path} is there already.", f"Name another file with {flag}, or replace it with --force.")
     if not path.parent.is_dir():
@@ -243,11 +239,7 @@ def be_quiet_unless_first() -> None:
 
 
 def check_shared(command: str | None) -> None:
-    """Refuse a command that several processes cannot do together.
-
-    Raises:
-        DsgError: There are several, and it is one.
-    """
+    """Refuse a command that several processes cannot do together."""
     if launched().n > 1 and command not in SHARED:
         raise DsgError(f"dsg {command} runs in one process.", f"Without torchrun; it is for {', '.join(SHARED[:-1])}.")
 
@@ -265,11 +257,7 @@ EXPECTATION_NOT_MET = 3
 
 
 def appended(name: str | None) -> Callable[[str], None]:
-    """What appends text to a file; without a file, nothing.
-
-    Raises:
-        DsgError: The file cannot be written to, which is tried now, before any work.
-    """
+    """What appends text to a file; without a file, nothing."""
     if name is None or not launched().is_first:
         return lambda _text: None
 
@@ -286,11 +274,7 @@ def appended(name: str | None) -> Callable[[str], None]:
 
 
 def summary_to(name: str | None) -> Callable[[Sequence[Stored]], None]:
-    """What appends a Markdown section on artifacts to a file, likewise.
-
-    Raises:
-        DsgError: The file cannot be written to.
-    """
+    """What appends a Markdown section on artifacts to a file, likewise."""
     append = appended(name)
 
     def write(chain: Sequence[Stored]) -> None:

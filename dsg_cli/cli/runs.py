@@ -279,11 +279,7 @@ def study_command(
 
 
 def _grid_setting(name: str, text: str) -> str:
-    """`n_features=4,8` as `--set` takes it.
-
-    Raises:
-        DsgError: It has no values.
-    """
+    """`n_features=4,8` as `--set` takes it."""
     setting, separator, values = text.partition("=")
     if not separator or not setting.isidentifier():
         raise DsgError(f"--grid {text[:200]}: expected SETTING=VALUE,VALUE,...")

@@ -80,11 +80,7 @@ CATALOGUE = {
 
 
 def hub_text(name: str) -> HubText | None:
-    """What a name of the catalogue or `hf:org/name[:config][#split][@column]` stands for; None for other names.
-
-    Raises:
-        DsgError: It begins with `hf:` and goes on in another way.
-    """
+    """What a name of the catalogue or `hf:org/name[:config][#split][@column]` stands for; None for other names."""
     if not name.startswith(SCHEME):
         return CATALOGUE.get(name)
     match = _SPELLING.fullmatch(name)

@@ -99,9 +99,6 @@ def load_corpora(
         limit: At most so many documents of each, drawn at random.
         seed: Of that draw.
         revisions: Commits at which to read data sets of the hub, by name.
-
-    Raises:
-        DsgError: None named, unknown, unreadable, empty or tiny; no access or no network.
     """
     check_named(names, role=role)
     if limit is not None and limit < MIN_DOCUMENTS:
@@ -111,20 +108,12 @@ def load_corpora(
 
 
 def load_corpus(name: str) -> Corpus:
-    """Read one corpus, whole.
-
-    Raises:
-        DsgError: Unknown, unreadable, not text, empty or tiny.
-    """
+    """Read one corpus, whole."""
     return load_corpora([name], role="retain")[0]
 
 
 def parse_name(name: str) -> Named:
-    """A corpus by its name; nothing is read.
-
-    Raises:
-        DsgError: It is neither a known name nor an existing file or folder, or its weight is no positive number.
-    """
+    """A corpus by its name; nothing is read."""
     if (known := _known(name)) is not None:
         return known
     stem, separator, weight = name.rpartition("=")
@@ -231,11 +220,7 @@ def _draw(documents: Documents, limit: int | None, seed: int, *, min_chars: int)
 
 
 def check_disjoint(forget: Sequence[str], retain: Sequence[str]) -> None:
-    """Refuse a corpus that is both to be forgotten and retained.
-
-    Raises:
-        DsgError: One is.
-    """
+    """Refuse a corpus that is both to be forgotten and retained."""
     both = sorted(_expanded(forget) & _expanded(retain))
     if both:
         raise DsgError(f"{both[0]} is named both to be forgotten and to be retained.", "Drop it from one of the two.")
@@ -245,9 +230,6 @@ def check_no_shared_texts(forget: Sequence[Corpus], retain: Sequence[Corpus]) ->
     """Refuse a forget corpus of which a tenth is retained too, whatever the files are called.
 
     A few documents may coincide: boilerplate stands in any two corpora.
-
-    Raises:
-        DsgError: There is one.
     """
     kept = {text: corpus.name for corpus in retain for text in corpus.texts}
     for corpus in forget:
@@ -276,11 +258,7 @@ def _or_as_it_is(name: str) -> Named:
 
 
 def check_named(names: Sequence[str], *, role: str) -> None:
-    """Refuse unknown corpora, or none at all, without reading any.
-
-    Raises:
-        DsgError: A name is neither known nor that of an existing file or folder, or there is no name.
-    """
+    """Refuse unknown corpora, or none at all, without reading any."""
     if not names:
         raise DsgError(f"No {role} corpus is named.", f"Give one with --{role}: `dsg ls corpora` lists them.")
     for name in names:

@@ -39,11 +39,7 @@ class HubAddress:
 
 
 def parse_address(text: str) -> HubAddress:
-    """`hf://org/name`, `hf://org/name@revision`, `hf://org/name/file`.
-
-    Raises:
-        DsgError: Of another form.
-    """
+    """`hf://org/name`, `hf://org/name@revision`, `hf://org/name/file`."""
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/([\w.-]+\.safetensors))?/?", text)
     if match is None:
         raise DsgError(f"{text} is no address on the hub.", "Write hf://org/name or hf://org/name@revision.")
@@ -51,11 +47,7 @@ def parse_address(text: str) -> HubAddress:
 
 
 def fetch_file(address: HubAddress, name: str) -> Path:
-    """A file of a repository, from the local cache if it is there.
-
-    Raises:
-        DsgError: No such repository, revision or file; no access; no network.
-    """
+    """A file of a repository, from the local cache if it is there."""
     from huggingface_hub import hf_hub_download
 
     with hub_errors(address.repo):
@@ -69,9 +61,6 @@ def fetch_snapshot(text: str, patterns: Sequence[str], *, kind: str = "model") -
         text: org/name or org/name@revision.
         patterns: Files to fetch, as shell patterns.
         kind: `model` or `dataset`.
-
-    Raises:
-        DsgError: No such repository or revision; no access; no network.
     """
     from huggingface_hub import snapshot_download
 
@@ -88,11 +77,7 @@ def _split(text: str) -> tuple[str, str | None]:
 
 
 def list_files(text: str, *, kind: str = "model") -> list[str]:
-    """Paths of all files of org/name or org/name@revision.
-
-    Raises:
-        DsgError: No such repository or revision; no access; no network.
-    """
+    """Paths of all files of org/name or org/name@revision."""
     from huggingface_hub import HfApi
 
     repo, revision = _split(text)
@@ -101,11 +86,7 @@ def list_files(text: str, *, kind: str = "model") -> list[str]:
 
 
 def download_size(text: str, patterns: Sequence[str], *, kind: str = "model") -> int:
-    """Bytes of the files of org/name or org/name@revision that a run would read, as the hub lists them.
-
-    Raises:
-        DsgError: No such repository or revision; no access; no network.
-    """
+    """Bytes of the files of org/name or org/name@revision that a run would read, as the hub lists them."""
     from fnmatch import fnmatch
 
     from huggingface_hub import HfApi
@@ -143,9 +124,6 @@ def push_folder(address: HubAddress, folder: Path, *, marker: str, is_public: bo
         folder: What to commit.
         marker: A file by which a repository is known as one of ours.
         is_public: Whether a new repository is public.
-
-    Raises:
-        DsgError: The repository holds something else; no access; no network.
     """
     from huggingface_hub import HfApi
 
@@ -169,11 +147,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
-    """Turn what the hub's client raises inside the block into one sentence that says what to do.
-
-    Raises:
-        DsgError: Instead of any of its errors.
-    """
+    """Turn what the hub's client raises inside the block into one sentence that says what to do."""
     from huggingface_hub import errors
 
     unreachable: tuple[type[Exception], ...] = (*_network_errors(), errors.OfflineModeIsEnabled)
@@ -226,20 +200,13 @@ def read_hub(wanted: HubText, *, revision: str | None = None) -> Documents:
     Args:
         wanted: Which.
         revision: The commit that an earlier stage read; the newest otherwise.
-
-    Raises:
-        DsgError: Missing, gated, without such a configuration, split or column; no network; no room.
     """
     dataset = load_rows(wanted.repo, wanted.config, wanted.split, revision=revision)
     return of_dataset(dataset, wanted, where=str(wanted), revision=commit_read(dataset))
 
 
 def load_rows(repo: str, config: str | None, split: str, *, revision: str | None = None) -> Any:
-    """A split of a data set on the hub, as a `datasets.Dataset`.
-
-    Raises:
-        DsgError: Missing, gated, without such a configuration or split; no network; no room.
-    """
+    """A split of a data set on the hub, as a `datasets.Dataset`."""
     from datasets import load_dataset
 
     try:
@@ -258,11 +225,7 @@ def load_rows(repo: str, config: str | None, split: str, *, revision: str | None
 
 @contextmanager
 def data_errors(repo: str) -> Iterator[None]:
-    """Turn what `datasets` and the hub's client raise inside the block into one sentence that says what to do.
-
-    Raises:
-        DsgError: Instead of any of their errors.
-    """
+    """Turn what `datasets` and the hub's client raise inside the block into one sentence that says what to do."""
     from datasets import exceptions
 
     try:

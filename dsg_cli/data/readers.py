@@ -47,9 +47,6 @@ def read_file(path: Path, column: str | None = None) -> Documents:
     Args:
         path: Of the file.
         column: Which field holds the text; found by its name otherwise.
-
-    Raises:
-        DsgError: Unreadable, not UTF-8, of another format, or without such a column.
     """
     kind = path.suffix.lower()
     if kind and kind not in READERS:
@@ -71,11 +68,7 @@ def read_file(path: Path, column: str | None = None) -> Documents:
 
 
 def read_folder(folder: Path, column: str | None = None, split: str | None = None) -> Documents:
-    """A folder that `datasets` saved to disk, or every file in one that `read_file` reads.
-
-    Raises:
-        DsgError: It holds neither, the split is not there, or a file is bad.
-    """
+    """A folder that `datasets` saved to disk, or every file in one that `read_file` reads."""
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _saved(folder, column, split)
     if split is not None:
@@ -97,11 +90,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def of_dataset(dataset: Any, wanted: HubText, *, where: str, revision: str = "") -> Documents:
-    """The texts of a `datasets.Dataset`, which stays on disk.
-
-    Raises:
-        DsgError: It has no such column.
-    """
+    """The texts of a `datasets.Dataset`, which stays on disk."""
     if wanted.template is not None:
         template = wanted.template
 
@@ -305,11 +294,7 @@ def _clean(text: str, where: str) -> str:
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
-    """Prompts from the command line, from a file, or from stdin.
-
-    Raises:
-        DsgError: There are none, the file cannot be read, or a line of a .jsonl holds no prompt.
-    """
+    """Prompts from the command line, from a file, or from stdin."""
     if given and file is not None:
         raise DsgError("Prompts are given both on the command line and in a file.", "Give one of them.")
     if given:

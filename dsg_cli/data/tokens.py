@@ -117,9 +117,6 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     """A request from text, as lm-eval encodes it: both together, cut where the context alone ends; `bos` in front.
 
     Spaces at the end of the context move to the continuation. An empty context is a lone BOS (or EOS).
-
-    Raises:
-        DsgError: The context is empty and the tokenizer has neither BOS nor EOS.
     """
     n_spaces = len(context) - len(context.rstrip())
     if n_spaces:
@@ -197,11 +194,7 @@ def cut_pieces(row: list[int], rng: random.Random, *, lengths: Sequence[int], n_
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase, corpora: Sequence[Corpus]) -> None:
-    """Refuse a corpus of chat turns for a model that has no chat template.
-
-    Raises:
-        DsgError: It has none.
-    """
+    """Refuse a corpus of chat turns for a model that has no chat template."""
     for corpus in corpora:
         if corpus.is_chat and not tokenizer.chat_template:
             raise DsgError(

@@ -54,9 +54,6 @@ def load_tasks(
         split: `dev` or `test`; for the lab's benches.
         include_path: Folder with tasks of the user's own.
         can_generate: Whether tasks may generate text; the gate `mean` cannot guard that.
-
-    Raises:
-        DsgError: None named, unknown, named twice, not loadable, or generating text.
     """
     twice = sorted({name for name in benches if list(benches).count(name) > 1})
     if twice:
@@ -158,11 +155,7 @@ def _lab_task(bench: str, split: str) -> dict[str, Any]:
 
 
 def questions_of(task: Any, *, limit: int | None = None) -> list[Question]:
-    """The questions of a multiple-choice task or group, exactly as lm-eval would ask them.
-
-    Raises:
-        DsgError: A task without choices, or one that asks each choice in a context of its own.
-    """
+    """The questions of a multiple-choice task or group, exactly as lm-eval would ask them."""
     if hasattr(task, "get_all_tasks"):
         return [question for one in task.get_all_tasks() for question in questions_of(one, limit=limit)]
     name = task.config.task
@@ -212,9 +205,6 @@ def load_free(
         limit: Items of each part, at most.
         holdout: Corpora that the model never saw, for `memory:`.
         seed: Of the texts that are taken of a long corpus.
-
-    Raises:
-        DsgError: Missing data, columns or access; an empty part; a holdout corpus that nothing reads.
     """
     names = [name for name in benches if is_free(name)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -295,11 +285,7 @@ def _texts(name: str, limit: int | None, seed: int) -> list[str]:
 
 
 def check_corpus_bench(name: str) -> None:
-    """Refuse a name that says no corpus.
-
-    Raises:
-        DsgError: Nothing follows the colon.
-    """
+    """Refuse a name that says no corpus."""
     kind, _, corpus = name.partition(":")
     if kind in CORPUS_BENCHES and not corpus:
         raise DsgError(f"The bench {name} names no corpus.", f"Write {kind}:CORPUS, such as {kind}:lab-hexes.")

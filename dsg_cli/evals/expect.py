@@ -46,11 +46,7 @@ class Expected:
 
 
 def parse_expected(text: str, benches: Sequence[str]) -> Expected:
-    """Read one condition.
-
-    Raises:
-        DsgError: Not a condition, on a bench that is not run, or on a gate of the base model, which has none.
-    """
+    """Read one condition."""
     match = CONDITION.fullmatch(text)
     bound = _read_bound(match[3]) if match else None
     if match is None or bound is None:
@@ -66,11 +62,7 @@ def parse_expected(text: str, benches: Sequence[str]) -> Expected:
 
 
 def check_metrics(expected: Sequence[Expected], metrics: Mapping[str, Collection[str]]) -> None:
-    """Refuse a condition on what will not be measured, before it is; `metrics` are those of every bench.
-
-    Raises:
-        DsgError: A metric that the bench does not have, or a bench that has no result of its own.
-    """
+    """Refuse a condition on what will not be measured, before it is; `metrics` are those of every bench."""
     for one in expected:
         if one.bench not in metrics:
             raise DsgError(f"--expect {one.text!r}: {one.bench} stands for several benches.", "Name one of them.")
@@ -87,9 +79,6 @@ def check_expected(expected: Sequence[Expected], results: Mapping[str, Json], ga
         expected: The conditions.
         results: bench -> side -> metric, as in an EvalReport.
         gate: bench -> rate of gated questions.
-
-    Raises:
-        DsgError: A metric that the bench does not have.
     """
     return [_checked(one, results.get(one.bench, {}), gate.get(one.bench, {})) for one in expected]
 

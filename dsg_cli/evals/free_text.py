@@ -163,12 +163,7 @@ class Texts:
 
 
 def check_texts(texts: Texts, loaded: LoadedModel, sides: Sequence[Side] = ()) -> None:
-    """Refuse what cannot be asked of a model, before it is.
-
-    Raises:
-        DsgError: A prompt with what is to be written does not fit the model, or a gate cannot decide while text is
-            written.
-    """
+    """Refuse what cannot be asked of a model, before it is."""
     room = context_length(loaded.model.config)
     before = max((len(prefix_ids(side.wrappers, loaded.tokenizer)) for side in sides), default=0)
     writes = [(name, item) for name, items in texts.items.items() for item in items if item.n_new]
@@ -365,9 +360,6 @@ def evaluate_texts(
         known: Bench -> what an earlier evaluation found of the same items of the base model.
         samples: Keep what was asked and written in the rows.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
-
-    Raises:
-        DsgError: A log-likelihood is not finite, memory runs out on a single sequence, or `check_texts` refuses.
     """
     for guard in () if allow_mismatch else unlearned.guardrails:
         check_model(unlearned.loaded.model, guard)

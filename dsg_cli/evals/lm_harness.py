@@ -99,11 +99,7 @@ class ScoringLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts, padded, with the prefixes after their BOS; too long a prompt loses its beginning, never a prefix.
-
-        Raises:
-            DsgError: The prefixes leave no room for a prompt.
-        """
+        """Prompts, padded, with the prefixes after their BOS; too long a prompt loses its beginning, never a prefix."""
         n_prefix = len(prefix_ids(self.scorer.wrappers, self.tokenizer))
         if left_truncate_len is not None and left_truncate_len <= n_prefix:
             raise DsgError(
@@ -174,9 +170,6 @@ def evaluate(
         workers: Who scores; each gets the whole result. Texts of generating tasks are written by each of them.
         checkpoint: Where scoring goes on from, and is kept.
         report: Progress.
-
-    Raises:
-        DsgError: A log-likelihood is not finite, or memory runs out on a single sequence.
     """
     asking = asking or Asking()
     for guard in () if allow_mismatch else guardrails:

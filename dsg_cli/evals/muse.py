@@ -57,11 +57,7 @@ class Muse:
     relative = ("privleak",)
 
     def items(self) -> list[Item]:
-        """Everything that is asked.
-
-        Raises:
-            DsgError: A part is empty, or a column is missing.
-        """
+        """Everything that is asked."""
         found = [
             Item(f"verbmem/{i}", "verbmem_forget", prompt, truth, n_new=self.n_verbatim, is_free=True, is_forget=True)
             for i, (prompt, truth) in enumerate(self._columns("verbmem", "forget", "prompt", "gt"))

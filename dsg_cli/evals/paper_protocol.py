@@ -59,11 +59,7 @@ class PaperQuestion:
 
 
 def load_questions(bench: str) -> list[PaperQuestion]:
-    """All questions of a bench, from the hub.
-
-    Raises:
-        DsgError: No access or no network, or a question without four options.
-    """
+    """All questions of a bench, from the hub."""
     questions = []
     for repo, config, subject in PAPER[bench]:
         rows = load_rows(repo, config, "test")
@@ -80,11 +76,7 @@ def load_questions(bench: str) -> list[PaperQuestion]:
 def chosen_questions(
     bench: str, questions: Sequence[PaperQuestion], wanted: Mapping[str, Sequence[str]]
 ) -> list[PaperQuestion] | None:
-    """The questions that are named for a bench; None if none is, and the filter decides.
-
-    Raises:
-        DsgError: An id that no question has.
-    """
+    """The questions that are named for a bench; None if none is, and the filter decides."""
     if bench not in wanted:
         return None
     if not wanted[bench] or len(set(wanted[bench])) < len(wanted[bench]):
@@ -99,11 +91,7 @@ def chosen_questions(
 
 
 def read_question_ids(path: Path | None, benches: Sequence[str]) -> dict[str, list[str]]:
-    """Ids of questions for each bench: from an evaluation, or from a file of `{"bench": [ids]}`.
-
-    Raises:
-        DsgError: Unreadable, of another form, or without any of the benches.
-    """
+    """Ids of questions for each bench: from an evaluation, or from a file of `{"bench": [ids]}`."""
     if path is None:
         return {}
     if not benches:
@@ -126,11 +114,7 @@ class Letters:
     """The tokens that stand for each letter: `X` and ` X`, those that are one token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, bos: int | None) -> None:
-        """For a tokenizer; `bos` begins every prompt.
-
-        Raises:
-            DsgError: No single token stands for a letter.
-        """
+        """For a tokenizer; `bos` begins every prompt."""
         self.tokenizer, self.bos = tokenizer, bos
         self.ids: list[list[int]] = []
         for letter in LETTERS:
@@ -193,9 +177,6 @@ def evaluate_paper(
         workers: Who scores; each gets the whole result.
         checkpoint: Where scoring goes on from, and is kept.
         report: Progress.
-
-    Raises:
-        DsgError: An unknown id, a tokenizer without letters, or no question that the base model knows.
     """
     for guard in () if allow_mismatch else guardrails:
         check_model((unlearned or loaded).model, guard)

@@ -91,11 +91,7 @@ class Fluency:
     relative = ()
 
     def items(self) -> list[Item]:
-        """Prompts, of those texts that go on after them.
-
-        Raises:
-            DsgError: There are none.
-        """
+        """Prompts, of those texts that go on after them."""
         found = []
         for i, text in enumerate(self.texts):
             words = text.split(" ")

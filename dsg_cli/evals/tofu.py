@@ -106,11 +106,7 @@ class Tofu:
     relative = ("forget_quality", "forget_ks")
 
     def items(self) -> list[Item]:
-        """Everything that is asked.
-
-        Raises:
-            DsgError: A part is empty, or a column is missing.
-        """
+        """Everything that is asked."""
         found = []
         for part in PARTS:
             config = f"{self.forget if part == 'forget' else part}_perturbed"

@@ -70,10 +70,6 @@ def export_folder(
         card: Its model card.
         links: Hard-link the base's weights where the file system can; else, or where it cannot, copy them.
         allow_mismatch: Whether the guardrails were made for other weights, and are wanted on these all the same.
-
-    Raises:
-        DsgError: A gate that cannot guard text while it is written, a base that transformers does not know itself or
-            whose weights are no `.safetensors`, a folder that is not empty or cannot be written to.
     """
     check_causal(guard.gate.form for guard in guardrails)
     config = read_config(str(base))
@@ -105,11 +101,7 @@ def light_name(number: int) -> str:
 
 
 def _base_weights(base: Path) -> dict[str, list[str]]:
-    """Files of the base's weights, and the tensors that each holds.
-
-    Raises:
-        DsgError: There are none as safetensors, or an index names a file that is not there.
-    """
+    """Files of the base's weights, and the tensors that each holds."""
     if (base / SINGLE).is_file():
         files = [SINGLE]
     elif (base / INDEX).is_file():

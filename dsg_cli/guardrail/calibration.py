@@ -43,9 +43,6 @@ def conformal_threshold(statistics: Sequence[float], alpha: float, *, what: str 
     The ceil((n + 1)(1 - alpha))-th smallest of n (split conformal prediction), whatever their distribution; the plain
     percentile promises this only for large n. It assumes that statistics are exchangeable: where many pieces come
     from few documents, it holds for further pieces of such documents and less surely for new ones.
-
-    Raises:
-        DsgError: alpha out of range, or fewer than 1/alpha - 1 statistics.
     """
     if not 0 < alpha < 1:
         raise DsgError(f"alpha is {alpha:g}; it must lie between 0 and 1.")
@@ -72,9 +69,6 @@ def threshold_of(
         is_each: Whether the rate is to hold for each corpus, which takes the largest of their thresholds, or for all
             pieces together, where text near the forgotten domain may have most of the false positives.
         is_conformal: With the guarantee, or the plain percentile.
-
-    Raises:
-        DsgError: alpha out of range, or too few pieces.
     """
     groups: dict[str, list[float]] = {} if statistics else {"retain text": []}
     for corpus, value in statistics:
@@ -114,9 +108,6 @@ def gate_for(settings: CalibrateSection, features: FeatureSet) -> tuple[Calibrat
     Args:
         settings: The gate that is wanted.
         features: What select chose.
-
-    Raises:
-        DsgError: It needs forget text, and nothing like it does without.
     """
     if features.forget_tokens or settings.gate in ("mean", "causal-mean"):
         return settings, []
@@ -140,9 +131,6 @@ def detection_of(
         features: What select chose.
         tensors: The statistics beside it.
         made: What messages call it.
-
-    Raises:
-        DsgError: The features have no probe, or too few of them can be detectors.
     """
     if settings.gate == "probe":
         probe = features.probe
@@ -231,9 +219,6 @@ def threshold_at(settings: CalibrateSection, statistics: Sequence[tuple[str, flo
     Args:
         settings: The gate, alpha, and for what it is promised.
         statistics: Corpus and statistic of each piece.
-
-    Raises:
-        DsgError: There is too little text, or the gate could never fire.
     """
     if settings.threshold is not None:
         return settings.threshold
@@ -253,11 +238,7 @@ def threshold_at(settings: CalibrateSection, statistics: Sequence[tuple[str, flo
 
 
 def check_finite(statistics: Sequence[float]) -> None:
-    """Refuse statistics of a model that is broken.
-
-    Raises:
-        DsgError: One of them is not finite.
-    """
+    """Refuse statistics of a model that is broken."""
     if not all(map(math.isfinite, statistics)):
         raise DsgError("On a piece of text an activation is not finite.", "Check the weights, or try --dtype float32.")
 

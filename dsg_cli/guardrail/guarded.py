@@ -45,11 +45,7 @@ def spec_of(body: Guardrail, model: ModelIdentity) -> GuardrailSpec:
 def module_from_artifact(
     body: Guardrail, model: ModelIdentity, tensors: Mapping[str, Tensor], *, where: str
 ) -> GuardrailModule:
-    """The guardrail of an artifact as a module.
-
-    Raises:
-        DsgError: A tensor is missing or not finite.
-    """
+    """The guardrail of an artifact as a module."""
     return build_guardrail(spec_of(body, model), tensors, where=where)
 
 
@@ -65,11 +61,6 @@ def guarded(
         model: A causal language model of transformers, compiled or not.
         guardrails: From `load_guardrail`; with none, the model is as it is.
         allow_mismatch: Also on another model than the one that a guardrail was made for, such as a fine-tuned copy.
-
-    Raises:
-        DsgError: Before the block, if the model is another one. Inside it, on a call whose sequences cannot be told
-            apart or were begun without the guardrail. After it, if a residual was a NaN or an infinity: the sequence
-            was treated as gated.
     """
     guards = [guardrails] if isinstance(guardrails, GuardrailModule) else list(guardrails)
     if not guards:
@@ -106,11 +97,7 @@ def last_decisions(guards: Sequence[GuardrailModule]) -> list[tuple[float, bool,
 
 
 def check_causal(forms: Iterable[str]) -> None:
-    """Refuse gates that cannot decide while text is written.
-
-    Raises:
-        DsgError: One of them is such a gate.
-    """
+    """Refuse gates that cannot decide while text is written."""
     for form in forms:
         if form not in CAUSAL_FORMS:
             raise DsgError(
@@ -120,11 +107,7 @@ def check_causal(forms: Iterable[str]) -> None:
 
 
 def check_model(model: nn.Module, guard: GuardrailModule) -> None:
-    """Refuse a model that is not the one the guardrail was made for.
-
-    Raises:
-        DsgError: Its architecture, width, layers or weights are others.
-    """
+    """Refuse a model that is not the one the guardrail was made for."""
     wanted = guard.spec.model
     config = text_config(model.config)
     names = {cls.__name__ for cls in type(model).__mro__}
@@ -154,9 +137,6 @@ def protected_parameters(
     Args:
         model: A causal language model of transformers.
         guardrail: One guardrail or several: of several, the highest hook counts.
-
-    Raises:
-        DsgError: The model has no such layer or module.
     """
     guards = [guardrail] if isinstance(guardrail, GuardrailModule) else list(guardrail)
     if not guards:
@@ -200,9 +180,6 @@ def measure_effect(loaded: LoadedModel, guard: GuardrailModule, rows: Sequence[l
         loaded: The model it was made for, whole or cut after the layer that it writes to.
         guard: The guardrail.
         rows: Token ids, BOS included; at least one.
-
-    Raises:
-        DsgError: A residual is not finite.
     """
     decoder = decoder_of(loaded.model)
     n_gated = n_changed = 0

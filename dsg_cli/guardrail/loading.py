@@ -39,11 +39,7 @@ class LightGuardrail:
 
 
 def light_file(header: Header, body: Guardrail, tensors: dict[str, Tensor]) -> bytes:
-    """The content of a light file.
-
-    Raises:
-        DsgError: A tensor is missing or not finite.
-    """
+    """The content of a light file."""
     module = module_from_artifact(body, header.model, tensors, where=header.id)
     data = without_paths(to_json(header, body)) | {"files": {}, TENSORS_DIGEST: tensors_digest(module.tensors())}
     data["sha256"] = digest_of(data)
@@ -51,11 +47,7 @@ def light_file(header: Header, body: Guardrail, tensors: dict[str, Tensor]) -> b
 
 
 def read_light(path: Path) -> LightGuardrail:
-    """Read and verify a light file.
-
-    Raises:
-        DsgError: Missing, no guardrail, truncated, altered, of a newer schema, or with values that are not finite.
-    """
+    """Read and verify a light file."""
     if not is_file(path):
         raise DsgError(f"There is no file {str(path)[:200]}.")
     try:
@@ -103,9 +95,6 @@ def load_guardrail(source: str | Path) -> GuardrailModule:
     Args:
         source: The JSON file of a workspace (`dsg-workspace/guardrail-001.json`); a light file (`.safetensors`) or an
             exported folder that holds one; or a repository on the hub (`hf://org/name`, `hf://org/name@revision`).
-
-    Raises:
-        DsgError: Missing, altered, incomplete, of a newer schema, no guardrail, or with values that are not finite.
     """
     path = Path(source)
     if str(source).startswith(SCHEME) or path.suffix == ".safetensors" or is_folder(path):
@@ -118,11 +107,7 @@ def load_guardrail(source: str | Path) -> GuardrailModule:
 
 
 def light_path(source: str | Path) -> Path:
-    """Where a light file lies: itself, the one in an exported folder, or one from the hub in the local cache.
-
-    Raises:
-        DsgError: No such repository, revision or file on the hub, or no access.
-    """
+    """Where a light file lies: itself, the one in an exported folder, or one from the hub in the local cache."""
     if str(source).startswith(SCHEME):
         address = parse_address(str(source))
         return fetch_file(address, address.file or LIGHT_FILE)

@@ -137,9 +137,6 @@ def fit_probe(
         indices: Of the candidates in the SAE, [C].
         n_features: How many remain.
         ridge: Strength of the penalty.
-
-    Raises:
-        DsgError: No token of one side, or no candidate that varies.
     """
     if not len(forget_TC) or not any(map(len, retain)):
         raise DsgError("The probe has no tokens to learn from.", "Give more text, or set select.probe_features=0.")

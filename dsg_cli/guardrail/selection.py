@@ -55,9 +55,6 @@ def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, rati
         retain_F: The same on the retain corpus.
         n_features: How many to take.
         ratio_percentile: p_ratio of the paper.
-
-    Raises:
-        DsgError: No feature passes, or fewer than asked for.
     """
     forget_F, retain_F = forget_F.double(), retain_F.double()
     if n_features > len(forget_F):
@@ -114,9 +111,6 @@ def picked_features(
         retain_rate_F: Share of retain tokens on which each is active.
         n_features: How many to take; None takes all, however often they are active.
         max_retain_rate: Features active on a larger share are dropped, or only named if all are taken.
-
-    Raises:
-        DsgError: None is left.
     """
     limit = 1.0 if max_retain_rate is None else max_retain_rate
     frequent = [j for j in ranking if retain_rate_F[j] > limit]
@@ -165,9 +159,6 @@ def scores_of(score: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     Args:
         score: `mean-square` or `squared-mean`.
         tensors: Beside a features artifact.
-
-    Raises:
-        DsgError: They know nothing of forget text.
     """
     check_measured(tensors)
     return score_of(score, tensors, "forget"), score_of(score, tensors, "retain")
@@ -179,11 +170,7 @@ def score_of(score: str, tensors: Mapping[str, Tensor], role: str) -> Tensor:
 
 
 def check_measured(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse statistics without those of forget text.
-
-    Raises:
-        DsgError: The features were picked without any.
-    """
+    """Refuse statistics without those of forget text."""
     if not any(name.startswith("forget_") for name in tensors):
         raise DsgError(
             "These features were picked without forget text, so nothing says how active any feature is on it.",

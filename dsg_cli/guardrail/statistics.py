@@ -84,9 +84,6 @@ def feature_statistics(
         workers: Who computes; each gets the statistics of all.
         checkpoint: Where the pass goes on from, and is kept.
         report: Progress.
-
-    Raises:
-        DsgError: No counted token, or a residual or an activation that is not finite.
     """
     checkpoint = checkpoint or Checkpoint()
     stride = max(1, total_tokens // NORM_SAMPLE)
@@ -128,11 +125,7 @@ def feature_statistics(
 def _of_all(
     workers: Workers, sums: Sequence[Tensor], n_tokens: int, norms: array[float], what: str
 ) -> FeatureStatistics:
-    """The statistics of a corpus from what each worker has seen of it.
-
-    Raises:
-        DsgError: No counted token, or an activation that is not finite.
-    """
+    """The statistics of a corpus from what each worker has seen of it."""
     (n_all,) = (int(n) for n in workers.total([torch.tensor(n_tokens)]))
     if not n_all:
         raise DsgError(f"The {what} has no token that counts: all are padding, BOS or EOS.")

@@ -74,11 +74,7 @@ def prompt_ids(
     n_new: int,
     wrappers: Sequence[WrapperModule] = (),
 ) -> list[int]:
-    """Token ids of a prompt, as the user sends it; there must be room for what wrappers put in front of it, too.
-
-    Raises:
-        DsgError: Nothing in it, no chat template, or no room for an answer.
-    """
+    """Token ids of a prompt, as the user sends it; there must be room for what wrappers put in front of it, too."""
     if not prompt.strip():
         raise DsgError("The prompt is empty.", "Give text.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -130,10 +126,6 @@ def answer(
         refusal: If given, the answer ends with it where a gate opens; else it goes on, clamped.
         allow_mismatch: Also if the model is not the one that the guardrails were made for.
         write: Called with each piece of the answer.
-
-    Raises:
-        DsgError: The model is another one, a gate needs whole sequences, a residual was not finite, or prompt and
-            answer do not fit the model.
     """
     check_causal(guard.gate.form for guard in guardrails)
     model, tokenizer = loaded.model, loaded.tokenizer

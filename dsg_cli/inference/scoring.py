@@ -90,9 +90,6 @@ def score(
 
     Returns:
         One score a request, in their order.
-
-    Raises:
-        DsgError: A log-likelihood is not finite: a broken model must not pass for one that has unlearned.
     """
     checkpoint = checkpoint or Checkpoint()
     by_input: dict[tuple[int, ...], list[int]] = {}
@@ -194,11 +191,7 @@ def _logits(model: nn.Module, batch: TokenBatch, positions_P: Tensor) -> Tensor:
 
 
 def _one(tail_CV: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
-    """Log-likelihood of a continuation, or of its end where its beginning was cut off, and whether it is greedy.
-
-    Raises:
-        DsgError: The log-likelihood is not finite.
-    """
+    """Log-likelihood of a continuation, or of its end where its beginning was cut off, and whether it is greedy."""
     tail_CV, target_C = _aligned(tail_CV, continuation)
     loglikelihood = float(tail_CV.gather(-1, target_C[:, None]).sum())
     if not math.isfinite(loglikelihood):

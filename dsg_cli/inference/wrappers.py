@@ -47,11 +47,7 @@ def n_found(text: str, phrases: frozenset[Phrase]) -> int:
 
 
 def telling_words(forget: Iterable[str], retain: Iterable[str], n: int) -> list[str]:
-    """The n words that most surely are more frequent in forget texts than in retain texts, the surest first.
-
-    Raises:
-        DsgError: No word is.
-    """
+    """The n words that most surely are more frequent in forget texts than in retain texts, the surest first."""
     counts = [Counter(word for text in texts for word in words_of(text)) for texts in (forget, retain)]
     scores = log_odds(*counts)
     found = sorted((word for word, score in scores.items() if score > 0), key=lambda word: (-scores[word], word))
@@ -85,11 +81,7 @@ def log_odds(forget: Mapping[str, int], retain: Mapping[str, int]) -> dict[str, 
 
 
 def read_keywords(path: str) -> list[str]:
-    """Keywords from a file, one a line; empty lines do not count.
-
-    Raises:
-        DsgError: It cannot be read, is empty, or a line holds no word.
-    """
+    """Keywords from a file, one a line; empty lines do not count."""
     lines = [line.strip() for line in text_of(Path(path)).split("\n")]
     found: Sequence[str] = list(dict.fromkeys(line for line in lines if line))
     if not found:
@@ -121,11 +113,7 @@ class WrapperModule:
 
 
 def wrapper_from_artifact(body: Wrapper, tensors: Mapping[str, Tensor], *, where: str) -> WrapperModule:
-    """The wrapper of an artifact.
-
-    Raises:
-        DsgError: A classifier's tensor is missing, of a wrong shape or not finite, or it has no layer; no keyword.
-    """
+    """The wrapper of an artifact."""
     if body.rule != "classifier":
         phrases = phrases_of(body.keywords)
         if body.rule == "keywords" and not phrases:
@@ -164,11 +152,7 @@ def statistics_of(
     report: Report = silent,
     what: str = "filter",
 ) -> list[float]:
-    """The statistic of each text: different keywords in it, or weight . mean residual + bias.
-
-    Raises:
-        DsgError: The classifier was made for another width.
-    """
+    """The statistic of each text: different keywords in it, or weight . mean residual + bias."""
     if wrapper.weight_D is None:
         return [float(n_found(_decoded(tokenizer, row), wrapper.phrases)) for row in rows]
     assert wrapper.body.layer is not None
@@ -237,10 +221,6 @@ def wrap(
         bos: Token that a refusal begins with.
         workers: Who reads; each gets all.
         report: Progress.
-
-    Raises:
-        DsgError: A prefix and a continuation are together longer than what the model reads, or a classifier was made
-            for another width.
     """
     verdicts = judged(wrappers, model, tokenizer, requests, batch_size=batch_size, workers=workers, report=report)
     prefix = prefix_ids(wrappers, tokenizer)
@@ -337,11 +317,7 @@ def _n_head(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, bos: int | N
 def _in_front(
     prefix: tuple[int, ...], request: Request, tokenizer: PreTrainedTokenizerBase, bos: int | None, room: int
 ) -> tuple[int, ...]:
-    """A context behind a prefix; where both are too long for the model, the context loses its beginning.
-
-    Raises:
-        DsgError: They would be too long without the context.
-    """
+    """A context behind a prefix; where both are too long for the model, the context loses its beginning."""
     n_head = _n_head(request.context, tokenizer, bos)
     head, sent = request.context[:n_head], request.context[n_head:]
     n_left = room + 1 - len(head) - len(prefix) - len(request.continuation)

@@ -104,9 +104,6 @@ def read_contexts(
         n_contexts: N.
         what: Name of the pass, for progress.
         report: Progress.
-
-    Raises:
-        DsgError: No counted token, or an activation that is not finite.
     """
     fit, kept = Fitting(), _Kept(n_contexts)
     n_read, total = 0, sum(map(len, rows))

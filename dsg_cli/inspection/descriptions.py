@@ -58,9 +58,6 @@ def read_descriptions(path: Path, n_features: int, *, source: str = "", may_be_e
         n_features: How many the SAE has.
         source: What it is called later; by default the file's name.
         may_be_empty: Whether it may describe no feature, as a part of several may.
-
-    Raises:
-        DsgError: Unreadable, too large, of another form, or about a feature that the SAE does not have.
     """
     content = read_bounded(path, LARGEST)
     texts: dict[int, list[str]] = {}
@@ -121,11 +118,7 @@ def _unpacked(path: Path, content: bytes) -> bytes:
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[Any, Any]]:
-    """Index and what is said of it, for each entry.
-
-    Raises:
-        DsgError: The file is of no known form.
-    """
+    """Index and what is said of it, for each entry."""
     first = text.lstrip()[:1]
     if first == "[":
         yield from (_parts(path, number, one) for number, one in enumerate(_array(path, text), start=1))
@@ -227,9 +220,6 @@ def rank_by_terms(query: str, descriptions: Mapping[int, str]) -> list[Match]:
     Args:
         query: Words, in any order.
         descriptions: Of features, by index.
-
-    Raises:
-        DsgError: The query holds no term, or no description has one of it.
     """
     import bm25s
 
@@ -280,9 +270,6 @@ def rank_by_embedding(
         name: Of the embedding model: a folder, org/name or org/name@revision.
         device: Where it runs.
         report: Progress.
-
-    Raises:
-        DsgError: It cannot be loaded, or gives what is not finite.
     """
     import torch
 
@@ -295,11 +282,7 @@ def rank_by_embedding(
 
 
 def embedded(texts: Sequence[str], name: str, *, device: str = "cpu", report: Report = silent) -> Tensor:
-    """The mean of the last hidden states over a text's tokens, [N, D].
-
-    Raises:
-        DsgError: As `rank_by_embedding`.
-    """
+    """The mean of the last hidden states over a text's tokens, [N, D]."""
     import torch
 
     tokenizer, model = _loaded(name, device)

@@ -178,9 +178,6 @@ def fetch_descriptions(name: str, n_features: int, *, report: Report = silent) -
         name: MODEL/SOURCE.
         n_features: How many the SAE has.
         report: Progress.
-
-    Raises:
-        DsgError: It is not there and cannot be downloaded, or what comes is no export.
     """
     path = cache_folder() / "neuronpedia" / f"{name}.jsonl"
     if path.is_file():

@@ -83,9 +83,6 @@ def trace(
         encode: Residuals [T, D] -> activations [T, C] of those features.
         features: The C features.
         guard: The guardrail, with a gate of any form.
-
-    Raises:
-        DsgError: A residual is not finite.
     """
     ids_BL = torch.tensor([list(ids)], device=loaded.model.device)
     resid_BLD = read_residual(loaded.model, site, ids_BL, torch.ones_like(ids_BL))

@@ -25,11 +25,7 @@ def test_questions(dataset):
 
 
 def export_lab(folder: Path) -> None:
-    """Copy the shipped lab to `folder` and write lm-eval tasks for its benches beside it.
-
-    Raises:
-        DsgError: The folder is not empty, or cannot be written to.
-    """
+    """Copy the shipped lab to `folder` and write lm-eval tasks for its benches beside it."""
 
     def fill(partial: Path) -> None:
         shutil.copytree(lab.SHIPPED, partial, ignore=shutil.ignore_patterns("__pycache__"))
@@ -39,11 +35,7 @@ def export_lab(folder: Path) -> None:
 
 
 def train_and_export(folder: Path, *, seed: int, report: Report) -> dict[str, Any]:
-    """Train the lab anew into `folder`; returns what `training.train_lab` measured.
-
-    Raises:
-        DsgError: The folder is not empty, or cannot be written to.
-    """
+    """Train the lab anew into `folder`; returns what `training.train_lab` measured."""
     measured: dict[str, Any] = {}
 
     def fill(partial: Path) -> None:
@@ -57,11 +49,7 @@ def train_and_export(folder: Path, *, seed: int, report: Report) -> dict[str, An
 
 
 def train_without(folder: Path, without: Sequence[str], *, seed: int, report: Report) -> dict[str, Any]:
-    """Train into `folder` a language model that never sees some domains; returns what `train_reference` measured.
-
-    Raises:
-        DsgError: An unknown domain, or all; the folder is not empty, or cannot be written to.
-    """
+    """Train into `folder` a language model that never sees some domains; returns what `train_reference` measured."""
     unknown = [name for name in without if name not in BY_NAME]
     if unknown:
         raise DsgError(f"The lab has no domain {unknown[0][:200]}.", nearest(unknown[0], BY_NAME))
@@ -79,11 +67,7 @@ def train_without(folder: Path, without: Sequence[str], *, seed: int, report: Re
 
 
 def train_at_layers(folder: Path, layers: Sequence[int], *, seed: int, report: Report) -> dict[str, Any]:
-    """Train into `folder` an SAE at each of some layers of the shipped model; returns what `train_saes` measured.
-
-    Raises:
-        DsgError: A layer that the model does not have; the folder is not empty, or cannot be written to.
-    """
+    """Train into `folder` an SAE at each of some layers of the shipped model; returns what `train_saes` measured."""
     last = LabSettings().n_layers - 1
     absent = [layer for layer in layers if not 0 <= layer <= last]
     if absent:

@@ -98,11 +98,7 @@ METHODS = {
 
 
 def check_method(name: str) -> Method:
-    """A method by its name.
-
-    Raises:
-        DsgError: There is none.
-    """
+    """A method by its name."""
     if name not in METHODS:
         raise DsgError(f"There is no method named {name[:200]}.", f"{nearest(name[:200], METHODS)} See dsg ls methods.")
     return METHODS[name]
@@ -114,11 +110,7 @@ def teaches(name: str) -> bool:
 
 
 def check_lora(name: str) -> None:
-    """Refuse adapters for a method that trains no weights.
-
-    Raises:
-        DsgError: It does not, or there is no such method.
-    """
+    """Refuse adapters for a method that trains no weights."""
     if not check_method(name).is_trained:
         raise DsgError(f"--lora is for methods that train weights, and {name} does not.", "Leave it out.")
 
@@ -130,9 +122,6 @@ def check_corpora(name: str, *, train: Sequence[str], others: Sequence[str]) -> 
         name: A method.
         train: Corpora that were named to be trained on.
         others: Corpora that were named to be forgotten or retained.
-
-    Raises:
-        DsgError: There are some, or there is no such method.
     """
     if check_method(name).teaches and others:
         raise DsgError(f"{name} teaches: nothing is forgotten or retained.", "Name what it trains on with --train.")

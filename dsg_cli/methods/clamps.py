@@ -54,9 +54,6 @@ def frequent_features(
         n_features: How many.
         max_retain_rate: Features active on a larger share of retain tokens are dropped.
         section: Of the settings, for messages.
-
-    Raises:
-        DsgError: There are fewer that are active on forget text at all, or no forget text was read.
     """
     check_measured(statistics)
     forget_F, retain_F = statistics["forget_rate"], statistics["retain_rate"]
@@ -73,11 +70,7 @@ def frequent_features(
 
 
 def coefficient_of(text: str, median_residual_norm: float, *, key: str) -> float:
-    """A coefficient from a setting, as a positive number.
-
-    Raises:
-        DsgError: It is none.
-    """
+    """A coefficient from a setting, as a positive number."""
     hint = f"Set methods.{key} to a number such as 300, or a multiple of the median residual norm such as 4r."
     return parse_strength(text, median_residual_norm, hint=hint)
 
@@ -102,9 +95,6 @@ def refusing(
         clamps_features: Set the selected features to minus that, too.
         setting: The coefficient as a person gave it.
         notes: What a person should know.
-
-    Raises:
-        DsgError: The refusal feature is one of the selected.
     """
     if refusal in selected:
         raise DsgError(
@@ -132,9 +122,6 @@ def static_clamping(statistics: Mapping[str, Tensor], settings: StaticClamp, med
         statistics: `forget_rate` and `retain_rate` of select, [F].
         settings: How many features, and c.
         median_residual_norm: The unit `r` of c.
-
-    Raises:
-        DsgError: Too few features are left.
     """
     indices = frequent_features(
         statistics,
@@ -156,9 +143,6 @@ def conditional_clamping(
         statistics: `forget_rate` and `retain_rate` of select, [F].
         settings: How many features, above which activation, and c.
         median_residual_norm: The unit `r` of c.
-
-    Raises:
-        DsgError: Too few features are left.
     """
     indices = frequent_features(
         statistics,
@@ -178,9 +162,6 @@ def refusal_clamping(statistics: Mapping[str, Tensor], settings: RefusalClamp, m
         statistics: `forget_rate` and `retain_rate` of select, [F].
         settings: How many features, above which activation, and what is raised to what.
         median_residual_norm: The unit `r` of the coefficient.
-
-    Raises:
-        DsgError: Too few features are left, or the refusal feature is one of them or not there.
     """
     selected = frequent_features(
         statistics,
@@ -215,11 +196,7 @@ def refusal_clamping(statistics: Mapping[str, Tensor], settings: RefusalClamp, m
 
 
 def stand_in(statistics: Mapping[str, Tensor], selected: Sequence[int]) -> int:
-    """argmax_j(retain_rate_j - forget_rate_j) over live features that are not selected.
-
-    Raises:
-        DsgError: There is none.
-    """
+    """argmax_j(retain_rate_j - forget_rate_j) over live features that are not selected."""
     forget_F, retain_F = statistics["forget_rate"], statistics["retain_rate"]
     is_live_F = (forget_F > 0) | (retain_F > 0)
     is_live_F[list(selected)] = False
@@ -272,11 +249,7 @@ class Steering:
 
 
 def read_steering(path: Path) -> Steering:
-    """Read and check a steering file.
-
-    Raises:
-        DsgError: It cannot be read, is no such file, or asks for what no one method does; with the line.
-    """
+    """Read and check a steering file."""
     if not is_file(path):
         raise DsgError(f"There is no steering file {str(path)[:200]}.", "Set methods.<method>.steering_file to one.")
     content = read_bounded(path, LARGEST_FILE)
@@ -315,9 +288,6 @@ def steered_clamping(steering: Steering, method: str, *, n_features: int, clamps
         method: The method that was asked for.
         n_features: Of the SAE.
         clamps_features: Of a refusal clamp.
-
-    Raises:
-        DsgError: It asks for another method, or for a feature that the SAE does not have.
     """
     rows = steering.rows
     if steering.method != method:
@@ -342,9 +312,6 @@ def check_same_sae(steering: Steering, source: str) -> list[str]:
     Args:
         steering: The file.
         source: Of the SAE, `RELEASE/ID` if it is of a release.
-
-    Raises:
-        DsgError: It is for another one.
     """
     release, _, sae_id = source.partition("/")
     named = "/".join(filter(None, (steering.release, steering.sae_id)))
@@ -363,11 +330,7 @@ def check_same_sae(steering: Steering, source: str) -> list[str]:
 
 
 def _cells(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number and cells of each line below the names of the columns.
-
-    Raises:
-        DsgError: It is no CSV, a column is missing or there twice, or a line has more cells than there are columns.
-    """
+    """Number and cells of each line below the names of the columns."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     names: list[str] = []
     try:

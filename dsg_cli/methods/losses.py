@@ -158,11 +158,7 @@ def n_steps(settings: Finetune, n_rows: int) -> int:
 
 
 def unlearn_ssd(given: Given, settings: Ssd) -> Changed:
-    """Dampen.
-
-    Raises:
-        DsgError: A gradient is not finite.
-    """
+    """Dampen."""
     named = [(name, one.requires_grad_(True)) for name, one in given.model.named_parameters()]
     forget = importances(given, given.forget, settings.n_rows, "forget")
     retain = importances(given, given.retain, settings.n_rows, "retain")

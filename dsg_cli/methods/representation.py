@@ -113,11 +113,7 @@ RANK_TOLERANCE = 1e-6
 
 
 def unlearn_sspu(given: Given, settings: Sspu) -> Changed:
-    """Train.
-
-    Raises:
-        DsgError: Adapters are asked for, whose products are no update that a subspace holds.
-    """
+    """Train."""
     features = given.features
     assert features is not None
     if settings.lora:
@@ -198,11 +194,7 @@ WORD = re.compile(r"\b[A-Z][a-z]{2,}\b")
 
 
 def with_unknown_names(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
-    """The names in some texts, and the texts with each replaced by one made of two others, the same wherever it stands.
-
-    Raises:
-        DsgError: There are not two names in them.
-    """
+    """The names in some texts, and the texts with each replaced by one made of two others, everywhere the same."""
     names = sorted({name for text in texts for name in INNER.findall(text)})
     if len(names) < 2:
         raise DsgError(
@@ -223,11 +215,7 @@ def with_unknown_names(texts: Sequence[str], seed: int) -> tuple[list[str], list
 
 
 def find_mentions(tokenizer: PreTrainedTokenizerBase, forget: Text, *, bos: int | None, seed: int) -> Mentions:
-    """The rows of forget text with and without their names.
-
-    Raises:
-        DsgError: There are no names, or the tokenizer does not say where in a text its tokens are.
-    """
+    """The rows of forget text with and without their names."""
     if not tokenizer.is_fast:
         raise DsgError(
             "The tokenizer does not say where in a text its tokens are.",
@@ -275,11 +263,7 @@ ROWS = 128
 
 
 def unlearn_sae_representation(given: Given, settings: SaeRepresentation) -> Changed:
-    """Train the layers up to the SAE's hook.
-
-    Raises:
-        DsgError: Known and unknown text look alike from the first.
-    """
+    """Train the layers up to the SAE's hook."""
     features, unknown = given.features, given.unknown
     assert features is not None and unknown is not None
     layers = list(range(features.site.layer + (features.site.point != "resid_pre")))

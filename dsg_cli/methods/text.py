@@ -63,9 +63,6 @@ def text_of(
         bos: Token that every row begins with.
         max_tokens: Longer documents are cut to rows of so many.
         device: Where batches are wanted.
-
-    Raises:
-        DsgError: A corpus holds no row of two tokens.
     """
     rows: list[list[int]] = []
     owners: list[int] = []
@@ -137,9 +134,6 @@ def lesson_of(
         bos: Token that every row begins with.
         max_tokens: Longer documents, or what was packed, are cut to rows of so many.
         device: Where batches are wanted.
-
-    Raises:
-        DsgError: A corpus holds nothing to train on, or no document the text after which it is to count.
     """
     found: list[list[Row]] = []
     for corpus in corpora:

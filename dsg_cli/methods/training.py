@@ -120,9 +120,6 @@ def freed(model: PreTrainedModel, settings: Training, *, layers: Sequence[int] |
         settings: Of the training.
         layers: Those of the method, where the settings name none; None means all.
         seed: Of adapters' first values.
-
-    Raises:
-        DsgError: Nothing is left to train, a layer is not there, or no linear layer has such a name.
     """
     chosen = settings.layers if settings.layers is not None else layers
     n_layers = len(decoder_layers(model))
@@ -271,9 +268,6 @@ def train(given: Given, free: Free, loss: Loss) -> Changed:
         given: Model, text and seed.
         free: What may change, and the settings of training.
         loss: The method's.
-
-    Raises:
-        DsgError: It was not finite from the first step on, or the model is spread over several devices.
     """
     if len(devices_of(given.model)) > 1:
         raise DsgError("A model that is spread over several devices cannot be trained here.", "Take one device.")
@@ -354,11 +348,7 @@ class _Run:
         self.losses.append({"step": self.step, **terms})
 
     def end(self) -> None:
-        """Go back to the last weights that are known to be good, where training diverged.
-
-        Raises:
-            DsgError: There are none but those that it began with.
-        """
+        """Go back to the last weights that are known to be good, where training diverged."""
         if self.diverged_at is None and self._is_finite():
             return
         self.diverged_at = self.diverged_at or self.step

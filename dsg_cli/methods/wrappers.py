@@ -95,22 +95,14 @@ SLOT = "{topic}"
 
 
 def make_prompt(settings: Prompt, material: Material) -> Made:
-    """The text, with its topic filled in; other braces stay as they are.
-
-    Raises:
-        DsgError: The text is empty, or has a topic and nothing says which.
-    """
+    """The text, with its topic filled in; other braces stay as they are."""
     if not settings.text.strip():
         raise DsgError("methods.prompt.text is empty.", "Write what the model is told.")
     return prefix("prompt", settings.text.replace(SLOT, topic_of(settings, material.topic)), material)
 
 
 def topic_of(settings: Prompt, otherwise: str) -> str:
-    """What `{topic}` stands for.
-
-    Raises:
-        DsgError: Nothing says so, and the text has it.
-    """
+    """What `{topic}` stands for."""
     topic = settings.topic or otherwise
     if SLOT in settings.text and not topic.strip():
         raise DsgError(
@@ -121,11 +113,7 @@ def topic_of(settings: Prompt, otherwise: str) -> str:
 
 
 def make_in_context(settings: InContext, material: Material) -> Made:
-    """Questions drawn with the seed, each with a choice, in an order that the seed decides.
-
-    Raises:
-        DsgError: There are fewer questions than are to be shown, or one has a single choice.
-    """
+    """Questions drawn with the seed, each with a choice, in an order that the seed decides."""
     rng = random.Random(material.seed)
     tokenizer = material.loaded.tokenizer
     shown = [_wrong(question, rng) for question in _drawn([material.forget_questions], settings.n_forget, rng)]
@@ -166,11 +154,7 @@ CONSTANT = 1e-6
 
 
 def fitted(settings: Filter, material: Material, *, method: str, side: Literal["input", "output"]) -> Made:
-    """A filter with its threshold, and its rates on text that it has not seen.
-
-    Raises:
-        DsgError: Nothing tells the texts apart, there is too little text, or an activation is not finite.
-    """
+    """A filter with its threshold, and its rates on text that it has not seen."""
     layer = middle(material.loaded.n_layers) if settings.layer is None else settings.layer
     has_layer = settings.rule == "classifier"
     body = Wrapper(
@@ -213,9 +197,6 @@ def fit_classifier(forget_ND: Tensor, retain_ND: Tensor, ridge: float) -> tuple[
         forget_ND: A row each forget text.
         retain_ND: A row each retain text.
         ridge: Inverse of the strength of the penalty.
-
-    Raises:
-        DsgError: One side is empty, a value is not finite, or nothing varies.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -280,11 +261,7 @@ def _pieces(material: Material, corpora: Sequence[Corpus], part: Part) -> list[P
 def _statistics(
     module: WrapperModule, material: Material, corpora: Sequence[Corpus], part: Part
 ) -> list[tuple[Piece, float]]:
-    """Pieces of one part of corpora with their statistics.
-
-    Raises:
-        DsgError: One is not finite.
-    """
+    """Pieces of one part of corpora with their statistics."""
     pieces = _pieces(material, corpora, part)
     values = statistics_of(
         module,
@@ -325,18 +302,10 @@ def _notes(body: Wrapper) -> list[str]:
 
 
 def make_input_filter(settings: InputFilter, material: Material) -> Made:
-    """A filter of prompts; its threshold holds for prompts like retain text.
-
-    Raises:
-        DsgError: Nothing tells the texts apart, there is too little text, or an activation is not finite.
-    """
+    """A filter of prompts; its threshold holds for prompts like retain text."""
     return fitted(settings, material, method="input-filter", side="input")
 
 
 def make_output_filter(settings: OutputFilter, material: Material) -> Made:
-    """A filter of answers; its threshold is set on retain text as it is, without a question in front.
-
-    Raises:
-        DsgError: Nothing tells the texts apart, there is too little text, or an activation is not finite.
-    """
+    """A filter of answers; its threshold is set on retain text as it is, without a question in front."""
     return fitted(settings, material, method="output-filter", side="output")

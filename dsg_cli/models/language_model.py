@@ -27,11 +27,7 @@ LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def check_peft() -> None:
-    """Refuse to go on without PEFT.
-
-    Raises:
-        DsgError: It is not installed.
-    """
+    """Refuse to go on without PEFT."""
     if importlib.util.find_spec("peft") is None:
         raise DsgError("Adapters need PEFT, which is not installed.", "pip install 'dsg-cli[lora]'")
 
@@ -42,11 +38,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> str:
-    """The model that an adapter belongs to, as `--model` takes it.
-
-    Raises:
-        DsgError: The folder does not say.
-    """
+    """The model that an adapter belongs to, as `--model` takes it."""
     path = folder / CONFIG_FILE
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
@@ -65,9 +57,6 @@ def merged(model: PreTrainedModel, folder: Path, *, n_layers: int) -> PreTrained
         model: The adapter's base, whole or cut, in float32; it is changed.
         folder: Of the adapter.
         n_layers: Layers that the model has; what an adapter adds above them is left out.
-
-    Raises:
-        DsgError: PEFT is not installed, or the adapter does not fit the model.
     """
     check_peft()
     from peft import PeftModel
@@ -122,9 +111,6 @@ def model_folder(source: str, *, weights: bool = True, with_code: bool = False) 
         source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision.
         weights: Without them only configuration and tokenizer are fetched.
         with_code: Fetch the repository's Python files too.
-
-    Raises:
-        DsgError: No such folder or repository, no access, no network, or no model in it.
     """
     if source in lab.MODEL_DIRS:
         folder = lab.MODEL_DIRS[source]
@@ -156,9 +142,6 @@ def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
     Args:
         source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision.
         trust_remote_code: Run Python files of the model's repository.
-
-    Raises:
-        DsgError: The configuration is unreadable, or its architecture unknown.
     """
     folder = model_folder(source, weights=False, with_code=trust_remote_code)
     if is_adapter(folder):
@@ -180,11 +163,7 @@ def context_length(config: Any) -> int:
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, without its weights; arguments as for `read_config`.
-
-    Raises:
-        DsgError: It has none, or it cannot be read.
-    """
+    """The model's tokenizer, without its weights; arguments as for `read_config`."""
     folder = model_folder(source, weights=False, with_code=trust_remote_code)
     if is_adapter(folder):
         return load_tokenizer(base_of(folder), trust_remote_code=trust_remote_code)
@@ -221,9 +200,6 @@ def load_model(
             bit-identical to the whole model's, the weights above are never touched.
         device_map: Spread the layers over all GPUs, as accelerate does it, instead of `device`.
         trust_remote_code: Run Python files of the model's repository.
-
-    Raises:
-        DsgError: Missing or unreadable folder, weights that lack a tensor, or more than the GPUs hold.
     """
     folder = model_folder(source, with_code=trust_remote_code)
     if is_adapter(folder):

@@ -43,9 +43,6 @@ def releases() -> dict[str, dict[str, Any]]:
     """sae-lens's own list of releases: name -> repo_id, model, saes [{id, path}].
 
     Read from its file: to import sae-lens takes seconds.
-
-    Raises:
-        DsgError: This version of sae-lens keeps its list elsewhere.
     """
     spec = importlib.util.find_spec("sae_lens")
     assert spec is not None and spec.origin is not None
@@ -60,22 +57,14 @@ def releases() -> dict[str, dict[str, Any]]:
 
 
 def find_sae(source: str) -> SaeFolder:
-    """The folder of `RELEASE/ID`, or of `org/name[@revision][/folder]`; downloaded and converted as needed.
-
-    Raises:
-        DsgError: No such release, SAE or repository; no access, network or room; a format that sae-lens cannot read.
-    """
+    """The folder of `RELEASE/ID`, or of `org/name[@revision][/folder]`; downloaded and converted as needed."""
     repo, folder = locate_release(source)
     release, _, sae_id = source.partition("/")
     return _of_release(release, sae_id) if release in releases() else _of_repository(repo, folder)
 
 
 def locate_release(source: str) -> tuple[str, str]:
-    """The repository, with a revision if one is named, and the folder in it that hold an SAE; nothing is read there.
-
-    Raises:
-        DsgError: No such release, or SAE in it.
-    """
+    """The repository, with a revision if one is named, and the folder in it that hold an SAE; nothing is read there."""
     release, _, sae_id = source.partition("/")
     if release in releases():
         paths = {str(one["id"]): str(one["path"]) for one in releases()[release]["saes"]}

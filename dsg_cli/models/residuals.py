@@ -73,11 +73,7 @@ class Fitting:
     def __call__(
         self, batch: TokenBatch, compute: Callable[[TokenBatch], Result]
     ) -> Iterator[tuple[TokenBatch, Result]]:
-        """`compute(batch)`, or of parts of it that fit, in order.
-
-        Raises:
-            DsgError: A single sequence does not fit.
-        """
+        """`compute(batch)`, or of parts of it that fit, in order."""
         pending = [batch]
         while pending:
             part = pending.pop()
@@ -101,11 +97,7 @@ class Fitting:
 
 
 def in_halves(rows: Tensor, compute: Callable[[Tensor], Result]) -> Iterator[Result]:
-    """`compute` of rows of a tensor, or of their halves where memory runs out.
-
-    Raises:
-        DsgError: A single row does not fit.
-    """
+    """`compute` of rows of a tensor, or of their halves where memory runs out."""
     result = _attempt(rows, compute)
     if result is not None:
         yield result[0]

@@ -93,10 +93,6 @@ def read_sae(source: str) -> SaeSource:
     Args:
         source: `lab`, `lab-1`, `lab-2`; a folder in sae-lens's format; a release of sae-lens with an id; or such a
             folder on the hub (`org/name[@revision][/folder]`).
-
-    Raises:
-        DsgError: No such SAE, no access or no network; a file missing; an architecture or setting that
-            cannot be sliced exactly; no hook.
     """
     found = _locate(source)
     folder = found.folder
@@ -127,11 +123,7 @@ def read_sae(source: str) -> SaeSource:
 
 
 def check_name(source: str) -> None:
-    """Refuse an SAE whose name leads nowhere; nothing is fetched.
-
-    Raises:
-        DsgError: It is neither of the lab, nor a folder, nor a release with an id, nor of the form of a repository.
-    """
+    """Refuse an SAE whose name leads nowhere; nothing is fetched."""
     if source in lab.SAE_DIRS or is_folder(Path(source)):
         return
     if Path(source).is_absolute() or ("/" not in source and source not in releases()):
@@ -275,9 +267,6 @@ def check_fits(sae: SaeSource, model_config: Any, model_source: str, *, has_bos:
         model_config: The decoder's configuration.
         model_source: What the model is called.
         has_bos: Whether its tokenizer has a BOS token.
-
-    Raises:
-        DsgError: Another width, a layer that the model does not have, or another family of models.
     """
     notes = _compare_names(sae, model_config, model_source)
     _check_shapes(sae, model_config, model_source)

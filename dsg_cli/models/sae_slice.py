@@ -23,9 +23,6 @@ def slice_sae(
         sae: Where from.
         indices: Features that will be clamped; they come first, and only they have rows of `W_dec`.
         detectors: Further features that are only watched.
-
-    Raises:
-        DsgError: An index that the SAE does not have, or a weight that is not finite.
     """
     chosen = chosen_columns(indices, detectors)
     beyond = [index for index in chosen if not 0 <= index < sae.identity.n_features]

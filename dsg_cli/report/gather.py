@@ -49,9 +49,6 @@ def gather(workspace: Workspace, wanted: Sequence[str]) -> Gathered:
         wanted: Ids or paths; all evaluations and attacks of what unlearns come along. Without any, the newest
             comparison, inspection and study of each name, and the newest guardrail, model or wrapper. Where that was
             made in the course of the comparison, it is the row with the highest dev score instead.
-
-    Raises:
-        DsgError: One is missing or damaged, or there is nothing to report.
     """
     named = [workspace.read(one) for one in wanted]
     along = [one for stored in named if stored.header.kind in UNLEARNING for one in _findings_on(stored)]

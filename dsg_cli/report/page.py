@@ -292,9 +292,6 @@ def write_report(
         figures: Folder for its figures, if they are wanted as files.
         kinds: `svg`, `png`, `pdf`.
         force: Replace files that are there.
-
-    Raises:
-        DsgError: A figure's file is there already, or something cannot be written.
     """
     wanted = [(one, kind) for one in made.figures for kind in kinds] if figures is not None else []
     paths = [(figures or Path()) / f"{one.name}.{kind}" for one, kind in wanted]

@@ -51,11 +51,7 @@ SATURATED = 0.02
 
 
 def tuning_questions(recipe: Recipe, forget: Sequence[str]) -> list[Question]:
-    """The questions that a strength is chosen on: the lab's dev questions, or those of a bench that is named.
-
-    Raises:
-        DsgError: None is named and the lab has none, or the bench is one of those that are reported.
-    """
+    """The questions that a strength is chosen on: the lab's dev questions, or those of a bench that is named."""
     bench = recipe.guardrail.tuning_bench or next((name for name in forget if name in lab.bench_names()), None)
     if bench is None:
         about = ", ".join(forget) or "what nobody names"
@@ -140,9 +136,6 @@ def tried(
         body: The guardrail.
         tensors: Its own.
         trial: On what.
-
-    Raises:
-        DsgError: It does nothing, and must.
     """
     if not trial.forget:
         return body, 0
@@ -155,11 +148,7 @@ def tried(
 
 
 def check_effect(effect: Effect, hint: str = "") -> None:
-    """Refuse a guardrail that does nothing.
-
-    Raises:
-        DsgError: Its gate never fires on forget text, or its edit changes nothing there.
-    """
+    """Refuse a guardrail that does nothing."""
     if effect.gate_rate and effect.changed_rate and effect.edit:
         return
     what = "its edit changes nothing" if effect.gate_rate else "its gate never fires"
@@ -172,9 +161,6 @@ def forget_text(made: Stored, names: Sequence[str]) -> tuple[list[Corpus], list[
     Args:
         made: Features or a threshold, whose settings say how they were read.
         names: Of the corpora.
-
-    Raises:
-        DsgError: One cannot be read any more.
     """
     if not names:
         return [], [UNSEEN]
@@ -202,9 +188,6 @@ def text_instead(recipe: Recipe, threshold: Stored) -> tuple[list[Corpus], list[
     Args:
         recipe: Names corpora and bench.
         threshold: Whose settings say which dev questions calibrate asked.
-
-    Raises:
-        DsgError: A corpus or bench cannot be read, or is retained.
     """
     names, settings = recipe.corpora.forget, threshold.header.settings
     if names:
@@ -244,12 +227,7 @@ AUTO = "auto"
 
 
 def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, session: Session = QUIET) -> Stored:
-    """Build the guardrail from the newest threshold, or from the one named, and write it.
-
-    Raises:
-        DsgError: Anything the user can mend; a guardrail that does nothing on what it should act on, unless the
-            settings allow it.
-    """
+    """Build the guardrail from the newest threshold, or from the one named, and write it."""
     source = session.named(workspace, "threshold", source)
     return session.write(workspace, lambda: _made(recipe, workspace, source, session))
 
@@ -328,11 +306,7 @@ def _tried_on(forget: Sequence[Corpus]) -> Json:
 
 
 def check_strength(settings: GuardrailSection) -> None:
-    """Refuse a bad strength before anything runs.
-
-    Raises:
-        DsgError: It is one, or `auto` has none to try.
-    """
+    """Refuse a bad strength before anything runs."""
     if settings.strength == AUTO and not settings.strengths:
         raise DsgError("guardrail.strengths is empty, so --strength auto has none to try.")
     for text in settings.strengths if settings.strength == AUTO else [settings.strength]:
@@ -358,10 +332,6 @@ def run_clamp(
         method: One of `METHODS`.
         source: Features by id or path.
         session: How it is run.
-
-    Raises:
-        DsgError: Anything the user can mend; a guardrail that does nothing on what it should act on, unless the
-            settings allow it.
     """
     assert method in CLAMP_METHODS
     source = session.named(workspace, "features", source)
@@ -475,9 +445,6 @@ def run_method(
         source: Artifact to go on from; without it what the recipe names, or else the newest features (for `dsg` the
             newest threshold).
         session: How it is run.
-
-    Raises:
-        DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
     """
     check_method(method)
     origin = _origin(recipe, workspace, method, source, session)
@@ -496,11 +463,7 @@ def run_method(
 
 
 def _origin(recipe: Recipe, workspace: Workspace, method: str, source: str | None, session: Session) -> Stored | None:
-    """The artifact to go on from, if it is not the recipe that says what to read.
-
-    Raises:
-        DsgError: It is of a kind that the method cannot go on from, or there is none and nothing is named.
-    """
+    """The artifact to go on from, if it is not the recipe that says what to read."""
     kinds = (*ORIGINS, "threshold") if method == "dsg" else ORIGINS
     if source is None:
         if recipe.corpora.forget or not METHODS[method].needs_forget:
@@ -532,11 +495,7 @@ def _dsg_guardrail(recipe: Recipe, workspace: Workspace, origin: Stored | None, 
 
 
 def _with_sae(recipe: Recipe, method: str) -> Recipe:
-    """The recipe, if it names an SAE for its model.
-
-    Raises:
-        DsgError: It names a model and leaves the SAE to the default, which belongs to another.
-    """
+    """The recipe, if it names an SAE for its model."""
     if recipe.sae.source == SaeSection().source and recipe.model.source != ModelSection().source:
         raise DsgError(
             f"{method} needs an SAE of {recipe.model.source}, and none is named.",

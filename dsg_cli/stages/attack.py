@@ -66,9 +66,6 @@ def read_wordings(
         questions: Of it.
         kinds: The attacks.
         load: From the name of a bench to its questions.
-
-    Raises:
-        DsgError: Nothing says how to paraphrase; a bench or a file is missing, bad, or does not fit the questions.
     """
     benches: list[str] = []
     rephrased: dict[str, dict[str, list[Question]]] = {}
@@ -90,11 +87,7 @@ def read_wordings(
 
 
 def possible(named: Sequence[str], settings: AttackSection, bench: str, say: Callable[[str], None]) -> list[str]:
-    """The attacks that are meant; `all` leaves out, and says so, what lacks its material.
-
-    Raises:
-        DsgError: One is unknown, or none is named.
-    """
+    """The attacks that are meant; `all` leaves out, and says so, what lacks its material."""
     kinds = expanded(named)
     if ALL in named and "paraphrase" not in named and not can_rephrase(settings, bench):
         say(f"paraphrase is left out: nothing says how {bench} asks in other words. Give attack.paraphrase_file.")
@@ -103,11 +96,7 @@ def possible(named: Sequence[str], settings: AttackSection, bench: str, say: Cal
 
 
 def suited(named: Sequence[str], kinds: Sequence[str], subject: Subject, say: Callable[[str], None]) -> list[str]:
-    """The attacks that mean something on what is attacked; `all` leaves out, and says so, what does not.
-
-    Raises:
-        DsgError: One was named that does not.
-    """
+    """The attacks that mean something on what is attacked; `all` leaves out, and says so, what does not."""
     reasons: dict[str, str] = {}
     if not subject.guardrails and not subject.wrappers:
         reasons["unhook"] = "there is nothing to take off, for the weights themselves were changed"
@@ -137,11 +126,7 @@ def other_phrasings(bench: str) -> list[str]:
 
 
 def check_counts(settings: AttackSection, kinds: Sequence[str]) -> None:
-    """Refuse to show more examples than are known.
-
-    Raises:
-        DsgError: They are more.
-    """
+    """Refuse to show more examples than are known."""
     if "few-shot" in kinds and max(settings.few_shot_counts) > settings.known_questions:
         raise DsgError(
             f"attack.few_shot_counts goes up to {max(settings.few_shot_counts)}, and the attacker knows "
@@ -177,9 +162,6 @@ def run(
         sources: What is attacked, by id or path.
         session: How it is run.
         remembered: What earlier calls with the same recipe found of unguarded models, by their weights.
-
-    Raises:
-        DsgError: Anything the user can mend.
     """
     clock = Clock()
     expanded(kinds)
@@ -215,11 +197,7 @@ class _Prepared:
 def _prepared(
     recipe: Recipe, workspace: Workspace, named: Sequence[str], sources: Sequence[str], session: Session
 ) -> _Prepared:
-    """Everything checked and read.
-
-    Raises:
-        DsgError: Anything the user can mend.
-    """
+    """Everything checked and read."""
     settings = recipe.attack
     subject = find_subject(workspace, sources)
     workspace.check_writable()
@@ -355,11 +333,7 @@ def _checked(expected: Sequence[Expected], kind: str, before: Json, summary: Jso
 
 
 def default_bench(forget: Sequence[str]) -> str:
-    """The bench named like the forget corpus.
-
-    Raises:
-        DsgError: There is none.
-    """
+    """The bench named like the forget corpus."""
     for name in forget:
         if name in known_benches():
             return name
@@ -371,11 +345,7 @@ def default_bench(forget: Sequence[str]) -> str:
 
 
 def check_bench(bench: str) -> None:
-    """Refuse a bench of the paper's protocol, whose prompts attacks cannot change.
-
-    Raises:
-        DsgError: It is one.
-    """
+    """Refuse a bench of the paper's protocol, whose prompts attacks cannot change."""
     if bench in PAPER:
         raise DsgError(f"Attacks cannot ask {bench}.", f"Take {bench.partition('-paper')[0]}.")
     if is_free(bench):
@@ -383,11 +353,7 @@ def check_bench(bench: str) -> None:
 
 
 def load_questions(recipe: Recipe, bench: str, split: str) -> list[Question]:
-    """The questions of a bench.
-
-    Raises:
-        DsgError: It cannot be loaded, cannot be attacked, or has none.
-    """
+    """The questions of a bench."""
     check_bench(bench)
     tasks = load_tasks([bench], split=split, include_path=recipe.eval.include_path)
     found = [question for task in tasks for question in questions_of(task, limit=recipe.eval.limit)]

@@ -48,11 +48,7 @@ MEASURED_BY = 2
 
 
 def lengths_of(settings: CalibrateSection, prompts: Sequence[Sequence[int]]) -> Sequence[int]:
-    """Lengths of pieces, each as likely as the others: those of the user's prompts, or a range.
-
-    Raises:
-        DsgError: No prompt, or one that is shorter than the window of the gate.
-    """
+    """Lengths of pieces, each as likely as the others: those of the user's prompts, or a range."""
     if settings.lengths_from is None:
         return range(settings.lengths[0], settings.lengths[1] + 1)
     found = [len(ids) for ids in prompts if ids]
@@ -70,11 +66,7 @@ def lengths_of(settings: CalibrateSection, prompts: Sequence[Sequence[int]]) -> 
 def piece_lengths(
     settings: CalibrateSection, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, bos: int | None
 ) -> Sequence[int]:
-    """The same from prompts as texts, of which BOS is not counted.
-
-    Raises:
-        DsgError: As `lengths_of`.
-    """
+    """The same from prompts as texts, of which BOS is not counted."""
     return lengths_of(settings, [ids[int(bos is not None) :] for ids in encode(tokenizer, prompts, bos=bos)])
 
 
@@ -137,11 +129,7 @@ def all_pieces(
 
 
 def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, session: Session = QUIET) -> Stored:
-    """Set the threshold of the newest features, or of those named, and write it.
-
-    Raises:
-        DsgError: Anything the user can mend.
-    """
+    """Set the threshold of the newest features, or of those named, and write it."""
     clock = Clock()
     source = session.named(workspace, "features", source)
     with session.workers.in_turn():
@@ -177,11 +165,7 @@ class _Prepared:
 
 
 def _prepared(recipe: Recipe, workspace: Workspace, source: str | None) -> _Prepared:
-    """Everything checked and read.
-
-    Raises:
-        DsgError: Anything the user can mend.
-    """
+    """Everything checked and read."""
     features = workspace.find("features", source)
     workspace.check_writable()
     of_features = features.body_as(FeatureSet)
@@ -244,11 +228,7 @@ def _corpora(names: Sequence[str], role: str, recipe: Recipe, read: Sequence[Jso
 
 
 def _threshold(made: _Prepared, rows: Sequence[Json]) -> Threshold:
-    """The threshold that the calibration pieces set, and what all others say of it.
-
-    Raises:
-        DsgError: A statistic is not finite, there is too little text, or the gate could never fire.
-    """
+    """The threshold that the calibration pieces set, and what all others say of it."""
     settings, selected = made.settings, made.features.header.settings
     of_features = made.features.body_as(FeatureSet)
     check_finite([row["statistic"] for row in rows])

@@ -289,9 +289,6 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), se
         sources: Artifacts to be collected instead of a search: `guardrail-001`, or `model-001+guardrail-002` for what
             acts together.
         session: How it is run; one that goes on takes trials and artifacts that are there.
-
-    Raises:
-        DsgError: Anything the user can mend. A method that fails keeps its row, which says why.
     """
     clock = Clock()
     if session.workers.n > 1:
@@ -344,11 +341,7 @@ class _Prepared:
 
 
 def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _Prepared:
-    """Everything checked and read; the base model asked.
-
-    Raises:
-        DsgError: Anything the user can mend: unknown methods, grids that no recipe takes, missing benches or artifacts.
-    """
+    """Everything checked and read; the base model asked."""
     section = recipe.compare
     for name in section.methods:
         check_method(name)
@@ -400,11 +393,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
 
 
 def _dev_questions(recipe: Recipe, benches: Sequence[str]) -> dict[str, list[Question]]:
-    """What settings are searched on, never what is reported; nothing where there is nothing to choose.
-
-    Raises:
-        DsgError: There is a choice, and a bench has no questions for it.
-    """
+    """What settings are searched on, never what is reported; nothing where there is nothing to choose."""
     section = recipe.compare
     names = {bench: section.dev.get(bench, bench) for bench in benches}
     reported = [bench for bench, name in names.items() if name in benches and name not in lab.bench_names()]

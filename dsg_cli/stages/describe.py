@@ -51,9 +51,6 @@ def run(
         corpora: Names; what is to be forgotten need not be told from the rest.
         is_forced: Replace the file, if there is one.
         session: How it is run.
-
-    Raises:
-        DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
     """
     _check_path(path, is_forced)
     check_named(corpora, role="described")
@@ -111,11 +108,7 @@ def _pieces(row: list[int], room: int, *, n_head: int) -> list[list[int]]:
 
 
 def _check_path(path: Path, is_forced: bool) -> None:
-    """Refuse what cannot be written, and what would be lost.
-
-    Raises:
-        DsgError: There is such a file, or no folder for it.
-    """
+    """Refuse what cannot be written, and what would be lost."""
     if is_taken(path) and (not is_forced or path.is_dir()):
         raise DsgError(f"{path} exists.", "Name another file" + ("." if path.is_dir() else ", or pass --force."))
     if not path.parent.is_dir():

@@ -118,10 +118,6 @@ def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str
         recipe: Names it.
         workspace: Where evaluations and models are.
         asked: Bench that needs a reference -> digest of all that is asked.
-
-    Raises:
-        DsgError: It is named and no bench needs it; no such model or file; scores of another form, for other benches,
-            or of other questions.
     """
     named = recipe.eval.reference
     if named is None:
@@ -140,11 +136,7 @@ def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str
 
 
 def load_reference(reference: Reference, recipe: Recipe, like: LoadedModel) -> Reference:
-    """The reference with its model, where it is one.
-
-    Raises:
-        DsgError: It cannot be loaded, or reads other tokens than the model that is evaluated.
-    """
+    """The reference with its model, where it is one."""
     if reference.scores:
         return reference
     loaded = load_model(
@@ -194,11 +186,7 @@ def _stored(named: str, workspace: Workspace, asked: Mapping[str, str]) -> Refer
 
 
 def _checked(where: str, bench: str, held: Mapping[str, Any]) -> Json:
-    """The scores of a bench.
-
-    Raises:
-        DsgError: There are none, or they are no scores.
-    """
+    """The scores of a bench."""
     if bench not in held:
         raise DsgError(f"{where} has no scores for {bench}.", nearest(bench, map(str, held)))
     scores = held[bench]
@@ -213,12 +201,7 @@ def _checked(where: str, bench: str, held: Mapping[str, Any]) -> Json:
 
 
 def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), session: Session = QUIET) -> Stored:
-    """Evaluate the newest guardrail, model or wrapper, or those named together, and write the report.
-
-    Raises:
-        DsgError: Anything the user can mend; after the report is written, a guardrail that gated no question on what it
-            should forget. An expectation that is not met is no error here; it is in the report.
-    """
+    """Evaluate the newest guardrail, model or wrapper, or those named together, and write the report."""
     clock = Clock()
     for text in recipe.eval.expect:
         parse_expected(text, recipe.eval.benches)
@@ -257,11 +240,7 @@ class _Prepared:
 
 
 def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _Prepared:
-    """Everything checked and read.
-
-    Raises:
-        DsgError: Anything the user can mend.
-    """
+    """Everything checked and read."""
     settings = recipe.eval
     if not settings.benches:
         raise DsgError("No bench is named.", "Give one with --bench: `dsg ls benches` lists them.")
@@ -371,11 +350,7 @@ def _asked(
 
 
 def _check_effect(stored: Stored, subject: Subject, recipe: Recipe) -> None:
-    """Refuse to pass over a guardrail that lets everything through.
-
-    Raises:
-        DsgError: The bench of a forget corpus was run, and no question was gated, or no gate changed anything.
-    """
+    """Refuse to pass over a guardrail that lets everything through."""
     body = stored.body_as(EvalReport)
     names = [name for guard in subject.bodies for name in guard.forget]
     # A filter or other weights may leave nothing for a guardrail to do.

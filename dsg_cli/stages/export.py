@@ -164,9 +164,6 @@ def run(
         links: Hard-link the base's weights rather than copy them.
         is_public: Whether a new repository is public.
         report: Progress.
-
-    Raises:
-        DsgError: Anything the user can mend; nothing is left half-written.
     """
     form = check_target(to, form)
     subject = find_subject(workspace, sources or [workspace.find("guardrail").id])
@@ -237,11 +234,7 @@ def run(
 
 
 def _check_whole(subject: Subject) -> None:
-    """Refuse to export a model whose weights are an adapter.
-
-    Raises:
-        DsgError: They are.
-    """
+    """Refuse to export a model whose weights are an adapter."""
     if subject.weights and subject.weights[-1].body_as(ModelWeights).form == "adapter":
         raise DsgError(
             f"{subject.weights[-1].id} is an adapter, and an exported model needs whole weights.",
@@ -250,11 +243,7 @@ def _check_whole(subject: Subject) -> None:
 
 
 def check_exportable(workspace: Workspace, method: str, source: str | None) -> None:
-    """Refuse what could not be exported as a model, before it is made.
-
-    Raises:
-        DsgError: It is no guardrail, or its threshold is missing or of a gate that needs whole sequences.
-    """
+    """Refuse what could not be exported as a model, before it is made."""
     if check_method(method).form != "guardrail":
         raise DsgError(f"--export writes guarded models, and {method} makes none.", "Leave it out.")
     if method == "dsg" and (source is None or "threshold" in source):
@@ -262,11 +251,7 @@ def check_exportable(workspace: Workspace, method: str, source: str | None) -> N
 
 
 def check_target(to: str, form: str | None = None) -> str:
-    """The form in which something is exported to `to`.
-
-    Raises:
-        DsgError: An unknown form, one that does not fit, or a place that is taken.
-    """
+    """The form in which something is exported to `to`."""
     is_hub, is_file = to.startswith(SCHEME), to.endswith(".safetensors")
     form = form or ("light" if is_hub or is_file else "model")
     if form not in ("light", "model"):

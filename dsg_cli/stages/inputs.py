@@ -49,9 +49,6 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
         header: Of that artifact.
         recipe: For device and dtype.
         cut: Load layers up to the hook only.
-
-    Raises:
-        DsgError: It cannot be loaded, or its weights are others.
     """
     wanted = header.model
     loaded = load_model(
@@ -68,11 +65,7 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
 
 
 def check_identity(loaded: LoadedModel, header: Header) -> None:
-    """Refuse a model that is not the one an artifact was made with.
-
-    Raises:
-        DsgError: It is another one.
-    """
+    """Refuse a model that is not the one an artifact was made with."""
     wanted = header.model
     if replace(identify(loaded, wanted.last_layer), source=wanted.source) != wanted:
         raise DsgError(
@@ -83,11 +76,7 @@ def check_identity(loaded: LoadedModel, header: Header) -> None:
 
 
 def chain_sae(wanted: SaeIdentity, made: str) -> SaeSource:
-    """The SAE that an artifact was made with.
-
-    Raises:
-        DsgError: It cannot be read, or its weights are others.
-    """
+    """The SAE that an artifact was made with."""
     sae = read_sae(wanted.source)
     if replace(sae.identity, revision=wanted.revision) != wanted:
         changed = "weights" if sae.identity.sha256 != wanted.sha256 else "configuration"
@@ -99,11 +88,7 @@ def chain_sae(wanted: SaeIdentity, made: str) -> SaeSource:
 
 
 def check_tokens(loaded: LoadedModel, special: Sequence[int], made: str) -> None:
-    """Refuse a tokenizer with other special tokens than the artifact was made with.
-
-    Raises:
-        DsgError: It has.
-    """
+    """Refuse a tokenizer with other special tokens than the artifact was made with."""
     if list(special) != list(special_ids(loaded.tokenizer)):
         raise DsgError(
             f"The tokenizer of {loaded.source} has other special tokens than when {made} was made.",
@@ -145,11 +130,7 @@ def folder_of(stored: Stored) -> str:
 
 
 def named_model(workspace: Workspace, source: str) -> str:
-    """The model that `--model` means: `model-003` is that artifact's weights, verified.
-
-    Raises:
-        DsgError: It is such a name, and there is no such artifact.
-    """
+    """The model that `--model` means: `model-003` is that artifact's weights, verified."""
     return folder_of(workspace.find("model", source)) if source.startswith("model-") else source
 
 
@@ -176,9 +157,6 @@ def find_material(
         method: What for; one without a forget corpus may have no corpora at all.
         origin: A features or a model artifact that the recipe was taken from.
         reads_text: Whether the method reads corpora, or only says their names.
-
-    Raises:
-        DsgError: None named, unknown, both forgotten and retained, or unfit for the model.
     """
     names = {"forget": recipe.corpora.forget, "retain": recipe.corpora.retain}
     for role, named in names.items():
@@ -214,9 +192,6 @@ def find_lesson(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> 
         recipe: Names the model, and in the method's settings the corpora and how many documents of each.
         workspace: Where models that are artifacts are.
         origin: A features or a model artifact whose model is trained on.
-
-    Raises:
-        DsgError: No corpus is named, or one is unknown or unfit for the model.
     """
     names = recipe.methods.finetune.corpora
     check_named(names, role="train")
@@ -233,11 +208,7 @@ def find_lesson(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> 
 
 
 def load_whole(material: Material, recipe: Recipe, *, dtype: str) -> LoadedModel:
-    """The model, whole.
-
-    Raises:
-        DsgError: It cannot be loaded, or is not the one that features were selected on.
-    """
+    """The model, whole."""
     loaded = load_model(
         material.model,
         device=recipe.model.device,
@@ -252,11 +223,7 @@ def load_whole(material: Material, recipe: Recipe, *, dtype: str) -> LoadedModel
 
 
 def check_world(recipe: Recipe) -> None:
-    """The lab's corpora are about a world that only the lab's model knows.
-
-    Raises:
-        DsgError: They are given to the default model, which is what happens when no model is named.
-    """
+    """The lab's corpora are about a world that only the lab's model knows."""
     names = [*recipe.corpora.forget, *recipe.corpora.retain]
     is_lab = bool(names) and all(name.startswith("lab-") for name in names)
     if recipe.model.source == ModelSection().source and is_lab:
@@ -266,11 +233,7 @@ def check_world(recipe: Recipe) -> None:
 def read_corpora(
     names: Sequence[str], role: str, recipe: Recipe, origin: Stored | None
 ) -> tuple[list[Corpus], list[str]]:
-    """Corpora, those of an artifact as it drew them; and a note on each that has changed since.
-
-    Raises:
-        DsgError: One cannot be read.
-    """
+    """Corpora, those of an artifact as it drew them; and a note on each that has changed since."""
     said: dict[str, Json] = {}
     if origin is not None:
         said = {one["name"]: one for one in origin.header.settings.get(role, [])}
@@ -372,11 +335,7 @@ def _body(stored: Stored) -> Guardrail | ModelWeights | Wrapper:
 
 
 def newest(workspace: Workspace) -> str:
-    """The id of the newest artifact that unlearns.
-
-    Raises:
-        DsgError: There is none.
-    """
+    """The id of the newest artifact that unlearns."""
     ids = [artifact_id for kind in KINDS for artifact_id in workspace.ids(kind)]
     if not ids:
         return workspace.find("guardrail").id  # Which says what to do.
@@ -384,11 +343,7 @@ def newest(workspace: Workspace) -> str:
 
 
 def find_subject(workspace: Workspace, sources: Sequence[str]) -> Subject:
-    """The newest guardrail, model or wrapper, or those that are named together.
-
-    Raises:
-        DsgError: One is missing or damaged, named twice, or they do not belong together.
-    """
+    """The newest guardrail, model or wrapper, or those that are named together."""
     named = [_find(workspace, source) for source in sources or [newest(workspace)]]
     if len({one.json["sha256"] for one in named}) < len(named):
         raise DsgError("One artifact was named twice.", "Name each once.")
@@ -462,11 +417,7 @@ def _find(workspace: Workspace, source: str) -> Stored:
 
 
 def guard_modules(workspace: Workspace, subject: Subject) -> list[GuardrailModule]:
-    """The guardrails as modules, from their own tensors.
-
-    Raises:
-        DsgError: A tensor is missing or not finite.
-    """
+    """The guardrails as modules, from their own tensors."""
     return [
         module_from_artifact(body, stored.header.model, workspace.tensors(stored), where=stored.id)
         for stored, body in zip(subject.guardrails, subject.bodies, strict=True)
@@ -481,9 +432,6 @@ def load_subject(workspace: Workspace, subject: Subject, recipe: Recipe, *, cut:
         subject: What is to be loaded.
         recipe: Device and dtype, and which other model to put it on.
         cut: Only the layers that guardrails cover.
-
-    Raises:
-        DsgError: A model cannot be loaded or is another one, or tensors are broken.
     """
     guardrails = guard_modules(workspace, subject)
     wrappers = [_wrapper_module(workspace, stored) for stored in subject.wrappers]
@@ -531,11 +479,7 @@ def _loaded(source: str, recipe: Recipe, last_layer: int | None) -> LoadedModel:
 
 
 def only_guardrails(subject: Subject, what: str) -> None:
-    """Refuse what takes guardrails alone.
-
-    Raises:
-        DsgError: There is something else.
-    """
+    """Refuse what takes guardrails alone."""
     others = [stored.id for stored in subject.named if stored.header.kind != "guardrail"]
     if others:
         folder = f" The weights of {others[0]} lie in {subject.model}." if subject.weights else ""

@@ -63,11 +63,7 @@ class Inspected:
         return self.made.header.sae
 
     def some(self, indices: Sequence[int]) -> list[Chosen]:
-        """These features of the SAE, with their roles if they have any; all that were chosen if none are named.
-
-        Raises:
-            DsgError: The SAE does not have one of them.
-        """
+        """These features of the SAE, with their roles if they have any; all that were chosen if none are named."""
         for index in indices:
             if not 0 <= index < self.sae.n_features:
                 raise DsgError(f"The SAE {self.sae.source} has {self.sae.n_features} features; there is no {index}.")
@@ -75,11 +71,7 @@ class Inspected:
         return [known.get(index, Chosen(index, [])) for index in dict.fromkeys(indices)] or self.chosen
 
     def bos(self, loaded: LoadedModel) -> int | None:
-        """The token that every sequence begins with, after a look at the model's others.
-
-        Raises:
-            DsgError: The tokenizer has other special tokens than when a guardrail was made.
-        """
+        """The token that every sequence begins with, after a look at the model's others."""
         body = self.made.body
         if isinstance(body, Guardrail):
             check_tokens(loaded, body.special_ids, self.made.id)
@@ -88,11 +80,7 @@ class Inspected:
 
 
 def features_of(made: Stored) -> Stored | None:
-    """The features that an artifact was made from, where they lie beside it; itself, if it is features.
-
-    Raises:
-        DsgError: They do not verify.
-    """
+    """The features that an artifact was made from, where they lie beside it; itself, if it is features."""
     if made.header.kind == "features":
         return made
     beside = Workspace(made.path.parent)
@@ -109,9 +97,6 @@ def find_inspected(workspace: Workspace, source: str | None) -> Inspected:
     Args:
         workspace: Where artifacts are.
         source: An id or path of either kind; a guardrail also as a light file, or from the hub.
-
-    Raises:
-        DsgError: There is none, it is of another kind, or it does not verify.
     """
     if source is None:
         kind = next((kind for kind in KINDS if workspace.ids(kind)), "features")
@@ -162,9 +147,6 @@ def read_groups(
         found: The artifact that is inspected.
         features: The features that it was made from, if they are at hand.
         near: Names of near corpora, of those that select had or others.
-
-    Raises:
-        DsgError: A corpus is unknown, cannot be read, or is both forgotten and near.
     """
     forget, retain = _names(found, features)
     near = list(near) or [name for name in retain if name == NEAR_BY_DEFAULT]
@@ -260,11 +242,7 @@ def run(
     wanted: Wanted = Wanted(),
     session: Session = QUIET,
 ) -> Shown:
-    """Inspect the newest guardrail, else the newest features, or what is named.
-
-    Raises:
-        DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
-    """
+    """Inspect the newest guardrail, else the newest features, or what is named."""
     clock = Clock()
     made = _prepared(recipe, workspace, source, wanted)
     if (stored := session.existing(workspace, made.header)) is not None:

@@ -67,11 +67,7 @@ def run_prompts(
     sources: Sequence[str] = (),
     write: Write = lambda _side, _piece: None,
 ) -> Iterator[Answers]:
-    """Answer prompts one by one under the newest guardrail, model or wrapper, or under those named together.
-
-    Raises:
-        DsgError: Anything the user can mend; every prompt is checked before the first is answered.
-    """
+    """Answer prompts one by one under the newest guardrail, model or wrapper, or under those named together."""
     if not prompts:
         raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
     asked = Asked.load(recipe, workspace, sources)
@@ -90,11 +86,7 @@ class Asked:
 
     @classmethod
     def load(cls, recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> Asked:
-        """Both sides, loaded once.
-
-        Raises:
-            DsgError: Nothing that unlearns, a gate that needs whole sequences, or another model.
-        """
+        """Both sides, loaded once."""
         subject = find_subject(workspace, sources)
         if recipe.generate.side != "base":
             check_causal(body.gate for body in subject.bodies)
@@ -102,11 +94,7 @@ class Asked:
         return cls(recipe, subject, load_subject(workspace, subject, recipe))
 
     def ids(self, prompt: str, settings: GenerateSection) -> list[int]:
-        """Token ids of a prompt.
-
-        Raises:
-            DsgError: As for `prompt_ids`.
-        """
+        """Token ids of a prompt."""
         return prompt_ids(
             self.loaded.base, prompt, bos=self.subject.bos, chat=settings.chat, n_new=settings.max_new_tokens
         )
@@ -118,11 +106,7 @@ class Asked:
         settings: GenerateSection,
         write: Write = lambda _side, _piece: None,
     ) -> Answers:
-        """What each side that is wanted writes to a prompt.
-
-        Raises:
-            DsgError: As for `answer`.
-        """
+        """What each side that is wanted writes to a prompt."""
         loaded = self.loaded
         sides: dict[str, Answer] = {}
         for side in ("base", "guarded") if settings.side == "both" else (settings.side,):
@@ -172,9 +156,6 @@ class Tracer:
             source: A guardrail or features; see `find_inspected`.
             features: Show these features of the SAE instead of those that were chosen.
             loaded: The artifact's model, whole or cut, if it has been loaded and checked already.
-
-        Raises:
-            DsgError: Nothing to inspect, no such feature, or another model or SAE than the artifact was made with.
         """
         inspected = find_inspected(workspace, source)
         chosen = inspected.some(features)
@@ -188,19 +169,11 @@ class Tracer:
         return cls(inspected, chosen, slice_.to(loaded.model.device), site, loaded, inspected.bos(loaded))
 
     def ids(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """Token ids of a prompt.
-
-        Raises:
-            DsgError: As for `prompt_ids`.
-        """
+        """Token ids of a prompt."""
         return prompt_ids(self.loaded, prompt, bos=self.bos, chat=chat, n_new=0)
 
     def traced(self, prompt: str, ids: Sequence[int]) -> Traced:
-        """What is seen of a prompt.
-
-        Raises:
-            DsgError: A residual is not finite.
-        """
+        """What is seen of a prompt."""
 
         def encode(resid_TD: Tensor) -> Tensor:
             acts_TC: Tensor = self.slice(resid_TD).acts
@@ -221,11 +194,7 @@ def trace_prompts(
     features: Sequence[int] = (),
     chat: bool = False,
 ) -> Iterator[Traced]:
-    """Show prompts to the newest guardrail, else the newest features, or to what is named.
-
-    Raises:
-        DsgError: Anything the user can mend; every prompt is checked before the first is read.
-    """
+    """Show prompts to the newest guardrail, else the newest features, or to what is named."""
     tracer = Tracer.load(recipe, workspace, source, features=features)
     rows = [tracer.ids(prompt, chat=chat) for prompt in prompts]
     for prompt, ids in zip(prompts, rows, strict=True):
@@ -271,9 +240,6 @@ class Live:
             {tokens, n_prompt, guardrails: [{id, gate, threshold, score, floor, statistic, latched_at, clamped,
             features}], base, guarded}. floor: the score of a token on which no feature is active. A null among numbers
             could not be computed, and counts as the strongest signal there is.
-
-        Raises:
-            DsgError: A setting that there is not, or anything that `dsg generate` refuses.
         """
         settings = _settings(self.asked.recipe.generate, wanted)
         loaded, prompt = self.asked.loaded, wanted["prompt"]
@@ -310,11 +276,7 @@ class Live:
 
 
 def load(recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> Live:
-    """Load the newest guardrail, model or wrapper, or those named together, and the base model.
-
-    Raises:
-        DsgError: Anything that `dsg generate` refuses.
-    """
+    """Load the newest guardrail, model or wrapper, or those named together, and the base model."""
     both = dataclasses.replace(recipe.generate, side="both")
     asked = Asked.load(dataclasses.replace(recipe, generate=both), workspace, sources)
     tracers = [

@@ -40,9 +40,6 @@ def run(
         workspace: Where artifacts go.
         session: How it is run; one that goes on takes the artifacts that are there.
         done: Called with each artifact once it is written.
-
-    Raises:
-        DsgError: Anything the user can mend; a recipe that lacks a section, before anything runs.
     """
     if not recipe.eval.benches:
         raise DsgError("The recipe names no bench.", "Add eval.benches.")
@@ -132,12 +129,7 @@ class Step:
 
 
 def plan(recipe: Recipe) -> list[Step]:
-    """Every step of a run, after the checks that need no download.
-
-    Raises:
-        DsgError: An unknown corpus, bench, attack, release or SAE; a bad strength or expectation; a repository that
-            the hub does not have or does not give to this account.
-    """
+    """Every step of a run, after the checks that need no download."""
     from dsg_cli.evals.expect import parse_expected
     from dsg_cli.stages import apply
 

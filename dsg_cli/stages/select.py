@@ -69,9 +69,6 @@ def find_candidates(recipe: Recipe, sae: SaeIdentity, session: Session) -> Candi
         recipe: Its selection, and the device for an embedding model.
         sae: Whose features they are.
         session: Who downloads, and progress.
-
-    Raises:
-        DsgError: An index that the SAE does not have, no descriptions, bad ones, or none that matches.
     """
     settings = recipe.select
     if settings.features:
@@ -100,11 +97,7 @@ def find_candidates(recipe: Recipe, sae: SaeIdentity, session: Session) -> Candi
 
 
 def _descriptions(settings: SelectSection, sae: SaeIdentity, session: Session) -> Descriptions:
-    """From the file that is named, or else Neuronpedia's.
-
-    Raises:
-        DsgError: There are none, or they are bad.
-    """
+    """From the file that is named, or else Neuronpedia's."""
     if settings.descriptions is not None:
         return read_descriptions(Path(settings.descriptions), sae.n_features)
     name = place_of(sae.source)
@@ -168,9 +161,6 @@ def selected(
         session: How it is run.
         checkpoint: Where the pass goes on from, and is kept.
         remembered: What earlier calls found of the same corpora by the same SAE.
-
-    Raises:
-        DsgError: Too few features pass, or an activation is not finite.
     """
     parts = _statistics(made, settings, session, checkpoint, remembered or Remembered())
     statistics = {
@@ -340,9 +330,6 @@ def run(
         workspace: Where they go.
         session: How it is run.
         ranked: Called with what is picked without text, before any text is read.
-
-    Raises:
-        DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
     """
     clock = Clock()
     with session.workers.in_turn():
@@ -369,9 +356,6 @@ def prepared(
         workspace: Where models that are artifacts are.
         loaded: The model, if it has been loaded already.
         session: How it is run.
-
-    Raises:
-        DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
     """
     names = recipe.corpora
     if names.forget or not is_picked(recipe.select):

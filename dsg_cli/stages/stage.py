@@ -100,11 +100,7 @@ class Session:
 
     @contextmanager
     def checkpoint(self, workspace: Workspace, header: Header) -> Iterator[Checkpoint]:
-        """The checkpoint of this run of this stage; gone after the block, unless that fails or is interrupted.
-
-        Raises:
-            DsgError: It is damaged.
-        """
+        """The checkpoint of this run of this stage; gone after the block, unless that fails or is interrupted."""
         path = workspace.folder / f".{header.kind}-{self._key(header)}{SUFFIX}"
         made = Checkpoint(path, resume=self.resume, lock=lambda: writing(workspace.folder))
         if self.resume:
@@ -133,11 +129,7 @@ QUIET = Session()
 
 
 def settle(recipe: Recipe, made: Header | None = None) -> Recipe:
-    """The recipe with `auto` replaced: the GPU if there is one, and the dtype of the artifact that is gone on from.
-
-    Raises:
-        DsgError: The device is unknown or absent, or processes share out what a device map does.
-    """
+    """The recipe with `auto` replaced: the GPU if there is one, and the dtype of the artifact that is gone on from."""
     device = recipe.model.device
     if recipe.model.device_map is not None and launched().n > 1:
         raise DsgError("--device-map and torchrun both share out the GPUs.", "Take one of them.")

@@ -103,11 +103,7 @@ class Rigging:
         )
 
     def guards_at(self, changes: Mapping[str, Any]) -> Guards:
-        """Guardrails where the recipe has other values; the features are those of the artifact where it has not.
-
-        Raises:
-            DsgError: A corpus or an SAE cannot be read or used, or too few features pass.
-        """
+        """Guardrails where the recipe has other values; the features are those of the artifact where it has not."""
         changes = {key: value for key, value in changes.items() if values_at(self.recipe, [key])[key] != value}
         name = json.dumps(changes, sort_keys=True) if changes else BASE
         if name not in self._guards:
@@ -123,11 +119,7 @@ class Rigging:
         return self._guards[name]
 
     def guards_on(self, forget: Sequence[Corpus]) -> Guards:
-        """Guardrails made with other forget text, and the recipe's retain text.
-
-        Raises:
-            DsgError: Too few features pass.
-        """
+        """Guardrails made with other forget text, and the recipe's retain text."""
         made = dataclasses.replace(self.made, corpora={**self.made.corpora, "forget": list(forget)})
         name = " ".join(f"{corpus.name} {corpus.sha256}" for corpus in forget)
         if name not in self._guards:
@@ -231,9 +223,6 @@ def run(
         name: Of the study.
         source: Features to begin with, whose model, SAE, corpora and selection are then taken.
         session: How it is run; one that goes on takes the points that are there.
-
-    Raises:
-        DsgError: Anything the user can mend. A point that fails keeps its row, which says why.
     """
     clock = Clock()
     check_study(name)
@@ -288,11 +277,7 @@ class _Prepared:
 
 
 def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | None, session: Session) -> _Prepared:
-    """Everything checked and read; the features selected, unless they are there.
-
-    Raises:
-        DsgError: Anything the user can mend, before any weights are loaded.
-    """
+    """Everything checked and read; the features selected, unless they are there."""
     grid = grid_of(name, recipe.study)
     if source is None:
         _check_selected(recipe.select, "The recipe")
@@ -333,11 +318,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | Non
 
 
 def _check_selected(select: SelectSection, what: str) -> None:
-    """Refuse features that were picked without text: a study selects anew, by forget text, at every point.
-
-    Raises:
-        DsgError: They were.
-    """
+    """Refuse features that were picked without text: a study selects anew, by forget text, at every point."""
     if is_picked(select):
         raise DsgError(
             f"{what} picks features by description or by hand; a study selects by forget text.",
@@ -358,11 +339,7 @@ def _agreeing(recipe: Recipe, features: Stored) -> Recipe:
 
 
 def _check(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse what no point could be made of, and names that lead nowhere.
-
-    Raises:
-        DsgError: It is so.
-    """
+    """Refuse what no point could be made of, and names that lead nowhere."""
     if recipe.guardrail.strength == AUTO and "strength" not in grid:
         raise DsgError(
             "A study chooses no strength by itself.",
@@ -379,11 +356,7 @@ def _check(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _benches(recipe: Recipe, name: str) -> Json:
-    """What is asked: on what is to be forgotten, and all else.
-
-    Raises:
-        DsgError: No bench is named like a corpus that is to be forgotten, or one cannot be asked.
-    """
+    """What is asked: on what is to be forgotten, and all else."""
     section = recipe.study
     if not STUDIES[name].asks:
         return {"forget": [], "other": []}
@@ -397,11 +370,7 @@ def _benches(recipe: Recipe, name: str) -> Json:
 
 
 def _names(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Entities that forget text is about.
-
-    Raises:
-        DsgError: They are needed, and none is known.
-    """
+    """Entities that forget text is about."""
     file = recipe.study.entities_file
     names = read_prompts((), Path(file)) if file is not None else []
     names += known_names([one.partition("=")[0] for one in recipe.corpora.forget])

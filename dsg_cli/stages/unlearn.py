@@ -36,11 +36,7 @@ from dsg_cli.workspace.store import Stored, Workspace
 
 
 def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Stored, *, device: str) -> Features:
-    """The SAE of a features artifact, and what its statistics say of it.
-
-    Raises:
-        DsgError: The SAE is another one now, or too few features are relevant or irrelevant.
-    """
+    """The SAE of a features artifact, and what its statistics say of it."""
     assert features.header.sae is not None
     sae = chain_sae(features.header.sae, features.id)
     settings, body = getattr(recipe.methods, section_of(method)), features.body_as(FeatureSet)
@@ -79,9 +75,6 @@ def run(
         method: One that changes weights.
         origin: Features (which a method that an SAE guides must have) or a model, whose model and corpora are taken.
         session: How it is run.
-
-    Raises:
-        DsgError: Anything the user can mend; training that diverges at once, several processes.
     """
     if session.workers.n > 1:
         raise DsgError(f"{method} trains in one process.", "Run dsg apply without torchrun.")

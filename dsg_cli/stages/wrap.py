@@ -44,9 +44,6 @@ def run(
         method: `prompt`, `in-context`, `input-filter` or `output-filter`.
         origin: Features or a model, whose model and corpora are taken.
         session: How it is run.
-
-    Raises:
-        DsgError: Anything the user can mend; all that can be known before weights are loaded, before they are.
     """
     assert check_method(method).form == "wrapper"
     return session.write(workspace, lambda: _made(recipe, workspace, method, origin, session))
@@ -90,11 +87,7 @@ def _made(recipe: Recipe, workspace: Workspace, method: str, origin: Stored | No
 
 
 def _read(recipe: Recipe, method: str, settings: Any, sources: Sources) -> _Read:
-    """Questions, as far as the method needs them; everything checked that needs no weights.
-
-    Raises:
-        DsgError: Anything the user can mend.
-    """
+    """Questions, as far as the method needs them; everything checked that needs no weights."""
     if isinstance(settings, Filter):
         return _for_filter(recipe, method, settings, sources)
     if isinstance(settings, InContext):
@@ -178,11 +171,7 @@ def _material(recipe: Recipe, read: _Read, loaded: LoadedModel, session: Session
 
 
 def _lengths(recipe: Recipe, loaded: LoadedModel, bos: int | None) -> list[int]:
-    """Of pieces, as `dsg calibrate` cuts them, as far as the model can read them.
-
-    Raises:
-        DsgError: Not even the shortest.
-    """
+    """Of pieces, as `dsg calibrate` cuts them, as far as the model can read them."""
     settings = dataclasses.replace(recipe.calibrate, gate="mean")  # No window, which pieces would have to fill.
     prompts = read_prompts((), Path(settings.lengths_from)) if settings.lengths_from else []
     lengths = lengths_of(settings, encode(loaded.tokenizer, prompts, bos=None))

@@ -114,11 +114,7 @@ STUDIES = {
 
 
 def check_study(name: str) -> None:
-    """Refuse a name that is no study's.
-
-    Raises:
-        DsgError: It is none.
-    """
+    """Refuse a name that is no study's."""
     if name not in STUDIES:
         raise DsgError(f"There is no study {name[:200]}.", nearest(name[:200], STUDIES))
 
@@ -155,11 +151,7 @@ def study_checks(section: StudySection) -> Iterator[tuple[bool, str]]:
 
 
 def grid_of(study: str, section: StudySection) -> Grid:
-    """Setting -> values, in the order of the study's columns.
-
-    Raises:
-        DsgError: The recipe lacks something that the study cannot do without.
-    """
+    """Setting -> values, in the order of the study's columns."""
     known, given = STUDIES[study], section.grids.get(study, {})
     missing = [name for name in known.needs if name not in given]
     if missing:

@@ -46,11 +46,7 @@ WARM_UP = 2
 
 
 def rows_of_cost(point: Json, rig: Rig) -> list[Json]:
-    """Seconds of both, and by how much of the plain one the guarded one takes longer.
-
-    Raises:
-        DsgError: The guardrail cannot be made, or the model or the text is too short.
-    """
+    """Seconds of both, and by how much of the plain one the guarded one takes longer."""
     guards = rig.guards_at({})
     ground, length, batch_size = guards.ground, point["length"], point["batch_size"]
     longest = context_length(ground.loaded.model.config)
@@ -121,11 +117,7 @@ class Kept:
 
 
 def rows_of_data_efficiency(point: Json, rig: Rig) -> list[Json]:
-    """The guardrail made with a share of the forget text; by entities also on questions that name them, and on others.
-
-    Raises:
-        DsgError: No document is left, or the guardrail cannot be made.
-    """
+    """The guardrail made with a share of the forget text; by entities, also on questions that name them."""
     kept = share_of(rig.forget, point["by"], point["share"], seed=point.get("seed", rig.seed), names=rig.names)
     point = point | {"n_documents": kept.n_documents, "n_entities": len(kept.entities)}
     guards = rig.guards_on(kept.corpora)
@@ -152,9 +144,6 @@ def share_of(corpora: Sequence[Corpus], by: str, share: float, *, seed: int, nam
         share: In percent; at least one of them is kept.
         seed: Of the order in which they are taken.
         names: Of entities; those that no document names do not count.
-
-    Raises:
-        DsgError: No entity is known, or none is named; no document is left.
     """
     texts = [text for corpus in corpora for text in corpus.part("select")]
     named = {text: set(_naming(names).findall(text)) for text in texts} if names else {}
@@ -199,31 +188,19 @@ def _digest(texts: Sequence[str]) -> str:
 
 
 def rows_of_seeds(point: Json, rig: Rig) -> list[Json]:
-    """The guardrail on the SAE and the data of a point, on every bench; `hook` and `n_in_sae` say which SAE it is.
-
-    Raises:
-        DsgError: The SAE cannot be read or does not fit the model, or the guardrail cannot be made.
-    """
+    """The guardrail on the SAE and the data of a point, on every bench; `hook` and `n_in_sae` say which SAE it is."""
     guards = rig.guards_at({AXES[name].key: point[name] for name in ("sae", "seed") if name in point})
     identity = guards.ground.sae.identity
     return guarded_rows(point | {"hook": identity.hook, "n_in_sae": identity.n_features}, rig, guards)
 
 
 def rows_of_layers(point: Json, rig: Rig) -> list[Json]:
-    """The guardrail on the SAE of a point, on every bench; `hook` says which layer it is.
-
-    Raises:
-        DsgError: The SAE cannot be read or does not fit the model, or the guardrail cannot be made.
-    """
+    """The guardrail on the SAE of a point, on every bench; `hook` says which layer it is."""
     return rows_of_seeds(point, rig)
 
 
 def rows_of_length(point: Json, rig: Rig) -> list[Json]:
-    """What the gate does with text of one length; a length that can set no threshold of its own says why.
-
-    Raises:
-        DsgError: The recipe's guardrail cannot be made, or there is no text of that length.
-    """
+    """What the gate does with text of one length; a length that can set no threshold of its own says why."""
     guards, wanted = rig.guards_at({}), rig.wanted.at(point)
     threshold = guards.make(wanted).threshold
     seen = {part: _seen(rig, guards, point, part) for part in ("calibrate", "fresh", "forget")}
@@ -249,11 +226,7 @@ def _share(point: Json, metric: str, seen: Statistics, threshold: float) -> Json
 
 
 def rows_of_sequential(point: Json, rig: Rig) -> list[Json]:
-    """What acts after so many requests, on the bench of every request and on all others.
-
-    Raises:
-        DsgError: A guardrail cannot be made.
-    """
+    """What acts after so many requests, on the bench of every request and on all others."""
     n_requests, wanted = point["requests"], rig.wanted.at(point)
     numbers = range(n_requests) if point["way"] == "each" else [n_requests - 1]
     grounds = [_guards(rig, number, is_union=point["way"] == "union") for number in numbers]
@@ -274,9 +247,5 @@ def prepare_stability(points: Sequence[Json], rig: Rig) -> None:
 
 
 def rows_of_stability(point: Json, rig: Rig) -> list[Json]:
-    """The guardrail of a point, on every bench.
-
-    Raises:
-        DsgError: It cannot be made.
-    """
+    """The guardrail of a point, on every bench."""
     return guarded_rows(point, rig, rig.guards_at({}))

@@ -105,9 +105,6 @@ class Guards:
         settings: The gate; its alpha does not matter.
         checkpoint: Where passes over retain text are kept.
         report: Progress.
-
-    Raises:
-        DsgError: The gate has nothing to watch.
     """
 
     def __init__(
@@ -142,11 +139,7 @@ class Guards:
             self._see(missing)
 
     def make(self, wanted: Wanted) -> Guard:
-        """The guardrail of these settings.
-
-        Raises:
-            DsgError: Too few features pass, too little text for such an alpha, or a gate that could never fire.
-        """
+        """The guardrail of these settings."""
         self.prepare([wanted])
         indices = self.indices(wanted)
         watches = self._watches(indices)
@@ -159,19 +152,11 @@ class Guards:
         return Guard(module, watches, len(fresh), sum(statistic > threshold for statistic in fresh))
 
     def threshold(self, wanted: Wanted, statistics: Statistics) -> float:
-        """The threshold that statistics of retain text set.
-
-        Raises:
-            DsgError: Too little text for such an alpha, or a gate that could never fire.
-        """
+        """The threshold that statistics of retain text set."""
         return threshold_at(replace(self.settings, alpha=wanted.alpha), statistics)
 
     def indices(self, wanted: Wanted) -> list[int]:
-        """The features that are clamped, in rank order.
-
-        Raises:
-            DsgError: Too few pass.
-        """
+        """The features that are clamped, in rank order."""
         key = (wanted.n_features, wanted.ratio_percentile)
         if key not in self._chosen:
             scores = scores_of(self.ground.features.score, self.ground.tensors)
@@ -180,11 +165,7 @@ class Guards:
         return self._chosen[key]
 
     def statistics(self, wanted: Wanted, pieces: Sequence[Piece], *, what: str) -> Statistics:
-        """What the gate of these settings sees in other pieces, which `what` names.
-
-        Raises:
-            DsgError: Too few features pass, or an activation is not finite.
-        """
+        """What the gate of these settings sees in other pieces, which `what` names."""
         indices = self.indices(wanted)
         name = f"{what} of {self._watches(indices)}"
         if name not in self._others:
@@ -268,11 +249,7 @@ class Asker:
         return self._outcomes(self._base, [False] * len(self._base))
 
     def under(self, guards: Sequence[Guard]) -> dict[str, list[Outcome]]:
-        """What it answers under guardrails that act together, by bench.
-
-        Raises:
-            DsgError: An activation or a log-likelihood is not finite.
-        """
+        """What it answers under guardrails that act together, by bench."""
         seen = [(guard, self._statistics(guard)) for guard in guards]
         is_open = {
             row: any(not statistics[row] <= guard.module.gate.threshold for guard, statistics in seen)
@@ -420,11 +397,7 @@ class Rig:
 
 
 def guarded_rows(point: Json, rig: Rig, guards: Guards) -> list[Json]:
-    """The guardrail of a point on every bench, its threshold and its false positives.
-
-    Raises:
-        DsgError: It cannot be made.
-    """
+    """The guardrail of a point on every bench, its threshold and its false positives."""
     guard = guards.make(rig.wanted.at(point))
     return [*accuracy_rows(point, rig.asker(guards).under([guard])), *gate_rows(point, guard)]
 

@@ -49,9 +49,6 @@ class Checkpoint:
         path: Its file; None keeps nothing.
         resume: Go on from the file, if it is there.
         lock: Makes the context in which the file is written.
-
-    Raises:
-        DsgError: The file is damaged.
     """
 
     def __init__(
@@ -90,11 +87,7 @@ class Checkpoint:
             self.entries[name] = copy.deepcopy(state)
 
     def write(self) -> None:
-        """Write the file.
-
-        Raises:
-            DsgError: It cannot be written.
-        """
+        """Write the file."""
         self.written = time.monotonic()
         if self.path is None or not self.entries:
             return
@@ -128,11 +121,7 @@ def _encoded(entries: dict[str, State]) -> bytes:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Verify a checkpoint's file.
-
-    Raises:
-        DsgError: It is damaged.
-    """
+    """Verify a checkpoint's file."""
     _read(path)
 
 

@@ -120,11 +120,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_bounded(path: Path, largest: int) -> bytes:
-    """The content of a file that must not be larger.
-
-    Raises:
-        DsgError: It is, or cannot be read.
-    """
+    """The content of a file that must not be larger."""
     try:
         with path.open("rb") as file:
             content = b"".join(_chunks(file, largest))
@@ -156,9 +152,6 @@ def read_document(text: str, *, where: str, is_whole: bool = False) -> Json:
         text: What was written.
         where: The file, for messages.
         is_whole: It is the whole file, of which every byte counts, white space too.
-
-    Raises:
-        DsgError: No artifact, altered, or of a newer schema.
     """
     try:
         data: Json = parse_json(text)
@@ -175,11 +168,7 @@ def read_document(text: str, *, where: str, is_whole: bool = False) -> Json:
 
 
 def parse_document(data: Json, *, where: str) -> tuple[Header, Body]:
-    """Header and body of an artifact's JSON object, in the newest schema of its kind.
-
-    Raises:
-        DsgError: A field is missing or of another type, as no version of dsg writes it.
-    """
+    """Header and body of an artifact's JSON object, in the newest schema of its kind."""
     problems: list[str] = []
     try:
         whole = migrate(data)
@@ -239,11 +228,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        DsgError: It does, or is no folder.
-    """
+    """Refuse a folder that holds something."""
     if is_taken(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise DsgError(f"{folder} exists and is not empty.", "Name a new folder.")
 
@@ -256,9 +241,6 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     Args:
         folder: Where it shall be; new, or empty.
         fill: Makes the folder that it is given, and writes into it.
-
-    Raises:
-        DsgError: The folder is not empty, or cannot be written to.
     """
     check_new_folder(folder)
     folder = folder.resolve()

@@ -111,11 +111,7 @@ def commit(folder: Path, artifact_id: str, files: Mapping[str, Content], text: s
 
 
 def check_side_file(name: str, artifact_id: str) -> None:
-    """Refuse a name of a side file that does not belong to an artifact, or lies outside the workspace.
-
-    Raises:
-        DsgError: It is such a name.
-    """
+    """Refuse a name of a side file that does not belong to an artifact, or lies outside the workspace."""
     parts = PurePosixPath(name).parts
     is_own_file = any(name == f"{artifact_id}{suffix}" for suffix in SIDE_FILES)
     is_inside = len(parts) > 1 and parts[0] == artifact_id and ".." not in parts and "\x00" not in name
@@ -167,11 +163,7 @@ class Workspace:
         self.folder = Path(folder)
 
     def check_writable(self) -> None:
-        """Make the folder if need be, before anything expensive.
-
-        Raises:
-            DsgError: It cannot be made or written to.
-        """
+        """Make the folder if need be, before anything expensive."""
         probe = self.folder / f".{secrets.token_hex(6)}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -191,11 +183,7 @@ class Workspace:
         return [m[0] for m in sorted(matches, key=lambda m: (order.index(m[1]), int(m[2])))]
 
     def find(self, kind: str, wanted: str | None = None) -> Stored:
-        """The newest artifact of a kind, or the one named by id or path; verified.
-
-        Raises:
-            DsgError: There is none, it is of another kind, or it does not verify.
-        """
+        """The newest artifact of a kind, or the one named by id or path; verified."""
         if wanted is None:
             ids = self.ids(kind)
             if not ids:
@@ -207,11 +195,7 @@ class Workspace:
         return stored
 
     def read(self, wanted: str) -> Stored:
-        """Read and verify one artifact, by id or by path of its JSON file.
-
-        Raises:
-            DsgError: Missing, altered, incomplete, or of a newer schema.
-        """
+        """Read and verify one artifact, by id or by path of its JSON file."""
         path = Path(wanted) if wanted.endswith(".json") else self.folder / f"{wanted}.json"
         if not is_file(path) or not (wanted.endswith(".json") or ID.fullmatch(wanted)):
             raise DsgError(f"There is no artifact {wanted[:200]} in {self.folder}.", nearest(wanted[:200], self.ids()))
@@ -270,9 +254,6 @@ class Workspace:
             table: Written beside it, as CSV.
             folder: Files, by their paths, of a folder beside it that is named like it; those that are given as files
                 are moved.
-
-        Raises:
-            DsgError: The workspace cannot be written to.
         """
         self.check_writable()
         content = dict(_contents(tensors, rows, table, folder or {}))
@@ -296,11 +277,7 @@ class Workspace:
         return Stored(header, body, data, self.folder / f"{artifact_id}.json")
 
     def tensors(self, stored: Stored) -> dict[str, Tensor]:
-        """The tensors beside an artifact.
-
-        Raises:
-            DsgError: There are none.
-        """
+        """The tensors beside an artifact."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -311,11 +288,7 @@ class Workspace:
             raise DsgError(f"{path} cannot be read: {error}.", "Make the artifact again.") from error
 
     def rows(self, stored: Stored) -> list[Json]:
-        """The rows beside an artifact, which reading it has verified.
-
-        Raises:
-            DsgError: There are none, or they cannot be read.
-        """
+        """The rows beside an artifact, which reading it has verified."""
         path = stored.path.with_suffix(".jsonl")
         try:
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -396,9 +369,6 @@ def verify_all(workspace: Workspace) -> list[Finding]:
 
     `broken` is what must not be relied on; `unfinished` is what an interrupted or a running command left, which does
     no harm.
-
-    Raises:
-        DsgError: There is no such folder.
     """
     if not is_folder(workspace.folder):
         raise DsgError(f"There is no workspace {str(workspace.folder)[:200]}.", "Name another with --workspace.")

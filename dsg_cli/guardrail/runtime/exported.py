@@ -78,11 +78,7 @@ class GuardedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """As transformers does it; then the guardrails are checked and put on.
-
-        Raises:
-            DsgError: A tensor is missing, or a guardrail is another one than the configuration names.
-        """
+        """As transformers does it; then the guardrails are checked and put on."""
         wants_info = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
         orphans = [name for name in info["unexpected_keys"] if name.startswith(f"{PREFIX}.")]
@@ -105,11 +101,7 @@ class GuardedModel(nn.Module):
         return False
 
     def arm_guardrails(self) -> None:
-        """Put the guardrails on, once their tensors are loaded.
-
-        Raises:
-            DsgError: A tensor is missing, altered or not finite.
-        """
+        """Put the guardrails on, once their tensors are loaded."""
         guards: list[GuardrailModule] = []
         for number, described in enumerate(getattr(self.config, PREFIX)):
             held: Any = self.dsg_guardrails[number]

@@ -67,11 +67,7 @@ class Clamp(nn.Module):
 
 
 def check_clamp(spec: GuardrailSpec, n_clamped: int, n_watched: int, where: str) -> None:
-    """Refuse a rule that does not fit the features, or whose numbers float32 does not hold.
-
-    Raises:
-        DsgError: It is one.
-    """
+    """Refuse a rule that does not fit the features, or whose numbers float32 does not hold."""
     numbers = [spec.strength, *spec.coefficients, *spec.above]
     are_numbers = all(math.isfinite(one) and abs(one) <= NEVER for one in numbers)
     fits = len(spec.coefficients) in (0, n_clamped) and len(spec.above) in (0, n_watched)
@@ -292,11 +288,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], spec: GuardrailSpec, where: str
 
 
 def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where: str) -> GuardrailModule:
-    """A guardrail from its parts.
-
-    Raises:
-        DsgError: A tensor is missing or holds a value that is not finite.
-    """
+    """A guardrail from its parts."""
     for name in tensor_names(SliceSpec(**spec.slice).activation):
         if name not in tensors:
             raise DsgError(f"{where} has no tensor {name}.", "Make the guardrail again with dsg apply.")

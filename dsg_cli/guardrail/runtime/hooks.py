@@ -59,9 +59,6 @@ def read_call(config: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs
         names: `argument_names` of the decoder.
         args: Its arguments by position.
         kwargs: Its arguments by name.
-
-    Raises:
-        DsgError: Something by which sequences cannot be told apart, or tokens not be known.
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     ids_BL, cache, mask = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
@@ -184,11 +181,7 @@ class FixedState(CacheLayerMixin, DummyLayer):
 
 
 def state_in(cache: Cache | None, owner: str, n_rows: int) -> Tensor | None:
-    """The last state that a guardrail left in a cache, [B, C]; None if nothing has been seen yet.
-
-    Raises:
-        DsgError: The cache holds tokens that this guardrail has not seen: it would decide about half a sequence.
-    """
+    """The last state that a guardrail left in a cache, [B, C]; None if nothing has been seen yet."""
     if cache is None:
         return None
     layer = _layer(cache, owner)

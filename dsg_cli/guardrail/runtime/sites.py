@@ -57,11 +57,7 @@ class HookSite:
 
 
 def parse_hook_site(name: object, *, where: str) -> HookSite:
-    """Read a site's name.
-
-    Raises:
-        DsgError: It is missing, or names no place that a Hugging Face module's input or output holds.
-    """
+    """Read a site's name."""
     if not isinstance(name, str) or not name:
         raise DsgError(
             f"{where} does not say which hook it was trained on (metadata.hook_name).",
@@ -91,11 +87,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers, whatever the family calls it.
-
-    Raises:
-        DsgError: No module list of the right length was found.
-    """
+    """The list of decoder layers, whatever the family calls it."""
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         n_layers = int(config.get_text_config(decoder=True).num_hidden_layers)
@@ -109,11 +101,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def find_module(model: nn.Module, site: HookSite) -> tuple[nn.Module, bool]:
-    """The module at a site, and whether the site is its input (else its output).
-
-    Raises:
-        DsgError: The model has no such layer, or no such module in it.
-    """
+    """The module at a site, and whether the site is its input (else its output)."""
     layers = decoder_layers(model)
     if site.layer >= len(layers):
         raise DsgError(
@@ -143,9 +131,6 @@ def edit_site(model: nn.Module, site: HookSite, edit: Callable[[Tensor], Tensor]
     """Put `edit(activation)` in the place of the activation at a site; returns the hook's handle.
 
     Modules return a tensor in most families and a tuple in a few; both are handled.
-
-    Raises:
-        DsgError: The model has no such site.
     """
     module, is_input = find_module(model, site)
     if is_input:

@@ -59,9 +59,6 @@ class Server(ThreadingHTTPServer):
 
         Args:
             port: 0 takes any that is free.
-
-        Raises:
-            DsgError: The port is taken, or may not be used.
         """
         self.one_at_a_time = threading.Lock()
         try:
