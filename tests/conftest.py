@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -155,6 +156,30 @@ def folders(tmp_path_factory, model, tokenizer) -> dict[str, Path]:
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         (root / f"{name}.txt").write_text("\n\n".join(texts))
     return {name: root / name for name in ("model", "sae", "forget.jsonl", "retain.jsonl", "forget.txt", "retain.txt")}
+
+
+@pytest.fixture(scope="session")
+def lab_chain(tmp_path_factory) -> Path:
+    """The whole chain of the lab at SMALL_LAB: features, threshold, guardrail, eval and a dilution attack, each `-001`.
+
+    Made once; it is only read. Whoever writes takes `lab_copy`, or copies the folder (a few hundred kB).
+    """
+    from dsg_cli.recipe import load_recipe
+    from dsg_cli.stages import run
+    from dsg_cli.workspace.store import Workspace
+
+    folder, before = tmp_path_factory.mktemp("lab-chain"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    sets = [SMALL_LAB[3], "attack.kinds=[dilution]", "attack.dilution_lengths=[0, 16]"]
+    run.run(load_recipe(SMALL_LAB[1], sets=sets), Workspace(folder))
+    torch.set_num_threads(before)
+    return folder
+
+
+@pytest.fixture
+def lab_copy(lab_chain, tmp_path) -> Path:
+    """A workspace with the lab's chain, to be written to."""
+    return Path(shutil.copytree(lab_chain, tmp_path / "lab-copy"))
 
 
 def write_task(folder: Path, rows: list[dict], **changes: object) -> dict[str, str]:
