@@ -45,6 +45,7 @@ from dsg_cli.models.language_model import devices_of, load_model, read_config
 from dsg_cli.models.residuals import read_residual, replace_residual
 from dsg_cli.models.sae import read_sae
 from dsg_cli.recipe import load_recipe
+from dsg_cli.settings import ModelSection
 from dsg_cli.stages import apply, calibrate, select
 from dsg_cli.stages import apply as trial
 from dsg_cli.workspace.artifacts import Guardrail, Threshold
@@ -568,7 +569,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_for(tmp_path, monkeyp
     (folder / "configuration_own.py").write_text(CODE)
     with pytest.raises(DsgError, match="--trust-remote-code runs them"):
         read_config(str(folder))
-    assert type(read_config(str(folder), trust_remote_code=True)).__name__ == "OwnConfig"
+    assert type(read_config(str(folder), ModelSection(trust_remote_code=True))).__name__ == "OwnConfig"
 
 
 def test_trusted_code_is_recorded_and_never_taken_over(chain, dsg):
@@ -580,7 +581,7 @@ def test_trusted_code_is_recorded_and_never_taken_over(chain, dsg):
 
 
 def test_a_device_map_on_one_device_changes_nothing(chain):
-    plain, mapped = load_model("lab"), load_model("lab", device_map="auto")
+    plain, mapped = load_model("lab"), load_model("lab", ModelSection(device="cpu", dtype="float32", device_map="auto"))
     assert devices_of(plain.model) == devices_of(mapped.model) == ["cpu"]
     ids_BL = torch.tensor([[2, 5, 9, 11]])
     with torch.inference_mode():

@@ -17,6 +17,7 @@ from dsg_cli.data.hub import REPOSITORY, fetch_snapshot
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.sites import decoder_of, evenly_spaced
 from dsg_cli.lab import data as lab
+from dsg_cli.settings import ModelSection
 from dsg_cli.workspace.files import is_folder, parse_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -91,6 +92,8 @@ WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
 
 CODE_FILES = ("*.py",)
 
+ON_CPU = ModelSection(device="cpu", dtype="float32")
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -136,18 +139,13 @@ def pinned(source: str, folder: Path) -> str:
     return str(folder.resolve()) if Path(source).is_dir() else f"{source.partition('@')[0]}@{folder.name}"
 
 
-def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's configuration, without its weights.
-
-    Args:
-        source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision.
-        trust_remote_code: Run Python files of the model's repository.
-    """
-    folder = model_folder(source, weights=False, with_code=trust_remote_code)
+def read_config(source: str, settings: ModelSection = ON_CPU) -> Any:
+    """The model's configuration, without its weights."""
+    folder = model_folder(source, weights=False, with_code=settings.trust_remote_code)
     if is_adapter(folder):
-        return read_config(base_of(folder), trust_remote_code=trust_remote_code)
+        return read_config(base_of(folder), settings)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=settings.trust_remote_code)
     except Exception as error:  # A file of the user's: libraries raise anything on a bad one.
         raise _unreadable(str(folder / "config.json"), "read", error) from error
 
@@ -162,11 +160,11 @@ def context_length(config: Any) -> int:
     return int(getattr(text_config(config), "max_position_embeddings", None) or 2048)
 
 
-def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, without its weights; arguments as for `read_config`."""
-    folder = model_folder(source, weights=False, with_code=trust_remote_code)
+def load_tokenizer(source: str, settings: ModelSection = ON_CPU) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, without its weights."""
+    folder = model_folder(source, weights=False, with_code=settings.trust_remote_code)
     if is_adapter(folder):
-        return load_tokenizer(base_of(folder), trust_remote_code=trust_remote_code)
+        return load_tokenizer(base_of(folder), settings)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise DsgError(
             f"{source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
@@ -174,7 +172,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
+            folder, local_files_only=True, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:  # The same.
         raise _unreadable(f"The tokenizer in {source}", "loaded", error) from error
@@ -182,41 +180,27 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
 
 
 def load_model(
-    source: str,
-    *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    last_layer: int | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
+    source: str, settings: ModelSection = ON_CPU, *, dtype: str | None = None, last_layer: int | None = None
 ) -> LoadedModel:
     """Load a model for inference; of an adapter, its base with the adapter's product added to the weights.
 
     Args:
-        source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision.
-        device: Torch device.
-        dtype: Torch dtype name.
+        source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision; not `settings.source`.
+        settings: Device and dtype, both resolved; the device map; whether to run Python files of the repository.
+        dtype: Instead of that of the settings.
         last_layer: If given, only decoder layers 0..last_layer are built and read from disk: their outputs are
             bit-identical to the whole model's, the weights above are never touched.
-        device_map: Spread the layers over all GPUs, as accelerate does it, instead of `device`.
-        trust_remote_code: Run Python files of the model's repository.
     """
-    folder = model_folder(source, with_code=trust_remote_code)
+    folder = model_folder(source, with_code=settings.trust_remote_code)
+    torch_dtype = getattr(torch, dtype or settings.dtype)
     if is_adapter(folder):
         # Merged in float32, so that the result does not depend on the dtype that is wanted.
-        base = load_model(
-            base_of(folder),
-            device=device,
-            dtype="float32",
-            last_layer=last_layer,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-        )
+        base = load_model(base_of(folder), settings, dtype="float32", last_layer=last_layer)
         n_layers = base.n_layers if last_layer is None else last_layer + 1
-        model = merged(base.model, folder, n_layers=n_layers).to(getattr(torch, dtype))
+        model = merged(base.model, folder, n_layers=n_layers).to(torch_dtype)
         return replace(base, model=model, source=pinned(source, folder))
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-    config = read_config(str(folder), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(str(folder), settings)
+    config = read_config(str(folder), settings)
     decoder = text_config(config)
     n_layers = int(decoder.num_hidden_layers)
     if last_layer is not None and last_layer + 1 < n_layers:
@@ -227,11 +211,11 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=getattr(torch, dtype),
+            dtype=torch_dtype,
             attn_implementation=_attention(decoder),
-            device_map=device_map,
+            device_map=settings.device_map,
             local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -242,8 +226,8 @@ def load_model(
         raise DsgError(f"The weights in {source} lack {len(missing)} tensors, among them {missing[0]}.")
     model.requires_grad_(False)
     model = model.eval()
-    if device_map is None:
-        model = model.to(device)
+    if settings.device_map is None:
+        model = model.to(settings.device)
     else:
         _check_spread(model)
     return LoadedModel(model=model, tokenizer=tokenizer, source=pinned(source, folder), n_layers=n_layers)

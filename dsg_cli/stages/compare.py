@@ -370,12 +370,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
         attack.check_bench(bench)
     recipe = settle(recipe)
     source = collected[0].base if collected else named_model(workspace, recipe.model.source)
-    loaded = load_model(
-        source,
-        device=recipe.model.device,
-        dtype=recipe.model.dtype,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    loaded = load_model(source, recipe.model)
     bos = bos_to_prepend(loaded.tokenizer, False)
     base = accuracies(loaded, questions, recipe, bos=bos) if questions else {}
     settings = {

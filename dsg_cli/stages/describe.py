@@ -59,8 +59,8 @@ def run(
     check_name(recipe.sae.source)
     recipe = settle(recipe)
     source = named_model(workspace, recipe.model.source)
-    config = text_config(read_config(source, trust_remote_code=recipe.model.trust_remote_code))
-    tokenizer = load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    config = text_config(read_config(source, recipe.model))
+    tokenizer = load_tokenizer(source, recipe.model)
     read = load_corpora(corpora, role="described", limit=recipe.corpora.limit, seed=recipe.seed)
     check_chat(tokenizer, read)
     sae = read_sae(recipe.sae.source)
@@ -70,14 +70,7 @@ def run(
     texts = [text for corpus in read for text in prompts(tokenizer, corpus, None)]
     room = min(ROW_TOKENS, context_length(config) - 1)
     rows = [piece for row in encode(tokenizer, texts, bos=bos) for piece in _pieces(row, room, n_head=bos is not None)]
-    loaded = load_model(
-        source,
-        device=recipe.model.device,
-        dtype=recipe.model.dtype,
-        last_layer=sae.site.layer,
-        device_map=recipe.model.device_map,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    loaded = load_model(source, recipe.model, last_layer=sae.site.layer)
     encoder = load_encoder(sae, device=str(loaded.model.device))
     contexts = read_contexts(
         loaded.model,

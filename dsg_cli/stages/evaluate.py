@@ -128,7 +128,7 @@ def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str
         return _stored(named, workspace, asked)
     source = named_model(workspace, named)
     try:
-        load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+        load_tokenizer(source, recipe.model)
     except DsgError as error:
         hint = "Give --reference a model, an evaluation (eval-NNN) or a .json file of scores."
         raise DsgError(f"The reference {named} cannot be read. {error.message}", hint) from error
@@ -139,13 +139,7 @@ def load_reference(reference: Reference, recipe: Recipe, like: LoadedModel) -> R
     """The reference with its model, where it is one."""
     if reference.scores:
         return reference
-    loaded = load_model(
-        reference.source,
-        device=recipe.model.device,
-        dtype=recipe.model.dtype,
-        device_map=recipe.model.device_map,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    loaded = load_model(reference.source, recipe.model)
     if loaded.tokenizer.get_vocab() != like.tokenizer.get_vocab():
         raise DsgError(
             f"{reference.source} and {like.source} read different tokens, so that their scores cannot be compared.",

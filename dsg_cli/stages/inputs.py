@@ -52,12 +52,7 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
     """
     wanted = header.model
     loaded = load_model(
-        recipe.model.instead or wanted.source,
-        device=recipe.model.device,
-        dtype=recipe.model.dtype,
-        last_layer=wanted.last_layer if cut else None,
-        device_map=recipe.model.device_map,
-        trust_remote_code=recipe.model.trust_remote_code,
+        recipe.model.instead or wanted.source, recipe.model, last_layer=wanted.last_layer if cut else None
     )
     if not recipe.model.allow_mismatch:
         check_identity(loaded, header)
@@ -165,7 +160,7 @@ def find_material(
     check_disjoint(names["forget"], names["retain"])
     check_world(recipe)
     source = named_model(workspace, recipe.model.source)
-    tokenizer = load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(source, recipe.model)
     found: dict[str, list[Corpus]] = {"forget": [], "retain": []}
     notes: list[str] = []
     for role, named in names.items() if reads_text else ():
@@ -199,7 +194,7 @@ def find_lesson(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> 
     recipe = replace(recipe, corpora=CorporaSection(forget=names, limit=limit))
     check_world(recipe)
     source = named_model(workspace, recipe.model.source)
-    tokenizer = load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(source, recipe.model)
     train, notes = read_corpora(names, "train", recipe, origin)
     check_chat(tokenizer, train)
     inputs = [] if origin is None else [origin]
@@ -209,13 +204,7 @@ def find_lesson(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> 
 
 def load_whole(material: Material, recipe: Recipe, *, dtype: str) -> LoadedModel:
     """The model, whole."""
-    loaded = load_model(
-        material.model,
-        device=recipe.model.device,
-        dtype=dtype,
-        device_map=recipe.model.device_map,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    loaded = load_model(material.model, recipe.model, dtype=dtype)
     for stored in material.inputs:
         if stored.header.kind == "features":
             check_identity(loaded, stored.header)
@@ -468,14 +457,7 @@ def _wrapper_module(workspace: Workspace, stored: Stored) -> WrapperModule:
 
 
 def _loaded(source: str, recipe: Recipe, last_layer: int | None) -> LoadedModel:
-    return load_model(
-        source,
-        device=recipe.model.device,
-        dtype=recipe.model.dtype,
-        last_layer=last_layer,
-        device_map=recipe.model.device_map,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    return load_model(source, recipe.model, last_layer=last_layer)
 
 
 def only_guardrails(subject: Subject, what: str) -> None:

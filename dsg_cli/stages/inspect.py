@@ -301,9 +301,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None, wanted: 
     recipe = settle(recipe, found.made.header)
     drawn = drawn_as(recipe, features, wanted.limit)
     groups, notes = read_groups(drawn, found, features, near=wanted.near)
-    tokenizer = load_tokenizer(
-        recipe.model.instead or found.made.header.model.source, trust_remote_code=recipe.model.trust_remote_code
-    )
+    tokenizer = load_tokenizer(recipe.model.instead or found.made.header.model.source, recipe.model)
     check_chat(tokenizer, [group.corpus for group in groups])
     sae = chain_sae(found.sae, found.made.id)
     earlier = _earlier(workspace, found)

@@ -368,8 +368,8 @@ def prepared(
     recipe = settle(recipe)
     changed = [workspace.find("model", recipe.model.source)] if recipe.model.source.startswith("model-") else []
     recipe = replace(recipe, model=replace(recipe.model, source=named_model(workspace, recipe.model.source)))
-    model_config = text_config(read_config(recipe.model.source, trust_remote_code=recipe.model.trust_remote_code))
-    tokenizer = load_tokenizer(recipe.model.source, trust_remote_code=recipe.model.trust_remote_code)
+    model_config = text_config(read_config(recipe.model.source, recipe.model))
+    tokenizer = load_tokenizer(recipe.model.source, recipe.model)
     # Small before large: gated text is found before an SAE of gigabytes is fetched.
     forget = load_corpora(names.forget, role="forget", limit=names.limit, seed=recipe.seed) if names.forget else []
     retain = load_corpora(names.retain, role="retain", limit=names.limit, seed=recipe.seed)
@@ -383,14 +383,7 @@ def prepared(
             "Choose another number with -n.",
         )
     candidates = find_candidates(recipe, sae.identity, session)
-    loaded = loaded or load_model(
-        recipe.model.source,
-        device=recipe.model.device,
-        dtype=recipe.model.dtype,
-        last_layer=sae.site.layer,
-        device_map=recipe.model.device_map,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    loaded = loaded or load_model(recipe.model.source, recipe.model, last_layer=sae.site.layer)
     header = new_header(
         "features",
         recipe,

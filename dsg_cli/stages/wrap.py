@@ -97,7 +97,7 @@ def _read(recipe: Recipe, method: str, settings: Any, sources: Sources) -> _Read
 
 
 def _for_filter(recipe: Recipe, method: str, settings: Filter, sources: Sources) -> _Read:
-    config = read_config(sources.model, trust_remote_code=recipe.model.trust_remote_code)
+    config = read_config(sources.model, recipe.model)
     n_layers = int(text_config(config).num_hidden_layers)
     if settings.layer is not None and settings.layer >= n_layers:
         raise DsgError(
