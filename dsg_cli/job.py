@@ -135,3 +135,11 @@ class Job:
     def reached(self, state: Callable[[], State]) -> None:
         """To be called where the work of this pass is whole; a signal that waits is raised here."""
         self.checkpoint.reached(self.name, state)
+
+    def keep(self, state: State) -> None:
+        """The pass is done: have its state in the next write."""
+        self.checkpoint.keep(self.name, state)
+
+
+PLAIN_JOB = Job()
+"""One process, nothing kept, nothing told."""
