@@ -12,7 +12,7 @@ import torch
 from dsg_cli.errors import DsgError
 from dsg_cli.recipe import load_recipe
 from dsg_cli.stages import attack, calibrate, evaluate, select
-from dsg_cli.stages.stage import Session
+from dsg_cli.stages.stage import RunOptions
 from dsg_cli.workspace import store as verify
 from dsg_cli.workspace.checkpoints import Checkpoint, check_checkpoint
 from dsg_cli.workspace.files import Signalled, at_safe_points, install, safe_point
@@ -100,17 +100,17 @@ def test_an_interrupted_pass_goes_on_bit_for_bit(kind, calm, recipe, tmp_path):
     run = stages(calm, recipe)[kind]
     counted = Interrupting(0)
     reference = Workspace(tmp_path / "reference")
-    expected = found(run(reference, session=Session(report=counted)), reference)
+    expected = found(run(reference, options=RunOptions(report=counted)), reference)
     assert counted.calls >= 3
     workspace = Workspace(tmp_path / "ws")
     for n in (1, counted.calls // 2):
         with pytest.raises(Signalled) as stopped:
-            run(workspace, session=Session(resume=True, report=Interrupting(n)))
+            run(workspace, options=RunOptions(resume=True, report=Interrupting(n)))
         assert stopped.value.number == signal.SIGTERM and stopped.value.is_kept
         assert workspace.ids() == [] and [one.state for one in verify.verify_all(workspace)] == ["unfinished"]
     said = []
     last = Interrupting(0)
-    stored = run(workspace, session=Session(resume=True, report=last, say=said.append))
+    stored = run(workspace, options=RunOptions(resume=True, report=last, say=said.append))
     assert said == ["Going on from the checkpoint."] and last.calls < counted.calls
     values, tensors = found(stored, workspace)
     assert values == expected[0] and tensors.keys() == expected[1].keys()
@@ -121,10 +121,10 @@ def test_an_interrupted_pass_goes_on_bit_for_bit(kind, calm, recipe, tmp_path):
 def test_a_checkpoint_belongs_to_one_setting_of_one_chain(calm, recipe, tmp_path):
     workspace = Workspace(tmp_path)
     with pytest.raises(Signalled):
-        select.run(recipe, workspace, session=Session(report=Interrupting(2)))
+        select.run(recipe, workspace, options=RunOptions(report=Interrupting(2)))
     said = []
     other = load_recipe("lab", sets=[*SETS, "select.n_features=9"])
-    select.run(other, workspace, session=Session(resume=True, say=said.append))
+    select.run(other, workspace, options=RunOptions(resume=True, say=said.append))
     assert said == ["No checkpoint of this run; it begins anew."]
     assert len(list(workspace.folder.glob(".features-*.checkpoint"))) == 1  # Of the interrupted one, still.
 
@@ -132,10 +132,10 @@ def test_a_checkpoint_belongs_to_one_setting_of_one_chain(calm, recipe, tmp_path
 def test_without_resume_a_run_begins_anew(calm, recipe, tmp_path):
     workspace = Workspace(tmp_path)
     with pytest.raises(Signalled):
-        select.run(recipe, workspace, session=Session(report=Interrupting(2)))
+        select.run(recipe, workspace, options=RunOptions(report=Interrupting(2)))
     whole, again = Interrupting(0), Interrupting(0)
-    select.run(recipe, Workspace(tmp_path / "other"), session=Session(report=whole))
-    select.run(recipe, workspace, session=Session(report=again))
+    select.run(recipe, Workspace(tmp_path / "other"), options=RunOptions(report=whole))
+    select.run(recipe, workspace, options=RunOptions(report=again))
     assert again.calls == whole.calls and not list(workspace.folder.glob(".*.checkpoint"))
 
 

@@ -300,7 +300,7 @@ class TestStage:
     def test_makes_a_guardrail_that_acts_on_the_model(self, made, method):
         workspace, folders = made
         stored = clamp.run_clamp(self.recipe(folders), workspace, method)
-        again = clamp.run_clamp(self.recipe(folders), workspace, method, session=replace(QUIET_, reuse=True))
+        again = clamp.run_clamp(self.recipe(folders), workspace, method, options=replace(QUIET_, reuse=True))
         assert again.id == stored.id and stored.header.settings["method"] == method
         body = workspace.read(stored.id).body_as(Guardrail)
         features = workspace.find("features")

@@ -17,7 +17,7 @@ from dsg_cli.methods import METHODS, section_of
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.comparison import comparison_markdown, comparison_table
 from dsg_cli.stages import compare
-from dsg_cli.stages.stage import Session
+from dsg_cli.stages.stage import RunOptions
 from dsg_cli.workspace.files import Signalled, install
 from dsg_cli.workspace.results import Comparison
 from dsg_cli.workspace.store import Workspace
@@ -132,12 +132,12 @@ def test_an_interrupted_search_goes_on_with_the_trials_it_has(recipe, compared, 
 
     try:
         with pytest.raises(Signalled):
-            compare.run(short, Workspace(tmp_path), session=Session(say=interrupt))
+            compare.run(short, Workspace(tmp_path), options=RunOptions(say=interrupt))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert any("trial 1" in text for text in said) and not list(tmp_path.glob(".compare-*.tmp"))
     again = []
-    stored = compare.run(short, Workspace(tmp_path), session=Session(say=again.append, resume=True))
+    stored = compare.run(short, Workspace(tmp_path), options=RunOptions(say=again.append, resume=True))
     assert not any("trial 1" in text for text in again)
     whole = compared[1].body_as(Comparison)
     trials = [trial for trial in whole.trials if trial["method"] == "gradient-ascent"]

@@ -51,7 +51,7 @@ from dsg_cli.report.page import report_of
 from dsg_cli.report.tables import artifact_table, candidates_table
 from dsg_cli.stages import apply, calibrate, describe, evaluate, inspect, select
 from dsg_cli.stages import run as run_recipe
-from dsg_cli.stages.stage import Session
+from dsg_cli.stages.stage import RunOptions
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Threshold
 from dsg_cli.workspace.results import Inspection
 from dsg_cli.workspace.store import Workspace
@@ -608,11 +608,11 @@ def test_an_embedding_model_ranks_too(folder, workspace):
 
 
 def test_other_descriptions_are_another_selection(folder, workspace, chain):
-    again = run_recipe.run(small(folder), workspace, session=Session(reuse=True))
+    again = run_recipe.run(small(folder), workspace, options=RunOptions(reuse=True))
     assert [stored.id for stored in again] == [stored.id for stored in chain]
     lines = (folder / "lab.jsonl").read_text()
     (folder / "lab.jsonl").write_text(lines + "\n")
-    assert select.run(small(folder), workspace, session=Session(reuse=True)).id != chain[0].id
+    assert select.run(small(folder), workspace, options=RunOptions(reuse=True)).id != chain[0].id
     (folder / "lab.jsonl").write_text(lines)
 
 

@@ -49,7 +49,7 @@ from dsg_cli.stages import attack, evaluate, export, select
 from dsg_cli.stages import prompts as generate
 from dsg_cli.stages.compare import best_of, trials_of
 from dsg_cli.stages.inputs import find_subject, load_subject
-from dsg_cli.stages.stage import Session, settle
+from dsg_cli.stages.stage import RunOptions, settle
 from dsg_cli.workspace import store as verify
 from dsg_cli.workspace.artifacts import Guardrail, ModelWeights
 from dsg_cli.workspace.checkpoints import Checkpoint
@@ -198,7 +198,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(recipe, tmp_path, monkeypat
 
     try:
         with pytest.raises(Signalled) as stopped:
-            method.run_method(recipe(), Workspace(tmp_path / "a"), "npo", session=Session(report=interrupt))
+            method.run_method(recipe(), Workspace(tmp_path / "a"), "npo", options=RunOptions(report=interrupt))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.is_kept
@@ -208,8 +208,8 @@ def test_an_interrupted_training_goes_on_bit_for_bit(recipe, tmp_path, monkeypat
         if what.startswith("training"):
             done.append(n)
 
-    session = Session(resume=True, report=note)
-    resumed = method.run_method(recipe(), Workspace(tmp_path / "a"), "npo", session=session)
+    options = RunOptions(resume=True, report=note)
+    resumed = method.run_method(recipe(), Workspace(tmp_path / "a"), "npo", options=options)
     whole = method.run_method(recipe(), Workspace(tmp_path / "b"), "npo")
     assert done == [3] and resumed.body_as(ModelWeights).losses == whole.body_as(ModelWeights).losses
     assert resumed.header.files == whole.header.files
@@ -283,15 +283,15 @@ def test_relearning_begins_on_each_side_from_its_own_weights(made, recipe):
 )
 def test_attacks_that_mean_nothing_on_weights_are_refused_or_left_out(made, recipe, kinds, words, monkeypatch):
     said = []
-    session = Session(say=said.append)
+    options = RunOptions(say=said.append)
     sets = ["attack.paraphrase_benches=[mine]", "attack.dilution_lengths=[0, 2]", "attack.suffix_steps=[0, 1]"]
     sets += ["attack.soft_prompt_steps=[0, 1]", "attack.few_shot_counts=[0, 1]", "attack.suffix_candidates=2"]
     sets += ["attack.suffix_tokens=2", "attack.soft_prompt_tokens=2"]
     if words:
         with pytest.raises(DsgError, match=words):
-            attack.run(recipe(*sets), made, kinds, sources=["model-001"], session=session)
+            attack.run(recipe(*sets), made, kinds, sources=["model-001"], options=options)
         return
-    stored = attack.run(recipe(*sets), made, kinds, sources=["model-001"], session=session)
+    stored = attack.run(recipe(*sets), made, kinds, sources=["model-001"], options=options)
     kinds_made = [one.body_as(AttackReport).attack for one in stored]
     assert "unhook" not in kinds_made and {"relearn", "soft-prompt", "quantize", "probe"} <= set(kinds_made)
     assert any("unhook is left out" in text for text in said)

@@ -25,7 +25,7 @@ from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.studies import failures, study_headline, study_markdown, study_table
 from dsg_cli.report.tables import artifact_table
 from dsg_cli.stages import apply, calibrate, evaluate, study
-from dsg_cli.stages.stage import Session
+from dsg_cli.stages.stage import RunOptions
 from dsg_cli.studies import AXES, OF_A_GUARDRAIL, STUDIES, load_study, points_of
 from dsg_cli.studies import studies as cost
 from dsg_cli.studies.studies import known_names, share_of
@@ -364,18 +364,18 @@ def test_an_interrupted_study_goes_on_with_the_points_it_has(stability, workspac
     recipe = recipe_for("stability")
     try:
         with pytest.raises(Signalled) as stopped:
-            study.run(recipe, Workspace(tmp_path), "stability", session=Session(report=interrupt))
+            study.run(recipe, Workspace(tmp_path), "stability", options=RunOptions(report=interrupt))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.is_kept and not Workspace(tmp_path).ids("study")
     assert [finding.state for finding in verify.verify_all(Workspace(tmp_path))] == ["ok", "unfinished"]
     seen = []
-    session = Session(report=lambda what, done, _total: seen.append((what, done)), resume=True)
-    stored = study.run(recipe, Workspace(tmp_path), "stability", session=session)
+    options = RunOptions(report=lambda what, done, _total: seen.append((what, done)), resume=True)
+    stored = study.run(recipe, Workspace(tmp_path), "stability", options=options)
     numbers = [done for what, done in seen if what == "stability, points"]
     assert numbers == list(range(4, 13))
     assert stored.body_as(StudyReport).rows == stability.body_as(StudyReport).rows
-    assert study.run(recipe, Workspace(tmp_path), "stability", session=Session(reuse=True)).id == stored.id
+    assert study.run(recipe, Workspace(tmp_path), "stability", options=RunOptions(reuse=True)).id == stored.id
     assert not list(tmp_path.glob(".study*"))
 
 

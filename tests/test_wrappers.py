@@ -43,7 +43,7 @@ from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.recipe import load_recipe
 from dsg_cli.settings import InContext, Prompt
 from dsg_cli.stages import wrap as stage
-from dsg_cli.stages.stage import Session
+from dsg_cli.stages.stage import RunOptions
 from dsg_cli.workspace.artifacts import Wrapper
 from dsg_cli.workspace.store import Workspace
 
@@ -495,8 +495,8 @@ class TestStage:
         features = workspace.find("features")
         recipe = settings(folders, f"methods.{section}.rule={rule}", f"methods.{section}.alpha=0.1", corpora=False)
         said = []
-        session = Session(report=lambda what, _n, _total: said.append(what))
-        stored = stage.run(recipe, workspace, method, origin=features, session=session)
+        options = RunOptions(report=lambda what, _n, _total: said.append(what))
+        stored = stage.run(recipe, workspace, method, origin=features, options=options)
         assert stored.id == "wrapper-001" and workspace.read("wrapper-001").body == stored.body
         body = stored.body_as(Wrapper)
         assert (body.method, body.rule, body.side) == (method, rule, section.partition("_")[0])
@@ -517,7 +517,7 @@ class TestStage:
             texts = [" ".join(f"w{rng.choice(words)}" for _ in range(5)) for _ in range(100)]
             found = wrapped([module], loaded, *zip(texts, texts, strict=True))
             assert low <= sum(one.is_refused for one in found) / 100 <= high
-        assert stage.run(recipe, workspace, method, origin=features, session=Session(reuse=True)).id == "wrapper-001"
+        assert stage.run(recipe, workspace, method, origin=features, options=RunOptions(reuse=True)).id == "wrapper-001"
         again = stage.run(recipe, workspace, method, origin=features)
         assert again.id == "wrapper-002" and again.body == stored.body
 

@@ -92,11 +92,11 @@ def select_command(
         select__samples=samples,
     )
     ranked: list[Candidates] = []
-    with running(quiet, reuse=reuse, resume=resume) as session:
+    with running(quiet, reuse=reuse, resume=resume) as options:
         from dsg_cli.stages import select
         from dsg_cli.workspace.store import Workspace
 
-        stored = select.run(resolved, Workspace(workspace), session=session, ranked=ranked.append)
+        stored = select.run(resolved, Workspace(workspace), options=options, ranked=ranked.append)
     if ranked and ranked[0].texts and not quiet:
         from dsg_cli.report.tables import candidates_table
 
@@ -165,11 +165,11 @@ def calibrate_command(
         calibrate__alpha=alpha,
         **lengths_setting(lengths),
     )
-    with running(quiet, reuse=reuse, resume=resume) as session:
+    with running(quiet, reuse=reuse, resume=resume) as options:
         from dsg_cli.stages import calibrate
         from dsg_cli.workspace.store import Workspace
 
-        stored = calibrate.run(resolved, Workspace(workspace), source=source, session=session)
+        stored = calibrate.run(resolved, Workspace(workspace), source=source, options=options)
     show_stored(stored, as_json=as_json, quiet=quiet)
 
 
@@ -264,7 +264,7 @@ def apply_command(
         guardrail__allow_ineffective=allow_ineffective,
         **own,
     )
-    with running(quiet, reuse=reuse, resume=resume) as session:
+    with running(quiet, reuse=reuse, resume=resume) as options:
         from dsg_cli.stages import apply, export
         from dsg_cli.stages import apply as methods
         from dsg_cli.workspace.store import Workspace
@@ -274,11 +274,11 @@ def apply_command(
             export.check_target(export_to)
             export.check_exportable(made_in, method or "dsg", source)
         if method is None:
-            stored = apply.run(resolved, made_in, source=source, session=session)
+            stored = apply.run(resolved, made_in, source=source, options=options)
         else:
-            stored = methods.run_method(resolved, made_in, method, source=source, session=session)
+            stored = methods.run_method(resolved, made_in, method, source=source, options=options)
         if export_to is not None:
-            export.run(resolved, made_in, export_to, sources=[stored.id], report=session.report)
+            export.run(resolved, made_in, export_to, sources=[stored.id], report=options.report)
     show_stored(stored, as_json=as_json, quiet=quiet)
 
 
@@ -354,11 +354,11 @@ def evaluate_command(
         eval__samples=samples,
     )
     write_summary = summary_to(summary)
-    with running(quiet, reuse=reuse, resume=resume) as session:
+    with running(quiet, reuse=reuse, resume=resume) as options:
         from dsg_cli.stages import evaluate
         from dsg_cli.workspace.store import Workspace
 
-        stored = evaluate.run(resolved, Workspace(workspace), sources=sources or [], session=session)
+        stored = evaluate.run(resolved, Workspace(workspace), sources=sources or [], options=options)
     write_summary([stored])
     show_stored(stored, as_json=as_json, quiet=quiet)
     exit_unless_met([stored])
@@ -425,13 +425,13 @@ def attack_command(
     for text in resolved.attack.expect:
         parse_expected(text, kinds)
     write_summary = summary_to(summary)
-    with running(quiet, reuse=reuse, resume=resume) as session:
+    with running(quiet, reuse=reuse, resume=resume) as options:
         from dsg_cli.stages import attack
         from dsg_cli.workspace.store import Workspace
 
         # As they were named: `all` may leave out what it has no material for.
         named = resolved.attack.kinds
-        stored = attack.run(resolved, Workspace(workspace), named, sources=sources or [], session=session)
+        stored = attack.run(resolved, Workspace(workspace), named, sources=sources or [], options=options)
     write_summary(stored)
     show_stored(stored, as_json=as_json, quiet=quiet)
     exit_unless_met(stored)

@@ -59,11 +59,11 @@ def describe_command(
         sae__source=sae,
         corpora__limit=limit,
     )
-    with running(quiet) as session:
+    with running(quiet) as options:
         from dsg_cli.stages import describe
         from dsg_cli.workspace.store import Workspace
 
-        found = describe.run(resolved, Workspace(workspace), file, corpus, is_forced=force, session=session)
+        found = describe.run(resolved, Workspace(workspace), file, corpus, is_forced=force, options=options)
     if as_json:
         print_json({"file": str(file), "described": len(found)})
     else:

@@ -322,12 +322,12 @@ def inspect_command(
         check_new_file(page, "--html", force=force)
     if chat:
         raise DsgError("--chat says how to put --prompt.", "Give a prompt, or leave it out.")
-    with running(quiet, reuse=reuse) as session:
+    with running(quiet, reuse=reuse) as options:
         from dsg_cli.stages import inspect
         from dsg_cli.workspace.store import Workspace
 
         wanted = inspect.Wanted(near or [], features or [], n_contexts, samples, neuronpedia, limit)
-        shown = inspect.run(resolved, Workspace(workspace), source=artifact, wanted=wanted, session=session)
+        shown = inspect.run(resolved, Workspace(workspace), source=artifact, wanted=wanted, options=options)
         from dsg_cli.report.inspections import inspection_view
 
         view = inspection_view(shown.stored, shown.rows)

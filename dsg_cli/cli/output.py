@@ -23,7 +23,7 @@ from dsg_cli.workspace.files import is_taken
 if TYPE_CHECKING:
     from dsg_cli.inference.generation import GateTrace
     from dsg_cli.stages.prompts import Answers
-    from dsg_cli.stages.stage import Session
+    from dsg_cli.stages.stage import RunOptions
     from dsg_cli.workspace.store import Stored
 
 
@@ -201,15 +201,15 @@ SHARED = ("select", "calibrate", "apply", "eval", "attack", "run", "demo")
 
 
 @contextmanager
-def running(quiet: bool, *, reuse: bool = False, resume: bool = False) -> Iterator[Session]:
-    """A session of this process, alone or among those that `torchrun` started."""
+def running(quiet: bool, *, reuse: bool = False, resume: bool = False) -> Iterator[RunOptions]:
+    """How a stage is run by this process, alone or among those that `torchrun` started."""
     with progress(quiet) as report:
         import_libraries()
         from dsg_cli.job import joined
-        from dsg_cli.stages.stage import Session
+        from dsg_cli.stages.stage import RunOptions
 
         with joined() as workers:
-            yield Session(reuse, resume, workers, report, say=lambda text: _say(text, quiet))
+            yield RunOptions(reuse, resume, workers, report, say=lambda text: _say(text, quiet))
 
 
 def import_libraries() -> None:

@@ -79,14 +79,14 @@ def run_chain(
 ) -> None:
     """Run, then show one table (on a terminal or off it) or one JSON document."""
     write_summary = summary_to(summary)
-    with running(quiet, reuse=reuse, resume=resume) as session:
+    with running(quiet, reuse=reuse, resume=resume) as options:
         from dsg_cli.stages import run as run_recipe
         from dsg_cli.workspace.store import Workspace
 
         chain = run_recipe.run(
             recipe,
             Workspace(workspace),
-            session=session,
+            options=options,
             done=lambda stored: None if quiet else hint(f"wrote {stored.id}"),
         )
     write_summary(chain)
@@ -180,11 +180,11 @@ def compare_command(
         compare__other=other,
     )
     append = appended(summary)
-    with running(quiet, reuse=reuse, resume=resume) as session:
+    with running(quiet, reuse=reuse, resume=resume) as options:
         from dsg_cli.stages import compare
         from dsg_cli.workspace.store import Workspace
 
-        stored = compare.run(resolved, Workspace(workspace), sources=sources or [], session=session)
+        stored = compare.run(resolved, Workspace(workspace), sources=sources or [], options=options)
     from dsg_cli.report.comparison import comparison_markdown, comparison_table
     from dsg_cli.report.rendering import console
     from dsg_cli.workspace.results import Comparison
@@ -255,11 +255,11 @@ def study_command(
         study__benches=other,
     )
     append = appended(summary)
-    with running(quiet, reuse=reuse, resume=resume) as session:
+    with running(quiet, reuse=reuse, resume=resume) as options:
         from dsg_cli.stages import study
         from dsg_cli.workspace.store import Workspace
 
-        stored = study.run(resolved, Workspace(workspace), name, source=source, session=session)
+        stored = study.run(resolved, Workspace(workspace), name, source=source, options=options)
     from dsg_cli.report.rendering import console
     from dsg_cli.report.studies import study_markdown, study_table
     from dsg_cli.workspace.results import StudyReport

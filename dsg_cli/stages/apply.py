@@ -40,7 +40,7 @@ from dsg_cli.settings import GuardrailSection, ModelSection, Recipe, SaeSection,
 from dsg_cli.stages import calibrate, select, unlearn, wrap
 from dsg_cli.stages.calibrate import dev_questions
 from dsg_cli.stages.inputs import chain_sae, check_tokens, load_chain_model, taken_from
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.artifacts import MADE_BY, FeatureSet, Guardrail, Header, Threshold
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Json
@@ -226,13 +226,13 @@ def _rows(
 AUTO = "auto"
 
 
-def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, session: Session = QUIET) -> Stored:
+def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, options: RunOptions = QUIET) -> Stored:
     """Build the guardrail from the newest threshold, or from the one named, and write it."""
-    source = session.named(workspace, "threshold", source)
-    return session.write(workspace, lambda: _made(recipe, workspace, source, session))
+    source = options.named(workspace, "threshold", source)
+    return options.write(workspace, lambda: _made(recipe, workspace, source, options))
 
 
-def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Session) -> Stored:
+def _made(recipe: Recipe, workspace: Workspace, source: str | None, options: RunOptions) -> Stored:
     clock = Clock()
     threshold = workspace.find("threshold", source)
     workspace.check_writable()
@@ -255,7 +255,7 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Ses
         inputs=[threshold],
         notes=notes,
     )
-    if session.reuse and (stored := workspace.matching(header)) is not None:
+    if options.reuse and (stored := workspace.matching(header)) is not None:
         return stored
     loaded = load_chain_model(threshold.header, recipe, cut=not is_auto)
     check_tokens(loaded, set_at.special_ids, threshold.id)
@@ -296,7 +296,7 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, session: Ses
     longest = threshold.header.settings["lengths"][1]
     trial = Trial(forget, longest, must_act=not recipe.guardrail.allow_ineffective)
     body, n_tokens = tried(loaded, header, body, tensors, trial)
-    session.report("guardrail", 1, 1)
+    options.report("guardrail", 1, 1)
     return workspace.write(clock.close(header, n_tokens=n_tokens), body, tensors=tensors)
 
 
@@ -322,7 +322,7 @@ HINT = "Take other features, more of them or a lower `above` (--set methods.{}),
 
 
 def run_clamp(
-    recipe: Recipe, workspace: Workspace, method: str, *, source: str | None = None, session: Session = QUIET
+    recipe: Recipe, workspace: Workspace, method: str, *, source: str | None = None, options: RunOptions = QUIET
 ) -> Stored:
     """Build the guardrail from the newest features, or from those named, and write it.
 
@@ -331,14 +331,14 @@ def run_clamp(
         workspace: Where the features are.
         method: One of `METHODS`.
         source: Features by id or path.
-        session: How it is run.
+        options: How it is run.
     """
     assert method in CLAMP_METHODS
-    source = session.named(workspace, "features", source)
-    return session.write(workspace, lambda: _made_clamp(recipe, workspace, method, source, session))
+    source = options.named(workspace, "features", source)
+    return options.write(workspace, lambda: _made_clamp(recipe, workspace, method, source, options))
 
 
-def _made_clamp(recipe: Recipe, workspace: Workspace, method: str, source: str | None, session: Session) -> Stored:
+def _made_clamp(recipe: Recipe, workspace: Workspace, method: str, source: str | None, options: RunOptions) -> Stored:
     clock = Clock()
     features = workspace.find("features", source)
     workspace.check_writable()
@@ -359,14 +359,14 @@ def _made_clamp(recipe: Recipe, workspace: Workspace, method: str, source: str |
         inputs=[features],
         notes=[*notes, *clamping.notes, *changed],
     )
-    if session.reuse and (stored := workspace.matching(header)) is not None:
+    if options.reuse and (stored := workspace.matching(header)) is not None:
         return stored
     loaded = load_chain_model(features.header, recipe, cut=True)
     body, tensors = _guardrail(method, clamping, features, sae, loaded)
     hint = HINT.format(section_of(method))
     trial = Trial(forget, LONGEST, must_act=not recipe.guardrail.allow_ineffective, hint=hint)
     body, n_tokens = tried(loaded, header, body, tensors, trial)
-    session.report("guardrail", 1, 1)
+    options.report("guardrail", 1, 1)
     return workspace.write(clock.close(header, n_tokens=n_tokens), body, tensors=tensors)
 
 
@@ -434,7 +434,7 @@ ORIGINS = ("features", "model")
 
 
 def run_method(
-    recipe: Recipe, workspace: Workspace, method: str, *, source: str | None = None, session: Session = QUIET
+    recipe: Recipe, workspace: Workspace, method: str, *, source: str | None = None, options: RunOptions = QUIET
 ) -> Stored:
     """Apply a method and write what it makes.
 
@@ -444,25 +444,27 @@ def run_method(
         method: One of `methods.names.METHODS`.
         source: Artifact to go on from; without it what the recipe names, or else the newest features (for `dsg` the
             newest threshold).
-        session: How it is run.
+        options: How it is run.
     """
     check_method(method)
-    origin = _origin(recipe, workspace, method, source, session)
+    origin = _origin(recipe, workspace, method, source, options)
     if method == "dsg":
-        return _dsg_guardrail(recipe, workspace, origin, session)
+        return _dsg_guardrail(recipe, workspace, origin, options)
     if METHODS[method].needs_sae and (origin is None or origin.header.kind != "features"):
         recipe = _with_sae(taken_from(recipe, origin), method)
         # The probe is for the gate of `dsg`, and costs more than all else.
         without = replace(recipe, select=replace(recipe.select, probe_features=0))
-        origin = select.run(without, workspace, session=session)
+        origin = select.run(without, workspace, options=options)
     if METHODS[method].form == "model":
-        return unlearn.run(recipe, workspace, method, origin=origin, session=session)
+        return unlearn.run(recipe, workspace, method, origin=origin, options=options)
     if METHODS[method].form == "guardrail":
-        return run_clamp(recipe, workspace, method, source=str(origin.path) if origin else None, session=session)
-    return wrap.run(recipe, workspace, method, origin=origin, session=session)
+        return run_clamp(recipe, workspace, method, source=str(origin.path) if origin else None, options=options)
+    return wrap.run(recipe, workspace, method, origin=origin, options=options)
 
 
-def _origin(recipe: Recipe, workspace: Workspace, method: str, source: str | None, session: Session) -> Stored | None:
+def _origin(
+    recipe: Recipe, workspace: Workspace, method: str, source: str | None, options: RunOptions
+) -> Stored | None:
     """The artifact to go on from, if it is not the recipe that says what to read."""
     kinds = (*ORIGINS, "threshold") if method == "dsg" else ORIGINS
     if source is None:
@@ -474,7 +476,7 @@ def _origin(recipe: Recipe, workspace: Workspace, method: str, source: str | Non
                 f"Nothing says what {method} should unlearn.",
                 f"Name corpora (--forget, --retain), or go on from {kind} ({MADE_BY[kind]}).",
             )
-        source = session.named(workspace, kind, None)
+        source = options.named(workspace, kind, None)
         return workspace.find(kind, source)
     stored = workspace.read(source)
     if stored.header.kind not in kinds:
@@ -485,13 +487,13 @@ def _origin(recipe: Recipe, workspace: Workspace, method: str, source: str | Non
     return stored
 
 
-def _dsg_guardrail(recipe: Recipe, workspace: Workspace, origin: Stored | None, session: Session) -> Stored:
+def _dsg_guardrail(recipe: Recipe, workspace: Workspace, origin: Stored | None, options: RunOptions) -> Stored:
     """`dsg` from wherever it goes on: the stages that are missing, then the guardrail."""
     if origin is None or origin.header.kind == "model":
-        origin = select.run(_with_sae(taken_from(recipe, origin), "dsg"), workspace, session=session)
+        origin = select.run(_with_sae(taken_from(recipe, origin), "dsg"), workspace, options=options)
     if origin.header.kind == "features":
-        origin = calibrate.run(recipe, workspace, source=str(origin.path), session=session)
-    return run(recipe, workspace, source=str(origin.path), session=session)
+        origin = calibrate.run(recipe, workspace, source=str(origin.path), options=options)
+    return run(recipe, workspace, source=str(origin.path), options=options)
 
 
 def _with_sae(recipe: Recipe, method: str) -> Recipe:

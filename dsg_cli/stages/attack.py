@@ -26,7 +26,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import context_length
 from dsg_cli.settings import AttackSection, Recipe
 from dsg_cli.stages.inputs import LoadedSubject, Subject, find_subject, identify, load_subject, newest
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.artifacts import Header
 from dsg_cli.workspace.checkpoints import Checkpoint
 from dsg_cli.workspace.files import file_digest
@@ -150,7 +150,7 @@ def run(
     kinds: Sequence[str],
     *,
     sources: Sequence[str] = (),
-    session: Session = QUIET,
+    options: RunOptions = QUIET,
     remembered: dict[str, dict[str, list[Json]]] | None = None,
 ) -> list[Stored]:
     """Attack the newest guardrail, model or wrapper, or those named together, in every way that is named.
@@ -160,17 +160,17 @@ def run(
         workspace: Where artifacts are and go.
         kinds: Attacks by name, or groups of them.
         sources: What is attacked, by id or path.
-        session: How it is run.
+        options: How it is run.
         remembered: What earlier calls with the same recipe found of unguarded models, by their weights.
     """
     clock = Clock()
     expanded(kinds)
-    sources = session.named_together(workspace, sources, newest)
-    with session.workers.in_turn():
-        made = _prepared(recipe, workspace, kinds, sources, session)
+    sources = options.named_together(workspace, sources, newest)
+    with options.workers.in_turn():
+        made = _prepared(recipe, workspace, kinds, sources, options)
     stored = []
     for kind in made.headers:
-        stored.append(_one(made, kind, recipe, workspace, clock, session, remembered))
+        stored.append(_one(made, kind, recipe, workspace, clock, options, remembered))
         clock = Clock()
     return stored
 
@@ -195,15 +195,15 @@ class _Prepared:
 
 
 def _prepared(
-    recipe: Recipe, workspace: Workspace, named: Sequence[str], sources: Sequence[str], session: Session
+    recipe: Recipe, workspace: Workspace, named: Sequence[str], sources: Sequence[str], options: RunOptions
 ) -> _Prepared:
     """Everything checked and read."""
     settings = recipe.attack
     subject = find_subject(workspace, sources)
     workspace.check_writable()
     bench = settings.bench or default_bench(subject.forget())
-    kinds = possible(named, settings, bench, session.say)
-    kinds = suited(named, kinds, subject, session.say)
+    kinds = possible(named, settings, bench, options.say)
+    kinds = suited(named, kinds, subject, options.say)
     expected = [parse_expected(text, kinds) for text in settings.expect]
     check_metrics(expected, {kind: {"acc"} for kind in kinds})
     check_counts(settings, kinds)
@@ -270,15 +270,15 @@ def _one(
     recipe: Recipe,
     workspace: Workspace,
     clock: Clock,
-    session: Session,
+    options: RunOptions,
     remembered: dict[str, dict[str, list[Json]]] | None,
 ) -> Stored:
     """One attack, measured and written."""
     header = made.headers[kind]
-    if made.is_known and (found := session.existing(workspace, header)) is not None:
+    if made.is_known and (found := options.existing(workspace, header)) is not None:
         return found
-    with session.checkpoint(workspace, header) as checkpoint:
-        target = _target(made, recipe, session, checkpoint)
+    with options.checkpoint(workspace, header) as checkpoint:
+        target = _target(made, recipe, options, checkpoint)
         if remembered is not None:
             base = made.loaded.base
             whole = fingerprint(base.model, base.n_layers - 1)
@@ -302,10 +302,10 @@ def _one(
             expected=_checked([one for one in made.expected if one.bench == kind], kind, before, summary),
             composition=made.subject.composition(),
         )
-        return session.write(workspace, lambda: workspace.write(clock.close(header), body))
+        return options.write(workspace, lambda: workspace.write(clock.close(header), body))
 
 
-def _target(made: _Prepared, recipe: Recipe, session: Session, checkpoint: Checkpoint) -> Target:
+def _target(made: _Prepared, recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> Target:
     loaded = made.loaded
     return Target(
         model=loaded.model.model,
@@ -317,9 +317,9 @@ def _target(made: _Prepared, recipe: Recipe, session: Session, checkpoint: Check
         batch_size=recipe.eval.batch_size,
         max_length=context_length(loaded.base.model.config),
         seed=recipe.seed,
-        workers=session.workers,
+        workers=options.workers,
         checkpoint=checkpoint,
-        report=session.report,
+        report=options.report,
     )
 
 

@@ -36,7 +36,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.settings import CalibrateSection, Recipe
 from dsg_cli.stages.inputs import chain_sae, load_chain_model, spelled
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.artifacts import FeatureSet, Header, Threshold
 from dsg_cli.workspace.checkpoints import Checkpoint
 from dsg_cli.workspace.provenance import Clock
@@ -128,22 +128,22 @@ def all_pieces(
     }
 
 
-def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, session: Session = QUIET) -> Stored:
+def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, options: RunOptions = QUIET) -> Stored:
     """Set the threshold of the newest features, or of those named, and write it."""
     clock = Clock()
-    source = session.named(workspace, "features", source)
-    with session.workers.in_turn():
+    source = options.named(workspace, "features", source)
+    with options.workers.in_turn():
         made = _prepared(recipe, workspace, source)
-    if (stored := session.existing(workspace, made.header)) is not None:
+    if (stored := options.existing(workspace, made.header)) is not None:
         return stored
-    with session.checkpoint(workspace, made.header) as checkpoint:
+    with options.checkpoint(workspace, made.header) as checkpoint:
         rows = [
-            row for part, pieces in made.pieces.items() for row in _statistics(made, part, pieces, session, checkpoint)
+            row for part, pieces in made.pieces.items() for row in _statistics(made, part, pieces, options, checkpoint)
         ]
         body = _threshold(made, rows)
         rows = [{**row, "gated": row["statistic"] > body.threshold} for row in rows]
         n_tokens = sum(row["length"] for row in rows)
-        return session.write(
+        return options.write(
             workspace, lambda: workspace.write(clock.close(made.header, n_tokens=n_tokens), body, rows=rows)
         )
 
@@ -282,7 +282,7 @@ def _rates(rows: Sequence[Json], threshold: float, longest: int) -> list[Json]:
 
 
 def _statistics(
-    made: _Prepared, part: str, pieces: Sequence[Piece], session: Session, checkpoint: Checkpoint
+    made: _Prepared, part: str, pieces: Sequence[Piece], options: RunOptions, checkpoint: Checkpoint
 ) -> list[Json]:
     """The gate statistic of every piece of one part: `{id, group, part, length, statistic}`, no text."""
     found = gate_statistics(
@@ -290,9 +290,9 @@ def _statistics(
         [made.gate],
         pieces,
         what=part,
-        workers=session.workers,
+        workers=options.workers,
         checkpoint=checkpoint,
-        report=session.report,
+        report=options.report,
     )
     return [
         {"id": pieces[i].id, "group": pieces[i].corpus, "part": part, "length": length, "statistic": statistic}

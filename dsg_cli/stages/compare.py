@@ -35,7 +35,7 @@ from dsg_cli.stages import attack, evaluate
 from dsg_cli.stages.apply import run_method
 from dsg_cli.stages.attack import default_bench
 from dsg_cli.stages.inputs import Subject, find_subject, identify, load_subject, named_model
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.artifacts import Header, ModelWeights
 from dsg_cli.workspace.checkpoints import Checkpoint
 from dsg_cli.workspace.provenance import Clock
@@ -124,7 +124,7 @@ def reset_peak(device: str) -> None:
 
 
 def sequence_of(
-    recipe: Recipe, workspace: Workspace, name: str, values: Values, benches: Json, session: Session
+    recipe: Recipe, workspace: Workspace, name: str, values: Values, benches: Json, options: RunOptions
 ) -> Json:
     """`{method, curve: [{request, artifacts, results: {bench: acc}}], error}`, on test questions of every request.
 
@@ -134,7 +134,7 @@ def sequence_of(
         name: A method.
         values: Its settings.
         benches: Of the comparison.
-        session: How it is run.
+        options: How it is run.
     """
     chosen = with_values(recipe, values)
     requests = [*chosen.corpora.forget[:1], *recipe.compare.sequence]
@@ -143,15 +143,15 @@ def sequence_of(
     curve: list[Json] = []
     error = ""
     for number, request in enumerate(requests):
-        session.say(f"{name}: request {number + 1} of {len(requests)}, {request}")
+        options.say(f"{name}: request {number + 1} of {len(requests)}, {request}")
         try:
-            acting = _applied(chosen, workspace, name, requests, number, acting, session)
+            acting = _applied(chosen, workspace, name, requests, number, acting, options)
             settings: Values = {
                 "eval.benches": list(dict.fromkeys(asked)),
                 "eval.split": "test",
                 "guardrail.allow_ineffective": True,
             }
-            report = evaluate.run(with_values(recipe, settings), workspace, sources=acting, session=session)
+            report = evaluate.run(with_values(recipe, settings), workspace, sources=acting, options=options)
         except DsgError as failure:
             error = failure.message
             break
@@ -174,7 +174,7 @@ def _applied(
     requests: Sequence[str],
     number: int,
     acting: Sequence[str],
-    session: Session,
+    options: RunOptions,
 ) -> list[str]:
     """What acts once a request has been met."""
     if number:
@@ -184,7 +184,7 @@ def _applied(
         if METHODS[name].form == "model":
             changes["model.source"] = acting[-1]
         recipe = with_values(recipe, changes)
-    stored = run_method(recipe, workspace, name, session=session)
+    stored = run_method(recipe, workspace, name, options=options)
     return [stored.id] if METHODS[name].form == "model" else [*acting, stored.id]
 
 
@@ -224,7 +224,7 @@ class Search:
     """Dev questions by bench."""
     base: Mapping[str, float]
     chance: float
-    session: Session
+    options: RunOptions
     checkpoint: Checkpoint
 
     def points(self, name: str) -> list[Values]:
@@ -247,7 +247,7 @@ class Search:
         # Features that trials share are computed once: they lie in one scratch workspace until the method is done.
         with tempfile.TemporaryDirectory(prefix=".compare-", suffix=".tmp", dir=self.workspace.folder) as scratch:
             for number, values in enumerate(wanted[len(done) :], start=len(done) + 1):
-                self.session.say(f"{name}: trial {number} of {len(wanted)}")
+                self.options.say(f"{name}: trial {number} of {len(wanted)}")
                 done = [*done, self._trial(name, values, Workspace(Path(scratch)))]
                 self.checkpoint.keep(f"trials/{name}", {"trials": done})
                 self.checkpoint.write()
@@ -260,7 +260,7 @@ class Search:
         nothing = dict.fromkeys(("forget", "forgetting", "utility", "score"))
         recipe = with_values(self.recipe, values)
         try:
-            stored = run_method(recipe, scratch, name, session=dataclasses.replace(self.session, resume=False))
+            stored = run_method(recipe, scratch, name, options=dataclasses.replace(self.options, resume=False))
             subject = find_subject(scratch, [stored.id])
             loaded = load_subject(scratch, subject, recipe)
             dev = accuracies(
@@ -280,7 +280,7 @@ class Search:
         return {**found, "seconds": round(time.monotonic() - begun, 3)}
 
 
-def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), session: Session = QUIET) -> Stored:
+def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), options: RunOptions = QUIET) -> Stored:
     """Compare methods, or the artifacts that are named, and write what was found.
 
     Args:
@@ -288,17 +288,17 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), se
         workspace: Where artifacts are and go.
         sources: Artifacts to be collected instead of a search: `guardrail-001`, or `model-001+guardrail-002` for what
             acts together.
-        session: How it is run; one that goes on takes trials and artifacts that are there.
+        options: How it is run; one that goes on takes trials and artifacts that are there.
     """
     clock = Clock()
-    if session.workers.n > 1:
+    if options.workers.n > 1:
         raise DsgError("dsg compare runs in one process.", "Run it without torchrun.")
     made = _prepared(recipe, workspace, sources)
-    if (stored := session.existing(workspace, made.header)) is not None:
+    if (stored := options.existing(workspace, made.header)) is not None:
         return stored
     # What was made before, by this run before it was interrupted or by another, is not made again.
-    inner = dataclasses.replace(session, reuse=True, resume=False)
-    with session.checkpoint(workspace, made.header) as checkpoint:
+    inner = dataclasses.replace(options, reuse=True, resume=False)
+    with options.checkpoint(workspace, made.header) as checkpoint:
         search = Search(made.recipe, workspace, made.benches, made.questions, made.base, made.chance, inner, checkpoint)
         trials = {name: search.trials(name) for name in (compared(recipe.compare) if not sources else ())}
         rows = [_collected(made, workspace, source, inner) for source in sources]
@@ -410,7 +410,7 @@ def _rows(
     name: str,
     values: Values | None,
     trials: Sequence[Json],
-    session: Session,
+    options: RunOptions,
 ) -> list[Json]:
     """What was chosen of a method, applied, evaluated and attacked; on every SAE, if it needs one."""
     first = made.recipe.sae.source
@@ -421,22 +421,22 @@ def _rows(
             continue
         on_sae = values | ({"sae.source": sae} if sae else {})
         try:
-            session.say(f"{name}{f' on SAE {sae}' if sae else ''}: applying what was chosen")
+            options.say(f"{name}{f' on SAE {sae}' if sae else ''}: applying what was chosen")
             reset_peak(made.header.device)
-            stored = run_method(with_values(made.recipe, on_sae), workspace, name, session=session)
-            rows.append(_measured(made, workspace, _row(name, sae, values), [stored.id], session))
+            stored = run_method(with_values(made.recipe, on_sae), workspace, name, options=options)
+            rows.append(_measured(made, workspace, _row(name, sae, values), [stored.id], options))
         except DsgError as error:
             rows.append(_row(name, sae, values) | {"error": error.message})
     return rows
 
 
-def _collected(made: _Prepared, workspace: Workspace, source: str, session: Session) -> Json:
+def _collected(made: _Prepared, workspace: Workspace, source: str, options: RunOptions) -> Json:
     """The row of artifacts that are there."""
     ids = source.split("+")
     subject = find_subject(workspace, ids)
     name = " + ".join(one["method"] for one in subject.composition())
     sae = subject.header.sae
-    return _measured(made, workspace, _row(name, sae.source if sae is not None else "", {}), ids, session)
+    return _measured(made, workspace, _row(name, sae.source if sae is not None else "", {}), ids, options)
 
 
 def _row(name: str, sae: str, values: Values) -> Json:
@@ -444,11 +444,11 @@ def _row(name: str, sae: str, values: Values) -> Json:
     return {"method": name, "sae": sae, "values": values, **nothing, "n_features": 0, "error": ""}
 
 
-def _measured(made: _Prepared, workspace: Workspace, row: Json, ids: Sequence[str], session: Session) -> Json:
+def _measured(made: _Prepared, workspace: Workspace, row: Json, ids: Sequence[str], options: RunOptions) -> Json:
     """Evaluated on test questions, and attacked by relearning."""
     section, every = made.recipe.compare, [made.benches["forget"], *made.benches["near"], *made.benches["other"]]
     settings: Values = {"eval.benches": every, "eval.split": "test", "guardrail.allow_ineffective": True}
-    stored = evaluate.run(with_values(made.recipe, settings), workspace, sources=ids, session=session)
+    stored = evaluate.run(with_values(made.recipe, settings), workspace, sources=ids, options=options)
     report = stored.body_as(EvalReport)
     subject = find_subject(workspace, ids)
     row |= {
@@ -473,7 +473,7 @@ def _measured(made: _Prepared, workspace: Workspace, row: Json, ids: Sequence[st
         }
         recipe = with_values(made.recipe, attacking)
         (attacked,) = attack.run(
-            recipe, workspace, ["relearn"], sources=ids, session=session, remembered=made.remembered
+            recipe, workspace, ["relearn"], sources=ids, options=options, remembered=made.remembered
         )
         last = attacked.body_as(AttackReport).curve[-1]
         row |= {

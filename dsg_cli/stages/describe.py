@@ -23,7 +23,7 @@ from dsg_cli.models.language_model import context_length, load_model, load_token
 from dsg_cli.models.sae import check_fits, check_name, load_encoder, read_sae
 from dsg_cli.settings import CorporaSection, Recipe
 from dsg_cli.stages.inputs import check_world, named_model
-from dsg_cli.stages.stage import QUIET, Session, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, settle
 from dsg_cli.workspace.files import is_taken, write_atomically
 from dsg_cli.workspace.store import Workspace
 
@@ -40,7 +40,7 @@ def run(
     corpora: Sequence[str],
     *,
     is_forced: bool = False,
-    session: Session = QUIET,
+    options: RunOptions = QUIET,
 ) -> list[Description]:
     """Describe every feature that fires on the corpora, and write the file.
 
@@ -50,7 +50,7 @@ def run(
         path: The file.
         corpora: Names; what is to be forgotten need not be told from the rest.
         is_forced: Replace the file, if there is one.
-        session: How it is run.
+        options: How it is run.
     """
     _check_path(path, is_forced)
     check_named(corpora, role="described")
@@ -65,7 +65,7 @@ def run(
     check_chat(tokenizer, read)
     sae = read_sae(recipe.sae.source)
     for note in check_fits(sae, config, source, has_bos=tokenizer.bos_token_id is not None):
-        session.say(f"note: {note}")
+        options.say(f"note: {note}")
     bos = bos_to_prepend(tokenizer, sae.identity.prepend_bos)
     texts = [text for corpus in read for text in prompts(tokenizer, corpus, None)]
     room = min(ROW_TOKENS, context_length(config) - 1)
@@ -80,9 +80,9 @@ def run(
         loaded.tokenizer,
         n_contexts=N_CONTEXTS,
         what="described text",
-        report=session.report,
+        report=options.report,
     )
-    found = describe_features(contexts, loaded.tokenizer, report=session.report)
+    found = describe_features(contexts, loaded.tokenizer, report=options.report)
     if not found:
         raise DsgError("No feature of the SAE fires on a word of this text.", "Check that the SAE is the model's.")
     content = "".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in found)

@@ -22,7 +22,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer, whole_digest
 from dsg_cli.settings import Recipe
 from dsg_cli.stages.inputs import LoadedSubject, Subject, find_subject, identify, load_subject, named_model, newest
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.artifacts import Header
 from dsg_cli.workspace.checkpoints import Checkpoint
 from dsg_cli.workspace.files import is_file, parse_json
@@ -38,7 +38,7 @@ Answers = dict[bytes, tuple[float, bool]]
 
 
 def earlier_answers(
-    workspace: Workspace, header: Header, session: Session, checkpoint: Checkpoint
+    workspace: Workspace, header: Header, options: RunOptions, checkpoint: Checkpoint
 ) -> dict[str, Answers]:
     """Answers that the same base model gave, by evaluation: same weights, device, dtype and versions.
 
@@ -47,7 +47,7 @@ def earlier_answers(
     from dsg_cli.inference.scoring import answers_from_tensors
 
     kept = checkpoint.entry("evaluations")
-    ids: list[str] = session.workers.agreed(kept["ids"] if kept else workspace.ids("eval"))
+    ids: list[str] = options.workers.agreed(kept["ids"] if kept else workspace.ids("eval"))
     checkpoint.keep("evaluations", {"ids": ids})
     earlier = {}
     for artifact_id in ids:
@@ -194,23 +194,23 @@ def _checked(where: str, bench: str, held: Mapping[str, Any]) -> Json:
     return dict(scores)
 
 
-def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), session: Session = QUIET) -> Stored:
+def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), options: RunOptions = QUIET) -> Stored:
     """Evaluate the newest guardrail, model or wrapper, or those named together, and write the report."""
     clock = Clock()
     for text in recipe.eval.expect:
         parse_expected(text, recipe.eval.benches)
-    sources = session.named_together(workspace, sources, newest)
-    with session.workers.in_turn():
+    sources = options.named_together(workspace, sources, newest)
+    with options.workers.in_turn():
         made = _prepared(recipe, workspace, sources)
     # Nothing vouches for the data of other benches, so they are asked again.
     is_known = all(bench in lab.bench_names() for bench in recipe.eval.benches)
-    if is_known and (stored := session.existing(workspace, made.header)) is not None:
+    if is_known and (stored := options.existing(workspace, made.header)) is not None:
         return stored
-    with session.checkpoint(workspace, made.header) as checkpoint:
-        earlier = earlier_answers(workspace, made.header, session, checkpoint)
+    with options.checkpoint(workspace, made.header) as checkpoint:
+        earlier = earlier_answers(workspace, made.header, options, checkpoint)
         texts = {} if recipe.eval.samples else earlier_texts(workspace, made.texts.digests(), made.header, checkpoint)
-        found = _asked(made, recipe, earlier, texts, session, checkpoint)
-        stored = session.write(workspace, lambda: _write(workspace, clock, made, recipe, found, earlier))
+        found = _asked(made, recipe, earlier, texts, options, checkpoint)
+        stored = options.write(workspace, lambda: _write(workspace, clock, made, recipe, found, earlier))
     _check_effect(stored, made.subject, recipe)
     return stored
 
@@ -298,37 +298,37 @@ def _asked(
     recipe: Recipe,
     earlier: dict[str, Answers],
     known_texts: Results,
-    session: Session,
+    options: RunOptions,
     checkpoint: Checkpoint,
 ) -> list[SideBySide]:
     """Every bench of both sides."""
     settings = recipe.eval
-    options: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "bos": made.subject.bos,
         "batch_size": settings.batch_size,
         "samples": settings.samples,
         "allow_mismatch": recipe.model.allow_mismatch,
         "known": {key: answer for answers in earlier.values() for key, answer in answers.items()},
-        "workers": session.workers,
+        "workers": options.workers,
         "checkpoint": checkpoint,
-        "report": session.report,
+        "report": options.report,
     }
     found: list[SideBySide] = []
     loaded = made.loaded
-    options |= {"unlearned": loaded.model, "wrappers": loaded.wrappers}
+    shared |= {"unlearned": loaded.model, "wrappers": loaded.wrappers}
     if made.tasks:
         from dsg_cli.evals.lm_harness import Asking, evaluate
 
         asking = Asking(settings.limit, settings.num_fewshot, settings.apply_chat_template)
-        found.append(evaluate(loaded.base, loaded.guardrails, made.tasks, asking=asking, **options))
+        found.append(evaluate(loaded.base, loaded.guardrails, made.tasks, asking=asking, **shared))
     if made.questions:
         from dsg_cli.evals.paper_protocol import evaluate_paper
 
-        options |= {"limit": settings.limit, "question_ids": made.wanted}
-        found.append(evaluate_paper(loaded.base, loaded.guardrails, made.questions, **options))
+        shared |= {"limit": settings.limit, "question_ids": made.wanted}
+        found.append(evaluate_paper(loaded.base, loaded.guardrails, made.questions, **shared))
     if made.texts.benches:
         base, unlearned = _sides(loaded)
-        texts = dataclasses.replace(made.texts, workers=session.workers, checkpoint=checkpoint, report=session.report)
+        texts = dataclasses.replace(made.texts, workers=options.workers, checkpoint=checkpoint, report=options.report)
         found.append(
             evaluate_texts(
                 base,

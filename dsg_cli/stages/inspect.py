@@ -38,7 +38,7 @@ from dsg_cli.stages.inputs import (
     only_guardrails,
     read_corpora,
 )
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, SaeIdentity
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Inspection, Json
@@ -240,17 +240,17 @@ def run(
     *,
     source: str | None = None,
     wanted: Wanted = Wanted(),
-    session: Session = QUIET,
+    options: RunOptions = QUIET,
 ) -> Shown:
     """Inspect the newest guardrail, else the newest features, or what is named."""
     clock = Clock()
     made = _prepared(recipe, workspace, source, wanted)
-    if (stored := session.existing(workspace, made.header)) is not None:
+    if (stored := options.existing(workspace, made.header)) is not None:
         return Shown(stored, workspace.rows(stored) if wanted.samples else [])
     loaded = load_chain_model(made.found.made.header, made.recipe, cut=True)
-    reads = _reads(made, loaded, wanted, session)
+    reads = _reads(made, loaded, wanted, options)
     reads, notes = with_near(reads, made.chosen)
-    features, more = _features(made, loaded, reads, wanted, session)
+    features, more = _features(made, loaded, reads, wanted, options)
     rows = [
         row
         for c, one in enumerate(made.chosen)
@@ -323,7 +323,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None, wanted: 
     return _Prepared(found, chosen, features, tensors, groups, sae, header, recipe, earlier)
 
 
-def _reads(made: _Prepared, loaded: LoadedModel, wanted: Wanted, session: Session) -> list[Read]:
+def _reads(made: _Prepared, loaded: LoadedModel, wanted: Wanted, options: RunOptions) -> list[Read]:
     """One pass over each corpus, through the chosen features alone."""
     watched = load_slice(made.sae, [one.index for one in made.chosen]).to(loaded.model.device)
 
@@ -344,21 +344,21 @@ def _reads(made: _Prepared, loaded: LoadedModel, wanted: Wanted, session: Sessio
             loaded.tokenizer,
             n_contexts=CANDIDATES * wanted.n_contexts,
             what=f"{group.role} corpus {group.name.rsplit('/', 1)[-1]}",
-            report=session.report,
+            report=options.report,
         )
         reads.append(Read(group, rows, contexts))
     return reads
 
 
 def _features(
-    made: _Prepared, loaded: LoadedModel, reads: Sequence[Read], wanted: Wanted, session: Session
+    made: _Prepared, loaded: LoadedModel, reads: Sequence[Read], wanted: Wanted, options: RunOptions
 ) -> tuple[list[Json], list[str]]:
     """What there is to say of each feature, and notes."""
     indices = [one.index for one in made.chosen]
     said = logit_lens(loaded.model, loaded.tokenizer, made.sae.write, decoder_rows(made.sae, indices), N_TOKENS)
     nearest = nearest_features(made.sae, indices, N_NEAREST)
     place = place_of(made.sae.identity.source) if wanted.neuronpedia else None
-    told = described(place, indices, session.report) if place else Descriptions({}, "")
+    told = described(place, indices, options.report) if place else Descriptions({}, "")
     words = words_of_all(reads, len(indices), loaded.tokenizer) if wanted.samples else [[] for _ in indices]
     selected = {one.index for one in made.found.chosen}
     features = []

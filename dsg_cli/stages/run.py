@@ -20,7 +20,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.models.releases import locate_release
 from dsg_cli.settings import Recipe
 from dsg_cli.stages.select import is_picked
-from dsg_cli.stages.stage import QUIET, Session
+from dsg_cli.stages.stage import QUIET, RunOptions
 from dsg_cli.workspace.files import is_file, is_folder
 from dsg_cli.workspace.store import Stored, Workspace
 
@@ -29,7 +29,7 @@ def run(
     recipe: Recipe,
     workspace: Workspace,
     *,
-    session: Session = QUIET,
+    options: RunOptions = QUIET,
     done: Callable[[Stored], Any] = lambda _: None,
 ) -> list[Stored]:
     """Select, calibrate, apply, evaluate and attack; each stage reads the artifact that the one before it wrote.
@@ -38,7 +38,7 @@ def run(
         recipe: All settings; it must name corpora and benches. If it says what to teach (`methods.finetune.corpora`),
             the model is trained on that first, and all that follows is on the result.
         workspace: Where artifacts go.
-        session: How it is run; one that goes on takes the artifacts that are there.
+        options: How it is run; one that goes on takes the artifacts that are there.
         done: Called with each artifact once it is written.
     """
     if not recipe.eval.benches:
@@ -87,20 +87,20 @@ def run(
         done(stored)
         return str(stored.path)
 
-    session = dataclasses.replace(session, reuse=session.reuse or session.resume)
+    options = dataclasses.replace(options, reuse=options.reuse or options.resume)
     if recipe.methods.finetune.corpora:
         for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
             if names or role == "retain" or not is_picked(recipe.select):
                 check_named(names, role=role)
         check_name(recipe.sae.source)  # Now, not after the training.
-        keep(unlearn.run(recipe, workspace, "finetune", session=session))
+        keep(unlearn.run(recipe, workspace, "finetune", options=options))
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, source=chain[-1].id))
-    features = keep(select.run(recipe, workspace, session=session))
-    threshold = keep(calibrate.run(recipe, workspace, source=features, session=session))
-    guardrail = keep(apply.run(recipe, workspace, source=threshold, session=session))
-    keep(evaluate.run(recipe, workspace, sources=[guardrail], session=session))
+    features = keep(select.run(recipe, workspace, options=options))
+    threshold = keep(calibrate.run(recipe, workspace, source=features, options=options))
+    guardrail = keep(apply.run(recipe, workspace, source=threshold, options=options))
+    keep(evaluate.run(recipe, workspace, sources=[guardrail], options=options))
     named = recipe.attack.kinds
-    for stored in attack.run(recipe, workspace, named, sources=[guardrail], session=session) if named else ():
+    for stored in attack.run(recipe, workspace, named, sources=[guardrail], options=options) if named else ():
         keep(stored)
     return chain
 

@@ -46,7 +46,7 @@ from dsg_cli.models.sae import SaeSource, check_fits, check_name, load_encoder, 
 from dsg_cli.models.sae_slice import load_slice
 from dsg_cli.settings import Recipe, SelectSection
 from dsg_cli.stages.inputs import check_world, identify, named_model
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.artifacts import FeatureSet, Header, SaeIdentity
 from dsg_cli.workspace.checkpoints import Checkpoint
 from dsg_cli.workspace.provenance import Clock
@@ -62,13 +62,13 @@ def is_picked(settings: SelectSection) -> bool:
     return settings.describe is not None or bool(settings.features)
 
 
-def find_candidates(recipe: Recipe, sae: SaeIdentity, session: Session) -> Candidates | None:
+def find_candidates(recipe: Recipe, sae: SaeIdentity, options: RunOptions) -> Candidates | None:
     """What the settings pick; None if forget text says which features to take.
 
     Args:
         recipe: Its selection, and the device for an embedding model.
         sae: Whose features they are.
-        session: Who downloads, and progress.
+        options: Who downloads, and progress.
     """
     settings = recipe.select
     if settings.features:
@@ -78,13 +78,13 @@ def find_candidates(recipe: Recipe, sae: SaeIdentity, session: Session) -> Candi
         return Candidates([Match(j, 0.0) for j in settings.features], {}, {}, [])
     if settings.describe is None:
         return None
-    found = _descriptions(settings, sae, session)
+    found = _descriptions(settings, sae, options)
     if settings.embedding is None:
         ranking = rank_by_terms(settings.describe, found.texts)
         ranker, missing = "bm25", unmatched(settings.describe, found.texts.values())
     else:
         ranking = rank_by_embedding(
-            settings.describe, found.texts, settings.embedding, device=recipe.model.device, report=session.report
+            settings.describe, found.texts, settings.embedding, device=recipe.model.device, report=options.report
         )
         ranker, missing = f"embedding {settings.embedding}", []
     rows: list[Json] = [{"index": match.index, "score": match.score} for match in ranking[:KEPT]]
@@ -96,14 +96,14 @@ def find_candidates(recipe: Recipe, sae: SaeIdentity, session: Session) -> Candi
     return Candidates(ranking, found.texts, said | {"ranking": rows}, notes)
 
 
-def _descriptions(settings: SelectSection, sae: SaeIdentity, session: Session) -> Descriptions:
+def _descriptions(settings: SelectSection, sae: SaeIdentity, options: RunOptions) -> Descriptions:
     """From the file that is named, or else Neuronpedia's."""
     if settings.descriptions is not None:
         return read_descriptions(Path(settings.descriptions), sae.n_features)
     name = place_of(sae.source)
     if name is None:
         raise DsgError(f"Nobody is known to have described the features of {sae.source}.", INSTEAD)
-    path = fetch_descriptions(name, sae.n_features, report=session.report)
+    path = fetch_descriptions(name, sae.n_features, report=options.report)
     return read_descriptions(path, sae.n_features, source=f"neuronpedia:{name}")
 
 
@@ -148,7 +148,7 @@ class Selected:
 def selected(
     made: Prepared,
     settings: SelectSection,
-    session: Session,
+    options: RunOptions,
     checkpoint: Checkpoint,
     *,
     remembered: Remembered | None = None,
@@ -158,11 +158,11 @@ def selected(
     Args:
         made: From `prepared`.
         settings: Of the selection.
-        session: How it is run.
+        options: How it is run.
         checkpoint: Where the pass goes on from, and is kept.
         remembered: What earlier calls found of the same corpora by the same SAE.
     """
-    parts = _statistics(made, settings, session, checkpoint, remembered or Remembered())
+    parts = _statistics(made, settings, options, checkpoint, remembered or Remembered())
     statistics = {
         role: mix(of_role, [corpus.weight for corpus in made.corpora[role]])
         for role, of_role in parts.items()
@@ -180,7 +180,7 @@ def selected(
         forget_tokens=statistics["forget"].n_tokens if "forget" in statistics else 0,
         retain_tokens=statistics["retain"].n_tokens,
         median_residual_norm=statistics["retain"].median_residual_norm,
-        probe=_probe(made, settings, statistics, parts, session, remembered),
+        probe=_probe(made, settings, statistics, parts, options, remembered),
         described=made.candidates.described if made.candidates is not None else {},
     )
     tensors = {name: tensor for role in statistics for name, tensor in statistics[role].tensors(role).items()}
@@ -211,7 +211,7 @@ def _selection(
 
 
 def _statistics(
-    made: Prepared, settings: SelectSection, session: Session, checkpoint: Checkpoint, remembered: Remembered
+    made: Prepared, settings: SelectSection, options: RunOptions, checkpoint: Checkpoint, remembered: Remembered
 ) -> Parts:
     """From one pass over each corpus's `select` part, but for those that are remembered."""
     encoder = load_encoder(made.sae, device=str(made.loaded.model.device))
@@ -228,9 +228,9 @@ def _statistics(
                     _batches(made, settings, role, corpus),
                     total_tokens=estimated_tokens(corpus.part("select"), at_most),
                     what=f"{role} corpus {corpus.name.rsplit('/', 1)[-1]}",
-                    workers=session.workers,
+                    workers=options.workers,
                     checkpoint=checkpoint,
-                    report=session.report,
+                    report=options.report,
                 )
             parts[role].append(remembered.statistics[key])
     return parts
@@ -265,7 +265,7 @@ def _probe(
     settings: SelectSection,
     mixed: dict[str, FeatureStatistics],
     parts: Parts,
-    session: Session,
+    options: RunOptions,
     remembered: Remembered | None,
 ) -> Json:
     """A probe of tokens, from a second pass over a sample of the same text; nothing if none is wanted, or possible."""
@@ -288,8 +288,8 @@ def _probe(
                 batches=_batches(made, settings, role, corpus),
                 total_tokens=statistics.n_tokens,
                 n_tokens=max(1, settings.probe_tokens // 2 // len(several)),
-                workers=session.workers,
-                report=session.report,
+                workers=options.workers,
+                report=options.report,
                 what=f"probe, {role} corpus {corpus.name.rsplit('/', 1)[-1]}",
             )
             if remembered is None or role == "forget":
@@ -312,7 +312,7 @@ def _probe(
         indices,
         n_features=settings.probe_features,
         ridge=settings.probe_ridge,
-        report=session.report,
+        report=options.report,
     ).as_json()
 
 
@@ -320,7 +320,7 @@ def run(
     recipe: Recipe,
     workspace: Workspace,
     *,
-    session: Session = QUIET,
+    options: RunOptions = QUIET,
     ranked: Callable[[Candidates], Any] = lambda _: None,
 ) -> Stored:
     """Select features and write them.
@@ -328,26 +328,26 @@ def run(
     Args:
         recipe: Model, SAE, corpora and settings.
         workspace: Where they go.
-        session: How it is run.
+        options: How it is run.
         ranked: Called with what is picked without text, before any text is read.
     """
     clock = Clock()
-    with session.workers.in_turn():
-        made = prepared(recipe, workspace, session=session)
+    with options.workers.in_turn():
+        made = prepared(recipe, workspace, options=options)
     if made.candidates is not None:
         ranked(made.candidates)
-    if (stored := session.existing(workspace, made.header)) is not None:
+    if (stored := options.existing(workspace, made.header)) is not None:
         return stored
-    with session.checkpoint(workspace, made.header) as checkpoint:
-        found = selected(made, recipe.select, session, checkpoint)
+    with options.checkpoint(workspace, made.header) as checkpoint:
+        found = selected(made, recipe.select, options, checkpoint)
         header = _noted(made, found)
         n_tokens = found.body.forget_tokens + found.body.retain_tokens
         closed = clock.close(header, n_tokens=n_tokens)
-        return session.write(workspace, lambda: workspace.write(closed, found.body, tensors=found.tensors))
+        return options.write(workspace, lambda: workspace.write(closed, found.body, tensors=found.tensors))
 
 
 def prepared(
-    recipe: Recipe, workspace: Workspace, *, loaded: LoadedModel | None = None, session: Session = QUIET
+    recipe: Recipe, workspace: Workspace, *, loaded: LoadedModel | None = None, options: RunOptions = QUIET
 ) -> Prepared:
     """Everything checked and read.
 
@@ -355,7 +355,7 @@ def prepared(
         recipe: Model, SAE, corpora and settings.
         workspace: Where models that are artifacts are.
         loaded: The model, if it has been loaded already.
-        session: How it is run.
+        options: How it is run.
     """
     names = recipe.corpora
     if names.forget or not is_picked(recipe.select):
@@ -382,7 +382,7 @@ def prepared(
             f"{recipe.select.n_features} features were asked for; the SAE has {sae.identity.n_features}.",
             "Choose another number with -n.",
         )
-    candidates = find_candidates(recipe, sae.identity, session)
+    candidates = find_candidates(recipe, sae.identity, options)
     loaded = loaded or load_model(recipe.model.source, recipe.model, last_layer=sae.site.layer)
     header = new_header(
         "features",

@@ -1,4 +1,8 @@
-"""How a stage is run: who does it, from where it goes on, and what it returns instead of beginning at all."""
+"""How every stage runs: on which device, from what on, and what it leaves behind.
+
+A stage first checks and reads all that it can without weights. Then, in `with stage(...) as this`, `this.existing` is
+what `--reuse` takes instead, `this.job` is what long passes go on from, and `this.write` writes the artifact.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,203 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dsg_cli import __version__
 from dsg_cli.errors import DsgError
-from dsg_cli.job import ALONE, Report, Workers, launched, silent
+from dsg_cli.job import ALONE, Job, Report, Workers, launched, silent
 from dsg_cli.settings import Recipe
-from dsg_cli.workspace.artifacts import SCHEMAS, Header, ModelIdentity, SaeIdentity
+from dsg_cli.workspace.artifacts import SCHEMAS, Body, Header, ModelIdentity, SaeIdentity
 from dsg_cli.workspace.checkpoints import SUFFIX, Checkpoint
-from dsg_cli.workspace.files import Signalled
-from dsg_cli.workspace.provenance import git_state
+from dsg_cli.workspace.files import Content, Signalled
+from dsg_cli.workspace.provenance import Clock, git_state
 from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace, reuse_key, writing
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "lm-eval", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says about running, as the settings say what is computed."""
+
+    reuse: bool = False
+    """Return an existing artifact whose settings, inputs and versions all match."""
+    resume: bool = False
+    """Go on from the checkpoint of an interrupted run."""
+    workers: Workers = ALONE
+    report: Report = silent
+    say: Callable[[str], None] = field(default=lambda _: None)
+    """What a person should know now."""
+
+    def newest(self, workspace: Workspace, kind: str, source: str | None) -> str | None:
+        """The artifact to start from; where several workers run, the newest is the one that the first of them sees."""
+        if source is not None or self.workers.n == 1:
+            return source
+        return str(self.workers.agreed(workspace.find(kind).id if self.workers.is_first else None))
+
+    def by_first(self, workspace: Workspace, run: Callable[[RunOptions], Stored]) -> Stored:
+        """A stage whose work is not worth sharing: the first worker runs it alone, the others read what it wrote."""
+        stored = run(replace(self, workers=ALONE)) if self.workers.is_first else None
+        artifact_id = self.workers.agreed(stored.id if stored else None)
+        return stored or workspace.read(artifact_id)
+
+    # Until every stage runs in `with stage(...)`.
+    def named(self, workspace: Workspace, kind: str, wanted: str | None) -> str | None:
+        return self.newest(workspace, kind, wanted)
+
+    def named_together(
+        self, workspace: Workspace, wanted: Sequence[str], newest: Callable[[Workspace], str]
+    ) -> Sequence[str]:
+        return wanted or [str(self.workers.agreed(newest(workspace) if self.workers.is_first else None))]
+
+    def existing(self, workspace: Workspace, header: Header) -> Stored | None:
+        if not self.reuse:
+            return None
+        found = workspace.matching(header) if self.workers.is_first else None
+        wanted = self.workers.agreed(found.id if found else None)
+        return workspace.read(wanted) if wanted else None
+
+    @contextmanager
+    def checkpoint(self, workspace: Workspace, header: Header) -> Iterator[Checkpoint]:
+        values = [repr(reuse_key(header)), self.workers.rank, self.workers.n]
+        key = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+        path = workspace.folder / f".{header.kind}-{key}{SUFFIX}"
+        made = Checkpoint(path, resume=self.resume, lock=lambda: writing(workspace.folder))
+        if self.resume:
+            self.say("Going on from the checkpoint." if made.resumed else "No checkpoint of this run; it begins anew.")
+        try:
+            yield made
+        except Signalled as stopped:
+            made.write()
+            stopped.is_kept = path.is_file()
+            raise
+        made.remove()
+
+    def write(self, workspace: Workspace, make: Callable[[], Stored]) -> Stored:
+        stored = make() if self.workers.is_first else None
+        wanted = self.workers.agreed(stored.id if stored else None)
+        return stored or workspace.read(wanted)
+
+
+QUIET = RunOptions()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a stage."""
+
+    header: Header
+    """Without id, files and costs, which come when it is written."""
+    job: Job
+    existing: Stored | None
+    """Returned instead of computing anything (`--reuse`): the same in every worker."""
+    workspace: Workspace
+    clock: Clock
+
+    def write(
+        self,
+        body: Body,
+        *,
+        n_tokens: int = 0,
+        notes: Sequence[str] = (),
+        model: ModelIdentity | None = None,
+        tensors: dict[str, Tensor] | None = None,
+        rows: Iterable[Json] | None = None,
+        table: str | None = None,
+        folder: Mapping[str, Content] | None = None,
+    ) -> Stored:
+        """The artifact, written by the first worker, in all of them.
+
+        Args:
+            body: What was computed.
+            n_tokens: Tokens that passed through the model, or a part of it.
+            notes: What the work has found that a person should know, after the notes of the header.
+            model: In place of the header's, if it was put on another.
+            tensors: Beside it, as safetensors.
+            rows: Beside it, as JSON lines.
+            table: Beside it, as CSV.
+            folder: Files of a folder beside it; those that are given as paths are moved.
+        """
+        stored = None
+        if self.job.workers.is_first:
+            header = replace(self.header, notes=[*self.header.notes, *notes], model=model or self.header.model)
+            header = self.clock.close(header, n_tokens=n_tokens)
+            stored = self.workspace.write(header, body, tensors=tensors, rows=rows, table=table, folder=folder)
+        artifact_id = self.job.workers.agreed(stored.id if stored else None)
+        return stored or self.workspace.read(artifact_id)
+
+
+@contextmanager
+def stage(
+    kind: str,
+    recipe: Recipe,
+    workspace: Workspace,
+    *,
+    inputs: Sequence[Stored],
+    settings: Json,
+    model: ModelIdentity,
+    sae: SaeIdentity | None,
+    clock: Clock,
+    options: RunOptions,
+    notes: Sequence[str] = (),
+    is_reusable: bool = True,
+    is_resumable: bool = True,
+) -> Iterator[Stage]:
+    """One run of a stage, from when all is known that determines its result.
+
+    Its checkpoint is gone after the block, unless that fails or is interrupted.
+
+    Args:
+        kind: Of the artifact.
+        recipe: Settled.
+        workspace: Where it is written.
+        inputs: Artifacts that it is computed from.
+        settings: All else that it is computed from, and is not in another field of the header.
+        model: That it is about.
+        sae: That it is about, if any.
+        clock: Started with the stage.
+        options: How it is run.
+        notes: What a person should know of it.
+        is_reusable: Whether equal headers mean equal results; not where nothing vouches for the data.
+        is_resumable: Whether its work is long enough for a checkpoint.
+    """
+    header = new_header(kind, recipe, settings=settings, model=model, sae=sae, inputs=inputs, notes=notes)
+    workers = options.workers
+    job = Job(workers=workers, progress=options.report)
+    existing_id = None
+    if options.reuse and is_reusable:
+        match = workspace.matching(header) if workers.is_first else None
+        existing_id = workers.agreed(match.id if match else None)
+    if existing_id is not None or not is_resumable:
+        existing = workspace.read(existing_id) if existing_id is not None else None
+        yield Stage(header, job, existing, workspace, clock)
+        return
+    # All that determines the result, and how it is shared.
+    key = hashlib.sha256(json.dumps([repr(reuse_key(header)), workers.rank, workers.n]).encode()).hexdigest()[:16]
+    path = workspace.folder / f".{kind}-{key}{SUFFIX}"
+    checkpoint = Checkpoint(path, resume=options.resume, lock=lambda: writing(workspace.folder))
+    if options.resume:
+        resumed = (
+            "Going on from the checkpoint." if checkpoint.resumed else "No checkpoint of this run; it begins anew."
+        )
+        options.say(resumed)
+    try:
+        yield Stage(header, replace(job, checkpoint=checkpoint), None, workspace, clock)
+    except Signalled as stopped:
+        checkpoint.write()
+        stopped.is_kept = path.is_file()
+        raise
+    checkpoint.remove()
 
 
 def new_header(
@@ -39,7 +220,8 @@ def new_header(
     inputs: Sequence[Stored],
     notes: Sequence[str] = (),
 ) -> Header:
-    """A header without id, files and costs, which come last."""
+    """A header without id, files and costs."""
+    remote_code = ["Python files that came with the model were run."] if recipe.model.trust_remote_code else []
     return Header(
         kind=kind,
         schema=SCHEMAS[kind],
@@ -55,77 +237,9 @@ def new_header(
         model=model,
         sae=sae,
         inputs=[stored.as_input() for stored in inputs],
-        notes=[
-            *notes,
-            *(["Python files that came with the model were run."] if recipe.model.trust_remote_code else []),
-        ],
+        notes=[*notes, *remote_code],
         trust_remote_code=recipe.model.trust_remote_code,
     )
-
-
-@dataclass(frozen=True)
-class Session:
-    """What the command line says about running, as the settings say what is computed."""
-
-    reuse: bool = False
-    """Return an existing artifact whose settings, inputs and versions all match."""
-    resume: bool = False
-    """Go on from the checkpoint of an interrupted run."""
-    workers: Workers = ALONE
-    report: Report = silent
-    say: Callable[[str], None] = field(default=lambda _: None)
-    """What a person should know now."""
-
-    def named(self, workspace: Workspace, kind: str, wanted: str | None) -> str | None:
-        """The artifact to start from: what is the newest when several workers look is what the first one sees."""
-        if wanted is not None or self.workers.n == 1:
-            return wanted
-        return str(self.workers.agreed(workspace.find(kind).id if self.workers.is_first else None))
-
-    def named_together(
-        self, workspace: Workspace, wanted: Sequence[str], newest: Callable[[Workspace], str]
-    ) -> Sequence[str]:
-        """The artifacts to start from together, likewise; what is made names the one that was taken (`composition`)."""
-        if wanted:
-            return wanted
-        return [str(self.workers.agreed(newest(workspace) if self.workers.is_first else None))]
-
-    def existing(self, workspace: Workspace, header: Header) -> Stored | None:
-        """What `--reuse` returns: every worker the same."""
-        if not self.reuse:
-            return None
-        found = workspace.matching(header) if self.workers.is_first else None
-        wanted = self.workers.agreed(found.id if found else None)
-        return workspace.read(wanted) if wanted else None
-
-    @contextmanager
-    def checkpoint(self, workspace: Workspace, header: Header) -> Iterator[Checkpoint]:
-        """The checkpoint of this run of this stage; gone after the block, unless that fails or is interrupted."""
-        path = workspace.folder / f".{header.kind}-{self._key(header)}{SUFFIX}"
-        made = Checkpoint(path, resume=self.resume, lock=lambda: writing(workspace.folder))
-        if self.resume:
-            self.say("Going on from the checkpoint." if made.resumed else "No checkpoint of this run; it begins anew.")
-        try:
-            yield made
-        except Signalled as stopped:
-            made.write()
-            stopped.is_kept = path.is_file()
-            raise
-        made.remove()
-
-    def write(self, workspace: Workspace, make: Callable[[], Stored]) -> Stored:
-        """The artifact that the first worker writes, in all of them."""
-        stored = make() if self.workers.is_first else None
-        wanted = self.workers.agreed(stored.id if stored else None)
-        return stored or workspace.read(wanted)
-
-    def _key(self, header: Header) -> str:
-        """Digest of all that determines the result, and of how it is shared."""
-        values = [repr(reuse_key(header)), self.workers.rank, self.workers.n]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-QUIET = Session()
 
 
 def settle(recipe: Recipe, made: Header | None = None) -> Recipe:

@@ -31,7 +31,7 @@ from dsg_cli.stages.apply import AUTO, check_strength
 from dsg_cli.stages.calibrate import all_pieces, piece_lengths
 from dsg_cli.stages.inputs import chain_sae, load_chain_model, taken_from
 from dsg_cli.stages.select import Prepared, Remembered, Selected, is_picked, selected
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.studies import STUDIES, Grid, check_study, grid_of, load_study, points_of
 from dsg_cli.studies.studies import known_names, prepare_stability
 from dsg_cli.studies.sweep import Asker, Ground, Guards, Rig, Wanted, accuracy_row, csv_text, failed_row
@@ -54,7 +54,7 @@ class Rigging:
         features: What the study begins with.
         loaded: The whole model.
         questions: By bench.
-        session: How it is run.
+        options: How it is run.
         checkpoint: Where passes over retain text are kept.
     """
 
@@ -65,11 +65,11 @@ class Rigging:
         features: Stored,
         loaded: LoadedModel,
         questions: Mapping[str, Sequence[Question]],
-        session: Session,
+        options: RunOptions,
         checkpoint: Checkpoint,
     ) -> None:
         self.recipe, self.workspace, self.features, self.loaded = recipe, workspace, features, loaded
-        self.questions, self.session, self.checkpoint = questions, session, checkpoint
+        self.questions, self.options, self.checkpoint = questions, options, checkpoint
         file = recipe.calibrate.lengths_from
         self.prompts = read_prompts((), Path(file)) if file else []
         self.made = select.prepared(recipe, workspace, loaded=loaded)
@@ -134,7 +134,7 @@ class Rigging:
                 self.questions,
                 bos=bos,
                 batch_size=self.recipe.eval.batch_size,
-                report=self.session.report,
+                report=self.options.report,
             )
         return self._askers[bos]
 
@@ -179,7 +179,7 @@ class Rigging:
         key = json.dumps([dataclasses.asdict(made.sae.identity), corpora, dataclasses.asdict(settings)])
         if key not in self._selected:
             # The checkpoint is of the points that are done: a pass that was interrupted begins anew.
-            self._selected[key] = selected(made, settings, self.session, Checkpoint(), remembered=self._remembered)
+            self._selected[key] = selected(made, settings, self.options, Checkpoint(), remembered=self._remembered)
         found = self._selected[key]
         return self._on(name, recipe, made, found.body, found.tensors)
 
@@ -194,7 +194,7 @@ class Rigging:
         retain = self._retain(recipe, made)
         pieces = all_pieces(recipe, loaded, retain, [], {}, bos=bos, lengths=lengths, room=room)
         ground = Ground(name, loaded, made.sae, body, tensors, bos, pieces)
-        return Guards(ground, settings, checkpoint=self.checkpoint, report=self.session.report)
+        return Guards(ground, settings, checkpoint=self.checkpoint, report=self.options.report)
 
     def _retain(self, recipe: Recipe, made: Prepared) -> list[Corpus]:
         """What thresholds are set on."""
@@ -213,7 +213,7 @@ SECTIONS = ("model", "sae", "corpora", "select", "calibrate", "guardrail", "stud
 
 
 def run(
-    recipe: Recipe, workspace: Workspace, name: str, *, source: str | None = None, session: Session = QUIET
+    recipe: Recipe, workspace: Workspace, name: str, *, source: str | None = None, options: RunOptions = QUIET
 ) -> Stored:
     """Measure every point of a study's grid, and write the table.
 
@@ -222,18 +222,18 @@ def run(
         workspace: Where artifacts are and go.
         name: Of the study.
         source: Features to begin with, whose model, SAE, corpora and selection are then taken.
-        session: How it is run; one that goes on takes the points that are there.
+        options: How it is run; one that goes on takes the points that are there.
     """
     clock = Clock()
     check_study(name)
-    if session.workers.n > 1:
+    if options.workers.n > 1:
         raise DsgError("dsg study runs in one process.", "Run it without torchrun.")
-    made = _prepared(recipe, workspace, name, source, session)
-    if (stored := session.existing(workspace, made.header)) is not None:
+    made = _prepared(recipe, workspace, name, source, options)
+    if (stored := options.existing(workspace, made.header)) is not None:
         return stored
     loaded = load_chain_model(made.features.header, made.recipe, cut=False)
-    with session.checkpoint(workspace, made.header) as checkpoint:
-        rigging = Rigging(made.recipe, workspace, made.features, loaded, made.questions, session, checkpoint)
+    with options.checkpoint(workspace, made.header) as checkpoint:
+        rigging = Rigging(made.recipe, workspace, made.features, loaded, made.questions, options, checkpoint)
         rig = rigging.rig(forget_bench=made.benches["forget"][0] if made.questions else "", names=made.names)
         rows_of = load_study(name)
         points = points_of(made.grid)
@@ -247,7 +247,7 @@ def run(
         with at_safe_points():
             for number, point in enumerate(points[len(done) :], start=len(done) + 1):
                 done = [*done, _measured(rows_of, point, rig)]
-                session.report(f"{name}, points", number, len(points))
+                options.report(f"{name}, points", number, len(points))
                 checkpoint.keep("points", state())
                 checkpoint.reached("points", state)
         body = _body(made, name, done, rigging)
@@ -276,7 +276,7 @@ class _Prepared:
     header: Header
 
 
-def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | None, session: Session) -> _Prepared:
+def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | None, options: RunOptions) -> _Prepared:
     """Everything checked and read; the features selected, unless they are there."""
     grid = grid_of(name, recipe.study)
     if source is None:
@@ -293,7 +293,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | Non
     questions = {bench: attack.load_questions(recipe, bench, recipe.study.split) for bench in asked}
     names = _names(recipe, grid)
     if features is None:
-        features = select.run(recipe, workspace, session=dataclasses.replace(session, reuse=True))
+        features = select.run(recipe, workspace, options=dataclasses.replace(options, reuse=True))
         recipe = _agreeing(recipe, features)
     recipe = settle(recipe, features.header)
     sections: Json = {section: dataclasses.asdict(getattr(recipe, section)) for section in SECTIONS}

@@ -28,7 +28,7 @@ from dsg_cli.models.sae import load_encoder
 from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import CorporaSection, Recipe
 from dsg_cli.stages.inputs import Material, chain_sae, find_lesson, find_material, identify, load_whole, taken_from
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.artifacts import FeatureSet, Header, ModelWeights
 from dsg_cli.workspace.files import Content
 from dsg_cli.workspace.provenance import Clock
@@ -65,7 +65,7 @@ def unknown_text(recipe: Recipe, material: Material, loaded: LoadedModel, forget
 
 
 def run(
-    recipe: Recipe, workspace: Workspace, method: str, *, origin: Stored | None = None, session: Session = QUIET
+    recipe: Recipe, workspace: Workspace, method: str, *, origin: Stored | None = None, options: RunOptions = QUIET
 ) -> Stored:
     """Change the weights of a model by a method, and write them.
 
@@ -74,9 +74,9 @@ def run(
         workspace: Where the artifact goes.
         method: One that changes weights.
         origin: Features (which a method that an SAE guides must have) or a model, whose model and corpora are taken.
-        session: How it is run.
+        options: How it is run.
     """
-    if session.workers.n > 1:
+    if options.workers.n > 1:
         raise DsgError(f"{method} trains in one process.", "Run dsg apply without torchrun.")
     clock, settings = Clock(), getattr(recipe.methods, section_of(method))
     recipe = taken_from(recipe, origin)
@@ -104,11 +104,11 @@ def run(
         inputs=material.inputs,
         notes=material.notes,
     )
-    if (stored := session.existing(workspace, header)) is not None:
+    if (stored := options.existing(workspace, header)) is not None:
         return stored
     cost = Cost()
-    with session.checkpoint(workspace, header) as checkpoint, counted(loaded.model, cost):
-        given = _given(recipe, workspace, method, material, loaded, origin, session)
+    with options.checkpoint(workspace, header) as checkpoint, counted(loaded.model, cost):
+        given = _given(recipe, workspace, method, material, loaded, origin, options)
         given = dataclasses.replace(given, checkpoint=checkpoint)
         changed: Changed = load_method(method)(given, settings)
         return _written(workspace, clock, header, material, loaded, changed, cost, settings)
@@ -121,16 +121,16 @@ def _given(
     material: Material,
     loaded: LoadedModel,
     origin: Stored | None,
-    session: Session,
+    options: RunOptions,
 ) -> Given:
     settings = getattr(recipe.methods, section_of(method))
     longest = min(settings.max_tokens, context_length(loaded.model.config))
-    options: dict[str, Any] = {"bos": material.bos, "max_tokens": longest, "device": str(loaded.model.device)}
+    encoding: dict[str, Any] = {"bos": material.bos, "max_tokens": longest, "device": str(loaded.model.device)}
     if METHODS[method].teaches:
-        text = lesson_of(loaded.tokenizer, material.train, settings, **options)
-        return Given(loaded.model, loaded.tokenizer, text, text, seed=recipe.seed, report=session.report)
-    forget, retain = (text_of(loaded.tokenizer, corpora, **options) for corpora in (material.forget, material.retain))
-    given = Given(loaded.model, loaded.tokenizer, forget, retain, seed=recipe.seed, report=session.report)
+        text = lesson_of(loaded.tokenizer, material.train, settings, **encoding)
+        return Given(loaded.model, loaded.tokenizer, text, text, seed=recipe.seed, report=options.report)
+    forget, retain = (text_of(loaded.tokenizer, corpora, **encoding) for corpora in (material.forget, material.retain))
+    given = Given(loaded.model, loaded.tokenizer, forget, retain, seed=recipe.seed, report=options.report)
     if METHODS[method].needs_sae:
         assert origin is not None
         features = features_of(recipe, workspace, method, origin, device=given.device)

@@ -26,7 +26,7 @@ from dsg_cli.settings import Filter, InContext, Recipe
 from dsg_cli.stages.calibrate import lengths_of
 from dsg_cli.stages.inputs import Material as Sources
 from dsg_cli.stages.inputs import find_material, identify, load_whole, taken_from
-from dsg_cli.stages.stage import QUIET, Session, new_header, settle
+from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.files import file_digest
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Json
@@ -34,7 +34,7 @@ from dsg_cli.workspace.store import Stored, Workspace
 
 
 def run(
-    recipe: Recipe, workspace: Workspace, method: str, *, origin: Stored | None = None, session: Session = QUIET
+    recipe: Recipe, workspace: Workspace, method: str, *, origin: Stored | None = None, options: RunOptions = QUIET
 ) -> Stored:
     """Make a wrapper and write it.
 
@@ -43,10 +43,10 @@ def run(
         workspace: Where it is written.
         method: `prompt`, `in-context`, `input-filter` or `output-filter`.
         origin: Features or a model, whose model and corpora are taken.
-        session: How it is run.
+        options: How it is run.
     """
     assert check_method(method).form == "wrapper"
-    return session.write(workspace, lambda: _made(recipe, workspace, method, origin, session))
+    return options.write(workspace, lambda: _made(recipe, workspace, method, origin, options))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Read:
     notes: list[str] = field(default_factory=list)
 
 
-def _made(recipe: Recipe, workspace: Workspace, method: str, origin: Stored | None, session: Session) -> Stored:
+def _made(recipe: Recipe, workspace: Workspace, method: str, origin: Stored | None, options: RunOptions) -> Stored:
     clock = Clock()
     settings: Any = getattr(recipe.methods, section_of(method))
     workspace.check_writable()
@@ -78,10 +78,10 @@ def _made(recipe: Recipe, workspace: Workspace, method: str, origin: Stored | No
         inputs=sources.inputs,
         notes=[*sources.notes, *read.notes],
     )
-    if session.reuse and (stored := workspace.matching(header)) is not None:
+    if options.reuse and (stored := workspace.matching(header)) is not None:
         return stored
-    made: Made = load_method(method)(settings, _material(recipe, read, loaded, session))
-    session.report("wrapper", 1, 1)
+    made: Made = load_method(method)(settings, _material(recipe, read, loaded, options))
+    options.report("wrapper", 1, 1)
     header = dataclasses.replace(header, notes=[*header.notes, *made.notes])
     return workspace.write(clock.close(header, n_tokens=made.n_tokens), made.body, tensors=made.tensors)
 
@@ -150,7 +150,7 @@ def _topic(names: Sequence[str]) -> str:
     return " and ".join(Path(stem).stem for stem in stems)
 
 
-def _material(recipe: Recipe, read: _Read, loaded: LoadedModel, session: Session) -> Material:
+def _material(recipe: Recipe, read: _Read, loaded: LoadedModel, options: RunOptions) -> Material:
     sources = read.material
     return Material(
         loaded=loaded,
@@ -166,7 +166,7 @@ def _material(recipe: Recipe, read: _Read, loaded: LoadedModel, session: Session
         max_pieces=recipe.calibrate.max_pieces,
         batch_size=recipe.eval.batch_size,
         seed=recipe.seed,
-        report=session.report,
+        report=options.report,
     )
 
 
