@@ -13,7 +13,7 @@ from dsg_cli.data.corpora import Corpus
 from dsg_cli.data.tokens import draw_pieces, encode, packed
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.statistics import feature_statistics, mix
-from dsg_cli.models.residuals import Fitting
+from dsg_cli.models.residuals import OomSplitter
 from dsg_cli.models.sae import load_encoder, read_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,13 +100,13 @@ def test_what_was_too_large_is_not_tried_again(tokenizer):
             raise torch.OutOfMemoryError
         return batch.index
 
-    fit = Fitting()
+    split_on_oom = OomSplitter()
     (batch,) = batches([[2, 10]] * 16, tokenizer)
     for _ in range(2):
-        assert [i for _, index in fit(batch, compute) for i in index] == list(batch.index)
+        assert [i for _, index in split_on_oom(batch, compute) for i in index] == list(batch.index)
     assert tried == [16, 8, *[4] * 4, *[4] * 4]
     with pytest.raises(RuntimeError, match="another"):
-        list(fit(batch, lambda _: (_ for _ in ()).throw(RuntimeError("another"))))
+        list(split_on_oom(batch, lambda _: (_ for _ in ()).throw(RuntimeError("another"))))
 
 
 def test_a_mixture_without_weights_is_one_corpus_and_with_weights_has_its_shares(model, tokenizer, tmp_path):

@@ -19,14 +19,14 @@ from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.runtime.slice import SliceSpec
 from dsg_cli.guardrail.runtime.spec import GuardrailSpec
 from dsg_cli.guardrail.selection import scores_of, select_features
-from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.language_model import LoadedModel
-from dsg_cli.models.residuals import Fitting, read_residual
+from dsg_cli.models.residuals import OomSplitter, read_residual
 from dsg_cli.models.sae import SaeSource
 from dsg_cli.models.sae_slice import detector_weights, slice_sae
 from dsg_cli.settings import CalibrateSection
 from dsg_cli.workspace.artifacts import FeatureSet
-from dsg_cli.workspace.checkpoints import Checkpoint, State
+from dsg_cli.workspace.checkpoints import State
 from dsg_cli.workspace.files import at_safe_points
 
 
@@ -248,12 +248,7 @@ def gate_statistics(
     loaded: LoadedModel,
     gates: Sequence[GuardrailModule],
     pieces: Sequence[Piece],
-    *,
-    what: str,
-    name: str = "",
-    workers: Workers = ALONE,
-    checkpoint: Checkpoint | None = None,
-    report: Report = silent,
+    job: Job = PLAIN_JOB,
 ) -> list[tuple[int, int, list[float]]]:
     """What gates see in pieces of text, from one pass of the model up to where they read.
 
@@ -261,42 +256,38 @@ def gate_statistics(
         loaded: The model, whole or cut.
         gates: From `watching`; all read at the same place.
         pieces: Token ids.
-        what: Name of the pass, for progress.
-        name: Under which the checkpoint keeps it; by default the same.
-        workers: Who computes; each gets the statistics of all.
-        checkpoint: Where the pass goes on from, and is kept.
-        report: Progress.
+        job: Each of its workers gets the statistics of all.
 
     Returns:
         Number of the piece, its counted tokens, and the statistic of each gate; in the order of batches.
     """
-    checkpoint, name = checkpoint or Checkpoint(), name or what
-    kept = checkpoint.entry(name) or {"n_batches": 0, "found": []}
+    kept = job.kept() or {"n_batches": 0, "found": []}
     n_batches: int = kept["n_batches"]
-    found: list[list[Any]] = kept["found"]
+    rows: list[list[Any]] = kept["found"]
     """[number of the batch, of the piece, counted tokens, statistic, ...]"""
     n_tokens, total = 0, sum(len(piece.ids) for piece in pieces)
-    fit = Fitting()
+    split_on_oom = OomSplitter()
 
     def watch(batch: TokenBatch) -> Tensor:
         resid_BLD = read_residual(loaded.model, gates[0].read, batch.ids_BL, batch.mask_BL)
         return torch.stack([gate.watch(resid_BLD, batch.counted_BL).statistic_BL.amax(-1) for gate in gates], -1)
 
     def state() -> State:
-        return {"n_batches": n_batches, "found": found}
+        return {"n_batches": n_batches, "found": rows}
 
     ids, device = [piece.ids for piece in pieces], str(loaded.model.device)
     with at_safe_points():
         for number, whole in enumerate(batches(ids, loaded.tokenizer, device=device)):
             n_tokens += int(whole.mask_BL.sum())
-            if not workers.owns(number) or number < n_batches:
+            if not job.workers.owns(number) or number < n_batches:
                 continue
-            for batch, statistic_BG in fit(whole, watch):
-                several = zip(batch.index, batch.counted_BL.sum(-1).tolist(), statistic_BG.tolist(), strict=True)
-                found += [[number, i, length, *statistics] for i, length, statistics in several]
+            for batch, statistic_BG in split_on_oom(whole, watch):
+                lengths = batch.counted_BL.sum(-1).tolist()
+                for i, length, statistics in zip(batch.index, lengths, statistic_BG.tolist(), strict=True):
+                    rows.append([number, i, length, *statistics])
             n_batches = number + 1
-            report(f"{what} pieces, tokens", n_tokens, total)
-            checkpoint.reached(name, state)
-    checkpoint.keep(name, state())
-    of_all = sorted((one for several in workers.gathered(found) for one in several), key=lambda one: one[0])
-    return [(i, length, statistics) for _, i, length, *statistics in of_all]
+            job.progress(f"{job.name} pieces, tokens", n_tokens, total)
+            job.reached(state)
+    job.keep(state())
+    rows = sorted((row for of_worker in job.workers.gathered(rows) for row in of_worker), key=lambda row: row[0])
+    return [(i, length, statistics) for _, i, length, *statistics in rows]

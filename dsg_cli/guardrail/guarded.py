@@ -18,7 +18,7 @@ from dsg_cli.guardrail.runtime.hooks import Attached
 from dsg_cli.guardrail.runtime.sites import decoder_layers, decoder_of, find_module, fingerprint
 from dsg_cli.guardrail.runtime.spec import GuardrailSpec
 from dsg_cli.models.language_model import LoadedModel, final_norm, text_config
-from dsg_cli.models.residuals import Fitting
+from dsg_cli.models.residuals import OomSplitter
 from dsg_cli.workspace.artifacts import Guardrail, ModelIdentity
 
 
@@ -197,9 +197,9 @@ def measure_effect(loaded: LoadedModel, guard: GuardrailModule, rows: Sequence[l
         differs_BL = (plain_BLD != guarded_BLD).any(-1) & batch.mask_BL
         return guard.last_gated_B.clone(), differs_BL.any(-1)
 
-    fit = Fitting()
+    split_on_oom = OomSplitter()
     for whole in batches(rows, loaded.tokenizer, device=str(loaded.model.device)):
-        for _, (gated_B, changed_B) in fit(whole, both):
+        for _, (gated_B, changed_B) in split_on_oom(whole, both):
             n_gated += int(gated_B.sum())
             n_changed += int(changed_B.sum())
     counters = guard.counters()

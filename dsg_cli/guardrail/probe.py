@@ -20,8 +20,8 @@ from dsg_cli.data.batches import TokenBatch
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.guardrail.statistics import FeatureStatistics
-from dsg_cli.job import ALONE, Report, Workers, silent
-from dsg_cli.models.residuals import Fitting, read_residual
+from dsg_cli.job import PLAIN_JOB, Job
+from dsg_cli.models.residuals import OomSplitter, read_residual
 from dsg_cli.workspace.files import at_safe_points, safe_point
 from dsg_cli.workspace.results import Json
 
@@ -74,19 +74,17 @@ def sampled_activations(
     *,
     total_tokens: int,
     n_tokens: int,
-    workers: Workers = ALONE,
-    report: Report = silent,
-    what: str = "",
+    job: Job = PLAIN_JOB,
 ) -> Tensor:
     """Activations [T, C] on about `n_tokens` tokens, evenly spread over a corpus.
 
     `encode` makes residuals [T, D] to activations of that width C; one that leaves them as they are samples residuals.
-
-    In the order of batches, which all workers form alike, so that the number of workers does not matter.
+    Rows are in the order of batches, which all workers form alike, so that the number of workers does not matter.
     """
     stride = max(1, total_tokens // n_tokens)
-    found: dict[int, Tensor] = {}
-    fit = Fitting()
+    own: dict[int, Tensor] = {}
+    """Activations of the batches that this worker read."""
+    split_on_oom = OomSplitter()
 
     def read(batch: TokenBatch) -> Tensor:
         counted_BL = batch.counted_BL
@@ -99,20 +97,20 @@ def sampled_activations(
     with at_safe_points():
         for number, batch in enumerate(batches):
             n_seen += int(batch.counted_BL.sum())
-            if workers.owns(number):
-                found[number] = torch.cat([acts_TC.cpu() for _, acts_TC in fit(batch, read)])
-            report(f"{what}, tokens", n_seen, max(n_seen, total_tokens))
+            if job.workers.owns(number):
+                own[number] = torch.cat([acts_TC.cpu() for _, acts_TC in split_on_oom(batch, read)])
+            job.progress(f"{job.name}, tokens", n_seen, max(n_seen, total_tokens))
             safe_point()
-    lengths = [[number, len(acts_TC)] for number, acts_TC in found.items()]
-    of_all = sorted(one for several in workers.gathered(lengths) for one in several)
-    gathered_TC = torch.zeros(sum(length for _, length in of_all), width)
+    own_lengths = [[number, len(acts_TC)] for number, acts_TC in own.items()]
+    lengths = sorted(pair for of_worker in job.workers.gathered(own_lengths) for pair in of_worker)
+    acts_TC = torch.zeros(sum(length for _, length in lengths), width)
     start = 0
-    for number, length in of_all:
-        if number in found:
-            gathered_TC[start : start + length] = found.pop(number)
+    for number, length in lengths:
+        if number in own:
+            acts_TC[start : start + length] = own.pop(number)
         start += length
     # Each row is 0 in all workers but one, so that the sum is exact.
-    return workers.total([gathered_TC])[0] if workers.n > 1 else gathered_TC
+    return job.workers.total([acts_TC])[0] if job.workers.n > 1 else acts_TC
 
 
 def fit_probe(
@@ -123,7 +121,7 @@ def fit_probe(
     *,
     n_features: int,
     ridge: float,
-    report: Report = silent,
+    job: Job = PLAIN_JOB,
 ) -> Probe:
     """Fit on all candidates, then on half as many of the largest weights, and so on.
 
@@ -158,7 +156,7 @@ def fit_probe(
         kept, start = kept[largest], torch.cat([w[largest], torch.tensor([bias]).double()])
         w, bias = _logistic(scaled_TC[:, kept], is_forget_T, weight_T, ridge, start)
         path.append(_scored(scaled_TC[:, kept] @ w + bias, is_forget_T, weight_T, len(kept)))
-        report("probe", len(path), len(path) + 1)
+        job.progress("probe", len(path), len(path) + 1)
     return Probe(
         indices=[indices[i] for i in kept.tolist()],
         weights=[_rounded(value) for value in (w / deviation_C[kept]).tolist()],

@@ -1,4 +1,8 @@
-"""Streaming per-feature statistics over the counted tokens of a corpus (METHOD: both scores from one pass)."""
+"""Streaming per-feature statistics over the counted tokens of a corpus ; both scores of a feature come from one pass.
+
+The score of feature j is mean f_j^2 over tokens (arXiv 2504.08192, section 3: for a linear readout the diagonal of the
+Fisher information), or (mean f_j)^2 as the authors' code has it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from torch import Tensor, nn
 from dsg_cli.data.batches import TokenBatch
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.sites import HookSite
-from dsg_cli.job import ALONE, Report, Workers, silent
-from dsg_cli.models.residuals import Fitting, in_halves, read_residual
-from dsg_cli.workspace.checkpoints import Checkpoint, State
+from dsg_cli.job import PLAIN_JOB, Job
+from dsg_cli.models.residuals import OomSplitter, read_residual, split_rows_on_oom
+from dsg_cli.workspace.checkpoints import State
 from dsg_cli.workspace.files import at_safe_points
 
 CHUNK_TOKENS = 1024
@@ -34,9 +38,9 @@ class FeatureStatistics:
 
     n_tokens: int
     mean_square_F: Tensor
-    """mean f^2: for a linear readout the diagonal of the Fisher information; the paper's score."""
+    """mean f^2"""
     mean_F: Tensor
-    """mean f; its square is the score of the authors' code."""
+    """mean f"""
     rate_F: Tensor
     """Share of tokens on which the feature is active."""
     norms: Tensor
@@ -67,12 +71,9 @@ def feature_statistics(
     batches: Iterable[TokenBatch],
     *,
     total_tokens: int,
-    what: str = "corpus",
-    workers: Workers = ALONE,
-    checkpoint: Checkpoint | None = None,
-    report: Report = silent,
+    job: Job = PLAIN_JOB,
 ) -> FeatureStatistics:
-    """One pass over a corpus, shared among workers.
+    """One pass over a corpus, shared among the workers of a job; each gets the statistics of all.
 
     Args:
         model: Whole, or cut after the site's layer.
@@ -80,19 +81,15 @@ def feature_statistics(
         encode: Residuals [T, D] -> activations [T, F].
         batches: The corpus; each is computed by one worker.
         total_tokens: Of the corpus, about: for progress, and to spread the sample of norms.
-        what: Name of the pass, for progress and in the checkpoint.
-        workers: Who computes; each gets the statistics of all.
-        checkpoint: Where the pass goes on from, and is kept.
-        report: Progress.
+        job: Named like the corpus.
     """
-    checkpoint = checkpoint or Checkpoint()
     stride = max(1, total_tokens // NORM_SAMPLE)
-    kept = checkpoint.entry(what) or {}
+    kept = job.kept() or {}
     n_batches, n_tokens = int(kept.get("n_batches", 0)), int(kept.get("n_tokens", 0))
     sums: list[Tensor] = [kept[name] for name in SUMS] if n_tokens else []
     # Small tensors kept between large ones would break up the heap, which then grows.
     norms = array("f", kept["norms"].tolist() if n_tokens else ())
-    fit = Fitting()
+    split_on_oom = OomSplitter()
 
     def counted(batch: TokenBatch) -> Tensor:
         return read_residual(model, site, batch.ids_BL, batch.mask_BL)[batch.counted_BL].float()
@@ -103,44 +100,43 @@ def feature_statistics(
 
     with at_safe_points():
         for number, batch in enumerate(batches):
-            if not workers.owns(number) or number < n_batches:
+            if not job.workers.owns(number) or number < n_batches:
                 continue
-            for _, resid_TD in fit(batch, counted):
+            for _, resid_TD in split_on_oom(batch, counted):
                 norm_T = resid_TD.norm(dim=-1)
                 if not norm_T.isfinite().all():
-                    raise _not_finite(what)
+                    raise _not_finite(job.name)
                 norms.extend(norm_T[::stride].tolist())
                 for chunk_TD in torch.split(resid_TD, CHUNK_TOKENS):
-                    for parts in in_halves(chunk_TD, partial(_sums, encode)):
-                        together = zip(sums, parts, strict=True) if sums else ()
-                        sums = [total.to(part.device).add_(part) for total, part in together] or list(parts)
+                    for parts in split_rows_on_oom(chunk_TD, partial(_sums, encode)):
+                        pairs = zip(sums, parts, strict=True) if sums else ()
+                        sums = [total.to(part.device).add_(part) for total, part in pairs] or list(parts)
                 n_tokens += len(resid_TD)
             n_batches = number + 1
-            report(f"{what}, tokens", n_tokens * workers.n, max(n_tokens * workers.n, total_tokens))
-            checkpoint.reached(what, state)
-    checkpoint.keep(what, state())
-    return _of_all(workers, sums, n_tokens, norms, what)
+            n_about = n_tokens * job.workers.n
+            job.progress(f"{job.name}, tokens", n_about, max(n_about, total_tokens))
+            job.reached(state)
+    job.keep(state())
+    return _of_all_workers(job, sums, n_tokens, norms)
 
 
-def _of_all(
-    workers: Workers, sums: Sequence[Tensor], n_tokens: int, norms: array[float], what: str
-) -> FeatureStatistics:
-    """The statistics of a corpus from what each worker has seen of it."""
+def _of_all_workers(job: Job, sums: Sequence[Tensor], n_tokens: int, norms: array[float]) -> FeatureStatistics:
+    workers = job.workers
     (n_all,) = (int(n) for n in workers.total([torch.tensor(n_tokens)]))
     if not n_all:
-        raise DsgError(f"The {what} has no token that counts: all are padding, BOS or EOS.")
+        raise DsgError(f"The {job.name} has no token that counts: all are padding, BOS or EOS.")
     n_features = max(workers.gathered(len(sums[0]) if sums else 0))
     own = sums or [torch.zeros(n_features, dtype=torch.float64) for _ in SUMS]
     mean_square_F, mean_F, rate_F = (total / n_all for total in workers.total(own))
-    of_all = torch.tensor([norm for several in workers.gathered(norms.tolist()) for norm in several])
+    all_norms = torch.tensor([norm for of_worker in workers.gathered(norms.tolist()) for norm in of_worker])
     if not torch.isfinite(mean_square_F).all():
-        raise _not_finite(what)
-    return FeatureStatistics(n_tokens=n_all, mean_square_F=mean_square_F, mean_F=mean_F, rate_F=rate_F, norms=of_all)
+        raise _not_finite(job.name)
+    return FeatureStatistics(n_all, mean_square_F, mean_F, rate_F, all_norms)
 
 
-def _not_finite(what: str) -> DsgError:
+def _not_finite(corpus: str) -> DsgError:
     return DsgError(
-        f"On the {what} the residual or an activation of the SAE is not finite.",
+        f"On the {corpus} the residual or an activation of the SAE is not finite.",
         "Check the weights of model and SAE, or try --dtype float32.",
     )
 
@@ -162,9 +158,10 @@ def mix(parts: Sequence[FeatureStatistics], weights: Sequence[float | None]) -> 
         parts: Of each corpus.
         weights: Its share, in proportion; where none has one, every token counts alike, else None counts as 1.
     """
-    has_weights = any(weight is not None for weight in weights)
-    given = [1.0 if weight is None else weight for weight in weights]
-    raw = given if has_weights else [float(part.n_tokens) for part in parts]
+    if any(weight is not None for weight in weights):
+        raw = [1.0 if weight is None else weight for weight in weights]
+    else:
+        raw = [float(part.n_tokens) for part in parts]
     share = [value / sum(raw) for value in raw]
 
     def mean(name: str) -> Tensor:
@@ -182,8 +179,8 @@ def mix(parts: Sequence[FeatureStatistics], weights: Sequence[float | None]) -> 
 def _resampled(norms: Sequence[Tensor], share: Sequence[float]) -> Tensor:
     """Samples of several corpora as one in which each has its share: evenly spaced ones of the sorted values."""
     largest = min(len(values) / w for values, w in zip(norms, share, strict=True))
-    picked = []
+    samples = []
     for values, w in zip(norms, share, strict=True):
         n = max(1, min(len(values), round(largest * w)))
-        picked.append(values.sort().values[torch.linspace(0, len(values) - 1, n).round().long()])
-    return torch.cat(picked)
+        samples.append(values.sort().values[torch.linspace(0, len(values) - 1, n).round().long()])
+    return torch.cat(samples)

@@ -20,7 +20,7 @@ from dsg_cli.inference.scoring import Decision, requests_digest
 from dsg_cli.inference.wrappers import WrapperModule, judged, on_side, prompt_with, refuses_answer, refuses_prompt
 from dsg_cli.job import Report, silent
 from dsg_cli.models.language_model import LoadedModel, context_length
-from dsg_cli.models.residuals import Fitting
+from dsg_cli.models.residuals import OomSplitter
 from dsg_cli.workspace.checkpoints import Checkpoint, State
 from dsg_cli.workspace.files import at_safe_points
 
@@ -338,7 +338,7 @@ class Writer:
         def state() -> State:
             return {"of": digest, "found": [[i, *one] for i, one in found.items()]}
 
-        fit = Fitting()
+        split_on_oom = OomSplitter()
         with (
             at_safe_points(),
             guarded(self.loaded.model, self.guardrails, allow_mismatch=True),
@@ -350,7 +350,7 @@ class Writer:
                     pad, special = self.loaded.tokenizer.pad_token_id or 0, special_ids(self.loaded.tokenizer)
                     device = str(self.loaded.model.device)
                     batch = pad_rows([list(rows[i]) for i in group], pad, special, device, index=group)
-                    for part, several in fit(batch, functools.partial(self._batch, like=first)):
+                    for part, several in split_on_oom(batch, functools.partial(self._batch, like=first)):
                         found |= dict(zip(part.index, several, strict=True))
                 self.n_tokens += sum(len(rows[i]) + len(found[i][0]) for i in group)
                 self.report(f"{self.what}, prompts", len(found), len(rows))

@@ -27,7 +27,7 @@ from dsg_cli.inference.wrappers import Wrapped, WrapperModule, has_filter, wrap
 from dsg_cli.intervals import wilson
 from dsg_cli.job import ALONE, Report, Workers, silent
 from dsg_cli.models.language_model import LoadedModel, devices_of
-from dsg_cli.models.residuals import Fitting
+from dsg_cli.models.residuals import OomSplitter
 from dsg_cli.workspace.checkpoints import Checkpoint, State
 from dsg_cli.workspace.files import at_safe_points
 from dsg_cli.workspace.results import Json
@@ -102,7 +102,7 @@ def score(
         kept = {}
     n_batches = int(kept.get("n_batches", 0))
     found: dict[int, list[Any]] = {i: one for i, *one in kept.get("scores", [])}
-    fit = Fitting()
+    split_on_oom = OomSplitter()
     n_tokens, total = sum(map(len, inputs[: n_batches * batch_size])), sum(map(len, inputs))
 
     def state() -> State:
@@ -114,7 +114,7 @@ def score(
             if workers.owns(start // batch_size):
                 asked = [[(i, requests[i].continuation) for i in by_input[row]] for row in rows]
                 batch = pad_rows([list(row) for row in rows], pad, special, device)
-                found |= _scored(model, batch, asked, fit, note, measure)
+                found |= _scored(model, batch, asked, split_on_oom, note, measure)
             n_batches = start // batch_size + 1
             n_tokens += sum(map(len, rows))
             report(f"{what}, tokens", n_tokens, total)
@@ -137,7 +137,7 @@ def _scored(
     model: nn.Module,
     whole: TokenBatch,
     asked: Sequence[Sequence[tuple[int, tuple[int, ...]]]],
-    fit: Fitting,
+    split_on_oom: OomSplitter,
     note: Note | None,
     measure: Measure | None,
 ) -> dict[int, list[Any]]:
@@ -147,7 +147,7 @@ def _scored(
         model: A causal language model.
         whole: The batch.
         asked: Of each row, numbers and continuations of the requests that share it.
-        fit: Halves what does not fit.
+        split_on_oom: Halves what does not fit.
         note: What to note of each row.
         measure: What to measure of each continuation's tokens.
     """
@@ -159,7 +159,7 @@ def _scored(
         return _logits(model, batch, positions_P[positions_P < batch.ids_BL.shape[1]])
 
     found: dict[int, list[Any]] = {}
-    for batch, logits_BPV in fit(whole, forward):
+    for batch, logits_BPV in split_on_oom(whole, forward):
         notes = note(batch) if note is not None else [None] * len(batch.index)
         for row_index, i_row in enumerate(batch.index):
             first = int(torch.searchsorted(positions_P, max(0, lengths[i_row] - n_tail[i_row])))

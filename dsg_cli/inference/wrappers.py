@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from dsg_cli.data.readers import text_of
 from dsg_cli.data.tokens import Request, encode, special_ids, words_of
 from dsg_cli.errors import DsgError
-from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.job import ALONE, Job, Report, Workers, silent
 from dsg_cli.models.language_model import context_length
 from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.workspace.artifacts import Wrapper
@@ -162,9 +162,7 @@ def statistics_of(
         rows,
         layer=wrapper.body.layer,
         batch_size=batch_size,
-        workers=workers,
-        report=report,
-        what=what,
+        job=Job(workers, progress=report, name=what),
     )
     if mean_ND.shape[1] != len(wrapper.weight_D):
         raise DsgError(

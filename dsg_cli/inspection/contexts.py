@@ -16,8 +16,8 @@ from dsg_cli.data.tokens import words_of
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.inspection.descriptions import STOP_WORDS
-from dsg_cli.job import Report, silent
-from dsg_cli.models.residuals import Fitting, read_residual
+from dsg_cli.job import PLAIN_JOB, Job, Report, silent
+from dsg_cli.models.residuals import OomSplitter, read_residual
 
 BEFORE, AFTER = 12, 6
 """Tokens of a context on either side of its peak. W = 12 + 1 + 6."""
@@ -90,8 +90,7 @@ def read_contexts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     n_contexts: int,
-    what: str = "text",
-    report: Report = silent,
+    job: Job = PLAIN_JOB,
 ) -> Contexts:
     """One pass up to the hook. What it keeps is C x N x W, however long the text is.
 
@@ -102,10 +101,8 @@ def read_contexts(
         rows: Token ids; each of at most so many that its activations fit in memory.
         tokenizer: The model's.
         n_contexts: N.
-        what: Name of the pass, for progress.
-        report: Progress.
     """
-    fit, kept = Fitting(), _Kept(n_contexts)
+    split_on_oom, kept = OomSplitter(), _Kept(n_contexts)
     n_read, total = 0, sum(map(len, rows))
     device = str(next(model.parameters()).device)
 
@@ -113,17 +110,17 @@ def read_contexts(
         return read_residual(model, site, batch.ids_BL, batch.mask_BL)
 
     for whole in batches(rows, tokenizer, device=device):
-        for batch, resid_BLD in fit(whole, resid):
+        for batch, resid_BLD in split_on_oom(whole, resid):
             for b, row in enumerate(batch.index):
                 length = len(rows[row])
                 counted_L = batch.counted_BL[b, :length]
                 acts_LC = encode(resid_BLD[b, :length].float()) * counted_L[:, None]
                 kept.add(row, batch.ids_BL[b, :length], acts_LC, counted_L)
                 n_read += length
-        report(f"{what}, tokens", n_read, total)
+        job.progress(f"{job.name}, tokens", n_read, total)
     if not kept.n_tokens:
-        raise DsgError(f"The {what} has no token that counts: all are padding, BOS or EOS.")
-    return kept.found(what)
+        raise DsgError(f"The {job.name} has no token that counts: all are padding, BOS or EOS.")
+    return kept.found(job.name)
 
 
 class _Kept:

@@ -21,7 +21,7 @@ from dsg_cli.evals.benches import Question
 from dsg_cli.guardrail.calibration import threshold_of
 from dsg_cli.inference.wrappers import WrapperModule, read_keywords, statistics_of, telling_words, wrapper_from_artifact
 from dsg_cli.intervals import rate_above
-from dsg_cli.job import Report, silent
+from dsg_cli.job import Job, Report, silent
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.settings import Filter, InContext, InputFilter, OutputFilter, Prompt
@@ -228,8 +228,7 @@ def _fit(material: Material, layer: int, ridge: float) -> tuple[dict[str, Tensor
             [piece.ids for piece in several],
             layer=layer,
             batch_size=material.batch_size,
-            report=material.report,
-            what=f"select pieces of {role} text",
+            job=Job(progress=material.report, name=f"select pieces of {role} text"),
         )
         for role, several in pieces.items()
     }

@@ -14,7 +14,7 @@ from dsg_cli.data.batches import TokenBatch, pad_rows
 from dsg_cli.data.tokens import special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.sites import HookSite, edit_site
-from dsg_cli.job import ALONE, Report, Workers, silent
+from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.language_model import text_config
 
 
@@ -34,15 +34,15 @@ def read_residual(model: nn.Module, site: HookSite, ids_BL: Tensor, mask_BL: Ten
     Returns:
         resid_BLD in the model's dtype, on the device of the ids wherever the layer lies.
     """
-    found: list[Tensor] = []
+    residuals: list[Tensor] = []
 
     def keep(resid_BLD: Tensor) -> Tensor:
-        found.append(resid_BLD)
+        residuals.append(resid_BLD)
         raise _ReachedError
 
     with replace_residual(model, site, keep), suppress(_ReachedError):
         model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False)
-    return found[0].to(ids_BL.device)
+    return residuals[0].to(ids_BL.device)
 
 
 @contextmanager
@@ -63,12 +63,12 @@ NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "CUB
 """How it is said where it has no type of its own: on a CPU, and inside a library of the GPU."""
 
 
-class Fitting:
-    """Runs work on batches; remembers what was too large, so that it is tried once."""
+class OomSplitter:
+    """Runs one pass over batches, each in parts that fit in memory; remembers what was too large."""
 
     def __init__(self) -> None:
         self.too_large: int | None = None
-        """Tokens, padding included, of the smallest batch that did not fit."""
+        """Tokens, padding included, of the smallest batch that did not fit: no larger one is tried again."""
 
     def __call__(
         self, batch: TokenBatch, compute: Callable[[TokenBatch], Result]
@@ -78,34 +78,30 @@ class Fitting:
         while pending:
             part = pending.pop()
             n_rows, n_tokens = len(part.index), part.ids_BL.numel()
-            if n_rows > 1 and self.too_large is not None and n_tokens >= self.too_large:
-                pending += _halves(part)[::-1]
-                continue
-            result = _attempt(part, compute)
-            if result is not None:
-                yield part, result[0]
-                continue
-            if n_rows == 1:
-                raise DsgError(
-                    f"A single sequence of {n_tokens} tokens does not fit in memory.",
-                    "Try --dtype bfloat16, or shorter rows (--set select.seq_len=512).",
-                )
-            self.too_large = n_tokens
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            pending += _halves(part)[::-1]
+            if n_rows == 1 or self.too_large is None or n_tokens < self.too_large:
+                if (result := _attempt(part, compute)) is not None:
+                    yield part, result[0]
+                    continue
+                if n_rows == 1:
+                    raise DsgError(
+                        f"A single sequence of {n_tokens} tokens does not fit in memory.",
+                        "Try --dtype bfloat16, or shorter rows (--set select.seq_len=512).",
+                    )
+                self.too_large = n_tokens
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            pending += [part.rows(n_rows // 2, n_rows), part.rows(0, n_rows // 2)]
 
 
-def in_halves(rows: Tensor, compute: Callable[[Tensor], Result]) -> Iterator[Result]:
+def split_rows_on_oom(rows: Tensor, compute: Callable[[Tensor], Result]) -> Iterator[Result]:
     """`compute` of rows of a tensor, or of their halves where memory runs out."""
-    result = _attempt(rows, compute)
-    if result is not None:
+    if (result := _attempt(rows, compute)) is not None:
         yield result[0]
     elif len(rows) == 1:
         raise DsgError("A single token does not fit in memory.", "Choose a smaller SAE, or another --device.")
     else:
         for half in torch.split(rows, (len(rows) + 1) // 2):
-            yield from in_halves(half, compute)
+            yield from split_rows_on_oom(half, compute)
 
 
 def _attempt(batch: Work, compute: Callable[[Work], Result]) -> tuple[Result] | None:
@@ -120,11 +116,6 @@ def _attempt(batch: Work, compute: Callable[[Work], Result]) -> tuple[Result] | 
         raise
 
 
-def _halves(batch: TokenBatch) -> list[TokenBatch]:
-    middle = len(batch.index) // 2
-    return [batch.rows(0, middle), batch.rows(middle, len(batch.index))]
-
-
 @torch.inference_mode()
 def mean_residuals(
     model: nn.Module,
@@ -133,21 +124,17 @@ def mean_residuals(
     *,
     layer: int,
     batch_size: int,
-    workers: Workers = ALONE,
-    report: Report = silent,
-    what: str = "",
+    job: Job = PLAIN_JOB,
 ) -> Tensor:
     """The mean residual of each row after a decoder layer, [N, D] in float32 on the CPU; 0 where no token counts.
 
     Layers above it are not run. Batches are of similar lengths, longest first, and shared among workers; a row whose
     residual is not finite stays so.
     """
-    site = HookSite(layer, "resid_post")
+    site, split_on_oom = HookSite(layer, "resid_post"), OomSplitter()
     special, device = special_ids(tokenizer), str(next(model.parameters()).device)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    config = text_config(model.config)
-    found_ND = torch.zeros(len(rows), int(config.hidden_size))
-    fit = Fitting()
+    mean_ND = torch.zeros(len(rows), int(text_config(model.config).hidden_size))
     n_tokens, total = 0, sum(map(len, rows))
 
     def pooled(batch: TokenBatch) -> Tensor:
@@ -159,9 +146,9 @@ def mean_residuals(
     for number, start in enumerate(range(0, len(order), batch_size)):
         index = order[start : start + batch_size]
         n_tokens += sum(len(rows[i]) for i in index)
-        if workers.owns(number):
+        if job.workers.owns(number):
             whole = pad_rows([list(rows[i]) for i in index], tokenizer.pad_token_id or 0, special, device, index=index)
-            for batch, mean_BD in fit(whole, pooled):
-                found_ND[list(batch.index)] = mean_BD
-        report(f"{what}, tokens", n_tokens, total)
-    return workers.total([found_ND])[0] if workers.n > 1 else found_ND
+            for batch, mean_BD in split_on_oom(whole, pooled):
+                mean_ND[list(batch.index)] = mean_BD
+        job.progress(f"{job.name}, tokens", n_tokens, total)
+    return job.workers.total([mean_ND])[0] if job.workers.n > 1 else mean_ND

@@ -32,6 +32,7 @@ from dsg_cli.guardrail.calibration import (
 from dsg_cli.guardrail.runtime.gates import FORMS
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.intervals import rate_above
+from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.settings import CalibrateSection, Recipe
@@ -289,10 +290,7 @@ def _statistics(
         made.loaded,
         [made.gate],
         pieces,
-        what=part,
-        workers=options.workers,
-        checkpoint=checkpoint,
-        report=options.report,
+        Job(options.workers, checkpoint, options.report, part),
     )
     return [
         {"id": pieces[i].id, "group": pieces[i].corpus, "part": part, "length": length, "statistic": statistic}

@@ -19,6 +19,7 @@ from dsg_cli.data.corpora import check_named, load_corpora
 from dsg_cli.data.tokens import bos_to_prepend, check_chat, encode, prompts
 from dsg_cli.errors import DsgError
 from dsg_cli.inspection.contexts import Description, describe_features, read_contexts
+from dsg_cli.job import Job
 from dsg_cli.models.language_model import context_length, load_model, load_tokenizer, read_config, text_config
 from dsg_cli.models.sae import check_fits, check_name, load_encoder, read_sae
 from dsg_cli.settings import CorporaSection, Recipe
@@ -79,8 +80,7 @@ def run(
         rows,
         loaded.tokenizer,
         n_contexts=N_CONTEXTS,
-        what="described text",
-        report=options.report,
+        job=Job(progress=options.report, name="described text"),
     )
     found = describe_features(contexts, loaded.tokenizer, report=options.report)
     if not found:

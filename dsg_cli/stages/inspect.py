@@ -24,6 +24,7 @@ from dsg_cli.inspection.contexts import read_contexts
 from dsg_cli.inspection.features import Group, Read, Rows, context_rows, doubts_of, with_near, words_of_all
 from dsg_cli.inspection.lens import decoder_rows, logit_lens, nearest_features
 from dsg_cli.inspection.neuronpedia import Descriptions, described, place_of
+from dsg_cli.job import Job
 from dsg_cli.models.language_model import LoadedModel, context_length, load_tokenizer
 from dsg_cli.models.sae import SaeSource
 from dsg_cli.models.sae_slice import load_slice
@@ -343,8 +344,7 @@ def _reads(made: _Prepared, loaded: LoadedModel, wanted: Wanted, options: RunOpt
             rows.ids,
             loaded.tokenizer,
             n_contexts=CANDIDATES * wanted.n_contexts,
-            what=f"{group.role} corpus {group.name.rsplit('/', 1)[-1]}",
-            report=options.report,
+            job=Job(progress=options.report, name=f"{group.role} corpus {group.name.rsplit('/', 1)[-1]}"),
         )
         reads.append(Read(group, rows, contexts))
     return reads

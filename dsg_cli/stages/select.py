@@ -34,6 +34,7 @@ from dsg_cli.inspection.descriptions import (
     unmatched,
 )
 from dsg_cli.inspection.neuronpedia import INSTEAD, fetch_descriptions, place_of
+from dsg_cli.job import Job
 from dsg_cli.models.language_model import (
     LoadedModel,
     context_length,
@@ -216,6 +217,7 @@ def _statistics(
     """From one pass over each corpus's `select` part, but for those that are remembered."""
     encoder = load_encoder(made.sae, device=str(made.loaded.model.device))
     parts: Parts = {role: [] for role in made.corpora}
+    job = Job(options.workers, checkpoint, options.report)
     for role, several in made.corpora.items():
         for corpus in several:
             at_most = _max_tokens(made, settings, role)
@@ -227,10 +229,7 @@ def _statistics(
                     encoder,
                     _batches(made, settings, role, corpus),
                     total_tokens=estimated_tokens(corpus.part("select"), at_most),
-                    what=f"{role} corpus {corpus.name.rsplit('/', 1)[-1]}",
-                    workers=options.workers,
-                    checkpoint=checkpoint,
-                    report=options.report,
+                    job=job.named(f"{role} corpus {corpus.name.rsplit('/', 1)[-1]}"),
                 )
             parts[role].append(remembered.statistics[key])
     return parts
@@ -277,6 +276,7 @@ def _probe(
     def encode(resid_TD: Tensor) -> Tensor:
         return watched(resid_TD).acts.abs()
 
+    job = Job(options.workers, progress=options.report)
     found: dict[str, list[Tensor]] = {}
     for role, several in made.corpora.items():
         found[role] = []
@@ -288,9 +288,7 @@ def _probe(
                 batches=_batches(made, settings, role, corpus),
                 total_tokens=statistics.n_tokens,
                 n_tokens=max(1, settings.probe_tokens // 2 // len(several)),
-                workers=options.workers,
-                report=options.report,
-                what=f"probe, {role} corpus {corpus.name.rsplit('/', 1)[-1]}",
+                job=job.named(f"probe, {role} corpus {corpus.name.rsplit('/', 1)[-1]}"),
             )
             if remembered is None or role == "forget":
                 found[role].append(sample(encode, len(indices)))
@@ -312,7 +310,7 @@ def _probe(
         indices,
         n_features=settings.probe_features,
         ridge=settings.probe_ridge,
-        report=options.report,
+        job=job,
     ).as_json()
 
 

@@ -38,7 +38,7 @@ from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.selection import scores_of, select_features
 from dsg_cli.inference.scoring import Score, score
 from dsg_cli.intervals import wilson
-from dsg_cli.job import Report, silent
+from dsg_cli.job import Job, Report, silent
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae import SaeSource
 from dsg_cli.settings import CalibrateSection, parse_strength
@@ -198,15 +198,12 @@ class Guards:
         self, modules: Sequence[GuardrailModule], pieces: Sequence[Piece], what: str, name: str
     ) -> list[Statistics]:
         """Of each gate, from one pass."""
-        found = gate_statistics(
-            self.ground.loaded,
-            modules,
-            pieces,
-            what=what,
-            name=name,
-            checkpoint=self.checkpoint,
-            report=self.report,
-        )
+
+        def progress(_name: str, n_done: int, n_total: int) -> None:
+            self.report(f"{what} pieces, tokens", n_done, n_total)
+
+        job = Job(checkpoint=self.checkpoint, progress=progress, name=name)
+        found = gate_statistics(self.ground.loaded, modules, pieces, job)
         check_finite([value for _, _, several in found for value in several])
         return [[(pieces[i].corpus, several[g]) for i, _, several in found] for g in range(len(modules))]
 
@@ -265,7 +262,8 @@ class Asker:
     def _statistics(self, guard: Guard) -> dict[tuple[int, ...], float]:
         if guard.watches not in self._seen:
             pieces = [Piece(str(i), "", list(row)) for i, row in enumerate(self._inputs)]
-            found = gate_statistics(self.loaded, [guard.module], pieces, what="questions", report=self.report)
+            job = Job(progress=self.report, name="questions")
+            found = gate_statistics(self.loaded, [guard.module], pieces, job)
             check_finite([statistic for _, _, (statistic,) in found])
             self._seen[guard.watches] = {self._inputs[i]: statistic for i, _, (statistic,) in found}
         return self._seen[guard.watches]

@@ -45,7 +45,7 @@ def measure() -> dict[str, float]:
     from dsg_cli.data.batches import stream_batches
     from dsg_cli.guardrail.runtime.sites import HookSite
     from dsg_cli.guardrail.statistics import feature_statistics
-    from dsg_cli.job import joined
+    from dsg_cli.job import Job, joined
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -69,7 +69,7 @@ def measure() -> dict[str, float]:
             lambda resid_TD: torch.relu(resid_TD @ weights_DF - 1),
             stream_batches(tokenizer, texts, bos=None, seq_len=1024),
             total_tokens=128 * TEXTS,
-            workers=workers,
+            job=Job(workers),
         )
         seconds = time.perf_counter() - start
         measured = {"seconds": seconds, "n_tokens": found.n_tokens, "bytes": 3 * 8 * N_FEATURES + 20 * len(found.norms)}
