@@ -244,7 +244,7 @@ def _made(recipe: Recipe, workspace: Workspace, source: str | None, options: Run
     names = set_at.forget or [corpus.name for corpus in forget]
     questions = tuning_questions(recipe, names) if is_auto else []
     assert threshold.header.sae is not None
-    sae = chain_sae(threshold.header.sae, threshold.id)
+    sae = chain_sae(threshold)
     recipe = settle(recipe, threshold.header)
     header = new_header(
         "guardrail",
@@ -348,7 +348,7 @@ def _made_clamp(recipe: Recipe, workspace: Workspace, method: str, source: str |
     notes = check_same_sae(steering, features.header.sae.source) if steering is not None else []
     clamping = _clamping(recipe, method, workspace.tensors(features), features.body_as(FeatureSet), steering)
     forget, changed = forget_text(features, [one["name"] for one in features.header.settings["forget"]])
-    sae = chain_sae(features.header.sae, features.id)
+    sae = chain_sae(features)
     recipe = settle(recipe, features.header)
     header = new_header(
         "guardrail",

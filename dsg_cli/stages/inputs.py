@@ -24,7 +24,7 @@ from dsg_cli.methods import METHODS, teaches
 from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer
 from dsg_cli.models.sae import SaeSource, read_sae
 from dsg_cli.settings import CorporaSection, ModelSection, Recipe
-from dsg_cli.workspace.artifacts import Guardrail, Header, ModelIdentity, ModelWeights, SaeIdentity, Wrapper
+from dsg_cli.workspace.artifacts import Guardrail, Header, ModelIdentity, ModelWeights, Wrapper
 from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import ID, Stored, Workspace
 
@@ -70,13 +70,15 @@ def check_identity(loaded: LoadedModel, header: Header) -> None:
         )
 
 
-def chain_sae(wanted: SaeIdentity, made: str) -> SaeSource:
+def chain_sae(stored: Stored) -> SaeSource:
     """The SAE that an artifact was made with."""
-    sae = read_sae(wanted.source)
-    if replace(sae.identity, revision=wanted.revision) != wanted:
-        changed = "weights" if sae.identity.sha256 != wanted.sha256 else "configuration"
+    identity = stored.header.sae
+    assert identity is not None
+    sae = read_sae(identity.source)
+    if replace(sae.identity, revision=identity.revision) != identity:
+        changed = "weights" if sae.identity.sha256 != identity.sha256 else "configuration"
         raise DsgError(
-            f"The SAE in {wanted.source} is not the one that {made} was made with: its {changed} changed.",
+            f"The SAE in {identity.source} is not the one that {stored.id} was made with: its {changed} changed.",
             "Start again with dsg select.",
         )
     return sae
@@ -97,8 +99,8 @@ def spelled(corpus: Json) -> str:
 
 
 @dataclass(frozen=True)
-class Material:
-    """A model by its name, and corpora."""
+class MethodInputs:
+    """The model that a method is applied to, by its name, and the corpora that it reads."""
 
     model: str
     names: dict[str, list[str]]
@@ -108,15 +110,15 @@ class Material:
     """Empty where a method has no use for their texts."""
     bos: int | None
     """Token that every sequence begins with."""
-    inputs: list[Stored]
+    artifacts: list[Stored]
     notes: list[str]
     train: list[Corpus] = field(default_factory=list)
-    """What is taught, by the method that does."""
+    """What finetuning reads."""
 
     def described(self) -> Json:
         """What an artifact's settings say of the corpora."""
         roles = {"forget": self.forget, "retain": self.retain} | ({"train": self.train} if self.train else {})
-        return {role: [corpus.described() for corpus in several] for role, several in roles.items()}
+        return {role: [corpus.described() for corpus in corpora] for role, corpora in roles.items()}
 
 
 def folder_of(stored: Stored) -> str:
@@ -141,9 +143,9 @@ def taken_from(recipe: Recipe, origin: Stored | None) -> Recipe:
     return replace(recipe, corpora=corpora, model=replace(recipe.model, source=source))
 
 
-def find_material(
+def read_method_inputs(
     recipe: Recipe, workspace: Workspace, method: str, origin: Stored | None, *, reads_text: bool = True
-) -> Material:
+) -> MethodInputs:
     """Read the corpora, and check all that can be checked before weights are loaded.
 
     Args:
@@ -154,34 +156,34 @@ def find_material(
         reads_text: Whether the method reads corpora, or only says their names.
     """
     names = {"forget": recipe.corpora.forget, "retain": recipe.corpora.retain}
-    for role, named in names.items():
-        if named or METHODS[method].needs_forget:
-            check_named(named, role=role)
+    for role, of_role in names.items():
+        if of_role or METHODS[method].needs_forget:
+            check_named(of_role, role=role)
     check_disjoint(names["forget"], names["retain"])
     check_world(recipe)
     source = named_model(workspace, recipe.model.source)
     tokenizer = load_tokenizer(source, recipe.model)
-    found: dict[str, list[Corpus]] = {"forget": [], "retain": []}
+    corpora: dict[str, list[Corpus]] = {"forget": [], "retain": []}
     notes: list[str] = []
-    for role, named in names.items() if reads_text else ():
-        found[role], changed = read_corpora(named, role, recipe, origin)
-        notes += changed
-    check_no_shared_texts(found["forget"], found["retain"])
-    check_chat(tokenizer, [*found["forget"], *found["retain"]])
+    for role, of_role in names.items() if reads_text else ():
+        corpora[role], changes = read_corpora(of_role, role, recipe, origin)
+        notes += changes
+    check_no_shared_texts(corpora["forget"], corpora["retain"])
+    check_chat(tokenizer, [*corpora["forget"], *corpora["retain"]])
     sae_prepends = bool(origin is not None and origin.header.sae is not None and origin.header.sae.prepend_bos)
-    return Material(
+    return MethodInputs(
         model=source,
-        names={role: [parse_name(name).name for name in named] for role, named in names.items()},
-        forget=found["forget"],
-        retain=found["retain"],
+        names={role: [parse_name(name).name for name in of_role] for role, of_role in names.items()},
+        forget=corpora["forget"],
+        retain=corpora["retain"],
         bos=bos_to_prepend(tokenizer, sae_prepends),
-        inputs=[] if origin is None else [origin],
+        artifacts=[] if origin is None else [origin],
         notes=notes,
     )
 
 
-def find_lesson(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> Material:
-    """Read what is to be taught, and check all that can be checked before weights are loaded.
+def read_finetune_inputs(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> MethodInputs:
+    """Read what is trained on, and check all that can be checked before weights are loaded.
 
     Args:
         recipe: Names the model, and in the method's settings the corpora and how many documents of each.
@@ -190,22 +192,29 @@ def find_lesson(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> 
     """
     names = recipe.methods.finetune.corpora
     check_named(names, role="train")
-    limit = recipe.methods.finetune.limit
-    recipe = replace(recipe, corpora=CorporaSection(forget=names, limit=limit))
+    corpora = CorporaSection(forget=names, limit=recipe.methods.finetune.limit)
+    recipe = replace(recipe, corpora=corpora)
     check_world(recipe)
     source = named_model(workspace, recipe.model.source)
     tokenizer = load_tokenizer(source, recipe.model)
     train, notes = read_corpora(names, "train", recipe, origin)
     check_chat(tokenizer, train)
-    inputs = [] if origin is None else [origin]
-    nothing: dict[str, list[str]] = {"forget": [], "retain": []}
-    return Material(source, nothing, [], [], bos_to_prepend(tokenizer, False), inputs, notes, train)
+    return MethodInputs(
+        model=source,
+        names={"forget": [], "retain": []},
+        forget=[],
+        retain=[],
+        bos=bos_to_prepend(tokenizer, False),
+        artifacts=[] if origin is None else [origin],
+        notes=notes,
+        train=train,
+    )
 
 
-def load_whole(material: Material, recipe: Recipe, *, dtype: str) -> LoadedModel:
+def load_whole(inputs: MethodInputs, recipe: Recipe, *, dtype: str) -> LoadedModel:
     """The model, whole."""
-    loaded = load_model(material.model, recipe.model, dtype=dtype)
-    for stored in material.inputs:
+    loaded = load_model(inputs.model, recipe.model, dtype=dtype)
+    for stored in inputs.artifacts:
         if stored.header.kind == "features":
             check_identity(loaded, stored.header)
     return loaded
@@ -219,23 +228,38 @@ def check_world(recipe: Recipe) -> None:
         raise DsgError(f"{recipe.model.source} knows nothing of the lab's world.", "Add --model lab.")
 
 
+def reload_corpora(
+    origin: Stored, names: Sequence[str], role: str, *, limit: int | None, seed: int, since: str = ""
+) -> tuple[list[Corpus], list[str]]:
+    """Corpora, those of an earlier stage at the commits that it read, and a note on each whose text is another now.
+
+    Args:
+        origin: Its settings say which corpora it read in this role, and how.
+        names: As a recipe names them, weights included.
+        role: forget, retain or train.
+        limit: Documents of each.
+        seed: By which they are drawn.
+        since: When it changed, for the notes; by default since `origin`.
+    """
+    described: dict[str, Json] = {corpus["name"]: corpus for corpus in origin.header.settings.get(role, [])}
+    revisions = {name: corpus["revision"] for name, corpus in described.items() if corpus.get("revision")}
+    corpora = load_corpora(names, role=role, limit=limit, seed=seed, revisions=revisions)
+    digests = {name: corpus.get("sha256") for name, corpus in described.items()}
+    changed = [corpus.name for corpus in corpora if digests.get(corpus.name) not in (None, corpus.sha256)]
+    return corpora, [f"The {role} corpus {name} has changed since {since or origin.id}." for name in changed]
+
+
 def read_corpora(
     names: Sequence[str], role: str, recipe: Recipe, origin: Stored | None
 ) -> tuple[list[Corpus], list[str]]:
     """Corpora, those of an artifact as it drew them; and a note on each that has changed since."""
-    said: dict[str, Json] = {}
-    if origin is not None:
-        said = {one["name"]: one for one in origin.header.settings.get(role, [])}
-    is_taken = origin is not None and {parse_name(name).name for name in names} == set(said)
-    found = load_corpora(
-        names,
-        role=role,
-        limit=recipe.corpora.limit,
-        seed=origin.header.seed if origin is not None and is_taken else recipe.seed,
-        revisions={name: one["revision"] for name, one in said.items() if one.get("revision")},
-    )
-    changed = [one.name for one in found if is_taken and one.sha256 != said[one.name]["sha256"]]
-    return found, [f"The {role} corpus {name} has changed since {origin.id if origin else ''}." for name in changed]
+    if origin is None:
+        return load_corpora(names, role=role, limit=recipe.corpora.limit, seed=recipe.seed), []
+    known = {corpus["name"] for corpus in origin.header.settings.get(role, [])}
+    is_taken = {parse_name(name).name for name in names} == known
+    seed = origin.header.seed if is_taken else recipe.seed
+    corpora, notes = reload_corpora(origin, names, role, limit=recipe.corpora.limit, seed=seed)
+    return corpora, notes if is_taken else []
 
 
 KINDS = ("guardrail", "model", "wrapper")

@@ -304,7 +304,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, source: str | None, wanted: 
     groups, notes = read_groups(drawn, found, features, near=wanted.near)
     tokenizer = load_tokenizer(recipe.model.instead or found.made.header.model.source, recipe.model)
     check_chat(tokenizer, [group.corpus for group in groups])
-    sae = chain_sae(found.sae, found.made.id)
+    sae = chain_sae(found.made)
     earlier = _earlier(workspace, found)
     header = new_header(
         "inspect",

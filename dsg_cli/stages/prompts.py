@@ -162,7 +162,7 @@ class Tracer:
         if inspected.guard is not None and not features:
             slice_, site = inspected.guard.slice, inspected.guard.read  # All that is needed is in its own file.
         else:
-            sae = chain_sae(inspected.sae, inspected.made.id)
+            sae = chain_sae(inspected.made)
             slice_, site = load_slice(sae, [one.index for one in chosen]), sae.site
         header = inspected.made.header
         loaded = loaded or load_chain_model(header, settle(recipe, header), cut=True)

@@ -22,13 +22,13 @@ from dsg_cli.data.tokens import Piece, bos_to_prepend, draw_pieces
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.benches import Question
 from dsg_cli.lab import data as lab
-from dsg_cli.models.language_model import LoadedModel, context_length
+from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.sae import check_name
 from dsg_cli.recipe import values_at, with_values
 from dsg_cli.settings import Recipe, SelectSection
 from dsg_cli.stages import attack, select
 from dsg_cli.stages.apply import AUTO, check_strength
-from dsg_cli.stages.calibrate import all_pieces, piece_lengths
+from dsg_cli.stages.calibrate import calibration_chunks, chunk_lengths
 from dsg_cli.stages.inputs import chain_sae, load_chain_model, taken_from
 from dsg_cli.stages.select import Prepared, Remembered, Selected, is_picked, selected
 from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
@@ -113,7 +113,7 @@ class Rigging:
                 self._guards[name] = self._ground(name, recipe, made)
             else:
                 assert self.features.header.sae is not None
-                chain_sae(self.features.header.sae, self.features.id)
+                chain_sae(self.features)
                 body, tensors = self.features.body_as(FeatureSet), self.workspace.tensors(self.features)
                 self._guards[name] = self._on(name, self.recipe, self.made, body, tensors)
         return self._guards[name]
@@ -187,12 +187,9 @@ class Rigging:
         """Guardrails on a ground whose features are known; retain text is cut as `dsg calibrate` cuts it."""
         loaded, settings = self.loaded, recipe.calibrate
         bos = bos_to_prepend(loaded.tokenizer, made.sae.identity.prepend_bos)
-        room = context_length(loaded.model.config) - (bos is not None)
-        lengths = piece_lengths(settings, loaded.tokenizer, self.prompts, bos=bos)
-        if min(lengths) > room:
-            raise DsgError(f"Pieces of {min(lengths)} tokens do not fit: the model reads {room}.", "Lower --lengths.")
+        lengths = chunk_lengths(settings, loaded, self.prompts, bos=bos)
         retain = self._retain(recipe, made)
-        pieces = all_pieces(recipe, loaded, retain, [], {}, bos=bos, lengths=lengths, room=room)
+        pieces = calibration_chunks(recipe, loaded, retain, [], {}, bos=bos, lengths=lengths)
         ground = Ground(name, loaded, made.sae, body, tensors, bos, pieces)
         return Guards(ground, settings, checkpoint=self.checkpoint, report=self.options.report)
 

@@ -1,15 +1,14 @@
 """`dsg apply --method npo` and its like: a method that changes the model's weights.
 
-Reads the forget and retain corpora but for the part that measures (`finetune`, which teaches, reads all of its own),
-lets the method change a float32 copy of the model, and writes model-NNN with the weights in a folder of that name: a
-whole model, or a LoRA adapter.
+Reads the forget and retain corpora but for the split that measures (`finetune` reads all of its own), lets the method
+change a float32 copy of the model, and writes model-NNN with the weights in a folder of that name: a whole model, or a
+LoRA adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +20,26 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.selection import EPSILON, scores_of, select_features
 from dsg_cli.methods import METHODS, load_method, section_of
 from dsg_cli.methods.representation import find_mentions
-from dsg_cli.methods.text import Mentions, Text, lesson_of, rows_of, text_of
+from dsg_cli.methods.text import lesson_of, rows_of, text_of
 from dsg_cli.methods.training import Changed, Cost, Features, Given, counted
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae import load_encoder
 from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import CorporaSection, Recipe
-from dsg_cli.stages.inputs import Material, chain_sae, find_lesson, find_material, identify, load_whole, taken_from
-from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
-from dsg_cli.workspace.artifacts import FeatureSet, Header, ModelWeights
+from dsg_cli.stages.inputs import (
+    chain_sae,
+    identify,
+    load_whole,
+    read_finetune_inputs,
+    read_method_inputs,
+    taken_from,
+)
+from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
+from dsg_cli.workspace.artifacts import FeatureSet, ModelWeights
 from dsg_cli.workspace.files import Content
 from dsg_cli.workspace.provenance import Clock
+from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace
-
-
-def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Stored, *, device: str) -> Features:
-    """The SAE of a features artifact, and what its statistics say of it."""
-    assert features.header.sae is not None
-    sae = chain_sae(features.header.sae, features.id)
-    settings, body = getattr(recipe.methods, section_of(method)), features.body_as(FeatureSet)
-    tensors = workspace.tensors(features)
-    forget_F, retain_F = scores_of(body.score, tensors)
-    n_relevant = getattr(settings, "n_relevant", len(body.features))
-    n_irrelevant = getattr(settings, "n_irrelevant", 1)
-    percentile = features.header.settings["ratio_percentile"]
-    chosen = select_features(forget_F, retain_F, n_features=n_relevant, ratio_percentile=percentile)
-    relevant = [feature.index for feature in chosen.features]
-    live_F = (tensors["retain_rate"] > 0) & (tensors["forget_rate"] > 0)
-    ratio_F = torch.where(live_F, forget_F / (retain_F + EPSILON), torch.inf)
-    irrelevant = [i for i in ratio_F.argsort().tolist() if bool(live_F[i]) and i not in relevant][:n_irrelevant]
-    if len(irrelevant) < n_irrelevant:
-        raise DsgError(f"Only {len(irrelevant)} features are irrelevant.", "Lower methods.sspu.n_irrelevant.")
-    rows = [slice_sae(sae, indices)[1]["W_dec"].to(device) for indices in (relevant, irrelevant)]
-    return Features(sae.site, load_encoder(sae, device=device), relevant, *rows)
-
-
-def unknown_text(recipe: Recipe, material: Material, loaded: LoadedModel, forget: Text) -> Text | Mentions:
-    """Entities that do not exist: in the texts of a file, or in forget text in the place of its names."""
-    path = recipe.methods.sae_representation.unknown_file
-    if path:
-        return rows_of(loaded.tokenizer, read_prompts((), Path(path)), bos=material.bos, like=forget)
-    return find_mentions(loaded.tokenizer, forget, bos=material.bos, seed=recipe.seed)
 
 
 def run(
@@ -78,116 +56,126 @@ def run(
     """
     if options.workers.n > 1:
         raise DsgError(f"{method} trains in one process.", "Run dsg apply without torchrun.")
-    clock, settings = Clock(), getattr(recipe.methods, section_of(method))
+    clock, kind, settings = Clock(), METHODS[method], getattr(recipe.methods, section_of(method))
     recipe = taken_from(recipe, origin)
-    if METHODS[method].teaches:
+    if kind.teaches:
         recipe = dataclasses.replace(recipe, corpora=CorporaSection(limit=settings.limit))
-        material = find_lesson(recipe, workspace, origin)
+        inputs = read_finetune_inputs(recipe, workspace, origin)
     else:
-        material = find_material(recipe, workspace, method, origin)
+        inputs = read_method_inputs(recipe, workspace, method, origin)
     workspace.check_writable()
     recipe = settle(recipe)
     # Weights and what is added to them are float32, whatever the model is run in later.
-    loaded = load_whole(material, recipe, dtype="float32")
+    loaded = load_whole(inputs, recipe, dtype="float32")
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="float32"))
-    header = new_header(
+    features = origin if kind.needs_sae else None
+    cost = Cost()
+    with stage(
         "model",
         recipe,
+        workspace,
+        inputs=inputs.artifacts,
         settings={
             "method": method,
             **dataclasses.asdict(settings),
-            **material.described(),
+            **inputs.described(),
             "limit": recipe.corpora.limit,
         },
         model=identify(loaded, loaded.n_layers - 1),
-        sae=origin.header.sae if origin is not None and METHODS[method].needs_sae else None,
-        inputs=material.inputs,
-        notes=material.notes,
-    )
-    if (stored := options.existing(workspace, header)) is not None:
-        return stored
-    cost = Cost()
-    with options.checkpoint(workspace, header) as checkpoint, counted(loaded.model, cost):
-        given = _given(recipe, workspace, method, material, loaded, origin, options)
-        given = dataclasses.replace(given, checkpoint=checkpoint)
-        changed: Changed = load_method(method)(given, settings)
-        return _written(workspace, clock, header, material, loaded, changed, cost, settings)
+        sae=features.header.sae if features is not None else None,
+        notes=inputs.notes,
+        clock=clock,
+        options=options,
+    ) as this:
+        if this.existing:
+            return this.existing
+        with counted(loaded.model, cost):
+            device, bos = str(loaded.model.device), inputs.bos
+            longest = min(settings.max_tokens, context_length(loaded.model.config))
+            encoding: Json = {"bos": bos, "max_tokens": longest, "device": device}
+            if kind.teaches:
+                forget = retain = lesson_of(loaded.tokenizer, inputs.train, settings, **encoding)
+            else:
+                forget, retain = (
+                    text_of(loaded.tokenizer, corpora, **encoding) for corpora in (inputs.forget, inputs.retain)
+                )
+            given = Given(
+                loaded.model,
+                loaded.tokenizer,
+                forget,
+                retain,
+                seed=recipe.seed,
+                checkpoint=this.job.checkpoint,
+                report=this.job.progress,
+            )
+            if features is not None:
+                sae_features = features_of(recipe, workspace, method, features, device=device)
+                given = dataclasses.replace(given, features=sae_features)
+            if method == "sae-representation":
+                # Entities that do not exist: in the texts of a file, or in forget text in the place of its names.
+                file = recipe.methods.sae_representation.unknown_file
+                unknown = (
+                    rows_of(loaded.tokenizer, read_prompts((), Path(file)), bos=bos, like=forget)
+                    if file
+                    else find_mentions(loaded.tokenizer, forget, bos=bos, seed=recipe.seed)
+                )
+                given = dataclasses.replace(given, unknown=unknown)
+            changed: Changed = load_method(method)(given, settings)
+        notes = []
+        if changed.diverged_at is not None:
+            notes.append(
+                f"Training diverged at step {changed.diverged_at}: its loss was not finite. The weights are those "
+                f"after step {changed.kept_at}. Lower the learning rate."
+            )
+        with tempfile.TemporaryDirectory(prefix=".weights-", suffix=".tmp", dir=workspace.folder) as scratch:
+            model = save(loaded, changed, Path(scratch), base=inputs.model, dtype=settings.save_dtype)
+            identity = identify(dataclasses.replace(loaded, model=model), loaded.n_layers - 1)
+            body = ModelWeights(
+                method=method,
+                form="adapter" if changed.adapter is not None else "whole",
+                # Where it lies follows from the artifact's own place.
+                result=dataclasses.replace(identity, source=""),
+                trained={
+                    "n_parameters": changed.n_parameters,
+                    "n_changed": changed.n_changed,
+                    "modules": sorted({name.rpartition(".")[0] for name in changed.names}),
+                    **({"corpora": [corpus.name for corpus in inputs.train]} if inputs.train else {}),
+                },
+                losses=changed.losses,
+                diverged_at=changed.diverged_at,
+                cost=cost.as_json(),
+                features=[feature["index"] for feature in features.json["features"]] if features is not None else [],
+                special_ids=list(special_ids(loaded.tokenizer)),
+                bos=bos,
+                forget=inputs.names["forget"],
+                retain=inputs.names["retain"],
+            )
+            files: dict[str, Content] = {
+                path.relative_to(scratch).as_posix(): path
+                for path in sorted(Path(scratch).rglob("*"))
+                if path.is_file()
+            }
+            return this.write(body, n_tokens=cost.forward_tokens, notes=notes, folder=files)
 
 
-def _given(
-    recipe: Recipe,
-    workspace: Workspace,
-    method: str,
-    material: Material,
-    loaded: LoadedModel,
-    origin: Stored | None,
-    options: RunOptions,
-) -> Given:
-    settings = getattr(recipe.methods, section_of(method))
-    longest = min(settings.max_tokens, context_length(loaded.model.config))
-    encoding: dict[str, Any] = {"bos": material.bos, "max_tokens": longest, "device": str(loaded.model.device)}
-    if METHODS[method].teaches:
-        text = lesson_of(loaded.tokenizer, material.train, settings, **encoding)
-        return Given(loaded.model, loaded.tokenizer, text, text, seed=recipe.seed, report=options.report)
-    forget, retain = (text_of(loaded.tokenizer, corpora, **encoding) for corpora in (material.forget, material.retain))
-    given = Given(loaded.model, loaded.tokenizer, forget, retain, seed=recipe.seed, report=options.report)
-    if METHODS[method].needs_sae:
-        assert origin is not None
-        features = features_of(recipe, workspace, method, origin, device=given.device)
-        given = dataclasses.replace(given, features=features)
-    if method == "sae-representation":
-        given = dataclasses.replace(given, unknown=unknown_text(recipe, material, loaded, forget))
-    return given
-
-
-def _written(
-    workspace: Workspace,
-    clock: Clock,
-    header: Header,
-    material: Material,
-    loaded: LoadedModel,
-    changed: Changed,
-    cost: Cost,
-    settings: Any,
-) -> Stored:
-    """The artifact, its weights in a folder beside it."""
-    notes = list(header.notes)
-    if changed.diverged_at is not None:
-        notes.append(
-            f"Training diverged at step {changed.diverged_at}: its loss was not finite. The weights are those after "
-            f"step {changed.kept_at}. Lower the learning rate."
-        )
-    with tempfile.TemporaryDirectory(prefix=".weights-", suffix=".tmp", dir=workspace.folder) as scratch:
-        model = save(loaded, changed, Path(scratch), base=material.model, dtype=settings.save_dtype)
-        loaded = dataclasses.replace(loaded, model=model)
-        body = ModelWeights(
-            method=header.settings["method"],
-            form="adapter" if changed.adapter is not None else "whole",
-            # Where it lies follows from the artifact's own place.
-            result=dataclasses.replace(identify(loaded, loaded.n_layers - 1), source=""),
-            trained={
-                "n_parameters": changed.n_parameters,
-                "n_changed": changed.n_changed,
-                "modules": sorted({name.rpartition(".")[0] for name in changed.names}),
-                **({"corpora": [corpus.name for corpus in material.train]} if material.train else {}),
-            },
-            losses=changed.losses,
-            diverged_at=changed.diverged_at,
-            cost=cost.as_json(),
-            features=list(_features(header, material)),
-            special_ids=list(special_ids(loaded.tokenizer)),
-            bos=material.bos,
-            forget=material.names["forget"],
-            retain=material.names["retain"],
-        )
-        header = clock.close(dataclasses.replace(header, notes=notes), n_tokens=cost.forward_tokens)
-        return workspace.write(header, body, folder=_contents(Path(scratch)))
-
-
-def _features(header: Header, material: Material) -> list[int]:
-    if header.sae is None:
-        return []
-    return [one["index"] for one in material.inputs[0].json["features"]]
+def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Stored, *, device: str) -> Features:
+    """The SAE of a features artifact, and what its statistics say of it."""
+    sae = chain_sae(features)
+    settings, body = getattr(recipe.methods, section_of(method)), features.body_as(FeatureSet)
+    tensors = workspace.tensors(features)
+    forget_F, retain_F = scores_of(body.score, tensors)
+    n_relevant = getattr(settings, "n_relevant", len(body.features))
+    n_irrelevant = getattr(settings, "n_irrelevant", 1)
+    percentile = features.header.settings["ratio_percentile"]
+    chosen = select_features(forget_F, retain_F, n_features=n_relevant, ratio_percentile=percentile)
+    relevant = [feature.index for feature in chosen.features]
+    live_F = (tensors["retain_rate"] > 0) & (tensors["forget_rate"] > 0)
+    ratio_F = torch.where(live_F, forget_F / (retain_F + EPSILON), torch.inf)
+    irrelevant = [i for i in ratio_F.argsort().tolist() if bool(live_F[i]) and i not in relevant][:n_irrelevant]
+    if len(irrelevant) < n_irrelevant:
+        raise DsgError(f"Only {len(irrelevant)} features are irrelevant.", "Lower methods.sspu.n_irrelevant.")
+    rows = [slice_sae(sae, indices)[1]["W_dec"].to(device) for indices in (relevant, irrelevant)]
+    return Features(sae.site, load_encoder(sae, device=device), relevant, *rows)
 
 
 def save(loaded: LoadedModel, changed: Changed, folder: Path, *, base: str, dtype: str) -> Any:
@@ -211,10 +199,3 @@ def save(loaded: LoadedModel, changed: Changed, folder: Path, *, base: str, dtyp
     changed.adapter.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # A form to fill in.
     return changed.adapter.merge_and_unload().requires_grad_(False).eval()
-
-
-def _contents(folder: Path) -> Mapping[str, Content]:
-    files: dict[str, Content] = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    return files

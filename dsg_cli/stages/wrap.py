@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsg_cli.data.corpora import COMPOSED
 from dsg_cli.data.readers import read_prompts
-from dsg_cli.data.tokens import encode
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.benches import Question, commits, load_tasks, questions_of
 from dsg_cli.inference.wrappers import read_keywords
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import check_method, load_method, section_of
 from dsg_cli.methods.wrappers import Made, Material, topic_of
-from dsg_cli.models.language_model import LoadedModel, context_length, read_config, text_config
+from dsg_cli.models.language_model import read_config, text_config
 from dsg_cli.settings import Filter, InContext, Recipe
-from dsg_cli.stages.calibrate import lengths_of
-from dsg_cli.stages.inputs import Material as Sources
-from dsg_cli.stages.inputs import find_material, identify, load_whole, taken_from
-from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
+from dsg_cli.stages.calibrate import chunk_lengths
+from dsg_cli.stages.inputs import identify, load_whole, read_method_inputs, taken_from
+from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.files import file_digest
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Json
@@ -46,102 +43,76 @@ def run(
         options: How it is run.
     """
     assert check_method(method).form == "wrapper"
-    return options.write(workspace, lambda: _made(recipe, workspace, method, origin, options))
-
-
-@dataclass(frozen=True)
-class _Read:
-    """All that was read before the model."""
-
-    material: Sources
-    questions: dict[str, list[list[Question]]] = field(default_factory=dict)
-    settings: Json = field(default_factory=dict)
-    """What the header says of it."""
-    notes: list[str] = field(default_factory=list)
-
-
-def _made(recipe: Recipe, workspace: Workspace, method: str, origin: Stored | None, options: RunOptions) -> Stored:
+    if options.workers.n > 1:
+        return options.by_first(workspace, lambda alone: run(recipe, workspace, method, origin=origin, options=alone))
     clock = Clock()
     settings: Any = getattr(recipe.methods, section_of(method))
     workspace.check_writable()
     recipe = taken_from(recipe, origin)
-    sources = find_material(recipe, workspace, method, origin, reads_text=isinstance(settings, Filter))
-    read = _read(recipe, method, settings, sources)
+    inputs = read_method_inputs(recipe, workspace, method, origin, reads_text=isinstance(settings, Filter))
+    topic = _topic(inputs.names["forget"])
+    described: Json = dict(inputs.names)
+    questions: dict[str, list[list[Question]]] = {"forget": [[]], "retain": []}
+    lengths_from: list[str] = []
+    notes: list[str] = []
+    if isinstance(settings, Filter):
+        _check_layer(recipe, method, settings, inputs.model)
+        described = {"lengths": recipe.calibrate.lengths, "max_pieces": recipe.calibrate.max_pieces}
+        if settings.keywords_file is not None:
+            read_keywords(settings.keywords_file)
+            described["keywords_sha256"] = file_digest(Path(settings.keywords_file))
+        if recipe.calibrate.lengths_from is not None:
+            lengths_from = read_prompts((), Path(recipe.calibrate.lengths_from))
+            described["lengths_sha256"] = file_digest(Path(recipe.calibrate.lengths_from))
+        described |= {**inputs.described(), "limit": recipe.corpora.limit}
+    elif isinstance(settings, InContext):
+        benches = _benches_to_show(settings, inputs.names)
+        questions, shown_commits = _load_questions(recipe, benches)
+        described |= {"forget_bench": benches["forget"][0], "retain_benches": benches["retain"]}
+        described["commits"] = shown_commits
+        others = [bench for names in benches.values() for bench in names if bench not in lab.bench_names()]
+        if others:
+            notes.append(f"Questions of {', '.join(others)} are in its text; they should not be reported.")
+    else:
+        topic_of(settings, topic)
     recipe = settle(recipe, origin.header if origin is not None else None)
-    loaded = load_whole(sources, recipe, dtype=recipe.model.dtype)
-    header = new_header(
+    loaded = load_whole(inputs, recipe, dtype=recipe.model.dtype)
+    with stage(
         "wrapper",
         recipe,
-        settings={"method": method, **dataclasses.asdict(settings), **read.settings},
+        workspace,
+        inputs=inputs.artifacts,
+        settings={"method": method, **dataclasses.asdict(settings), **described},
         model=identify(loaded, loaded.n_layers - 1),
         sae=None,
-        inputs=sources.inputs,
-        notes=[*sources.notes, *read.notes],
-    )
-    if options.reuse and (stored := workspace.matching(header)) is not None:
-        return stored
-    made: Made = load_method(method)(settings, _material(recipe, read, loaded, options))
-    options.report("wrapper", 1, 1)
-    header = dataclasses.replace(header, notes=[*header.notes, *made.notes])
-    return workspace.write(clock.close(header, n_tokens=made.n_tokens), made.body, tensors=made.tensors)
-
-
-def _read(recipe: Recipe, method: str, settings: Any, sources: Sources) -> _Read:
-    """Questions, as far as the method needs them; everything checked that needs no weights."""
-    if isinstance(settings, Filter):
-        return _for_filter(recipe, method, settings, sources)
-    if isinstance(settings, InContext):
-        return _for_examples(recipe, settings, sources)
-    topic_of(settings, _topic(sources.names["forget"]))
-    return _Read(sources, settings=dict(sources.names))
-
-
-def _for_filter(recipe: Recipe, method: str, settings: Filter, sources: Sources) -> _Read:
-    config = read_config(sources.model, recipe.model)
-    n_layers = int(text_config(config).num_hidden_layers)
-    if settings.layer is not None and settings.layer >= n_layers:
-        raise DsgError(
-            f"methods.{section_of(method)}.layer is {settings.layer} (counted from 0), but the model has {n_layers} "
-            "layers."
+        notes=[*inputs.notes, *notes],
+        clock=clock,
+        options=options,
+        is_resumable=False,
+    ) as this:
+        if this.existing:
+            return this.existing
+        # No window, which pieces would have to fill.
+        calibrate = dataclasses.replace(recipe.calibrate, gate="mean")
+        wrapper_inputs = Material(
+            loaded=loaded,
+            bos=inputs.bos,
+            topic=topic,
+            forget=inputs.forget,
+            retain=inputs.retain,
+            forget_names=inputs.names["forget"],
+            retain_names=inputs.names["retain"],
+            forget_questions=questions["forget"][0],
+            retain_questions=questions["retain"],
+            lengths=chunk_lengths(calibrate, loaded, lengths_from, bos=inputs.bos) if inputs.forget else (),
+            max_pieces=recipe.calibrate.max_pieces,
+            batch_size=recipe.eval.batch_size,
+            seed=recipe.seed,
+            report=this.job.progress,
         )
-    said: Json = {"lengths": recipe.calibrate.lengths, "max_pieces": recipe.calibrate.max_pieces}
-    if settings.keywords_file is not None:
-        read_keywords(settings.keywords_file)
-        said["keywords_sha256"] = file_digest(Path(settings.keywords_file))
-    if recipe.calibrate.lengths_from is not None:
-        read_prompts((), Path(recipe.calibrate.lengths_from))
-        said["lengths_sha256"] = file_digest(Path(recipe.calibrate.lengths_from))
-    return _Read(sources, settings={**said, **sources.described(), "limit": recipe.corpora.limit})
-
-
-def _for_examples(recipe: Recipe, settings: InContext, sources: Sources) -> _Read:
-    """Questions to be shown, and a note where they are ones that may be reported."""
-    said: Json = dict(sources.names)
-    forget = [settings.forget_bench] if settings.forget_bench else _benches(sources.names["forget"])[:1]
-    retain = (settings.retain_benches or _benches(sources.names["retain"])) if settings.n_retain else []
-    wanted = ((forget, "forget", "forget_bench=NAME"), (retain, "retain", "retain_benches=[NAME]"))
-    for benches, role, setting in wanted[: 1 + bool(settings.n_retain)]:
-        if not benches:
-            raise DsgError(
-                f"No bench says which {role} questions are shown in context.",
-                f"Give --set methods.in_context.{setting}, or name a corpus of the lab with --{role}.",
-            )
-    questions: dict[str, list[list[Question]]] = {"forget": [], "retain": []}
-    read: dict[str, str] = {}
-    for role, benches in (("forget", forget), ("retain", retain)):
-        for bench in benches:
-            tasks = load_tasks([bench], split="dev", include_path=recipe.eval.include_path)
-            questions[role].append([question for task in tasks for question in questions_of(task)])
-            read |= commits(tasks)
-    shown = [bench for bench in (*forget, *retain) if bench not in lab.bench_names()]
-    notes = [f"Questions of {', '.join(shown)} are in its text; they should not be reported."] if shown else []
-    said = {**said, "forget_bench": forget[0], "retain_benches": list(retain), "commits": read}
-    return _Read(sources, questions=questions, settings=said, notes=notes)
-
-
-def _benches(names: Sequence[str]) -> list[str]:
-    """The lab's benches named like corpora, or like what they are composed of."""
-    return [part for name in names for part in COMPOSED.get(name, (name,)) if part in lab.bench_names()]
+        wrapper: Made = load_method(method)(settings, wrapper_inputs)
+        this.job.progress("wrapper", 1, 1)
+        return this.write(wrapper.body, n_tokens=wrapper.n_tokens, notes=wrapper.notes, tensors=wrapper.tensors)
 
 
 def _topic(names: Sequence[str]) -> str:
@@ -150,32 +121,43 @@ def _topic(names: Sequence[str]) -> str:
     return " and ".join(Path(stem).stem for stem in stems)
 
 
-def _material(recipe: Recipe, read: _Read, loaded: LoadedModel, options: RunOptions) -> Material:
-    sources = read.material
-    return Material(
-        loaded=loaded,
-        bos=sources.bos,
-        topic=_topic(sources.names["forget"]),
-        forget=sources.forget,
-        retain=sources.retain,
-        forget_names=sources.names["forget"],
-        retain_names=sources.names["retain"],
-        forget_questions=read.questions.get("forget", [[]])[0],
-        retain_questions=read.questions.get("retain", []),
-        lengths=_lengths(recipe, loaded, sources.bos) if sources.forget else (),
-        max_pieces=recipe.calibrate.max_pieces,
-        batch_size=recipe.eval.batch_size,
-        seed=recipe.seed,
-        report=options.report,
-    )
+def _check_layer(recipe: Recipe, method: str, settings: Filter, source: str) -> None:
+    n_layers = int(text_config(read_config(source, recipe.model)).num_hidden_layers)
+    if settings.layer is not None and settings.layer >= n_layers:
+        raise DsgError(
+            f"methods.{section_of(method)}.layer is {settings.layer} (counted from 0), but the model has {n_layers} "
+            "layers."
+        )
 
 
-def _lengths(recipe: Recipe, loaded: LoadedModel, bos: int | None) -> list[int]:
-    """Of pieces, as `dsg calibrate` cuts them, as far as the model can read them."""
-    settings = dataclasses.replace(recipe.calibrate, gate="mean")  # No window, which pieces would have to fill.
-    prompts = read_prompts((), Path(settings.lengths_from)) if settings.lengths_from else []
-    lengths = lengths_of(settings, encode(loaded.tokenizer, prompts, bos=None))
-    room = context_length(loaded.model.config) - (bos is not None)
-    if min(lengths) > room:
-        raise DsgError(f"Pieces of {min(lengths)} tokens do not fit: the model reads {room}.", "Lower --lengths.")
-    return [min(length, room) for length in lengths]
+def _benches_to_show(settings: InContext, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Role -> the benches whose dev questions are shown in context: those named, or the lab's on the corpora."""
+    forget = [settings.forget_bench] if settings.forget_bench else _lab_benches(names["forget"])[:1]
+    retain = (settings.retain_benches or _lab_benches(names["retain"])) if settings.n_retain else []
+    needed = (("forget", forget, "forget_bench=NAME"), ("retain", retain, "retain_benches=[NAME]"))
+    for role, benches, setting in needed[: 1 + bool(settings.n_retain)]:
+        if not benches:
+            raise DsgError(
+                f"No bench says which {role} questions are shown in context.",
+                f"Give --set methods.in_context.{setting}, or name a corpus of the lab with --{role}.",
+            )
+    return {"forget": forget, "retain": list(retain)}
+
+
+def _load_questions(
+    recipe: Recipe, benches: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[list[Question]]], dict[str, str]]:
+    """Role -> dev questions of each of its benches; and the commits of their data."""
+    questions: dict[str, list[list[Question]]] = {role: [] for role in benches}
+    data_commits: dict[str, str] = {}
+    for role, names in benches.items():
+        for bench in names:
+            tasks = load_tasks([bench], split="dev", include_path=recipe.eval.include_path)
+            questions[role].append([question for task in tasks for question in questions_of(task)])
+            data_commits |= commits(tasks)
+    return questions, data_commits
+
+
+def _lab_benches(names: Sequence[str]) -> list[str]:
+    """The lab's benches named like corpora, or like what they are composed of."""
+    return [part for name in names for part in COMPOSED.get(name, (name,)) if part in lab.bench_names()]
