@@ -27,7 +27,6 @@ from dsg_cli.guardrail.calibration import (
 )
 from dsg_cli.guardrail.runtime.gates import FORMS
 from dsg_cli.intervals import rate_above
-from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.settings import CalibrateSection, Recipe
