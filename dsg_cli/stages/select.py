@@ -1,14 +1,14 @@
 """`dsg select`: which features carry the knowledge that is to be forgotten?
 
-Reads the `select` part of the forget and retain corpora through the model's layers up to the SAE's hook and the
-whole SAE, once; ranks the features (METHOD, steps 1 to 4); writes features-NNN. Features that are picked by their
-descriptions or by hand need no forget corpus (METHOD, step 10): then only retain text is read.
+Reads the `select` split of the forget and retain corpora through the model's layers up to the SAE's hook and the whole
+SAE, once; ranks the features (arXiv 2504.08192, section 4); writes features-NNN. Features that are picked by their
+descriptions or by hand need no forget corpus: then only retain text is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,10 @@ from dsg_cli.data.corpora import Corpus, check_disjoint, check_named, check_no_s
 from dsg_cli.data.tokens import bos_to_prepend, check_chat, prompts
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.probe import candidates, fit_probe, sampled_activations
-from dsg_cli.guardrail.selection import Selection, formatting_notes, picked_features, select_features
+from dsg_cli.guardrail.selection import formatting_notes, picked_features, select_features
 from dsg_cli.guardrail.statistics import CHUNK_TOKENS, FeatureStatistics, feature_statistics, mix
 from dsg_cli.inspection.descriptions import (
     Candidates,
-    Descriptions,
     Match,
     rank_by_embedding,
     rank_by_terms,
@@ -47,271 +46,11 @@ from dsg_cli.models.sae import SaeSource, check_fits, check_name, load_encoder, 
 from dsg_cli.models.sae_slice import load_slice
 from dsg_cli.settings import Recipe, SelectSection
 from dsg_cli.stages.inputs import check_world, identify, named_model
-from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
-from dsg_cli.workspace.artifacts import FeatureSet, Header, SaeIdentity
-from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
+from dsg_cli.workspace.artifacts import FeatureSet, SaeIdentity
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace
-
-KEPT = 1000
-"""Of a ranking, the best that an artifact names."""
-
-
-def is_picked(settings: SelectSection) -> bool:
-    """Whether features are picked without text."""
-    return settings.describe is not None or bool(settings.features)
-
-
-def find_candidates(recipe: Recipe, sae: SaeIdentity, options: RunOptions) -> Candidates | None:
-    """What the settings pick; None if forget text says which features to take.
-
-    Args:
-        recipe: Its selection, and the device for an embedding model.
-        sae: Whose features they are.
-        options: Who downloads, and progress.
-    """
-    settings = recipe.select
-    if settings.features:
-        beyond = [j for j in settings.features if j >= sae.n_features]
-        if beyond:
-            raise DsgError(f"The SAE has {sae.n_features:,} features; there is no {beyond[0]}.", "Check the list.")
-        return Candidates([Match(j, 0.0) for j in settings.features], {}, {}, [])
-    if settings.describe is None:
-        return None
-    found = _descriptions(settings, sae, options)
-    if settings.embedding is None:
-        ranking = rank_by_terms(settings.describe, found.texts)
-        ranker, missing = "bm25", unmatched(settings.describe, found.texts.values())
-    else:
-        ranking = rank_by_embedding(
-            settings.describe, found.texts, settings.embedding, device=recipe.model.device, report=options.report
-        )
-        ranker, missing = f"embedding {settings.embedding}", []
-    rows: list[Json] = [{"index": match.index, "score": match.score} for match in ranking[:KEPT]]
-    if settings.samples:
-        rows = [row | {"description": found.texts[row["index"]]} for row in rows]
-    said: Json = {"query": settings.describe, "ranker": ranker, "source": found.source, "sha256": found.sha256}
-    said["n_matched"] = len(ranking)
-    notes = [f"No description has the word {' or '.join(missing)}."] if missing else []
-    return Candidates(ranking, found.texts, said | {"ranking": rows}, notes)
-
-
-def _descriptions(settings: SelectSection, sae: SaeIdentity, options: RunOptions) -> Descriptions:
-    """From the file that is named, or else Neuronpedia's."""
-    if settings.descriptions is not None:
-        return read_descriptions(Path(settings.descriptions), sae.n_features)
-    name = place_of(sae.source)
-    if name is None:
-        raise DsgError(f"Nobody is known to have described the features of {sae.source}.", INSTEAD)
-    path = fetch_descriptions(name, sae.n_features, report=options.report)
-    return read_descriptions(path, sae.n_features, source=f"neuronpedia:{name}")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that the pass needs."""
-
-    loaded: LoadedModel
-    sae: SaeSource
-    corpora: dict[str, list[Corpus]]
-    header: Header
-    seq_len: int
-    candidates: Candidates | None = None
-    """Features that are picked without any text; then there may be no forget corpus."""
-
-
-Parts = dict[str, list[FeatureStatistics]]
-"""Role -> the statistics of each of its corpora."""
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """What earlier passes found of corpora, by all that it depends on beside the model."""
-
-    statistics: dict[object, FeatureStatistics] = field(default_factory=dict)
-    residuals: dict[object, Tensor] = field(default_factory=dict)
-    """Of sampled retain tokens, [T, D] on the CPU."""
-
-
-@dataclass(frozen=True)
-class Selected:
-    """What a pass over the corpora found."""
-
-    body: FeatureSet
-    tensors: dict[str, Tensor]
-    """Statistics of every feature of the SAE."""
-    parts: Parts
-    notes: tuple[str, ...] = ()
-    """On the choice."""
-
-
-def selected(
-    made: Prepared,
-    settings: SelectSection,
-    options: RunOptions,
-    checkpoint: Checkpoint,
-    *,
-    remembered: Remembered | None = None,
-) -> Selected:
-    """Statistics, features and probe.
-
-    Args:
-        made: From `prepared`.
-        settings: Of the selection.
-        options: How it is run.
-        checkpoint: Where the pass goes on from, and is kept.
-        remembered: What earlier calls found of the same corpora by the same SAE.
-    """
-    parts = _statistics(made, settings, options, checkpoint, remembered or Remembered())
-    statistics = {
-        role: mix(of_role, [corpus.weight for corpus in made.corpora[role]])
-        for role, of_role in parts.items()
-        if of_role
-    }
-    selection = _selection(made.candidates, settings, statistics)
-    body = FeatureSet(
-        features=selection.features,
-        score=settings.score,
-        ratio_cut=selection.ratio_cut,
-        forget_cut=selection.forget_cut,
-        percentiles_over=selection.percentiles_over,
-        n_live=selection.n_live,
-        n_passed=selection.n_passed,
-        forget_tokens=statistics["forget"].n_tokens if "forget" in statistics else 0,
-        retain_tokens=statistics["retain"].n_tokens,
-        median_residual_norm=statistics["retain"].median_residual_norm,
-        probe=_probe(made, settings, statistics, parts, options, remembered),
-        described=made.candidates.described if made.candidates is not None else {},
-    )
-    tensors = {name: tensor for role in statistics for name, tensor in statistics[role].tensors(role).items()}
-    return Selected(body, tensors, parts, selection.notes)
-
-
-def _selection(
-    candidates: Candidates | None, settings: SelectSection, statistics: dict[str, FeatureStatistics]
-) -> Selection:
-    """By forget text, unless the features are picked without it."""
-    retain = statistics["retain"]
-    scores = {role: of_role.score(settings.score) for role, of_role in statistics.items()}
-    if candidates is None:
-        return select_features(
-            scores["forget"],
-            scores["retain"],
-            n_features=settings.n_features,
-            ratio_percentile=settings.ratio_percentile,
-        )
-    return picked_features(
-        candidates.indices,
-        scores.get("forget"),
-        scores["retain"],
-        retain.rate_F,
-        n_features=settings.n_features if candidates.described else None,
-        max_retain_rate=settings.max_retain_rate,
-    )
-
-
-def _statistics(
-    made: Prepared, settings: SelectSection, options: RunOptions, checkpoint: Checkpoint, remembered: Remembered
-) -> Parts:
-    """From one pass over each corpus's `select` part, but for those that are remembered."""
-    encoder = load_encoder(made.sae, device=str(made.loaded.model.device))
-    parts: Parts = {role: [] for role in made.corpora}
-    job = Job(options.workers, checkpoint, options.report)
-    for role, several in made.corpora.items():
-        for corpus in several:
-            at_most = _max_tokens(made, settings, role)
-            key = _key(made, settings, role, corpus)
-            if key not in remembered.statistics:
-                remembered.statistics[key] = feature_statistics(
-                    made.loaded.model,
-                    made.sae.site,
-                    encoder,
-                    _batches(made, settings, role, corpus),
-                    total_tokens=estimated_tokens(corpus.part("select"), at_most),
-                    job=job.named(f"{role} corpus {corpus.name.rsplit('/', 1)[-1]}"),
-                )
-            parts[role].append(remembered.statistics[key])
-    return parts
-
-
-def _key(made: Prepared, settings: SelectSection, role: str, corpus: Corpus) -> tuple[object, ...]:
-    """What a pass over a corpus depends on; where the corpus is read whole, not on how much may be read."""
-    n_bytes = sum(len(text.encode()) for text in corpus.texts)  # No token has less than one.
-    at_most = min(_max_tokens(made, settings, role), n_bytes)
-    return (made.sae.identity, corpus.name, corpus.sha256, at_most, made.seq_len, settings.rows)
-
-
-def _max_tokens(made: Prepared, settings: SelectSection, role: str) -> int:
-    return settings.max_rows * made.seq_len // len(made.corpora[role])
-
-
-def _batches(made: Prepared, settings: SelectSection, role: str, corpus: Corpus) -> Iterator[TokenBatch]:
-    """The `select` part of one corpus."""
-    return stream_batches(
-        made.loaded.tokenizer,
-        prompts(made.loaded.tokenizer, corpus, "select"),
-        bos=bos_to_prepend(made.loaded.tokenizer, made.sae.identity.prepend_bos),
-        seq_len=made.seq_len,
-        max_tokens=_max_tokens(made, settings, role),
-        is_packed=settings.rows == "packed",
-        device=str(made.loaded.model.device),
-    )
-
-
-def _probe(
-    made: Prepared,
-    settings: SelectSection,
-    mixed: dict[str, FeatureStatistics],
-    parts: Parts,
-    options: RunOptions,
-    remembered: Remembered | None,
-) -> Json:
-    """A probe of tokens, from a second pass over a sample of the same text; nothing if none is wanted, or possible."""
-    if not settings.probe_features or "forget" not in mixed:
-        return {}
-    indices = candidates(mixed["forget"], mixed["retain"], settings.probe_candidates)
-    watched = load_slice(made.sae, indices).to(made.loaded.model.device)
-
-    def encode(resid_TD: Tensor) -> Tensor:
-        return watched(resid_TD).acts.abs()
-
-    job = Job(options.workers, progress=options.report)
-    found: dict[str, list[Tensor]] = {}
-    for role, several in made.corpora.items():
-        found[role] = []
-        for corpus, statistics in zip(several, parts[role], strict=True):
-            sample = partial(
-                sampled_activations,
-                made.loaded.model,
-                made.sae.site,
-                batches=_batches(made, settings, role, corpus),
-                total_tokens=statistics.n_tokens,
-                n_tokens=max(1, settings.probe_tokens // 2 // len(several)),
-                job=job.named(f"probe, {role} corpus {corpus.name.rsplit('/', 1)[-1]}"),
-            )
-            if remembered is None or role == "forget":
-                found[role].append(sample(encode, len(indices)))
-                continue
-            # Other forget text asks for other features of the same retain text, whose residuals are kept.
-            key = (_key(made, settings, role, corpus), settings.probe_tokens, len(several))
-            if key not in remembered.residuals:
-                remembered.residuals[key] = sample(Tensor.float, made.sae.identity.width)
-            device = made.loaded.model.device
-            chunks = [
-                encode(resid_TD.to(device)).cpu() for resid_TD in torch.split(remembered.residuals[key], CHUNK_TOKENS)
-            ]
-            found[role].append(torch.cat(chunks))
-    shares = [1.0 if corpus.weight is None else corpus.weight for corpus in made.corpora["retain"]]
-    return fit_probe(
-        torch.cat(found["forget"]),
-        found["retain"],
-        shares,
-        indices,
-        n_features=settings.probe_features,
-        ridge=settings.probe_ridge,
-        job=job,
-    ).as_json()
 
 
 def run(
@@ -331,22 +70,69 @@ def run(
     """
     clock = Clock()
     with options.workers.in_turn():
-        made = prepared(recipe, workspace, options=options)
-    if made.candidates is not None:
-        ranked(made.candidates)
-    if (stored := options.existing(workspace, made.header)) is not None:
-        return stored
-    with options.checkpoint(workspace, made.header) as checkpoint:
-        found = selected(made, recipe.select, options, checkpoint)
-        header = _noted(made, found)
-        n_tokens = found.body.forget_tokens + found.body.retain_tokens
-        closed = clock.close(header, n_tokens=n_tokens)
-        return options.write(workspace, lambda: workspace.write(closed, found.body, tensors=found.tensors))
+        inputs = read_inputs(recipe, workspace, options=options)
+    recipe, candidates = inputs.recipe, inputs.candidates
+    described: Json = {}
+    if candidates is not None:
+        ranked(candidates)
+        if candidates.described:
+            described = {"descriptions_sha256": candidates.described["sha256"]}
+    with stage(
+        "features",
+        recipe,
+        workspace,
+        inputs=inputs.models,
+        settings={
+            **dataclasses.asdict(recipe.select),
+            **described,
+            **{role: [corpus.described() for corpus in corpora] for role, corpora in inputs.corpora.items()},
+            "limit": recipe.corpora.limit,
+        },
+        model=identify(inputs.loaded, inputs.sae.site.layer),
+        sae=inputs.sae.identity,
+        notes=inputs.notes,
+        clock=clock,
+        options=options,
+    ) as this:
+        if this.existing:
+            return this.existing
+        cache = PassCache()
+        features, tensors, notes = select(inputs, recipe.select, this.job, cache, keeps_residuals=False)
+        n_tokens = features.forget_tokens + features.retain_tokens
+        return this.write(features, n_tokens=n_tokens, notes=notes, tensors=tensors)
 
 
-def prepared(
+def is_picked(settings: SelectSection) -> bool:
+    """Whether features are picked without text."""
+    return settings.describe is not None or bool(settings.features)
+
+
+@dataclass(frozen=True)
+class SelectionInputs:
+    """What features are selected from."""
+
+    recipe: Recipe
+    """Settled."""
+    models: list[Stored]
+    """The artifact whose weights the model has, if it is one."""
+    loaded: LoadedModel
+    sae: SaeSource
+    corpora: dict[str, list[Corpus]]
+    """forget and retain; features that are picked need no forget corpus."""
+    seq_len: int
+    candidates: Candidates | None
+    """Features that are picked without any text."""
+    notes: list[str]
+
+    @property
+    def bos(self) -> int | None:
+        """Token that every sequence begins with."""
+        return bos_to_prepend(self.loaded.tokenizer, self.sae.identity.prepend_bos)
+
+
+def read_inputs(
     recipe: Recipe, workspace: Workspace, *, loaded: LoadedModel | None = None, options: RunOptions = QUIET
-) -> Prepared:
+) -> SelectionInputs:
     """Everything checked and read.
 
     Args:
@@ -355,8 +141,8 @@ def prepared(
         loaded: The model, if it has been loaded already.
         options: How it is run.
     """
-    names = recipe.corpora
-    if names.forget or not is_picked(recipe.select):
+    names, settings = recipe.corpora, recipe.select
+    if names.forget or not is_picked(settings):
         check_named(names.forget, role="forget")
     check_named(names.retain, role="retain")
     check_disjoint(names.forget, names.retain)
@@ -364,7 +150,7 @@ def prepared(
     workspace.check_writable()
     check_name(recipe.sae.source)
     recipe = settle(recipe)
-    changed = [workspace.find("model", recipe.model.source)] if recipe.model.source.startswith("model-") else []
+    models = [workspace.find("model", recipe.model.source)] if recipe.model.source.startswith("model-") else []
     recipe = replace(recipe, model=replace(recipe.model, source=named_model(workspace, recipe.model.source)))
     model_config = text_config(read_config(recipe.model.source, recipe.model))
     tokenizer = load_tokenizer(recipe.model.source, recipe.model)
@@ -375,45 +161,225 @@ def prepared(
     check_chat(tokenizer, [*forget, *retain])
     sae = read_sae(recipe.sae.source)
     notes = check_fits(sae, model_config, recipe.model.source, has_bos=tokenizer.bos_token_id is not None)
-    if not recipe.select.features and recipe.select.n_features > sae.identity.n_features:
+    if not settings.features and settings.n_features > sae.identity.n_features:
         raise DsgError(
-            f"{recipe.select.n_features} features were asked for; the SAE has {sae.identity.n_features}.",
+            f"{settings.n_features} features were asked for; the SAE has {sae.identity.n_features}.",
             "Choose another number with -n.",
         )
     candidates = find_candidates(recipe, sae.identity, options)
-    loaded = loaded or load_model(recipe.model.source, recipe.model, last_layer=sae.site.layer)
-    header = new_header(
-        "features",
-        recipe,
-        settings=_settings(recipe, forget, retain, candidates),
-        model=identify(loaded, sae.site.layer),
-        sae=sae.identity,
-        inputs=changed,
+    return SelectionInputs(
+        recipe=recipe,
+        models=models,
+        loaded=loaded or load_model(recipe.model.source, recipe.model, last_layer=sae.site.layer),
+        sae=sae,
+        corpora={"forget": forget, "retain": retain},
+        seq_len=min(settings.seq_len, context_length(model_config)),
+        candidates=candidates,
         notes=[*notes, *(candidates.notes if candidates is not None else [])],
     )
-    seq_len = min(recipe.select.seq_len, context_length(model_config))
-    return Prepared(loaded, sae, {"forget": forget, "retain": retain}, header, seq_len, candidates)
 
 
-def _settings(
-    recipe: Recipe, forget: Sequence[Corpus], retain: Sequence[Corpus], candidates: Candidates | None
-) -> Json:
-    described = candidates.described if candidates is not None else {}
-    return {
-        **dataclasses.asdict(recipe.select),
-        **({"descriptions_sha256": described["sha256"]} if described else {}),
-        "forget": [corpus.described() for corpus in forget],
-        "retain": [corpus.described() for corpus in retain],
-        "limit": recipe.corpora.limit,
+KEPT = 1000
+"""Of a ranking, the best that an artifact names."""
+
+
+def find_candidates(recipe: Recipe, sae: SaeIdentity, options: RunOptions) -> Candidates | None:
+    """What the settings pick by hand or by description; None if forget text says which features to take."""
+    settings = recipe.select
+    if settings.features:
+        beyond = [j for j in settings.features if j >= sae.n_features]
+        if beyond:
+            raise DsgError(f"The SAE has {sae.n_features:,} features; there is no {beyond[0]}.", "Check the list.")
+        return Candidates([Match(j, 0.0) for j in settings.features], {}, {}, [])
+    query = settings.describe
+    if query is None:
+        return None
+    if settings.descriptions is not None:
+        descriptions = read_descriptions(Path(settings.descriptions), sae.n_features)
+    else:
+        name = place_of(sae.source)
+        if name is None:
+            raise DsgError(f"Nobody is known to have described the features of {sae.source}.", INSTEAD)
+        path = fetch_descriptions(name, sae.n_features, report=options.report)
+        descriptions = read_descriptions(path, sae.n_features, source=f"neuronpedia:{name}")
+    notes: list[str] = []
+    if settings.embedding is None:
+        ranking, ranker = rank_by_terms(query, descriptions.texts), "bm25"
+        if missing := unmatched(query, descriptions.texts.values()):
+            notes.append(f"No description has the word {' or '.join(missing)}.")
+    else:
+        ranker = f"embedding {settings.embedding}"
+        ranking = rank_by_embedding(
+            query, descriptions.texts, settings.embedding, device=recipe.model.device, report=options.report
+        )
+    rows: list[Json] = [{"index": match.index, "score": match.score} for match in ranking[:KEPT]]
+    if settings.samples:
+        rows = [row | {"description": descriptions.texts[row["index"]]} for row in rows]
+    described: Json = {
+        "query": query,
+        "ranker": ranker,
+        "source": descriptions.source,
+        "sha256": descriptions.sha256,
+        "n_matched": len(ranking),
+        "ranking": rows,
     }
+    return Candidates(ranking, descriptions.texts, described, notes)
 
 
-def _noted(made: Prepared, found: Selected) -> Header:
-    """The header with what a person should know of the choice, and of the features: which look like formatting."""
-    together = list(zip(made.corpora["retain"], found.parts["retain"], strict=True))
-    chat, plain = ([one for corpus, one in together if corpus.is_chat == is_chat] for is_chat in (True, False))
-    notes = [*made.header.notes, *found.notes]
+@dataclass(frozen=True)
+class PassCache:
+    """What passes over corpora have computed, by all that it depends on beside the model."""
+
+    statistics: dict[object, FeatureStatistics] = field(default_factory=dict)
+    residuals: dict[object, Tensor] = field(default_factory=dict)
+    """Of sampled retain tokens, [T, D] on the CPU."""
+
+
+def select(
+    inputs: SelectionInputs, settings: SelectSection, job: Job, cache: PassCache, *, keeps_residuals: bool
+) -> tuple[FeatureSet, dict[str, Tensor], list[str]]:
+    """Features and probe, the statistics of every feature of the SAE, and notes.
+
+    Args:
+        inputs: What is read.
+        settings: Of the selection.
+        job: Its checkpoint keeps the passes of statistics.
+        cache: What earlier calls with the same model computed.
+        keeps_residuals: Whether further calls will fit probes on the same retain text.
+    """
+    encoder = load_encoder(inputs.sae, device=str(inputs.loaded.model.device))
+    by_role: dict[str, list[FeatureStatistics]] = {role: [] for role in inputs.corpora}
+    for role, corpora in inputs.corpora.items():
+        for corpus in corpora:
+            key = _pass_key(inputs, settings, role, corpus)
+            if key not in cache.statistics:
+                cache.statistics[key] = feature_statistics(
+                    inputs.loaded.model,
+                    inputs.sae.site,
+                    encoder,
+                    _batches(inputs, settings, role, corpus),
+                    total_tokens=estimated_tokens(corpus.part("select"), _max_tokens(inputs, settings, role)),
+                    job=job.named(f"{role} corpus {corpus.name.rsplit('/', 1)[-1]}"),
+                )
+            by_role[role].append(cache.statistics[key])
+    mixed = {
+        role: mix(statistics, [corpus.weight for corpus in inputs.corpora[role]])
+        for role, statistics in by_role.items()
+        if statistics
+    }
+    retain = mixed["retain"]
+    scores = {role: statistics.score(settings.score) for role, statistics in mixed.items()}
+    if inputs.candidates is None:
+        selection = select_features(
+            scores["forget"],
+            scores["retain"],
+            n_features=settings.n_features,
+            ratio_percentile=settings.ratio_percentile,
+        )
+    else:
+        selection = picked_features(
+            inputs.candidates.indices,
+            scores.get("forget"),
+            scores["retain"],
+            retain.rate_F,
+            n_features=settings.n_features if inputs.candidates.described else None,
+            max_retain_rate=settings.max_retain_rate,
+        )
+    features = FeatureSet(
+        features=selection.features,
+        score=settings.score,
+        ratio_cut=selection.ratio_cut,
+        forget_cut=selection.forget_cut,
+        percentiles_over=selection.percentiles_over,
+        n_live=selection.n_live,
+        n_passed=selection.n_passed,
+        forget_tokens=mixed["forget"].n_tokens if "forget" in mixed else 0,
+        retain_tokens=retain.n_tokens,
+        median_residual_norm=retain.median_residual_norm,
+        probe=_probe(inputs, settings, mixed, by_role, job, cache.residuals if keeps_residuals else None),
+        described=inputs.candidates.described if inputs.candidates is not None else {},
+    )
+    tensors = {name: tensor for role in mixed for name, tensor in mixed[role].tensors(role).items()}
+    notes = list(selection.notes)
+    of_retain = list(zip(inputs.corpora["retain"], by_role["retain"], strict=True))
+    chat, plain = ([stats for corpus, stats in of_retain if corpus.is_chat == is_chat] for is_chat in (True, False))
     if chat and plain:
-        chat_F, plain_F = (mix(several, [None] * len(several)).rate_F for several in (chat, plain))
-        notes += formatting_notes(chat_F, plain_F, [feature.index for feature in found.body.features])
-    return dataclasses.replace(made.header, notes=notes)
+        chat_F, plain_F = (mix(statistics, [None] * len(statistics)).rate_F for statistics in (chat, plain))
+        notes += formatting_notes(chat_F, plain_F, [feature.index for feature in selection.features])
+    return features, tensors, notes
+
+
+def _pass_key(inputs: SelectionInputs, settings: SelectSection, role: str, corpus: Corpus) -> tuple[object, ...]:
+    """What a pass over a corpus depends on; where the corpus is read whole, not on how much may be read."""
+    n_bytes = sum(len(text.encode()) for text in corpus.texts)  # No token has less than one.
+    at_most = min(_max_tokens(inputs, settings, role), n_bytes)
+    return (inputs.sae.identity, corpus.name, corpus.sha256, at_most, inputs.seq_len, settings.rows)
+
+
+def _max_tokens(inputs: SelectionInputs, settings: SelectSection, role: str) -> int:
+    return settings.max_rows * inputs.seq_len // len(inputs.corpora[role])
+
+
+def _batches(inputs: SelectionInputs, settings: SelectSection, role: str, corpus: Corpus) -> Iterator[TokenBatch]:
+    """The `select` split of one corpus."""
+    return stream_batches(
+        inputs.loaded.tokenizer,
+        prompts(inputs.loaded.tokenizer, corpus, "select"),
+        bos=inputs.bos,
+        seq_len=inputs.seq_len,
+        max_tokens=_max_tokens(inputs, settings, role),
+        is_packed=settings.rows == "packed",
+        device=str(inputs.loaded.model.device),
+    )
+
+
+def _probe(
+    inputs: SelectionInputs,
+    settings: SelectSection,
+    mixed: dict[str, FeatureStatistics],
+    by_role: dict[str, list[FeatureStatistics]],
+    job: Job,
+    residuals: dict[object, Tensor] | None,
+) -> Json:
+    """A probe of tokens, from a second pass over a sample of the same text; nothing if none is wanted, or possible."""
+    if not settings.probe_features or "forget" not in mixed:
+        return {}
+    indices = candidates(mixed["forget"], mixed["retain"], settings.probe_candidates)
+    device = inputs.loaded.model.device
+    sae_slice = load_slice(inputs.sae, indices).to(device)
+    job = Job(job.workers, progress=job.progress)  # A sample is read fast: no checkpoint.
+
+    def encode(resid_TD: Tensor) -> Tensor:
+        return sae_slice(resid_TD).acts.abs()
+
+    samples: dict[str, list[Tensor]] = {role: [] for role in inputs.corpora}
+    for role, corpora in inputs.corpora.items():
+        for corpus, statistics in zip(corpora, by_role[role], strict=True):
+            sample = partial(
+                sampled_activations,
+                inputs.loaded.model,
+                inputs.sae.site,
+                batches=_batches(inputs, settings, role, corpus),
+                total_tokens=statistics.n_tokens,
+                n_tokens=max(1, settings.probe_tokens // 2 // len(corpora)),
+                job=job.named(f"probe, {role} corpus {corpus.name.rsplit('/', 1)[-1]}"),
+            )
+            if residuals is None or role == "forget":
+                samples[role].append(sample(encode, len(indices)))
+                continue
+            # Other forget text asks for other features of the same retain text, whose residuals are kept.
+            key = (_pass_key(inputs, settings, role, corpus), settings.probe_tokens, len(corpora))
+            if key not in residuals:
+                residuals[key] = sample(Tensor.float, inputs.sae.identity.width)
+            chunks = torch.split(residuals[key], CHUNK_TOKENS)
+            samples[role].append(torch.cat([encode(resid_TD.to(device)).cpu() for resid_TD in chunks]))
+    weights = [1.0 if corpus.weight is None else corpus.weight for corpus in inputs.corpora["retain"]]
+    return fit_probe(
+        torch.cat(samples["forget"]),
+        samples["retain"],
+        weights,
+        indices,
+        n_features=settings.probe_features,
+        ridge=settings.probe_ridge,
+        job=job,
+    ).as_json()

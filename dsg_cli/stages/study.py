@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dsg_cli.attacks.target import chance_of
 from dsg_cli.data.corpora import Corpus, check_named, load_corpora
 from dsg_cli.data.readers import read_prompts
 from dsg_cli.data.tokens import Piece, bos_to_prepend, draw_pieces
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.benches import Question
+from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.sae import check_name
@@ -30,7 +33,7 @@ from dsg_cli.stages import attack, select
 from dsg_cli.stages.apply import AUTO, check_strength
 from dsg_cli.stages.calibrate import calibration_chunks, chunk_lengths
 from dsg_cli.stages.inputs import chain_sae, load_chain_model, taken_from
-from dsg_cli.stages.select import Prepared, Remembered, Selected, is_picked, selected
+from dsg_cli.stages.select import PassCache, SelectionInputs, is_picked, read_inputs
 from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.studies import STUDIES, Grid, check_study, grid_of, load_study, points_of
 from dsg_cli.studies.studies import known_names, prepare_stability
@@ -72,9 +75,9 @@ class Rigging:
         self.questions, self.options, self.checkpoint = questions, options, checkpoint
         file = recipe.calibrate.lengths_from
         self.prompts = read_prompts((), Path(file)) if file else []
-        self.made = select.prepared(recipe, workspace, loaded=loaded)
-        self._remembered = Remembered()
-        self._selected: dict[str, Selected] = {}
+        self.made = read_inputs(recipe, workspace, loaded=loaded)
+        self._remembered = PassCache()
+        self._selected: dict[str, tuple[FeatureSet, dict[str, Tensor]]] = {}
         self._guards: dict[str, Guards] = {}
         self._askers: dict[int | None, Asker] = {}
         self._pieces: dict[tuple[str, int, bool], list[Piece]] = {}
@@ -109,7 +112,7 @@ class Rigging:
         if name not in self._guards:
             if changes:
                 recipe = with_values(self.recipe, changes)
-                made = select.prepared(recipe, self.workspace, loaded=self.loaded)
+                made = read_inputs(recipe, self.workspace, loaded=self.loaded)
                 self._guards[name] = self._ground(name, recipe, made)
             else:
                 assert self.features.header.sae is not None
@@ -170,7 +173,7 @@ class Rigging:
             "n_requests": sum(len(one.choices) for several in self.questions.values() for one in several),
         }
 
-    def _ground(self, name: str, recipe: Recipe, made: Prepared) -> Guards:
+    def _ground(self, name: str, recipe: Recipe, made: SelectionInputs) -> Guards:
         """A ground of its own, by the same pass as `dsg select`; what is known of a corpus is not computed again."""
         settings = recipe.select
         if recipe.calibrate.gate != "probe":
@@ -179,11 +182,14 @@ class Rigging:
         key = json.dumps([dataclasses.asdict(made.sae.identity), corpora, dataclasses.asdict(settings)])
         if key not in self._selected:
             # The checkpoint is of the points that are done: a pass that was interrupted begins anew.
-            self._selected[key] = selected(made, settings, self.options, Checkpoint(), remembered=self._remembered)
-        found = self._selected[key]
-        return self._on(name, recipe, made, found.body, found.tensors)
+            job = Job(self.options.workers, progress=self.options.report)
+            body, tensors, _ = select.select(made, settings, job, self._remembered, keeps_residuals=True)
+            self._selected[key] = body, tensors
+        return self._on(name, recipe, made, *self._selected[key])
 
-    def _on(self, name: str, recipe: Recipe, made: Prepared, body: FeatureSet, tensors: Mapping[str, Any]) -> Guards:
+    def _on(
+        self, name: str, recipe: Recipe, made: SelectionInputs, body: FeatureSet, tensors: Mapping[str, Any]
+    ) -> Guards:
         """Guardrails on a ground whose features are known; retain text is cut as `dsg calibrate` cuts it."""
         loaded, settings = self.loaded, recipe.calibrate
         bos = bos_to_prepend(loaded.tokenizer, made.sae.identity.prepend_bos)
@@ -193,7 +199,7 @@ class Rigging:
         ground = Ground(name, loaded, made.sae, body, tensors, bos, pieces)
         return Guards(ground, settings, checkpoint=self.checkpoint, report=self.options.report)
 
-    def _retain(self, recipe: Recipe, made: Prepared) -> list[Corpus]:
+    def _retain(self, recipe: Recipe, made: SelectionInputs) -> list[Corpus]:
         """What thresholds are set on."""
         if not recipe.calibrate.retain:
             return made.corpora["retain"]
