@@ -35,7 +35,7 @@ from dsg_cli.recipe import load_recipe
 from dsg_cli.report.rendering import code, escaped
 from dsg_cli.stages import export
 from dsg_cli.stages.export import card_facts
-from dsg_cli.stages.inputs import find_subject, guard_modules
+from dsg_cli.stages.inputs import find_composition, guardrail_modules
 from dsg_cli.workspace.artifacts import SCHEMAS, Guardrail
 from dsg_cli.workspace.files import digest_of
 from dsg_cli.workspace.store import Workspace
@@ -487,10 +487,13 @@ def workspace_card(tmp_path):
 
 
 def facts_of(workspace_card, **changed):
-    subject = find_subject(workspace_card, ["guardrail-001"])
+    composition = find_composition(workspace_card, ["guardrail-001"])
     said = {"name": "mine", "address": "mine", "is_on_hub": False, "is_whole_model": True, "instead": None}
     return card_facts(
-        workspace_card, subject, guard_modules(workspace_card, subject), **{**said, "is_mismatched": False, **changed}
+        workspace_card,
+        composition,
+        guardrail_modules(workspace_card, composition),
+        **{**said, "is_mismatched": False, **changed},
     )
 
 

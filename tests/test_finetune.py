@@ -28,7 +28,7 @@ from dsg_cli.stages import apply as method
 from dsg_cli.stages import compare, evaluate
 from dsg_cli.stages import run as run_recipe
 from dsg_cli.stages.compare import compared
-from dsg_cli.stages.inputs import find_subject
+from dsg_cli.stages.inputs import find_composition
 from dsg_cli.stages.run import plan
 from dsg_cli.stages.stage import settle
 from dsg_cli.workspace.artifacts import FeatureSet, ModelWeights
@@ -173,17 +173,17 @@ def test_an_artifact_says_what_it_was_trained_on(made, recipe, folders):
     assert settings["limit"] is None and settings["epochs"] == 5.0 and settings["method"] == "finetune"
     rows = dict(model_rows(body))
     assert "taught" in rows["method"] and rows["trained on"] == ", ".join(names)
-    assert composed(find_subject(made, ["model-001"]).composition()) == "model-001 (finetune, taught)"
+    assert composed(find_composition(made, ["model-001"]).described()) == "model-001 (finetune, taught)"
     assert body.losses[-1]["loss"] < body.losses[0]["loss"]
 
 
 def test_what_was_taught_is_what_is_unlearned_from(made, recipe, folders):
     taught = str(made.folder / "model-001")
-    alone, npo, guard = (find_subject(made, [name]) for name in ("model-001", "model-002", "guardrail-001"))
+    alone, npo, guard = (find_composition(made, [name]) for name in ("model-001", "model-002", "guardrail-001"))
     assert alone.base == str(folders["model"].resolve()) and alone.model == taught
-    assert [one["method"] for one in npo.composition()] == ["npo"]
+    assert [one["method"] for one in npo.described()] == ["npo"]
     assert npo.base == taught and npo.model == str(made.folder / "model-002")
-    assert [one["method"] for one in guard.composition()] == ["dsg"] and guard.weights == []
+    assert [one["method"] for one in guard.described()] == ["dsg"] and guard.weights == []
     assert guard.base == guard.model == taught
     learnt, unlearned, guarded = (
         evaluate.run(recipe(), made, sources=[name]) for name in ("model-001", "model-002", "guardrail-001")
@@ -201,8 +201,8 @@ def test_adapters_make_a_target_too(recipe, tmp_path, folders):
     stored = method.run_method(recipe("methods.finetune.lora=true"), workspace, "finetune")
     assert stored.body_as(ModelWeights).form == "adapter"
     method.run_method(recipe("model.source=model-001"), workspace, "npo")
-    subject = find_subject(workspace, ["model-002"])
-    assert subject.base == str(tmp_path / "model-001") and len(subject.weights) == 1
+    composition = find_composition(workspace, ["model-002"])
+    assert composition.base == str(tmp_path / "model-001") and len(composition.weights) == 1
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model-002")
 
 

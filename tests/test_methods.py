@@ -48,7 +48,7 @@ from dsg_cli.stages import apply as method
 from dsg_cli.stages import attack, evaluate, export, select
 from dsg_cli.stages import prompts as generate
 from dsg_cli.stages.compare import best_of, trials_of
-from dsg_cli.stages.inputs import find_subject, load_subject
+from dsg_cli.stages.inputs import find_composition, load_composition
 from dsg_cli.stages.stage import RunOptions, settle
 from dsg_cli.workspace import store as verify
 from dsg_cli.workspace.artifacts import Guardrail, ModelWeights
@@ -121,7 +121,7 @@ def test_every_method_leaves_a_model_that_anyone_can_load(name, recipe, folders,
     base = AutoModelForCausalLM.from_pretrained(folders["model"])
     ids = torch.arange(4, 30)[None]
     assert not torch.equal(changed(input_ids=ids).logits, base(input_ids=ids).logits)
-    own = load_subject(workspace, find_subject(workspace, []), recipe())
+    own = load_composition(workspace, find_composition(workspace, []), recipe())
     assert torch.equal(own.model.model(input_ids=ids).logits, changed(input_ids=ids).logits)
     assert torch.equal(own.base.model(input_ids=ids).logits, base(input_ids=ids).logits)
     moved = {
@@ -163,7 +163,9 @@ def test_half_precision_is_for_passes_or_files_and_adds_up_in_full(recipe, tmp_p
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
     for a, b in zip(weights["plain"].parameters(), weights["halved"].parameters(), strict=True):
         assert torch.equal(a.bfloat16(), b)
-    assert load_subject(Workspace(tmp_path / "halved"), find_subject(Workspace(tmp_path / "halved"), []), recipe())
+    assert load_composition(
+        Workspace(tmp_path / "halved"), find_composition(Workspace(tmp_path / "halved"), []), recipe()
+    )
 
 
 def test_gradients_add_up_over_passes(recipe, tmp_path):
@@ -233,9 +235,9 @@ def test_adapters_are_peft_s_and_merge_into_what_was_trained(made, recipe, folde
     assert cut.n_layers == 3 and len(cut.model.model.layers) == 1
     for name, value in cut.model.state_dict().items():
         assert torch.equal(value, ours.state_dict()[name])
-    subject = find_subject(made, ["model-002"])
-    assert [one["method"] for one in subject.composition()] == ["npo", "grad-diff"]
-    assert subject.base == str(folders["model"].resolve())
+    composition = find_composition(made, ["model-002"])
+    assert [one["method"] for one in composition.described()] == ["npo", "grad-diff"]
+    assert composition.base == str(folders["model"].resolve())
 
 
 def test_an_adapter_above_the_cut_leaves_what_is_below(recipe, tmp_path, folders):
@@ -247,9 +249,9 @@ def test_an_adapter_above_the_cut_leaves_what_is_below(recipe, tmp_path, folders
 
 
 def test_a_guardrail_on_changed_weights_is_evaluated_beside_the_first_base(made, recipe, folders):
-    subject = find_subject(made, [])
-    assert [one["method"] for one in subject.composition()] == ["npo", "dsg"]
-    assert subject.base == str(folders["model"].resolve()) and subject.model == str(made.folder / "model-001")
+    composition = find_composition(made, [])
+    assert [one["method"] for one in composition.described()] == ["npo", "dsg"]
+    assert composition.base == str(folders["model"].resolve()) and composition.model == str(made.folder / "model-001")
     alone = evaluate.run(recipe(), made, sources=["model-001"])
     both = evaluate.run(recipe(), made, sources=["guardrail-001"])
     named = evaluate.run(recipe(), made, sources=["model-001", "guardrail-001"])
@@ -308,7 +310,7 @@ def test_what_makes_no_sense_together_is_refused(made, recipe, tmp_path):
         (["model-002", "guardrail-001"], "lower layers have changed"),
     ):
         with pytest.raises(DsgError, match=words):
-            load_subject(made, find_subject(made, sources), recipe())
+            load_composition(made, find_composition(made, sources), recipe())
     with pytest.raises(DsgError, match="takes guardrails, not model-001"):
         export.run(recipe(), made, str(tmp_path / "out"), sources=["model-001"])
     with pytest.raises(DsgError, match="cannot go on from guardrail-001"):
@@ -316,7 +318,9 @@ def test_what_makes_no_sense_together_is_refused(made, recipe, tmp_path):
     with pytest.raises(DsgError, match="cannot go on from threshold-001"):
         method.run_method(recipe(), made, "static-clamp", source="threshold-001")
     with pytest.raises(DsgError, match="model would put another"):
-        load_subject(made, find_subject(made, ["model-001"]), recipe(f"model.instead={made.folder / 'model-002'}"))
+        load_composition(
+            made, find_composition(made, ["model-001"]), recipe(f"model.instead={made.folder / 'model-002'}")
+        )
 
 
 def test_a_guarded_model_on_changed_weights_is_exported_with_them(made, recipe, tmp_path):

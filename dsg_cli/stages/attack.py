@@ -1,7 +1,7 @@
 """`dsg attack`: how easily does the knowledge come back?
 
-Runs attacks on the guarded model, each with the same attack on the unguarded model beside it; writes an attack-NNN
-for each.
+Runs attacks on the unlearned model, each with the same attack on the base model beside it; writes an attack-NNN for
+each.
 """
 
 from __future__ import annotations
@@ -25,14 +25,154 @@ from dsg_cli.guardrail.runtime.sites import fingerprint
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import context_length
 from dsg_cli.settings import AttackSection, Recipe
-from dsg_cli.stages.inputs import LoadedSubject, Subject, find_subject, identify, load_subject, newest
-from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
-from dsg_cli.workspace.artifacts import Header
-from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.stages.inputs import Composition, find_composition, identify, load_composition, newest
+from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.files import file_digest
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import AttackReport, Json
 from dsg_cli.workspace.store import Stored, Workspace
+
+
+def run(
+    recipe: Recipe,
+    workspace: Workspace,
+    kinds: Sequence[str],
+    *,
+    sources: Sequence[str] = (),
+    options: RunOptions = QUIET,
+    remembered: dict[str, dict[str, list[Json]]] | None = None,
+) -> list[Stored]:
+    """Attack the newest guardrail, model or wrapper, or those named together, in every way that is named.
+
+    Args:
+        recipe: Settings of the attacks, and the questions that are asked.
+        workspace: Where artifacts are and go.
+        kinds: Attacks by name, or groups of them.
+        sources: What is attacked, by id or path.
+        options: How it is run.
+        remembered: What earlier calls with the same recipe found of unguarded models, by their weights.
+    """
+    clock, settings, named = Clock(), recipe.attack, kinds
+    expanded(named)
+    sources = sources or [options.agreed(lambda: newest(workspace))]
+    with options.workers.in_turn():
+        composition = find_composition(workspace, sources)
+        workspace.check_writable()
+        bench = settings.bench or default_bench(composition.forget())
+        kinds = possible(named, settings, bench, options.say)
+        kinds = suited(named, kinds, composition, options.say)
+        expected = [parse_expected(text, kinds) for text in settings.expect]
+        check_metrics(expected, {kind: {"acc"} for kind in kinds})
+        if "few-shot" in kinds and max(settings.few_shot_counts) > settings.known_questions:
+            raise DsgError(
+                f"attack.few_shot_counts goes up to {max(settings.few_shot_counts)}, and the attacker knows "
+                f"{settings.known_questions} questions.",
+                "Lower attack.few_shot_counts, or raise attack.known_questions.",
+            )
+        split = recipe.eval.split
+        benches = [bench, *([settings.utility_bench] if settings.utility_bench else [])]
+        questions = {name: load_questions(recipe, name, split) for name in benches}
+        wordings = read_wordings(
+            settings, bench, questions[bench], kinds, lambda name: load_questions(recipe, name, split)
+        )
+        needs = {need for kind in kinds for need in KINDS[kind].needs}
+        known, others = _attacker_knows(recipe, bench, questions[bench]) if "known" in needs else ([], [])
+        retain: list[Corpus] = []
+        if "benign" in needs:
+            # Of all that acts, without what another part of it forgets.
+            names, limit = composition.retain(), recipe.corpora.limit
+            retain = load_corpora(names, role="retain", limit=limit, seed=recipe.seed)
+        recipe = settle(recipe, composition.header)
+        loaded = load_composition(workspace, composition, recipe)
+        # Text that neither selection nor calibration has seen.
+        texts = [text for corpus in retain for text in corpus.part("fresh")]
+        material = Material(
+            forget=questions[bench],
+            utility=questions.get(settings.utility_bench or "", []),
+            benign=encode(loaded.base.tokenizer, texts, bos=None),
+            frames=wordings.frames,
+        )
+    all_settings = dataclasses.asdict(settings)
+    artifacts = []
+    for kind in kinds:
+        own = {key: value for key, value in all_settings.items() if key.startswith(f"{kind.replace('-', '_')}_")}
+        with stage(
+            "attack",
+            recipe,
+            workspace,
+            inputs=composition.named,
+            settings={
+                "kind": kind,
+                "bench": bench,
+                **{key: all_settings[key] for key in ("utility_bench", "known_questions")},
+                **own,
+                "files": {name: digest for name, digest in wordings.files.items() if name in own},
+                "split": split,
+                "limit": recipe.eval.limit,
+                "expect": [text for text in settings.expect if parse_expected(text, list(KINDS)).bench == kind],
+                "retain": ({corpus.name: corpus.sha256 for corpus in retain} if "benign" in KINDS[kind].needs else {}),
+                "allow_mismatch": recipe.model.allow_mismatch,
+            },
+            model=identify(loaded.base, composition.header.model.last_layer),
+            sae=composition.header.sae,
+            clock=clock,
+            options=options,
+            # Nothing vouches for the data of other benches, so they are asked again.
+            is_reusable=all(name in lab.bench_names() for name in (*questions, *wordings.benches)),
+        ) as this:
+            if this.existing:
+                artifacts.append(this.existing)
+                clock = Clock()
+                continue
+            target = Target(
+                model=loaded.model.model,
+                base=None if loaded.base is loaded.model else loaded.base.model,
+                tokenizer=loaded.base.tokenizer,
+                guardrails=loaded.guardrails,
+                wrappers=loaded.wrappers,
+                bos=composition.bos,
+                batch_size=recipe.eval.batch_size,
+                max_length=context_length(loaded.base.model.config),
+                seed=recipe.seed,
+                workers=this.job.workers,
+                checkpoint=this.job.checkpoint,
+                report=this.job.progress,
+            )
+            if remembered is not None:
+                weights = fingerprint(loaded.base.model, loaded.base.n_layers - 1)
+                target = dataclasses.replace(target, remembered=remembered.setdefault(weights, {}))
+            own_material = dataclasses.replace(material, rephrased=wordings.rephrased.get(kind, {}))
+            if "known" in KINDS[kind].needs:
+                own_material = dataclasses.replace(own_material, known=known, forget=others)
+            before = {
+                side: of_forget(target.ask(own_material.forget, name=f"before/{side}", is_guarded=side == "guarded"))
+                for side in SIDES
+            }
+            curve = load_attack(kind)(target, own_material, **options_of(kind, all_settings))
+            summary = summarise(before, curve, on_prompts=KINDS[kind].on_prompts)
+            body = AttackReport(
+                attack=kind,
+                threat_model=KINDS[kind].threat_model,
+                bench=bench,
+                before=before,
+                curve=curve,
+                summary=summary,
+                expected=_checked([one for one in expected if one.bench == kind], kind, before, summary),
+                composition=composition.described(),
+            )
+            artifacts.append(this.write(body))
+        clock = Clock()
+    return artifacts
+
+
+def _checked(expected: Sequence[Expected], kind: str, before: Json, summary: Json) -> list[Json]:
+    """Conditions on an attack: `acc` is what came back where most did. What was not measurable is not met."""
+    if summary["forget_acc_worst"] is None:
+        return [{"expect": one.text, "value": None, "bound": None, "met": False} for one in expected]
+    sides = {"unlearned": {"acc": summary["forget_acc_worst"]}, "base": {"acc": before["unguarded"]["forget_acc"]}}
+    rate = summary["gate_rate_at_worst"]
+    return check_expected(expected, {kind: sides}, {kind: {"rate": rate}} if rate is not None else {})
+
 
 FILES = ("paraphrase_file", "encode_file")
 """Settings that name files of questions."""
@@ -95,12 +235,14 @@ def possible(named: Sequence[str], settings: AttackSection, bench: str, say: Cal
     return kinds
 
 
-def suited(named: Sequence[str], kinds: Sequence[str], subject: Subject, say: Callable[[str], None]) -> list[str]:
+def suited(
+    named: Sequence[str], kinds: Sequence[str], composition: Composition, say: Callable[[str], None]
+) -> list[str]:
     """The attacks that mean something on what is attacked; `all` leaves out, and says so, what does not."""
     reasons: dict[str, str] = {}
-    if not subject.guardrails and not subject.wrappers:
+    if not composition.guardrails and not composition.wrappers:
         reasons["unhook"] = "there is nothing to take off, for the weights themselves were changed"
-    if subject.wrappers:
+    if composition.wrappers:
         reasons |= dict.fromkeys(
             ("soft-prompt", "probe", "suffix"), "it searches within the model, not around wrappers"
         )
@@ -125,16 +267,6 @@ def other_phrasings(bench: str) -> list[str]:
     return []
 
 
-def check_counts(settings: AttackSection, kinds: Sequence[str]) -> None:
-    """Refuse to show more examples than are known."""
-    if "few-shot" in kinds and max(settings.few_shot_counts) > settings.known_questions:
-        raise DsgError(
-            f"attack.few_shot_counts goes up to {max(settings.few_shot_counts)}, and the attacker knows "
-            f"{settings.known_questions} questions.",
-            "Lower attack.few_shot_counts, or raise attack.known_questions.",
-        )
-
-
 def _rephrasings(settings: AttackSection, bench: str) -> list[str]:
     if not can_rephrase(settings, bench):
         raise DsgError(
@@ -142,194 +274,6 @@ def _rephrasings(settings: AttackSection, bench: str) -> list[str]:
             "Give --set attack.paraphrase_file=FILE (its questions, one a line), or attack.paraphrase_benches.",
         )
     return list(dict.fromkeys(settings.paraphrase_benches)) or other_phrasings(bench)
-
-
-def run(
-    recipe: Recipe,
-    workspace: Workspace,
-    kinds: Sequence[str],
-    *,
-    sources: Sequence[str] = (),
-    options: RunOptions = QUIET,
-    remembered: dict[str, dict[str, list[Json]]] | None = None,
-) -> list[Stored]:
-    """Attack the newest guardrail, model or wrapper, or those named together, in every way that is named.
-
-    Args:
-        recipe: Settings of the attacks, and the questions that are asked.
-        workspace: Where artifacts are and go.
-        kinds: Attacks by name, or groups of them.
-        sources: What is attacked, by id or path.
-        options: How it is run.
-        remembered: What earlier calls with the same recipe found of unguarded models, by their weights.
-    """
-    clock = Clock()
-    expanded(kinds)
-    sources = options.named_together(workspace, sources, newest)
-    with options.workers.in_turn():
-        made = _prepared(recipe, workspace, kinds, sources, options)
-    stored = []
-    for kind in made.headers:
-        stored.append(_one(made, kind, recipe, workspace, clock, options, remembered))
-        clock = Clock()
-    return stored
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """All that attacks need."""
-
-    subject: Subject
-    loaded: LoadedSubject
-    bench: str
-    material: Material
-    """With every question in `forget`; attacks that need `known` ones take them away where they must."""
-    known: tuple[list[Question], list[Question]]
-    """What an attacker knows, and what is then asked."""
-    wordings: Wordings
-    headers: dict[str, Header]
-    """Of every attack that is made."""
-    expected: list[Expected]
-    is_known: bool
-    """Whether all benches are the lab's: nothing vouches for the data of others, so they are asked again."""
-
-
-def _prepared(
-    recipe: Recipe, workspace: Workspace, named: Sequence[str], sources: Sequence[str], options: RunOptions
-) -> _Prepared:
-    """Everything checked and read."""
-    settings = recipe.attack
-    subject = find_subject(workspace, sources)
-    workspace.check_writable()
-    bench = settings.bench or default_bench(subject.forget())
-    kinds = possible(named, settings, bench, options.say)
-    kinds = suited(named, kinds, subject, options.say)
-    expected = [parse_expected(text, kinds) for text in settings.expect]
-    check_metrics(expected, {kind: {"acc"} for kind in kinds})
-    check_counts(settings, kinds)
-    benches = [bench, *([settings.utility_bench] if settings.utility_bench else [])]
-    questions = {name: load_questions(recipe, name, recipe.eval.split) for name in benches}
-    wordings = read_wordings(
-        settings, bench, questions[bench], kinds, lambda name: load_questions(recipe, name, recipe.eval.split)
-    )
-    needs = {need for kind in kinds for need in KINDS[kind].needs}
-    known = _attacker_knows(recipe, bench, questions[bench]) if "known" in needs else ([], questions[bench])
-    retain = _benign(recipe, subject) if "benign" in needs else []
-    recipe = settle(recipe, subject.header)
-    loaded = load_subject(workspace, subject, recipe)
-    headers = {kind: _header(kind, recipe, bench, subject, loaded, retain, wordings) for kind in kinds}
-    # Text that neither selection nor calibration has seen.
-    texts = [text for corpus in retain for text in corpus.part("fresh")]
-    material = Material(
-        forget=questions[bench],
-        utility=questions.get(settings.utility_bench or "", []),
-        benign=encode(loaded.base.tokenizer, texts, bos=None),
-        frames=wordings.frames,
-    )
-    is_known = all(name in lab.bench_names() for name in (*questions, *wordings.benches))
-    return _Prepared(subject, loaded, bench, material, known, wordings, headers, expected, is_known)
-
-
-def _header(
-    kind: str,
-    recipe: Recipe,
-    bench: str,
-    subject: Subject,
-    loaded: LoadedSubject,
-    retain: Sequence[Corpus],
-    wordings: Wordings,
-) -> Header:
-    settings = dataclasses.asdict(recipe.attack)
-    shared = {key: settings[key] for key in ("bench", "utility_bench", "known_questions")}
-    own = {key: value for key, value in settings.items() if key.startswith(f"{kind.replace('-', '_')}_")}
-    needs_benign = "benign" in KINDS[kind].needs
-    return new_header(
-        "attack",
-        recipe,
-        settings={
-            "kind": kind,
-            **shared,
-            **own,
-            "files": {name: digest for name, digest in wordings.files.items() if name in own},
-            "bench": bench,
-            "split": recipe.eval.split,
-            "limit": recipe.eval.limit,
-            "expect": [text for text in recipe.attack.expect if parse_expected(text, list(KINDS)).bench == kind],
-            "retain": {corpus.name: corpus.sha256 for corpus in retain} if needs_benign else {},
-            "allow_mismatch": recipe.model.allow_mismatch,
-        },
-        model=identify(loaded.base, subject.header.model.last_layer),
-        sae=subject.header.sae,
-        inputs=subject.named,
-    )
-
-
-def _one(
-    made: _Prepared,
-    kind: str,
-    recipe: Recipe,
-    workspace: Workspace,
-    clock: Clock,
-    options: RunOptions,
-    remembered: dict[str, dict[str, list[Json]]] | None,
-) -> Stored:
-    """One attack, measured and written."""
-    header = made.headers[kind]
-    if made.is_known and (found := options.existing(workspace, header)) is not None:
-        return found
-    with options.checkpoint(workspace, header) as checkpoint:
-        target = _target(made, recipe, options, checkpoint)
-        if remembered is not None:
-            base = made.loaded.base
-            whole = fingerprint(base.model, base.n_layers - 1)
-            target = dataclasses.replace(target, remembered=remembered.setdefault(whole, {}))
-        material = dataclasses.replace(made.material, rephrased=made.wordings.rephrased.get(kind, {}))
-        if "known" in KINDS[kind].needs:
-            material = dataclasses.replace(material, known=made.known[0], forget=made.known[1])
-        before = {
-            side: of_forget(target.ask(material.forget, name=f"before/{side}", is_guarded=side == "guarded"))
-            for side in SIDES
-        }
-        curve = load_attack(kind)(target, material, **options_of(kind, dataclasses.asdict(recipe.attack)))
-        summary = summarise(before, curve, on_prompts=KINDS[kind].on_prompts)
-        body = AttackReport(
-            attack=kind,
-            threat_model=KINDS[kind].threat_model,
-            bench=made.bench,
-            before=before,
-            curve=curve,
-            summary=summary,
-            expected=_checked([one for one in made.expected if one.bench == kind], kind, before, summary),
-            composition=made.subject.composition(),
-        )
-        return options.write(workspace, lambda: workspace.write(clock.close(header), body))
-
-
-def _target(made: _Prepared, recipe: Recipe, options: RunOptions, checkpoint: Checkpoint) -> Target:
-    loaded = made.loaded
-    return Target(
-        model=loaded.model.model,
-        base=None if loaded.base is loaded.model else loaded.base.model,
-        tokenizer=loaded.base.tokenizer,
-        guardrails=loaded.guardrails,
-        wrappers=loaded.wrappers,
-        bos=made.subject.bos,
-        batch_size=recipe.eval.batch_size,
-        max_length=context_length(loaded.base.model.config),
-        seed=recipe.seed,
-        workers=options.workers,
-        checkpoint=checkpoint,
-        report=options.report,
-    )
-
-
-def _checked(expected: Sequence[Expected], kind: str, before: Json, summary: Json) -> list[Json]:
-    """Conditions on an attack: `acc` is what came back where most did. What was not measurable is not met."""
-    if summary["forget_acc_worst"] is None:
-        return [{"expect": one.text, "value": None, "bound": None, "met": False} for one in expected]
-    sides = {"unlearned": {"acc": summary["forget_acc_worst"]}, "base": {"acc": before["unguarded"]["forget_acc"]}}
-    rate = summary["gate_rate_at_worst"]
-    return check_expected(expected, {kind: sides}, {kind: {"rate": rate}} if rate is not None else {})
 
 
 def default_bench(forget: Sequence[str]) -> str:
@@ -360,12 +304,6 @@ def load_questions(recipe: Recipe, bench: str, split: str) -> list[Question]:
     if not found:
         raise DsgError(f"The bench {bench} has no questions.")
     return found
-
-
-def _benign(recipe: Recipe, subject: Subject) -> list[Corpus]:
-    """The retain corpora of all that acts, without what another of them forgets."""
-    names = subject.retain()
-    return load_corpora(names, role="retain", limit=recipe.corpora.limit, seed=recipe.seed)
 
 
 def _attacker_knows(recipe: Recipe, bench: str, asked: list[Question]) -> tuple[list[Question], list[Question]]:

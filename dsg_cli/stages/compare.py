@@ -34,7 +34,7 @@ from dsg_cli.settings import CompareSection, Recipe
 from dsg_cli.stages import attack, evaluate
 from dsg_cli.stages.apply import run_method
 from dsg_cli.stages.attack import default_bench
-from dsg_cli.stages.inputs import Subject, find_subject, identify, load_subject, named_model
+from dsg_cli.stages.inputs import Composition, find_composition, identify, load_composition, named_model
 from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
 from dsg_cli.workspace.artifacts import Header, ModelWeights
 from dsg_cli.workspace.checkpoints import Checkpoint
@@ -70,21 +70,21 @@ def best_of(trials: Sequence[Json]) -> int | None:
     return max(whole, key=lambda number: trials[number]["score"], default=None)
 
 
-def cost_of(workspace: Workspace, subject: Subject) -> Json:
-    """`{forward_tokens, backward_tokens, seconds, peak_memory_mb, bytes}` of everything that a subject was made by.
+def cost_of(workspace: Workspace, composition: Composition) -> Json:
+    """`{forward_tokens, backward_tokens, seconds, peak_memory_mb, bytes}` of everything that a composition was made by.
 
     Tokens are those that passed through the model or a part of it; bytes are those of what later steps read.
     """
-    made = {stored.json["sha256"]: stored for one in subject.weights for stored in _chain(workspace, one)}
+    made = {stored.json["sha256"]: stored for one in composition.weights for stored in _chain(workspace, one)}
     made |= {
         stored.json["sha256"]: stored
-        for one in (*subject.guardrails, *subject.wrappers)
+        for one in (*composition.guardrails, *composition.wrappers)
         for stored in _chain(workspace, one)
     }
     backward = sum(
         stored.body.cost["backward_tokens"] for stored in made.values() if isinstance(stored.body, ModelWeights)
     )
-    acting = [*subject.weights, *subject.guardrails, *subject.wrappers]
+    acting = [*composition.weights, *composition.guardrails, *composition.wrappers]
     return {
         "forward_tokens": sum(stored.header.n_tokens for stored in made.values()),
         "backward_tokens": backward,
@@ -261,13 +261,13 @@ class Search:
         recipe = with_values(self.recipe, values)
         try:
             stored = run_method(recipe, scratch, name, options=dataclasses.replace(self.options, resume=False))
-            subject = find_subject(scratch, [stored.id])
-            loaded = load_subject(scratch, subject, recipe)
+            composition = find_composition(scratch, [stored.id])
+            loaded = load_composition(scratch, composition, recipe)
             dev = accuracies(
                 loaded.model,
                 self.questions,
                 recipe,
-                bos=subject.bos,
+                bos=composition.bos,
                 guardrails=loaded.guardrails,
                 wrappers=loaded.wrappers,
             )
@@ -348,8 +348,8 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
     for name in compared(section):
         for values in trials_of(name, section, recipe.seed):
             with_values(recipe, values)
-    collected = [find_subject(workspace, source.split("+")) for source in sources]
-    taught = [one["id"] for subject in collected for one in subject.composition() if teaches(one["method"])]
+    collected = [find_composition(workspace, source.split("+")) for source in sources]
+    taught = [one["id"] for composition in collected for one in composition.described() if teaches(one["method"])]
     if taught:
         raise DsgError(f"{taught[0]} was taught, and has unlearned nothing to be compared.", "Leave it out.")
     forget_names = recipe.corpora.forget or (collected[0].forget() if collected else [])
@@ -382,7 +382,7 @@ def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _
         settings={**settings, "collected": list(sources)},
         model=identify(loaded, loaded.n_layers - 1),
         sae=None,
-        inputs=[stored for subject in collected for stored in subject.named],
+        inputs=[stored for composition in collected for stored in composition.named],
     )
     return _Prepared(recipe, benches, questions, base, chance_of(questions.get(forget, [])), header)
 
@@ -433,9 +433,9 @@ def _rows(
 def _collected(made: _Prepared, workspace: Workspace, source: str, options: RunOptions) -> Json:
     """The row of artifacts that are there."""
     ids = source.split("+")
-    subject = find_subject(workspace, ids)
-    name = " + ".join(one["method"] for one in subject.composition())
-    sae = subject.header.sae
+    composition = find_composition(workspace, ids)
+    name = " + ".join(one["method"] for one in composition.described())
+    sae = composition.header.sae
     return _measured(made, workspace, _row(name, sae.source if sae is not None else "", {}), ids, options)
 
 
@@ -450,14 +450,14 @@ def _measured(made: _Prepared, workspace: Workspace, row: Json, ids: Sequence[st
     settings: Values = {"eval.benches": every, "eval.split": "test", "guardrail.allow_ineffective": True}
     stored = evaluate.run(with_values(made.recipe, settings), workspace, sources=ids, options=options)
     report = stored.body_as(EvalReport)
-    subject = find_subject(workspace, ids)
+    composition = find_composition(workspace, ids)
     row |= {
-        "artifacts": [one["id"] for one in subject.composition()],
+        "artifacts": [one["id"] for one in composition.described()],
         "eval": stored.id,
         "results": {bench: report.results[bench]["unlearned"] for bench in every},
         "gate": {bench: rate["rate"] for bench, rate in report.gate.items()},
-        "cost": cost_of(workspace, subject),
-        "n_features": len({index for one in subject.named for index in _features(one)}),
+        "cost": cost_of(workspace, composition),
+        "n_features": len({index for one in composition.named for index in _features(one)}),
     }
     if section.relearn_steps:
         utility = made.benches["near"][0] if made.benches["near"] else None

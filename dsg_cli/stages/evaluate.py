@@ -1,7 +1,7 @@
 """`dsg eval`: what does the model still know, and what did it cost elsewhere?
 
-Asks every bench of the base model and of the same model under the guardrail, through lm-eval or in the paper's way;
-writes eval-NNN with one row a question, and in the folder eval-NNN/ lm-eval's own results files.
+Asks every bench of the base model and of the unlearned one, through lm-eval, in the paper's way or as free text; writes
+eval-NNN with one row a question, and in the folder eval-NNN/ lm-eval's own results files.
 """
 
 from __future__ import annotations
@@ -15,17 +15,25 @@ from typing import TYPE_CHECKING, Any
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.evals import PAPER, is_free
 from dsg_cli.evals.benches import commits, load_free, load_tasks, metrics_of
-from dsg_cli.evals.expect import Expected, check_expected, check_metrics, parse_expected
+from dsg_cli.evals.expect import check_expected, check_metrics, parse_expected
 from dsg_cli.evals.free_text import Reference, Results, Side, Texts, check_texts, evaluate_texts
-from dsg_cli.evals.paper_protocol import PaperQuestion, load_questions, read_question_ids
+from dsg_cli.evals.paper_protocol import load_questions, read_question_ids
+from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer, whole_digest
 from dsg_cli.settings import Recipe
-from dsg_cli.stages.inputs import LoadedSubject, Subject, find_subject, identify, load_subject, named_model, newest
-from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
+from dsg_cli.stages.inputs import (
+    Composition,
+    find_composition,
+    identify,
+    load_composition,
+    named_model,
+    newest,
+)
+from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import Header
 from dsg_cli.workspace.checkpoints import Checkpoint
-from dsg_cli.workspace.files import is_file, parse_json
+from dsg_cli.workspace.files import Content, is_file, parse_json
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import EvalReport, Json
 from dsg_cli.workspace.store import Stored, Workspace
@@ -34,28 +42,209 @@ if TYPE_CHECKING:
     from dsg_cli.inference.scoring import SideBySide
 
 
+def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), options: RunOptions = QUIET) -> Stored:
+    """Evaluate the newest guardrail, model or wrapper, or those named together, and write the report."""
+    clock, settings = Clock(), recipe.eval
+    expected = [parse_expected(text, settings.benches) for text in settings.expect]
+    sources = sources or [options.agreed(lambda: newest(workspace))]
+    with options.workers.in_turn():
+        if not settings.benches:
+            raise DsgError("No bench is named.", "Give one with --bench: `dsg ls benches` lists them.")
+        composition = find_composition(workspace, sources)
+        workspace.check_writable()
+        in_paper = [bench for bench in settings.benches if bench in PAPER]
+        question_ids = read_question_ids(Path(settings.question_ids) if settings.question_ids else None, in_paper)
+        others = [bench for bench in settings.benches if bench not in PAPER and not is_free(bench)]
+        split, include_path = settings.split, settings.include_path
+        tasks: list[Any] = []
+        if others:
+            can_generate = composition.can_generate
+            tasks = load_tasks(others, split=split, include_path=include_path, can_generate=can_generate)
+        free, free_commits = load_free(
+            settings.benches, split=split, limit=settings.limit, holdout=settings.holdout, seed=recipe.seed
+        )
+        check_metrics(expected, metrics_of(tasks) | {bench.name: set(bench.metrics) for bench in free})
+        texts = Texts(free, composition.bos, settings.batch_size, settings.apply_chat_template)
+        needing = {bench.name for bench in free if bench.relative}
+        digests = {name: digest for name, digest in texts.digests().items() if name in needing}
+        reference = find_reference(recipe, workspace, digests)
+        paper_questions = {bench: load_questions(bench) for bench in in_paper}
+        recipe = settle(recipe, composition.header)
+        loaded = load_composition(workspace, composition, recipe)
+        if settings.apply_chat_template and not loaded.base.tokenizer.chat_template:
+            raise DsgError(
+                f"The tokenizer of {loaded.base.source} has no chat template.", "Leave --apply-chat-template out."
+            )
+        base = Side("base", loaded.base)
+        unlearned = Side("unlearned", loaded.model, loaded.guardrails, loaded.wrappers)
+        check_texts(texts, loaded.model, (base, unlearned))
+        if reference is not None:
+            reference = load_reference(reference, recipe, loaded.base)
+    paper_commits = {bench: questions[0].revision for bench, questions in paper_questions.items()}
+    with stage(
+        "eval",
+        recipe,
+        workspace,
+        inputs=composition.named,
+        settings={
+            **dataclasses.asdict(settings),
+            "allow_mismatch": recipe.model.allow_mismatch,
+            "model_digest": whole_digest(loaded.base.model),
+            "commits": commits(tasks) | paper_commits | free_commits,
+            "asked": texts.digests(),
+            "reference_digest": reference.digest if reference is not None else "",
+            "reference_scores": dict(reference.scores) if reference is not None else {},
+        },
+        model=identify(loaded.base, composition.header.model.last_layer),
+        sae=composition.header.sae,
+        clock=clock,
+        options=options,
+        # Nothing vouches for the data of other benches, so they are asked again.
+        is_reusable=all(bench in lab.bench_names() for bench in settings.benches),
+    ) as this:
+        if this.existing:
+            return this.existing
+        earlier = earlier_answers(workspace, this.header, this.job)
+        known_texts: Results = {}
+        if not settings.samples:
+            known_texts = earlier_texts(workspace, texts.digests(), this.header, this.job.checkpoint)
+        shared: Json = {
+            "bos": composition.bos,
+            "batch_size": settings.batch_size,
+            "samples": settings.samples,
+            "allow_mismatch": recipe.model.allow_mismatch,
+            "known": {key: answer for answers in earlier.values() for key, answer in answers.items()},
+            "workers": this.job.workers,
+            "checkpoint": this.job.checkpoint,
+            "report": this.job.progress,
+            "unlearned": loaded.model,
+            "wrappers": loaded.wrappers,
+        }
+        parts: list[SideBySide] = []
+        if tasks:
+            from dsg_cli.evals.lm_harness import Asking, evaluate
+
+            asking = Asking(settings.limit, settings.num_fewshot, settings.apply_chat_template)
+            parts.append(evaluate(loaded.base, loaded.guardrails, tasks, asking=asking, **shared))
+        if paper_questions:
+            from dsg_cli.evals.paper_protocol import evaluate_paper
+
+            shared |= {"limit": settings.limit, "question_ids": question_ids}
+            parts.append(evaluate_paper(loaded.base, loaded.guardrails, paper_questions, **shared))
+        if texts.benches:
+            texts = dataclasses.replace(
+                texts, workers=this.job.workers, checkpoint=this.job.checkpoint, report=this.job.progress
+            )
+            part = evaluate_texts(
+                base,
+                unlearned,
+                texts,
+                reference=reference,
+                known=known_texts,
+                samples=settings.samples,
+                allow_mismatch=recipe.model.allow_mismatch,
+            )
+            parts.append(part)
+        results = {bench: sides for part in parts for bench, sides in part.results.items()}
+        first = [bench for bench in settings.benches if bench in results]
+        results = {bench: results[bench] for bench in (*first, *(name for name in results if name not in first))}
+        answers: Answers = {key: answer for part in parts for key, answer in part.answers.items()}
+        gate = {bench: rate for part in parts for bench, rate in part.gate.items()} if composition.has_gate else {}
+        body = EvalReport(
+            split=split,
+            results=results,
+            gate=gate,
+            expected=check_expected(expected, results, gate),
+            question_ids={bench: ids for part in parts for bench, ids in part.question_ids.items()},
+            base_from=taken_from_earlier(answers, earlier),
+            composition=composition.described(),
+            asked={bench: digest for part in parts for bench, digest in part.asked.items()},
+            reference=_reference(reference, parts),
+            refused={bench: metrics for part in parts for bench, metrics in part.refused.items()},
+        )
+        from dsg_cli.evals.lm_harness import results_files
+        from dsg_cli.inference.scoring import answers_to_tensors
+
+        created, source = this.header.created, loaded.base.source
+        files: dict[str, Content] = {}
+        for part in parts:
+            if part.found:
+                files |= results_files(part.found, model=source, created=created, samples=settings.samples)
+        stored = this.write(
+            body,
+            n_tokens=sum(part.n_tokens for part in parts),
+            notes=[*_unchecked(composition), *(note for part in parts for note in _unheeded(part.found, recipe))],
+            tensors=answers_to_tensors(answers),
+            rows=[row for part in parts for row in part.rows],
+            folder=files,
+        )
+    _check_effect(stored, composition, recipe)
+    return stored
+
+
+def _reference(reference: Reference | None, parts: Sequence[SideBySide]) -> Json:
+    if reference is None:
+        return {}
+    scores = {bench: of_bench for part in parts for bench, of_bench in part.scores.items()}
+    return {"source": reference.source, "digest": reference.digest, "scores": scores}
+
+
+def _unchecked(composition: Composition) -> list[str]:
+    """Guardrails of features that were picked without forget text: nothing says on which bench they should act."""
+    return [
+        f"Nothing says what {stored.id} should make the model forget, so that it does anything there is not checked. "
+        "Add --expect 'BENCH.gate>=0.5' for the bench."
+        for stored, body in zip(composition.guardrails, composition.bodies, strict=True)
+        if not body.forget
+    ]
+
+
+def _unheeded(lm_eval_results: Json, recipe: Recipe) -> list[str]:
+    """Settings that a task overrules: lm-eval leaves a task that fixes its examples at 0 as it is."""
+    n_shot = recipe.eval.num_fewshot
+    other = sorted({n for n in lm_eval_results.get("base", {}).get("n-shot", {}).values() if n != n_shot})
+    return [f"Some tasks fix their number of examples: {other}, not {n_shot}."] if n_shot is not None and other else []
+
+
+def _check_effect(stored: Stored, composition: Composition, recipe: Recipe) -> None:
+    """Refuse to pass over a guardrail that lets everything through."""
+    body = stored.body_as(EvalReport)
+    names = [name for guardrail in composition.bodies for name in guardrail.forget]
+    # A filter or other weights may leave nothing for a guardrail to do.
+    is_alone = not composition.weights and not composition.wrappers
+    for name in names if is_alone and not recipe.guardrail.allow_ineffective else ():
+        for bench in (name, f"{name}-paper"):
+            gate = body.gate.get(bench)
+            if gate is not None and not (gate["rate"] and gate["edit"]):
+                raise DsgError(
+                    f"The guardrail did nothing on {bench}, which it should make the model forget: "
+                    + ("no question was gated." if not gate["rate"] else "its edits change nothing.")
+                    + f" The report is {stored.id}.",
+                    "Calibrate for questions of that length and form, or pass --allow-ineffective.",
+                )
+
+
 Answers = dict[bytes, tuple[float, bool]]
+"""Request -> log-likelihood, and whether it is the greedy answer."""
 
 
-def earlier_answers(
-    workspace: Workspace, header: Header, options: RunOptions, checkpoint: Checkpoint
-) -> dict[str, Answers]:
+def earlier_answers(workspace: Workspace, header: Header, job: Job) -> dict[str, Answers]:
     """Answers that the same base model gave, by evaluation: same weights, device, dtype and versions.
 
     Every worker, and a run that goes on, looks at the same evaluations: what is known decides what a batch holds.
     """
     from dsg_cli.inference.scoring import answers_from_tensors
 
-    kept = checkpoint.entry("evaluations")
-    ids: list[str] = options.workers.agreed(kept["ids"] if kept else workspace.ids("eval"))
-    checkpoint.keep("evaluations", {"ids": ids})
+    kept = job.checkpoint.entry("evaluations")
+    ids: list[str] = job.workers.agreed(kept["ids"] if kept else workspace.ids("eval"))
+    job.checkpoint.keep("evaluations", {"ids": ids})
     earlier = {}
     for artifact_id in ids:
         try:
             stored = workspace.read(artifact_id)
         except DsgError:  # A damaged artifact is no reason not to ask again.
             continue
-        if _answers_count(stored.header, header) and stored.path.with_suffix(".safetensors").exists():
+        if _answers_key(stored.header) == _answers_key(header) and stored.path.with_suffix(".safetensors").exists():
             earlier[artifact_id] = answers_from_tensors(workspace.tensors(stored))
     return earlier
 
@@ -69,33 +258,31 @@ def earlier_texts(workspace: Workspace, asked: dict[str, str], header: Header, c
         header: Of the evaluation that is made.
         checkpoint: Says which evaluations are looked at.
     """
-    found: Results = {}
+    results: Results = {}
     for artifact_id in (checkpoint.entry("evaluations") or {"ids": []})["ids"] if asked else ():
         try:
             stored = workspace.read(artifact_id)
-            of_stored = stored.body_as(EvalReport).asked
-            same = [name for name, digest in asked.items() if of_stored.get(name) == digest]
-            if same and _answers_count(stored.header, header):
+            asked_then = stored.body_as(EvalReport).asked
+            same = [name for name, digest in asked.items() if asked_then.get(name) == digest]
+            if same and _answers_key(stored.header) == _answers_key(header):
                 rows = workspace.rows(stored)
-                found |= {name: [row["base"] for row in rows if row["bench"] == name] for name in same}
+                results |= {name: [row["base"] for row in rows if row["bench"] == name] for name in same}
         except DsgError:
             continue
-    return found
+    return results
 
 
-def _answers_count(one: Header, other: Header) -> bool:
-    def key(header: Header) -> tuple[object, ...]:
-        return (
-            header.settings.get("model_digest"),
-            header.settings.get("batch_size"),
-            header.git,
-            header.device,
-            header.dtype,
-            header.packages,
-            header.dsg_version,
-        )
-
-    return key(one) == key(other)
+def _answers_key(header: Header) -> tuple[object, ...]:
+    """What must agree for answers to be the same."""
+    return (
+        header.settings.get("model_digest"),
+        header.settings.get("batch_size"),
+        header.git,
+        header.device,
+        header.dtype,
+        header.packages,
+        header.dsg_version,
+    )
 
 
 def taken_from_earlier(answers: Iterable[bytes], earlier: dict[str, Answers]) -> dict[str, int]:
@@ -125,7 +312,7 @@ def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str
     if not asked:
         raise DsgError("No bench that is run needs eval.reference.", "Leave it out, or add a bench of MUSE or TOFU.")
     if named.startswith("eval-") or named.endswith(".json"):
-        return _stored(named, workspace, asked)
+        return _stored_reference(named, workspace, asked)
     source = named_model(workspace, named)
     try:
         load_tokenizer(source, recipe.model)
@@ -148,7 +335,7 @@ def load_reference(reference: Reference, recipe: Recipe, like: LoadedModel) -> R
     return dataclasses.replace(reference, loaded=loaded, digest=whole_digest(loaded.model))
 
 
-def _stored(named: str, workspace: Workspace, asked: Mapping[str, str]) -> Reference:
+def _stored_reference(named: str, workspace: Workspace, asked: Mapping[str, str]) -> Reference:
     path = Path(named)
     held: Any = None
     report: EvalReport | None
@@ -165,7 +352,7 @@ def _stored(named: str, workspace: Workspace, asked: Mapping[str, str]) -> Refer
             raise DsgError(f"{named} holds no scores of a reference.", FORM)
         report = workspace.read(named).body_as(EvalReport) if held.get("kind") == "eval" else None
     if report is None:
-        return Reference(named, scores={bench: _checked(named, bench, held) for bench in asked})
+        return Reference(named, scores={bench: _scores_of(named, bench, held) for bench in asked})
     if not report.reference:
         raise DsgError(f"{named} was made without a reference.", "Name an evaluation that asked one, or a model.")
     for bench, digest in asked.items():
@@ -174,12 +361,12 @@ def _stored(named: str, workspace: Workspace, asked: Mapping[str, str]) -> Refer
                 f"{named} asked other questions of {bench}: another limit, split, prompt or revision of the data.",
                 "Ask the reference model itself: --reference MODEL.",
             )
-    scores = {bench: _checked(named, bench, report.reference["scores"]) for bench in asked}
+    scores = {bench: _scores_of(named, bench, report.reference["scores"]) for bench in asked}
     results = {bench: sides["reference"] for bench, sides in report.results.items() if "reference" in sides}
     return Reference(report.reference["source"], report.reference["digest"], None, scores, results)
 
 
-def _checked(where: str, bench: str, held: Mapping[str, Any]) -> Json:
+def _scores_of(where: str, bench: str, held: Mapping[str, Any]) -> Json:
     """The scores of a bench."""
     if bench not in held:
         raise DsgError(f"{where} has no scores for {bench}.", nearest(bench, map(str, held)))
@@ -192,240 +379,3 @@ def _checked(where: str, bench: str, held: Mapping[str, Any]) -> Json:
     if not values or not is_fine or wanted not in scores:
         raise DsgError(f"The scores for {bench} in {where} are not positive numbers called {wanted}.", FORM)
     return dict(scores)
-
-
-def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), options: RunOptions = QUIET) -> Stored:
-    """Evaluate the newest guardrail, model or wrapper, or those named together, and write the report."""
-    clock = Clock()
-    for text in recipe.eval.expect:
-        parse_expected(text, recipe.eval.benches)
-    sources = options.named_together(workspace, sources, newest)
-    with options.workers.in_turn():
-        made = _prepared(recipe, workspace, sources)
-    # Nothing vouches for the data of other benches, so they are asked again.
-    is_known = all(bench in lab.bench_names() for bench in recipe.eval.benches)
-    if is_known and (stored := options.existing(workspace, made.header)) is not None:
-        return stored
-    with options.checkpoint(workspace, made.header) as checkpoint:
-        earlier = earlier_answers(workspace, made.header, options, checkpoint)
-        texts = {} if recipe.eval.samples else earlier_texts(workspace, made.texts.digests(), made.header, checkpoint)
-        found = _asked(made, recipe, earlier, texts, options, checkpoint)
-        stored = options.write(workspace, lambda: _write(workspace, clock, made, recipe, found, earlier))
-    _check_effect(stored, made.subject, recipe)
-    return stored
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """All that the questions are asked with."""
-
-    subject: Subject
-    loaded: LoadedSubject
-    tasks: list[Any]
-    questions: dict[str, list[PaperQuestion]]
-    """Of benches of the paper's protocol."""
-    wanted: dict[str, list[str]]
-    """The questions of such benches that count, where they are given."""
-    texts: Texts
-    """Of benches on free text."""
-    reference: Reference | None
-    expected: list[Expected]
-    header: Header
-
-
-def _prepared(recipe: Recipe, workspace: Workspace, sources: Sequence[str]) -> _Prepared:
-    """Everything checked and read."""
-    settings = recipe.eval
-    if not settings.benches:
-        raise DsgError("No bench is named.", "Give one with --bench: `dsg ls benches` lists them.")
-    expected = [parse_expected(text, settings.benches) for text in settings.expect]
-    subject = find_subject(workspace, sources)
-    workspace.check_writable()
-    in_paper = [bench for bench in settings.benches if bench in PAPER]
-    wanted = read_question_ids(Path(settings.question_ids) if settings.question_ids else None, in_paper)
-    others = [bench for bench in settings.benches if bench not in PAPER and not is_free(bench)]
-    tasks = (
-        load_tasks(others, split=settings.split, include_path=settings.include_path, can_generate=subject.can_generate)
-        if others
-        else []
-    )
-    free, free_commits = load_free(
-        settings.benches, split=settings.split, limit=settings.limit, holdout=settings.holdout, seed=recipe.seed
-    )
-    check_metrics(expected, metrics_of(tasks) | {bench.name: set(bench.metrics) for bench in free})
-    texts = Texts(free, subject.bos, settings.batch_size, settings.apply_chat_template)
-    needing = {bench.name for bench in free if bench.relative}
-    reference = find_reference(
-        recipe, workspace, {name: digest for name, digest in texts.digests().items() if name in needing}
-    )
-    questions = {bench: load_questions(bench) for bench in in_paper}
-    recipe = settle(recipe, subject.header)
-    loaded = load_subject(workspace, subject, recipe)
-    if settings.apply_chat_template and not loaded.base.tokenizer.chat_template:
-        raise DsgError(
-            f"The tokenizer of {loaded.base.source} has no chat template.", "Leave --apply-chat-template out."
-        )
-    check_texts(texts, loaded.model, _sides(loaded))
-    reference = load_reference(reference, recipe, loaded.base) if reference is not None else None
-    header = new_header(
-        "eval",
-        recipe,
-        settings={
-            **dataclasses.asdict(settings),
-            "allow_mismatch": recipe.model.allow_mismatch,
-            "model_digest": whole_digest(loaded.base.model),
-            "commits": commits(tasks)
-            | {bench: several[0].revision for bench, several in questions.items()}
-            | free_commits,
-            "asked": texts.digests(),
-            "reference_digest": reference.digest if reference is not None else "",
-            "reference_scores": dict(reference.scores) if reference is not None else {},
-        },
-        model=identify(loaded.base, subject.header.model.last_layer),
-        sae=subject.header.sae,
-        inputs=subject.named,
-    )
-    return _Prepared(subject, loaded, tasks, questions, wanted, texts, reference, expected, header)
-
-
-def _sides(loaded: LoadedSubject) -> tuple[Side, Side]:
-    """The two models that are asked."""
-    return Side("base", loaded.base), Side("unlearned", loaded.model, loaded.guardrails, loaded.wrappers)
-
-
-def _asked(
-    made: _Prepared,
-    recipe: Recipe,
-    earlier: dict[str, Answers],
-    known_texts: Results,
-    options: RunOptions,
-    checkpoint: Checkpoint,
-) -> list[SideBySide]:
-    """Every bench of both sides."""
-    settings = recipe.eval
-    shared: dict[str, Any] = {
-        "bos": made.subject.bos,
-        "batch_size": settings.batch_size,
-        "samples": settings.samples,
-        "allow_mismatch": recipe.model.allow_mismatch,
-        "known": {key: answer for answers in earlier.values() for key, answer in answers.items()},
-        "workers": options.workers,
-        "checkpoint": checkpoint,
-        "report": options.report,
-    }
-    found: list[SideBySide] = []
-    loaded = made.loaded
-    shared |= {"unlearned": loaded.model, "wrappers": loaded.wrappers}
-    if made.tasks:
-        from dsg_cli.evals.lm_harness import Asking, evaluate
-
-        asking = Asking(settings.limit, settings.num_fewshot, settings.apply_chat_template)
-        found.append(evaluate(loaded.base, loaded.guardrails, made.tasks, asking=asking, **shared))
-    if made.questions:
-        from dsg_cli.evals.paper_protocol import evaluate_paper
-
-        shared |= {"limit": settings.limit, "question_ids": made.wanted}
-        found.append(evaluate_paper(loaded.base, loaded.guardrails, made.questions, **shared))
-    if made.texts.benches:
-        base, unlearned = _sides(loaded)
-        texts = dataclasses.replace(made.texts, workers=options.workers, checkpoint=checkpoint, report=options.report)
-        found.append(
-            evaluate_texts(
-                base,
-                unlearned,
-                texts,
-                reference=made.reference,
-                known=known_texts,
-                samples=settings.samples,
-                allow_mismatch=recipe.model.allow_mismatch,
-            )
-        )
-    return found
-
-
-def _check_effect(stored: Stored, subject: Subject, recipe: Recipe) -> None:
-    """Refuse to pass over a guardrail that lets everything through."""
-    body = stored.body_as(EvalReport)
-    names = [name for guard in subject.bodies for name in guard.forget]
-    # A filter or other weights may leave nothing for a guardrail to do.
-    is_alone = not subject.weights and not subject.wrappers
-    for name in names if is_alone and not recipe.guardrail.allow_ineffective else ():
-        for bench in (name, f"{name}-paper"):
-            gate = body.gate.get(bench)
-            if gate is not None and not (gate["rate"] and gate["edit"]):
-                raise DsgError(
-                    f"The guardrail did nothing on {bench}, which it should make the model forget: "
-                    + ("no question was gated." if not gate["rate"] else "its edits change nothing.")
-                    + f" The report is {stored.id}.",
-                    "Calibrate for questions of that length and form, or pass --allow-ineffective.",
-                )
-
-
-def _unchecked(subject: Subject) -> list[str]:
-    """Guardrails of features that were picked without forget text: nothing says on which bench they should act."""
-    return [
-        f"Nothing says what {stored.id} should make the model forget, so that it does anything there is not checked. "
-        "Add --expect 'BENCH.gate>=0.5' for the bench."
-        for stored, body in zip(subject.guardrails, subject.bodies, strict=True)
-        if not body.forget
-    ]
-
-
-def _write(
-    workspace: Workspace,
-    clock: Clock,
-    made: _Prepared,
-    recipe: Recipe,
-    found: Sequence[SideBySide],
-    earlier: dict[str, Answers],
-) -> Stored:
-    from dsg_cli.evals.lm_harness import results_files
-    from dsg_cli.inference.scoring import answers_to_tensors
-
-    results = {bench: sides for one in found for bench, sides in one.results.items()}
-    first = [bench for bench in recipe.eval.benches if bench in results]
-    results = {bench: results[bench] for bench in (*first, *(name for name in results if name not in first))}
-    answers: Answers = {key: answer for one in found for key, answer in one.answers.items()}
-    has_gate = made.subject.has_gate
-    gate = {bench: rate for one in found for bench, rate in one.gate.items()} if has_gate else {}
-    body = EvalReport(
-        split=recipe.eval.split,
-        results=results,
-        gate=gate,
-        expected=check_expected(made.expected, results, gate),
-        question_ids={bench: ids for one in found for bench, ids in one.question_ids.items()},
-        base_from=taken_from_earlier(answers, earlier),
-        composition=made.subject.composition(),
-        asked={bench: digest for one in found for bench, digest in one.asked.items()},
-        reference=_reference(made.reference, found),
-        refused={bench: metrics for one in found for bench, metrics in one.refused.items()},
-    )
-    files: dict[str, bytes] = {}
-    for one in found:
-        if one.found:
-            files |= results_files(
-                one.found, model=made.loaded.base.source, created=made.header.created, samples=recipe.eval.samples
-            )
-    notes = [*_unchecked(made.subject), *(note for one in found for note in _unheeded(one, recipe))]
-    header = dataclasses.replace(made.header, notes=[*made.header.notes, *notes])
-    return workspace.write(
-        clock.close(header, n_tokens=sum(one.n_tokens for one in found)),
-        body,
-        tensors=answers_to_tensors(answers),
-        rows=[row for one in found for row in one.rows],
-        folder=files,
-    )
-
-
-def _reference(reference: Reference | None, found: Sequence[SideBySide]) -> Json:
-    if reference is None:
-        return {}
-    scores = {bench: several for one in found for bench, several in one.scores.items()}
-    return {"source": reference.source, "digest": reference.digest, "scores": scores}
-
-
-def _unheeded(found: Any, recipe: Recipe) -> list[str]:
-    """Settings that a task overrules: lm-eval leaves a task that fixes its examples at 0 as it is."""
-    wanted = recipe.eval.num_fewshot
-    other = sorted({n for n in found.found.get("base", {}).get("n-shot", {}).values() if n != wanted})
-    return [f"Some tasks fix their number of examples: {other}, not {wanted}."] if wanted is not None and other else []

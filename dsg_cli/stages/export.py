@@ -24,7 +24,14 @@ from dsg_cli.lab import data as lab
 from dsg_cli.methods import check_method
 from dsg_cli.models.language_model import model_folder
 from dsg_cli.settings import Recipe
-from dsg_cli.stages.inputs import Subject, find_subject, guard_modules, lineage, load_subject, only_guardrails
+from dsg_cli.stages.inputs import (
+    Composition,
+    find_composition,
+    guardrail_modules,
+    lineage,
+    load_composition,
+    only_guardrails,
+)
 from dsg_cli.stages.stage import settle
 from dsg_cli.workspace.artifacts import ModelWeights, Threshold
 from dsg_cli.workspace.files import check_new_folder, is_folder, is_taken, write_atomically, write_folder
@@ -36,7 +43,7 @@ JUDGED = ("eval", "attack")
 
 def card_facts(
     workspace: Workspace,
-    subject: Subject,
+    composition: Composition,
     modules: list[GuardrailModule],
     *,
     name: str,
@@ -50,7 +57,7 @@ def card_facts(
 
     Args:
         workspace: Where the guardrails lie.
-        subject: They, and what they are on.
+        composition: They, and what they are on.
         modules: The same, in their order.
         name: Of the folder or repository.
         address: By which it is loaded.
@@ -59,22 +66,22 @@ def card_facts(
         instead: The model that they are put on, if it is another copy than that of the artifacts.
         is_mismatched: They may be on other weights than those that they were made for.
     """
-    model = _model(subject, instead, is_mismatched)
-    trained = lineage(subject) if model == subject.model else []
+    model = _model(composition, instead, is_mismatched)
+    trained = lineage(composition) if model == composition.model else []
     base = trained[0].header.model.source if trained else model
-    judged = [] if is_mismatched else _judgements(workspace, subject)
+    judged = [] if is_mismatched else _judgements(workspace, composition)
     return CardFacts(
         name=name,
         address=address,
         is_on_hub=is_on_hub,
         is_whole_model=is_whole_model,
-        architecture=subject.header.model.architecture,
+        architecture=composition.header.model.architecture,
         model=model,
         base=base,
         base_card=read_base_card(base),
         guards=[
             _card_guard(stored, module.key, light_name(number))
-            for number, (stored, module) in enumerate(zip(subject.guardrails, modules, strict=True))
+            for number, (stored, module) in enumerate(zip(composition.guardrails, modules, strict=True))
         ],
         lineage=trained,
         evaluations=[stored for stored in judged if isinstance(stored.body, EvalReport)],
@@ -83,20 +90,20 @@ def card_facts(
     )
 
 
-def _model(subject: Subject, instead: str | None, is_mismatched: bool) -> str:
+def _model(composition: Composition, instead: str | None, is_mismatched: bool) -> str:
     """The model's name: that of the artifacts, unless it says nothing elsewhere and another copy was named."""
-    known = subject.model in lab.MODEL_DIRS or REPOSITORY.fullmatch(subject.model)
+    known = composition.model in lab.MODEL_DIRS or REPOSITORY.fullmatch(composition.model)
     if instead is None or (known and not is_mismatched):
-        return subject.model
+        return composition.model
     return str(Path(instead).resolve()) if is_folder(Path(instead)) else instead
 
 
-def _judgements(workspace: Workspace, subject: Subject) -> list[Stored]:
+def _judgements(workspace: Workspace, composition: Composition) -> list[Stored]:
     """Evaluations and attacks of exactly these guardrails, on the weights that they were made for.
 
     One that is damaged says nothing; `dsg verify` names it.
     """
-    wanted = {stored.json["sha256"] for stored in subject.named}
+    wanted = {stored.json["sha256"] for stored in composition.named}
     found = []
     for artifact_id in [name for kind in JUDGED for name in workspace.ids(kind)]:
         try:
@@ -166,28 +173,28 @@ def run(
         report: Progress.
     """
     form = check_target(to, form)
-    subject = find_subject(workspace, sources or [workspace.find("guardrail").id])
-    only_guardrails(subject, "dsg export")
-    modules = guard_modules(workspace, subject)
-    architecture, tokenizer_class = subject.header.model.architecture, ""
+    composition = find_composition(workspace, sources or [workspace.find("guardrail").id])
+    only_guardrails(composition, "dsg export")
+    modules = guardrail_modules(workspace, composition)
+    architecture, tokenizer_class = composition.header.model.architecture, ""
     if form == "model":
-        check_causal(body.gate for body in subject.bodies)
-        _check_whole(subject)
+        check_causal(body.gate for body in composition.bodies)
+        _check_whole(composition)
         # Only the layers that the guardrails' fingerprints cover are loaded.
-        found = load_subject(workspace, subject, settle(recipe, subject.header), cut=True)
+        found = load_composition(workspace, composition, settle(recipe, composition.header), cut=True)
         loaded, modules = found.model, found.guardrails
         Attached(loaded.model, modules).remove()
         architecture, tokenizer_class = type(loaded.model).__name__, type(loaded.tokenizer).__name__
     lights = [
         light_file(stored.header, body, workspace.tensors(stored))
-        for stored, body in zip(subject.guardrails, subject.bodies, strict=True)
+        for stored, body in zip(composition.guardrails, composition.bodies, strict=True)
     ]
     is_on_hub = to.startswith(SCHEME)
     address = parse_address(to).repo if is_on_hub else Path(to).resolve().name
     card = model_card(
         card_facts(
             workspace,
-            subject,
+            composition,
             modules,
             name=address.rpartition("/")[2],
             address=address,
@@ -205,7 +212,7 @@ def run(
             return
         export_folder(
             place,
-            base=model_folder(recipe.model.instead or subject.model),
+            base=model_folder(recipe.model.instead or composition.model),
             architecture=architecture,
             tokenizer_class=tokenizer_class,
             guardrails=modules,
@@ -230,14 +237,14 @@ def run(
         write(Path(to))
         written, files = str(Path(to)), _sizes(Path(to))
     report("export", 1, 1)
-    return Exported(written, form, [stored.id for stored in subject.guardrails], files)
+    return Exported(written, form, [stored.id for stored in composition.guardrails], files)
 
 
-def _check_whole(subject: Subject) -> None:
+def _check_whole(composition: Composition) -> None:
     """Refuse to export a model whose weights are an adapter."""
-    if subject.weights and subject.weights[-1].body_as(ModelWeights).form == "adapter":
+    if composition.weights and composition.weights[-1].body_as(ModelWeights).form == "adapter":
         raise DsgError(
-            f"{subject.weights[-1].id} is an adapter, and an exported model needs whole weights.",
+            f"{composition.weights[-1].id} is an adapter, and an exported model needs whole weights.",
             "Apply its method without --lora, and the guardrail on that.",
         )
 

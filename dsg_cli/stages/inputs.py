@@ -61,8 +61,8 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
 
 def check_identity(loaded: LoadedModel, header: Header) -> None:
     """Refuse a model that is not the one an artifact was made with."""
-    wanted = header.model
-    if replace(identify(loaded, wanted.last_layer), source=wanted.source) != wanted:
+    identity = header.model
+    if replace(identify(loaded, identity.last_layer), source=identity.source) != identity:
         raise DsgError(
             f"The model in {loaded.source} is not the one that {header.id} was made with: its weights have changed.",
             "Start again with dsg select"
@@ -262,25 +262,32 @@ def read_corpora(
     return corpora, notes if is_taken else []
 
 
-KINDS = ("guardrail", "model", "wrapper")
+KINDS = ("model", "guardrail", "wrapper")
+"""Of artifacts that unlearn, in the order in which they act."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Artifacts that are to act together."""
+class Composition:
+    """Artifacts that act together: changed weights, guardrails inside the model, wrappers around its prompts."""
 
     named: list[Stored]
     """As they were named."""
     weights: list[Stored]
     """Methods that changed the weights one after another, the first one first; empty for the base model's own.
-    Training that taught the base counts only where it is named: then it is what is measured."""
+    Finetuning of the base counts only where it is named: then it is what is measured."""
     guardrails: list[Stored]
     wrappers: list[Stored]
     bos: int | None
     """Token that every sequence began with when they were made."""
 
     @property
+    def artifacts(self) -> list[Stored]:
+        """All that acts, in its order."""
+        return [*self.weights, *self.guardrails, *self.wrappers]
+
+    @property
     def bodies(self) -> list[Guardrail]:
+        """Of the guardrails."""
         return [stored.body_as(Guardrail) for stored in self.guardrails]
 
     @property
@@ -297,7 +304,7 @@ class Subject:
 
     @property
     def base(self) -> str:
-        """The model that no method has unlearned anything from; one that was taught, where methods went on from it."""
+        """The model that no method has unlearned anything from; a finetuned one, where methods went on from it."""
         return self.weights[0].header.model.source if self.weights else self.model
 
     @property
@@ -312,34 +319,18 @@ class Subject:
 
     def forget(self) -> list[str]:
         """Names of all forget corpora."""
-        return list(dict.fromkeys(name for stored in self._all() for name in _body(stored).forget))
+        return list(dict.fromkeys(name for stored in self.artifacts for name in _body(stored).forget))
 
     def retain(self) -> list[str]:
         """Names of all retain corpora, without what is forgotten."""
-        names = dict.fromkeys(name for stored in self._all() for name in _body(stored).retain)
+        names = dict.fromkeys(name for stored in self.artifacts for name in _body(stored).retain)
         return [name for name in names if name not in self.forget()]
 
-    def composition(self) -> list[Json]:
+    def described(self) -> list[Json]:
         """What acts, in its order, for reports."""
-        return [{"id": stored.id, "kind": stored.header.kind, "method": _body(stored).method} for stored in self._all()]
-
-    def _all(self) -> list[Stored]:
-        return [*self.weights, *self.guardrails, *self.wrappers]
-
-
-@dataclass(frozen=True)
-class LoadedSubject:
-    """The same, ready to run."""
-
-    base: LoadedModel
-    model: LoadedModel
-    """The base itself, unless weights were changed."""
-    guardrails: list[GuardrailModule]
-    wrappers: list[WrapperModule]
-
-    @property
-    def has_gate(self) -> bool:
-        return bool(self.guardrails) or has_filter(self.wrappers)
+        return [
+            {"id": stored.id, "kind": stored.header.kind, "method": _body(stored).method} for stored in self.artifacts
+        ]
 
 
 def _body(stored: Stored) -> Guardrail | ModelWeights | Wrapper:
@@ -355,66 +346,29 @@ def newest(workspace: Workspace) -> str:
     return max(ids, key=lambda name: (workspace.folder / f"{name}.json").stat().st_mtime_ns)
 
 
-def find_subject(workspace: Workspace, sources: Sequence[str]) -> Subject:
+def find_composition(workspace: Workspace, sources: Sequence[str]) -> Composition:
     """The newest guardrail, model or wrapper, or those that are named together."""
-    named = [_find(workspace, source) for source in sources or [newest(workspace)]]
-    if len({one.json["sha256"] for one in named}) < len(named):
+    artifacts = [_find(workspace, source) for source in sources or [newest(workspace)]]
+    if len({stored.json["sha256"] for stored in artifacts}) < len(artifacts):
         raise DsgError("One artifact was named twice.", "Name each once.")
-    of_kind = {kind: [one for one in named if one.header.kind == kind] for kind in KINDS}
-    models, guardrails, wrappers = of_kind["model"], of_kind["guardrail"], of_kind["wrapper"]
+    models, guardrails, wrappers = ([stored for stored in artifacts if stored.header.kind == kind] for kind in KINDS)
     if len(models) > 1:
         raise DsgError(
             f"{models[0].id} and {models[1].id} are two models; only one can be run.",
             f"Apply the second method to the first one's model: dsg apply --from {models[0].id} --method ...",
         )
-    beneath = models[0] if models else model_of(named[0])
-    first = named[0]
-    for other in named[1:]:
-        one, two = first.header.model, other.header.model
-        if (one.architecture, one.n_layers, one.width) != (two.architecture, two.n_layers, two.width):
-            raise DsgError(f"{first.id} and {other.id} were made for different models.")
+    shapes = [(s.header.model.architecture, s.header.model.n_layers, s.header.model.width) for s in artifacts]
+    for stored, shape in zip(artifacts, shapes, strict=True):
+        if shape != shapes[0]:
+            raise DsgError(f"{artifacts[0].id} and {stored.id} were made for different models.")
     # Weights read any sequence; what decides by activations was made for those that begin as they did.
-    deciding = [one for one in (*guardrails, *wrappers) if _reads_activations(one)]
-    for other in deciding[1:]:
-        if _body(deciding[0]).bos != _body(other).bos:
-            raise DsgError(f"{deciding[0].id} and {other.id} were made for sequences that begin differently (BOS).")
-    weights = [*_history(beneath)] if beneath is not None and (models or not _is_taught(beneath)) else []
-    return Subject(named, weights, guardrails, wrappers, _body((deciding or named)[0]).bos)
-
-
-def _reads_activations(stored: Stored) -> bool:
-    """Whether it is for one model alone: a prefix or a list of words is for any."""
-    return stored.header.kind == "guardrail" or (isinstance(stored.body, Wrapper) and stored.body.rule == "classifier")
-
-
-def _history(stored: Stored) -> Iterator[Stored]:
-    """A model artifact, after those that it was made from; one of those that was taught is what is unlearned from."""
-    if (before := model_of(stored)) is not None and not _is_taught(before):
-        yield from _history(before)
-    yield stored
-
-
-def _is_taught(stored: Stored) -> bool:
-    return teaches(stored.body_as(ModelWeights).method)
-
-
-def lineage(subject: Subject) -> list[Stored]:
-    """Every training that led to the model that a subject is on, the first one first; taught ones too."""
-    above, found = subject.named[0], list[Stored]()
-    while (beneath := model_of(above)) is not None:
-        found.insert(0, beneath)
-        above = beneath
-    return found
-
-
-def model_of(stored: Stored) -> Stored | None:
-    """The model artifact on whose weights something was made, if it was made on one."""
-    folder = Path(stored.header.model.source)
-    path = folder.with_name(f"{folder.name}.json")
-    match = ID.fullmatch(folder.name)
-    if match is None or match[1] != "model" or not path.is_file():
-        return None
-    return Workspace(folder.parent).read(str(path))
+    gated = [stored for stored in (*guardrails, *wrappers) if _reads_activations(stored)]
+    for stored in gated[1:]:
+        if _body(gated[0]).bos != _body(stored).bos:
+            raise DsgError(f"{gated[0].id} and {stored.id} were made for sequences that begin differently (BOS).")
+    model = models[0] if models else model_of(artifacts[0])
+    weights = [*_history(model)] if model is not None and (models or not _is_finetuned(model)) else []
+    return Composition(artifacts, weights, guardrails, wrappers, _body((gated or artifacts)[0]).bos)
 
 
 def _find(workspace: Workspace, source: str) -> Stored:
@@ -429,64 +383,110 @@ def _find(workspace: Workspace, source: str) -> Stored:
     return stored
 
 
-def guard_modules(workspace: Workspace, subject: Subject) -> list[GuardrailModule]:
+def _reads_activations(stored: Stored) -> bool:
+    """Whether it is for one model alone: a prefix or a list of words is for any."""
+    return stored.header.kind == "guardrail" or (isinstance(stored.body, Wrapper) and stored.body.rule == "classifier")
+
+
+def _history(stored: Stored) -> Iterator[Stored]:
+    """A model artifact, after those that it was made from, back to the finetuned one that is unlearned from."""
+    if (before := model_of(stored)) is not None and not _is_finetuned(before):
+        yield from _history(before)
+    yield stored
+
+
+def _is_finetuned(stored: Stored) -> bool:
+    return teaches(stored.body_as(ModelWeights).method)
+
+
+def lineage(composition: Composition) -> list[Stored]:
+    """Every training that led to the model that a composition is on, the first one first; finetuning too."""
+    trainings: list[Stored] = []
+    model = model_of(composition.named[0])
+    while model is not None:
+        trainings.insert(0, model)
+        model = model_of(model)
+    return trainings
+
+
+def model_of(stored: Stored) -> Stored | None:
+    """The model artifact on whose weights something was made, if it was made on one."""
+    folder = Path(stored.header.model.source)
+    path = folder.with_name(f"{folder.name}.json")
+    match = ID.fullmatch(folder.name)
+    if match is None or match[1] != "model" or not path.is_file():
+        return None
+    return Workspace(folder.parent).read(str(path))
+
+
+def guardrail_modules(workspace: Workspace, composition: Composition) -> list[GuardrailModule]:
     """The guardrails as modules, from their own tensors."""
     return [
         module_from_artifact(body, stored.header.model, workspace.tensors(stored), where=stored.id)
-        for stored, body in zip(subject.guardrails, subject.bodies, strict=True)
+        for stored, body in zip(composition.guardrails, composition.bodies, strict=True)
     ]
 
 
-def load_subject(workspace: Workspace, subject: Subject, recipe: Recipe, *, cut: bool = False) -> LoadedSubject:
+@dataclass(frozen=True)
+class LoadedComposition:
+    """A composition, ready to run, beside the model that no method has touched."""
+
+    base: LoadedModel
+    model: LoadedModel
+    """The base itself, unless weights were changed."""
+    guardrails: list[GuardrailModule]
+    wrappers: list[WrapperModule]
+
+    @property
+    def has_gate(self) -> bool:
+        return bool(self.guardrails) or has_filter(self.wrappers)
+
+
+def load_composition(
+    workspace: Workspace, composition: Composition, recipe: Recipe, *, cut: bool = False
+) -> LoadedComposition:
     """Load all that acts, and the base model beside it.
 
     Args:
         workspace: Where the artifacts are.
-        subject: What is to be loaded.
+        composition: What is to be loaded.
         recipe: Device and dtype, and which other model to put it on.
         cut: Only the layers that guardrails cover.
     """
-    guardrails = guard_modules(workspace, subject)
-    wrappers = [_wrapper_module(workspace, stored) for stored in subject.wrappers]
+    guardrails, weights = guardrail_modules(workspace, composition), composition.weights
+    wrappers = []
+    for stored in composition.wrappers:
+        has_tensors = stored.path.with_suffix(".safetensors").is_file()
+        tensors = workspace.tensors(stored) if has_tensors else {}
+        wrappers.append(wrapper_from_artifact(stored.body_as(Wrapper), tensors, where=stored.id))
     instead = recipe.model.instead
-    if instead is not None and any(stored in subject.named for stored in subject.weights):
-        raise DsgError(f"{subject.weights[-1].id} is a model; --model would put another in its place.", "Leave it out.")
-    last_layer = subject.header.model.last_layer if cut else None
-    model = _loaded(instead or subject.model, recipe, last_layer)
-    base = model if instead or not subject.weights else _loaded(subject.base, recipe, last_layer)
-    for stored in [*subject.guardrails, *subject.wrappers]:
+    if instead is not None and any(stored in composition.named for stored in weights):
+        raise DsgError(f"{weights[-1].id} is a model; --model would put another in its place.", "Leave it out.")
+    last_layer = composition.header.model.last_layer if cut else None
+    model = load_model(instead or composition.model, recipe.model, last_layer=last_layer)
+    base = model
+    if weights and not instead:
+        base = load_model(composition.base, recipe.model, last_layer=last_layer)
+    for stored in [*composition.guardrails, *composition.wrappers]:
         check_tokens(model, _body(stored).special_ids, stored.id)
-        if _reads_activations(stored) and not recipe.model.allow_mismatch:
-            _check_model(model, stored, subject)
-    return LoadedSubject(base, model, guardrails, wrappers)
+        if not _reads_activations(stored) or recipe.model.allow_mismatch:
+            continue
+        try:
+            check_identity(model, stored.header)
+        except DsgError as error:
+            if not weights or folder_of(weights[-1]) == stored.header.model.source:
+                raise
+            last = weights[-1].id
+            raise DsgError(
+                f"{stored.id} was made for other weights than those of {last}, whose lower layers have changed.",
+                f"Make one on them: dsg apply --from {last} --method {_body(stored).method}. Or --allow-mismatch.",
+            ) from error
+    return LoadedComposition(base, model, guardrails, wrappers)
 
 
-def _check_model(model: LoadedModel, stored: Stored, subject: Subject) -> None:
-    try:
-        check_identity(model, stored.header)
-    except DsgError as error:
-        if not subject.weights or folder_of(subject.weights[-1]) == stored.header.model.source:
-            raise
-        last = subject.weights[-1].id
-        raise DsgError(
-            f"{stored.id} was made for other weights than those of {last}, whose lower layers have changed.",
-            f"Make one on them: dsg apply --from {last} --method {_body(stored).method}. Or --allow-mismatch.",
-        ) from error
-
-
-def _wrapper_module(workspace: Workspace, stored: Stored) -> WrapperModule:
-    has_tensors = stored.path.with_suffix(".safetensors").is_file()
-    tensors = workspace.tensors(stored) if has_tensors else {}
-    return wrapper_from_artifact(stored.body_as(Wrapper), tensors, where=stored.id)
-
-
-def _loaded(source: str, recipe: Recipe, last_layer: int | None) -> LoadedModel:
-    return load_model(source, recipe.model, last_layer=last_layer)
-
-
-def only_guardrails(subject: Subject, what: str) -> None:
+def only_guardrails(composition: Composition, command: str) -> None:
     """Refuse what takes guardrails alone."""
-    others = [stored.id for stored in subject.named if stored.header.kind != "guardrail"]
+    others = [stored.id for stored in composition.named if stored.header.kind != "guardrail"]
     if others:
-        folder = f" The weights of {others[0]} lie in {subject.model}." if subject.weights else ""
-        raise DsgError(f"{what} takes guardrails, not {others[0]}.{folder}")
+        folder = f" The weights of {others[0]} lie in {composition.model}." if composition.weights else ""
+        raise DsgError(f"{command} takes guardrails, not {others[0]}.{folder}")

@@ -32,8 +32,8 @@ from dsg_cli.settings import Recipe
 from dsg_cli.stages.inputs import (
     chain_sae,
     check_tokens,
-    find_subject,
-    guard_modules,
+    find_composition,
+    guardrail_modules,
     identify,
     load_chain_model,
     only_guardrails,
@@ -107,10 +107,10 @@ def find_inspected(workspace: Workspace, source: str | None) -> Inspected:
         return Inspected(made, None, chosen_by(made.body))  # type: ignore[arg-type]
     if Path(source).name.startswith(("threshold-", "eval-", "attack-", "study-", "compare-", "inspect-")):
         raise DsgError(f"dsg inspect takes a guardrail or features, not {source}.")
-    subject = find_subject(workspace, [source])
-    only_guardrails(subject, "dsg inspect")
-    guard = guard_modules(workspace, subject)[0]
-    return Inspected(subject.guardrails[0], guard, chosen_by(subject.bodies[0], guard.detect))
+    composition = find_composition(workspace, [source])
+    only_guardrails(composition, "dsg inspect")
+    guard = guardrail_modules(workspace, composition)[0]
+    return Inspected(composition.guardrails[0], guard, chosen_by(composition.bodies[0], guard.detect))
 
 
 NEAR_BY_DEFAULT = "lab-near"

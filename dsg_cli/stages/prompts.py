@@ -27,7 +27,14 @@ from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.sae_slice import load_slice
 from dsg_cli.settings import GenerateSection, Recipe
-from dsg_cli.stages.inputs import LoadedSubject, Subject, chain_sae, find_subject, load_chain_model, load_subject
+from dsg_cli.stages.inputs import (
+    Composition,
+    LoadedComposition,
+    chain_sae,
+    find_composition,
+    load_chain_model,
+    load_composition,
+)
 from dsg_cli.stages.inspect import Inspected, find_inspected
 from dsg_cli.stages.stage import settle
 from dsg_cli.workspace.results import Json
@@ -81,22 +88,22 @@ class Asked:
     """Who answers: the base model, and the guarded one."""
 
     recipe: Recipe
-    subject: Subject
-    loaded: LoadedSubject
+    composition: Composition
+    loaded: LoadedComposition
 
     @classmethod
     def load(cls, recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> Asked:
         """Both sides, loaded once."""
-        subject = find_subject(workspace, sources)
+        composition = find_composition(workspace, sources)
         if recipe.generate.side != "base":
-            check_causal(body.gate for body in subject.bodies)
-        recipe = settle(recipe, subject.header)
-        return cls(recipe, subject, load_subject(workspace, subject, recipe))
+            check_causal(body.gate for body in composition.bodies)
+        recipe = settle(recipe, composition.header)
+        return cls(recipe, composition, load_composition(workspace, composition, recipe))
 
     def ids(self, prompt: str, settings: GenerateSection) -> list[int]:
         """Token ids of a prompt."""
         return prompt_ids(
-            self.loaded.base, prompt, bos=self.subject.bos, chat=settings.chat, n_new=settings.max_new_tokens
+            self.loaded.base, prompt, bos=self.composition.bos, chat=settings.chat, n_new=settings.max_new_tokens
         )
 
     def answers(
@@ -123,7 +130,7 @@ class Asked:
                 allow_mismatch=self.recipe.model.allow_mismatch,
                 write=lambda piece, side=side: write(side, piece),  # type: ignore[misc]
             )
-        return Answers(prompt, [stored.id for stored in self.subject.guardrails], sides)
+        return Answers(prompt, [stored.id for stored in self.composition.guardrails], sides)
 
 
 @dataclass(frozen=True)
@@ -215,19 +222,19 @@ class Live:
 
     def about(self) -> Json:
         """What the page shows before anything is asked."""
-        subject, settings = self.asked.subject, self.asked.recipe.generate
+        composition, settings = self.asked.composition, self.asked.recipe.generate
         return {
-            "model": Path(subject.model).name if Path(subject.model).is_absolute() else subject.model,
-            "forget": subject.forget(),
+            "model": Path(composition.model).name if Path(composition.model).is_absolute() else composition.model,
+            "forget": composition.forget(),
             "guardrails": [
                 {"id": stored.id, "gate": body.gate, "threshold": body.threshold}
-                for stored, body in zip(subject.guardrails, subject.bodies, strict=True)
+                for stored, body in zip(composition.guardrails, composition.bodies, strict=True)
             ],
             "has_chat": self.asked.loaded.base.tokenizer.chat_template is not None,
             "chat": settings.chat,
             "on_trigger": settings.on_trigger,
             "max_new_tokens": min(settings.max_new_tokens, MOST_NEW),
-            "examples": _examples(subject.forget()),
+            "examples": _examples(composition.forget()),
         }
 
     def ask(self, wanted: Json) -> Json:
@@ -245,7 +252,7 @@ class Live:
         loaded, prompt = self.asked.loaded, wanted["prompt"]
         ids = self.asked.ids(prompt, settings)
         sides = self.asked.answers(prompt, ids, settings).sides
-        asked = prompt_with(loaded.wrappers, ids, loaded.base.tokenizer, self.asked.subject.bos)
+        asked = prompt_with(loaded.wrappers, ids, loaded.base.tokenizer, self.asked.composition.bos)
         read = sides["guarded"].ids or asked  # What a filter refuses, no gate reads.
         found: Json = {
             "tokens": [str(loaded.base.tokenizer.decode([token])) for token in read],
@@ -281,7 +288,7 @@ def load(recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> L
     asked = Asked.load(dataclasses.replace(recipe, generate=both), workspace, sources)
     tracers = [
         Tracer.load(recipe, workspace, str(stored.path), loaded=asked.loaded.model)
-        for stored in asked.subject.guardrails
+        for stored in asked.composition.guardrails
     ]
     return Live(asked, tracers)
 

@@ -49,11 +49,15 @@ class RunOptions:
     say: Callable[[str], None] = field(default=lambda _: None)
     """What a person should know now."""
 
-    def newest(self, workspace: Workspace, kind: str, source: str | None) -> str | None:
+    def agreed(self, choose: Callable[[], str]) -> str:
         """The artifact to start from; where several workers run, the newest is the one that the first of them sees."""
+        return str(self.workers.agreed(choose() if self.workers.is_first else None))
+
+    def newest(self, workspace: Workspace, kind: str, source: str | None) -> str | None:
+        """The artifact of a kind to start from, likewise."""
         if source is not None or self.workers.n == 1:
             return source
-        return str(self.workers.agreed(workspace.find(kind).id if self.workers.is_first else None))
+        return self.agreed(lambda: workspace.find(kind).id)
 
     def by_first(self, workspace: Workspace, run: Callable[[RunOptions], Stored]) -> Stored:
         """A stage whose work is not worth sharing: the first worker runs it alone, the others read what it wrote."""
