@@ -122,10 +122,9 @@ def make_guardrail(
 
     from dsg_cli.guardrail.runtime.guardrail import build_guardrail
     from dsg_cli.guardrail.runtime.spec import GuardrailSpec
-    from dsg_cli.models.sae_slice import detector_weights
     from dsg_cli.models.sae_slice import slice_sae
 
-    slice_spec, tensors = slice_sae(sae, indices, detectors)
+    slice_spec, tensors = slice_sae(sae, indices, detectors, weights)
     spec = GuardrailSpec(
         gate=gate,
         threshold=threshold,
@@ -140,7 +139,7 @@ def make_guardrail(
         clip=clip,
         **clamping,
     )
-    return build_guardrail(spec, tensors | {"detect": detector_weights(indices, detectors, weights)}, where="test")
+    return build_guardrail(spec, tensors, where="test")
 
 
 @pytest.fixture(scope="session")

@@ -192,9 +192,9 @@ def test_a_clamp_compiles_in_one_piece(whole):
         clamp_of = module_of(whole[1], RULES[rule](*whole[2:])).clamp
 
         def both_of(acts_BLK, clamp_of=clamp_of):
-            return clamp_of.hot(clamp_of.strength(acts_BLK)), clamp_of.change(acts_BLK[..., : clamp_of.n_clamped])
+            return clamp_of.is_active(clamp_of.size(acts_BLK)), clamp_of.change(acts_BLK[..., : clamp_of.n_clamped])
 
-        acts_BLK = torch.randn(2, 9, len(clamp_of.chosen))
+        acts_BLK = torch.randn(2, 9, len(clamp_of.triggers))
         found = torch.compile(both_of, backend="eager", fullgraph=True)(acts_BLK)
         assert all(torch.equal(one, two) for one, two in zip(found, both_of(acts_BLK), strict=True))
 

@@ -46,7 +46,7 @@ def example(form, seed, n=23):
     generator = torch.Generator().manual_seed(seed)
     signal = torch.rand(3, n, generator=generator)
     score, _ = FORMS[form]
-    signal = (signal > 0.6).float() if score == "hot" else 3 * signal * (signal > 0.5)
+    signal = (signal > 0.6).float() if score == "active" else 3 * signal * (signal > 0.5)
     return signal, torch.rand(3, n, generator=generator) > 0.2
 
 

@@ -21,7 +21,7 @@ from dsg_cli.data.tokens import encode, token_texts
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.gates import FORMS
 from dsg_cli.guardrail.runtime.sites import HookSite
-from dsg_cli.guardrail.selection import Chosen, chosen_by
+from dsg_cli.guardrail.selection import SelectedFeature, selected_features
 from dsg_cli.inspection.contexts import AFTER, BEFORE, NOTHING, Contexts, distinct_contexts, read_contexts
 from dsg_cli.inspection.features import (
     Evidence,
@@ -39,7 +39,7 @@ from dsg_cli.inspection.trace import trace
 from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer
 from dsg_cli.models.residuals import read_residual
 from dsg_cli.models.sae import load_encoder, read_sae
-from dsg_cli.models.sae_slice import chosen_columns
+from dsg_cli.models.sae_slice import slice_columns
 from dsg_cli.report.inspections import block_lines, inspection_view
 from dsg_cli.workspace.artifacts import Guardrail
 from dsg_cli.workspace.results import Inspection
@@ -198,10 +198,10 @@ class TestGroups:
             read_of(name, role, contexts_of([[5]], [1.0], rate))
             for name, role, rate in (("f", "forget", 0.5), ("a", "retain", 0.1), ("b", "retain", 0.2))
         ]
-        found, (note,) = with_near(reads, [Chosen(0, ["clamped"])])
+        found, (note,) = with_near(reads, [SelectedFeature(0, ["clamped"])])
         assert [(one.group.name, one.group.role) for one in found] == [("f", "forget"), ("b", "near"), ("a", "retain")]
         assert "b is taken" in note and "--near" in note
-        assert with_near(found, [Chosen(0, ["clamped"])]) == (found, [])
+        assert with_near(found, [SelectedFeature(0, ["clamped"])]) == (found, [])
 
     def test_where_strong_contexts_peak(self):
         tokenizer = load_tokenizer("lab")
@@ -212,7 +212,7 @@ class TestGroups:
             read_of("f", "forget", contexts_of(ids, strong + weak, 0.1)),
             read_of("n", "near", contexts_of(ids[5:], weak, 0.01)),
         ]
-        (said,) = doubts_of(reads, 0, Chosen(3, ["clamped"]), 10, tokenizer)
+        (said,) = doubts_of(reads, 0, SelectedFeature(3, ["clamped"]), 10, tokenizer)
         assert said.startswith("looks like formatting: 5 of its 5")
 
     def test_chat_against_plain_text_and_the_chat_template(self, monkeypatch):
@@ -224,12 +224,12 @@ class TestGroups:
         on_template = contexts_of([[i, hex_] for i in range(10, 15)], [2.0] * 5, 0.3)
         plain = contexts_of([[10, charm]], [0.1], 0.001)
         reads = [read_of("f", "forget", plain), read_of("c", "near", on_template, is_chat=True)]
-        said = doubts_of([*reads, read_of("p", "retain", plain)], 0, Chosen(3, []), 10, tokenizer)
+        said = doubts_of([*reads, read_of("p", "retain", plain)], 0, SelectedFeature(3, []), 10, tokenizer)
         assert any("peak in the chat template" in one for one in said)
         assert any("30.0% of the tokens of chat-formatted retain text" in one for one in said)
         # The same words in plain text are words.
         reads = [read_of("f", "forget", plain), read_of("c", "near", on_template)]
-        assert not any("template" in one for one in doubts_of(reads, 0, Chosen(3, []), 10, tokenizer))
+        assert not any("template" in one for one in doubts_of(reads, 0, SelectedFeature(3, []), 10, tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ class TestChain:
         of_guardrail = guardrail.body_as(Guardrail)
         assert body.inspected == "guardrail-002"
         assert [item.id for item in inspected.header.inputs] == ["guardrail-002", "features-001"]
-        expected = chosen_by(of_guardrail, lab.workspace.tensors(guardrail)["detect"])
+        expected = selected_features(of_guardrail, lab.workspace.tensors(guardrail)["detect"])
         shown = [(one["index"], one["roles"], one["weight"]) for one in body.features]
         assert shown == [(one.index, one.roles, one.weight) for one in expected]
         assert {one["index"] for one in body.features} == {*of_guardrail.indices, *of_guardrail.detectors}
@@ -550,7 +550,7 @@ def guard_of(sae_tracing, form, threshold):
 
 
 def seen(loaded, guard, ids=IDS):
-    features = [Chosen(index, []) for index in chosen_columns(CLAMPED, WATCHED)][: len(guard.detect)]
+    features = [SelectedFeature(index, []) for index in slice_columns(CLAMPED, WATCHED)][: len(guard.detect)]
     return trace(loaded, ids, site=guard.read, encode=lambda x: guard.slice(x).acts, features=features, guard=guard)
 
 

@@ -33,10 +33,10 @@ from dsg_cli.workspace.results import Json
 def soft_statistic(guard: GuardrailModule, resid_BLD: Tensor, counted_BL: Tensor) -> Tensor:
     """The gate's statistic of whole sequences, [B], as a function with a slope.
 
-    That of a `window` gate is as it is; in the others activations stand in the place of hot or not.
+    That of a `window` gate is as it is; in the others activations stand in the place of active or not.
     """
     strength_BLK = guard.slice(resid_BLD).acts.abs()
-    signal_BL = strength_BLK @ (guard.detect if guard.gate.form == "window" else guard.clamp.chosen)
+    signal_BL = strength_BLK @ (guard.detect if guard.gate.form == "window" else guard.clamp.triggers)
     before_BC = guard.gate.initial_state(len(signal_BL), signal_BL.device)
     statistic_BL: Tensor = guard.gate.scan(signal_BL, counted_BL, before_BC)[0]
     return statistic_BL.amax(-1)

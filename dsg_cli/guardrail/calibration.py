@@ -1,4 +1,4 @@
-"""Gate statistics of held-out retain text to a threshold with its guarantee."""
+"""What a gate reads, what it sees in held-out retain text, and the threshold that follows, with its guarantee."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.residuals import OomSplitter, read_residual
 from dsg_cli.models.sae import SaeSource
-from dsg_cli.models.sae_slice import detector_weights, slice_sae
 from dsg_cli.settings import CalibrateSection
 from dsg_cli.workspace.artifacts import FeatureSet
 from dsg_cli.workspace.checkpoints import State
@@ -71,13 +70,11 @@ def threshold_of(
         is_conformal: With the guarantee, or the plain percentile.
     """
     groups: dict[str, list[float]] = {} if statistics else {"retain text": []}
-    for corpus, value in statistics:
-        groups.setdefault(corpus if is_each else "retain text", []).append(value)
+    for corpus, statistic in statistics:
+        groups.setdefault(corpus if is_each else "retain text", []).append(statistic)
     if not is_conformal:
         return max(percentile_threshold(values, alpha) for values in groups.values())
-    return max(
-        conformal_threshold(values, alpha, what=name) for name, values in groups.items() or [("retain text", [])]
-    )
+    return max(conformal_threshold(values, alpha, what=name) for name, values in groups.items())
 
 
 def pieces_needed(alpha: float) -> int:
@@ -85,29 +82,43 @@ def pieces_needed(alpha: float) -> int:
     return math.ceil(round(1 / alpha, 9)) - 1
 
 
+def calibrated_threshold(settings: CalibrateSection, statistics: Sequence[tuple[str, float]]) -> float:
+    """The threshold that pieces of retain text (corpus, statistic) set, unless the settings give one."""
+    if settings.threshold is not None:
+        return settings.threshold
+    is_each, is_conformal = settings.guarantee == "each", settings.quantile == "conformal"
+    threshold = threshold_of(statistics, settings.alpha, is_each=is_each, is_conformal=is_conformal)
+    if FORMS[settings.gate][0] == "active" and threshold >= 1:
+        raise DsgError(
+            f"The gate could never fire: at alpha {settings.alpha:g} its threshold is {threshold:g}, the largest "
+            "value that the statistic can take.",
+            "The features fire on retain text too: raise --ratio-percentile or lower -n in select, or raise --alpha.",
+        )
+    return threshold
+
+
 CUSUM_CLIP = 16.0
 """Drifts that one token may add."""
 
 
 @dataclass(frozen=True)
-class Detection:
-    """What a gate watches, beside the clamped features."""
+class GateInputs:
+    """What a gate reads: its settings, and the features that it watches beside the clamped ones."""
 
+    settings: CalibrateSection
     detectors: list[int]
+    """Empty where it watches the clamped features themselves."""
     weights: list[float]
+    """Of the detectors in the token score; empty where all have weight 1."""
     bias: float = 0.0
     clip: float = 0.0
 
 
-def gate_for(settings: CalibrateSection, features: FeatureSet) -> tuple[CalibrateSection, list[str]]:
-    """The gate that features allow, and notes on what it has to do without.
+def feasible_gate(settings: CalibrateSection, features: FeatureSet) -> tuple[CalibrateSection, list[str]]:
+    """The settings with the gate that features allow, and notes on what it has to do without.
 
     A probe is fitted on forget text, and detectors are chosen by it. For features that were picked without any,
     `window` watches the selected features themselves, each with weight 1, and takes the place of `probe`.
-
-    Args:
-        settings: The gate that is wanted.
-        features: What select chose.
     """
     if features.forget_tokens or settings.gate in ("mean", "causal-mean"):
         return settings, []
@@ -121,32 +132,31 @@ def gate_for(settings: CalibrateSection, features: FeatureSet) -> tuple[Calibrat
     return dataclasses.replace(settings, gate="window"), [note]
 
 
-def detection_of(
-    settings: CalibrateSection, features: FeatureSet, tensors: Mapping[str, Tensor], *, made: str
-) -> Detection:
-    """What the gate watches.
+def gate_inputs(
+    settings: CalibrateSection, features: FeatureSet, tensors: Mapping[str, Tensor], *, where: str
+) -> GateInputs:
+    """What the gate of these settings reads.
 
     Args:
-        settings: The gate.
+        settings: A gate that the features allow.
         features: What select chose.
         tensors: The statistics beside it.
-        made: What messages call it.
+        where: What messages call it.
     """
     if settings.gate == "probe":
         probe = features.probe
         if not probe:
-            raise DsgError(f"{made} has no probe.", "Run dsg select again, or calibrate with --gate window.")
-        watched = probe["features"]
-        indices, weights = ([one[key] for one in watched] for key in ("index", "weight"))
-        return Detection(indices, weights, probe["bias"], probe["clip"])
+            raise DsgError(f"{where} has no probe.", "Run dsg select again, or calibrate with --gate window.")
+        indices, weights = ([feature[key] for feature in probe["features"]] for key in ("index", "weight"))
+        return GateInputs(settings, indices, weights, probe["bias"], probe["clip"])
     if settings.gate not in DETECTING_FORMS:
-        return Detection([], [])
+        return GateInputs(settings, [], [])
     detectors = _detectors(settings, features, tensors)
     if settings.gate == "window":
-        return Detection(detectors, [])
+        return GateInputs(settings, detectors, [])
     # Half-way between what a token of retain text and one of forget text has on average.
     drift = float(sum(tensors[f"{role}_mean"][detectors].sum() for role in ("forget", "retain"))) / 2
-    return Detection(detectors, [1 / drift] * len(detectors), clip=CUSUM_CLIP)
+    return GateInputs(settings, detectors, [1 / drift] * len(detectors), clip=CUSUM_CLIP)
 
 
 def _detectors(settings: CalibrateSection, features: FeatureSet, tensors: Mapping[str, Tensor]) -> list[int]:
@@ -154,7 +164,7 @@ def _detectors(settings: CalibrateSection, features: FeatureSet, tensors: Mappin
     if not features.forget_tokens:
         return [feature.index for feature in features.features]
     try:
-        chosen = select_features(
+        selection = select_features(
             *scores_of(features.score, tensors),
             n_features=settings.n_detectors,
             ratio_percentile=settings.detector_percentile,
@@ -164,77 +174,43 @@ def _detectors(settings: CalibrateSection, features: FeatureSet, tensors: Mappin
             f"Choosing the detectors of the gate `{settings.gate}`: {error.message}",
             "Lower calibrate.detector_percentile or calibrate.n_detectors (--set), or take another --gate.",
         ) from error
-    return [feature.index for feature in chosen.features]
+    return [feature.index for feature in selection.features]
 
 
-Sliced = tuple[SliceSpec, dict[str, Tensor]]
-"""The features of a guardrail, cut out of an SAE."""
-
-
-def sliced(sae: SaeSource, indices: Sequence[int], detection: Detection) -> Sliced:
-    """The features that are clamped and those that are watched, with the weights in the gate's token score."""
-    slice_spec, tensors = slice_sae(sae, indices, detection.detectors)
-    tensors["detect"] = detector_weights(indices, detection.detectors, detection.weights)
-    return slice_spec, tensors
-
-
-def module_of(
-    settings: CalibrateSection,
+def make_guardrail(
+    inputs: GateInputs,
     loaded: LoadedModel,
     sae: SaeSource,
-    cut: Sliced,
-    detection: Detection,
+    sae_slice: tuple[SliceSpec, dict[str, Tensor]],
     *,
     threshold: float = 0.0,
     strength: float = 0.0,
 ) -> GuardrailModule:
-    """A guardrail from what `sliced` has cut; of another threshold or strength the tensors are the same."""
-    slice_spec, tensors = cut
+    """A guardrail that is in no artifact: what watches at run time is what sets its threshold, and what is swept.
+
+    Args:
+        inputs: Of its gate.
+        loaded: The model that it is for.
+        sae: The SAE of its features.
+        sae_slice: What `slice_sae` cuts out for them; the same for every threshold and strength.
+        threshold: Of the gate's statistic.
+        strength: c of the clamp.
+    """
+    slice_spec, tensors = sae_slice
     spec = GuardrailSpec(
-        gate=settings.gate,
+        gate=inputs.settings.gate,
         threshold=threshold,
-        window=settings.window,
+        window=inputs.settings.window,
         strength=strength,
         read=sae.site.name,
         write=sae.write.name,
         slice=dataclasses.asdict(slice_spec),
         special_ids=list(special_ids(loaded.tokenizer)),
         model={},
-        bias=detection.bias,
-        clip=detection.clip,
+        bias=inputs.bias,
+        clip=inputs.clip,
     )
     return GuardrailModule(spec, tensors).to(loaded.model.device)
-
-
-def watching(
-    settings: CalibrateSection, loaded: LoadedModel, sae: SaeSource, indices: Sequence[int], detection: Detection
-) -> GuardrailModule:
-    """A guardrail without threshold or strength: what watches at run time also watches here."""
-    return module_of(settings, loaded, sae, sliced(sae, indices, detection), detection)
-
-
-def threshold_at(settings: CalibrateSection, statistics: Sequence[tuple[str, float]]) -> float:
-    """The threshold that pieces of retain text set, unless one is given.
-
-    Args:
-        settings: The gate, alpha, and for what it is promised.
-        statistics: Corpus and statistic of each piece.
-    """
-    if settings.threshold is not None:
-        return settings.threshold
-    threshold = threshold_of(
-        statistics,
-        settings.alpha,
-        is_each=settings.guarantee == "each",
-        is_conformal=settings.quantile == "conformal",
-    )
-    if FORMS[settings.gate][0] == "hot" and threshold >= 1:
-        raise DsgError(
-            f"The gate could never fire: at alpha {settings.alpha:g} its threshold is {threshold:g}, the largest "
-            "value that the statistic can take.",
-            "The features fire on retain text too: raise --ratio-percentile or lower -n in select, or raise --alpha.",
-        )
-    return threshold
 
 
 def check_finite(statistics: Sequence[float]) -> None:
@@ -254,7 +230,7 @@ def gate_statistics(
 
     Args:
         loaded: The model, whole or cut.
-        gates: From `watching`; all read at the same place.
+        gates: From `make_guardrail`; all read at the same place.
         pieces: Token ids.
         job: Each of its workers gets the statistics of all.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.gates import DETECTING_FORMS
-from dsg_cli.models.sae_slice import chosen_columns
+from dsg_cli.models.sae_slice import slice_columns
 from dsg_cli.workspace.artifacts import Feature, FeatureSet, Guardrail
 
 LIVE_AT_LEAST = 0.05
@@ -199,7 +199,7 @@ def formatting_notes(chat_F: Tensor, plain_F: Tensor, indices: Sequence[int]) ->
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedFeature:
     """One feature of an SAE."""
 
     index: int
@@ -209,7 +209,7 @@ class Chosen:
     """In the gate's token score, if it has one there."""
 
 
-def chosen_by(body: Guardrail | FeatureSet, detect_K: Tensor | None = None) -> list[Chosen]:
+def selected_features(body: Guardrail | FeatureSet, detect_K: Tensor | None = None) -> list[SelectedFeature]:
     """What a guardrail clamps, then what its gate only watches; or what a selection would.
 
     Args:
@@ -221,12 +221,12 @@ def chosen_by(body: Guardrail | FeatureSet, detect_K: Tensor | None = None) -> l
         clamped, watched = [feature.index for feature in body.features], list(weights)
     else:
         clamped, watched = body.indices, body.detectors or body.indices
-        columns = chosen_columns(body.indices, body.detectors)
+        columns = slice_columns(body.indices, body.detectors)
         has_weights = body.gate in DETECTING_FORMS and detect_K is not None
         weights = dict(zip(columns, detect_K.tolist(), strict=True)) if has_weights and detect_K is not None else {}
     return [
-        Chosen(index, _roles(index, clamped, watched), weights.get(index) if index in watched else None)
-        for index in chosen_columns(clamped, watched)
+        SelectedFeature(index, _roles(index, clamped, watched), weights.get(index) if index in watched else None)
+        for index in slice_columns(clamped, watched)
     ]
 
 

@@ -15,6 +15,7 @@ from dsg_cli.data.batches import TokenBatch, pad_rows
 from dsg_cli.data.tokens import Request, as_chat, encode, special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.guarded import check_causal, guarded, last_decisions
+from dsg_cli.guardrail.runtime.gates import latched_at
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.inference.scoring import Decision, requests_digest
 from dsg_cli.inference.wrappers import WrapperModule, judged, on_side, prompt_with, refuses_answer, refuses_prompt
@@ -212,8 +213,7 @@ def gate_trace(guard: GuardrailModule) -> GateTrace:
     assert guard.trace is not None
     statistic: Tensor = torch.cat([decision.statistic_BL[0] for decision in guard.trace]).cpu()
     gated: Tensor = torch.cat([decision.gated_BL[0] for decision in guard.trace]).cpu()
-    latched_at = int(gated.int().argmax()) if bool(gated.any()) else None
-    return GateTrace(guard.gate.form, guard.gate.threshold, statistic.tolist(), latched_at)
+    return GateTrace(guard.gate.form, guard.gate.threshold, statistic.tolist(), latched_at(gated))
 
 
 class Opened(StoppingCriteria):

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.data.corpora import Corpus
 from dsg_cli.data.tokens import as_chat, token_texts
-from dsg_cli.guardrail.selection import Chosen, formatting_notes
+from dsg_cli.guardrail.selection import SelectedFeature, formatting_notes
 from dsg_cli.inspection.contexts import Context, Contexts, describe_features, distinct_contexts
 from dsg_cli.workspace.results import Json
 
@@ -135,7 +135,7 @@ class Read:
         return float(self.contexts.rate_C[feature])
 
 
-def with_near(reads: Sequence[Read], chosen: Sequence[Chosen]) -> tuple[list[Read], list[str]]:
+def with_near(reads: Sequence[Read], chosen: Sequence[SelectedFeature]) -> tuple[list[Read], list[str]]:
     """The same with one corpus that is near: where none was named, the retain corpus on which features are active most.
 
     Args:
@@ -207,7 +207,7 @@ def words_of_all(reads: Sequence[Read], n_features: int, tokenizer: PreTrainedTo
 
 
 def doubts_of(
-    reads: Sequence[Read], feature: int, one: Chosen, n_features: int, tokenizer: PreTrainedTokenizerBase
+    reads: Sequence[Read], feature: int, one: SelectedFeature, n_features: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     """What speaks against one of the C features.
 

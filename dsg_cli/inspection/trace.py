@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dsg_cli.data.tokens import counted_tokens, special_ids, token_texts
 from dsg_cli.errors import DsgError
+from dsg_cli.guardrail.runtime.gates import latched_at
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.runtime.sites import HookSite
-from dsg_cli.guardrail.selection import Chosen
+from dsg_cli.guardrail.selection import SelectedFeature
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.residuals import read_residual
 from dsg_cli.workspace.results import Json
@@ -49,7 +50,7 @@ class Trace:
     tokens: list[str]
     counted: list[bool]
     """False for BOS and other tokens that never enter a statistic."""
-    features: list[Chosen]
+    features: list[SelectedFeature]
     activations: list[list[float]]
     """A list a feature, of each token; 0 on tokens that do not count."""
     gate: GateSteps | None
@@ -71,7 +72,7 @@ def trace(
     *,
     site: HookSite,
     encode: Callable[[Tensor], Tensor],
-    features: Sequence[Chosen],
+    features: Sequence[SelectedFeature],
     guard: GuardrailModule | None = None,
 ) -> Trace:
     """Read a text up to the hook: nothing above it is run.
@@ -113,7 +114,7 @@ def _gate_steps(guard: GuardrailModule, resid_BLD: Tensor, counted_BL: Tensor) -
         floor=float(guard.gate.score(torch.zeros(1, dtype=torch.bool), torch.zeros(1))),
         statistic=[one if math.isfinite(one) else None for one in decision.statistic_BL[0].tolist()],
         gated=gated,
-        latched_at=gated.index(True) if guard.gate.is_causal and True in gated else None,
+        latched_at=latched_at(decision.gated_BL[0]) if guard.gate.is_causal else None,
         clamped=(decision.change_BLC != 0).any(-1)[0].tolist(),
         edit=guard.edit_size(resid_BLD, decision)[0].tolist(),
     )

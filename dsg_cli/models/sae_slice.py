@@ -1,4 +1,4 @@
-"""Slice the chosen features out of an SAE: runtime/slices.py computes them exactly as the whole SAE does."""
+"""Slice a few features out of an SAE: guardrail/runtime/slice.py computes them exactly as the whole SAE does."""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ from dsg_cli.models.sae import WEIGHTS, SaeSource
 
 
 def slice_sae(
-    sae: SaeSource, indices: Sequence[int], detectors: Sequence[int] = ()
+    sae: SaeSource, indices: Sequence[int], detectors: Sequence[int] = (), weights: Sequence[float] = ()
 ) -> tuple[SliceSpec, dict[str, Tensor]]:
-    """The slice of the chosen features, as `runtime.slices.SaeSlice` takes it.
+    """A slice as `SaeSlice` takes it, and beside its tensors `detect`, the features' weights in the gate's token score.
 
     Args:
         sae: Where from.
         indices: Features that will be clamped; they come first, and only they have rows of `W_dec`.
-        detectors: Further features that are only watched.
+        detectors: Features that the gate watches, where it does not watch the clamped ones.
+        weights: Of the detectors; 1 each where there are none.
     """
-    chosen = chosen_columns(indices, detectors)
-    beyond = [index for index in chosen if not 0 <= index < sae.identity.n_features]
+    columns = slice_columns(indices, detectors)
+    beyond = [index for index in columns if not 0 <= index < sae.identity.n_features]
     if beyond:
         raise DsgError(
             f"The SAE {sae.identity.source} has {sae.identity.n_features} features; there is no {beyond[0]}."
         )
-    index_K = torch.tensor(chosen, dtype=torch.long)
+    index_K = torch.tensor(columns, dtype=torch.long)
     with safe_open(sae.folder / WEIGHTS_FILE, framework="pt") as file:
-        weights = {name: file.get_tensor(name) for name in WEIGHTS[sae.identity.architecture]}
+        whole = {name: file.get_tensor(name) for name in WEIGHTS[sae.identity.architecture]}
     is_topk = "topk" in sae.identity.architecture
-    W_enc = (weights["W_enc"] if is_topk else weights["W_enc"][:, index_K]).double()
-    bias = _input_bias(sae, weights, W_enc)
+    W_enc = (whole["W_enc"] if is_topk else whole["W_enc"][:, index_K]).double()
+    bias = _input_bias(sae, whole, W_enc)
     if sae.is_centred:  # (x - mean x) W = x (W - column means of W)
         W_enc = W_enc - W_enc.mean(0)
-    weights |= {"W_enc": W_enc.float(), "bias": bias}
-    tensors = _topk_tensors(sae, weights, index_K) if is_topk else _column_tensors(sae, weights, index_K)
+    whole |= {"W_enc": W_enc.float(), "bias": bias}
+    tensors = _topk_tensors(sae, whole, index_K) if is_topk else _column_tensors(sae, whole, index_K)
     tensors["W_dec"] = tensors["W_dec"][: len(indices)]
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise DsgError(f"The SAE {sae.identity.source} holds a value behind {name} that is not finite.")
+    tensors["detect"] = detector_weights(indices, detectors, weights)
     activation = "threshold" if "b_enc" in tensors and not is_topk else sae.identity.architecture
     spec = SliceSpec(
         activation=activation,
@@ -54,7 +56,7 @@ def slice_sae(
     return spec, tensors
 
 
-def chosen_columns(indices: Sequence[int], detectors: Sequence[int]) -> list[int]:
+def slice_columns(indices: Sequence[int], detectors: Sequence[int]) -> list[int]:
     """The features of a slice in the order of its columns: those to be clamped, then those only watched."""
     return [*indices, *(j for j in detectors if j not in set(indices))]
 
@@ -67,7 +69,7 @@ def detector_weights(indices: Sequence[int], detectors: Sequence[int], weights: 
         detectors: Features that the gate watches; all columns where there are none.
         weights: Theirs, in their order; 1 each where there are none.
     """
-    columns = chosen_columns(indices, detectors)
+    columns = slice_columns(indices, detectors)
     watched = list(detectors) or columns
     weight_of = dict(zip(watched, weights or [1.0] * len(watched), strict=True))
     return torch.tensor([weight_of.get(j, 0.0) for j in columns])

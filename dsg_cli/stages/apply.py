@@ -35,7 +35,7 @@ from dsg_cli.methods.clamps import (
     steered_clamping,
 )
 from dsg_cli.models.language_model import LoadedModel, context_length
-from dsg_cli.models.sae_slice import detector_weights, slice_sae
+from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import GuardrailSection, ModelSection, Recipe, SaeSection, parse_strength
 from dsg_cli.stages import calibrate, select, unlearn, wrap
 from dsg_cli.stages.calibrate import dev_questions
@@ -160,8 +160,7 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
             return this.existing
         loaded = load_chain_model(threshold.header, recipe, cut=not is_auto)
         check_tokens(loaded, calibrated.special_ids, threshold.id)
-        slice_spec, tensors = slice_sae(sae, calibrated.features, calibrated.detectors)
-        tensors["detect"] = detector_weights(calibrated.features, calibrated.detectors, calibrated.weights)
+        slice_spec, tensors = slice_sae(sae, calibrated.features, calibrated.detectors, calibrated.weights)
         body = Guardrail(
             indices=calibrated.features,
             detectors=calibrated.detectors,
@@ -265,7 +264,6 @@ def run_clamp(
             return this.existing
         loaded = load_chain_model(features.header, recipe, cut=True)
         slice_spec, tensors = slice_sae(sae, clamping.indices, clamping.detectors)
-        tensors["detect"] = detector_weights(clamping.indices, clamping.detectors)
         body = Guardrail(
             indices=clamping.indices,
             detectors=clamping.detectors,

@@ -17,18 +17,19 @@ from dsg_cli.data.readers import read_prompts
 from dsg_cli.data.tokens import Piece, bos_to_prepend, check_chat, draw_pieces, encode, special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.calibration import (
+    calibrated_threshold,
     check_finite,
-    detection_of,
-    gate_for,
+    feasible_gate,
+    gate_inputs,
     gate_statistics,
+    make_guardrail,
     percentile_threshold,
-    threshold_at,
-    watching,
 )
 from dsg_cli.guardrail.runtime.gates import FORMS
 from dsg_cli.intervals import rate_above
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel, context_length
+from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import CalibrateSection, Recipe
 from dsg_cli.stages.inputs import chain_sae, load_chain_model, reload_corpora, spelled
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
@@ -49,7 +50,7 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
         features = workspace.find("features", source)
         workspace.check_writable()
         feature_set, selected = features.body_as(FeatureSet), features.header.settings
-        settings, notes = gate_for(recipe.calibrate, feature_set)
+        settings, notes = feasible_gate(recipe.calibrate, feature_set)
         recipe = settle(dataclasses.replace(recipe, calibrate=settings), features.header)
         retain_names = settings.retain or [spelled(corpus) for corpus in selected["retain"]]
         forget_names = [corpus["name"] for corpus in selected["forget"]]
@@ -58,7 +59,7 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
         if settings.threshold is not None:
             notes.append("The threshold was given, not calibrated: alpha promises nothing.")
         prompts = read_prompts((), Path(settings.lengths_from)) if settings.lengths_from else []
-        detection = detection_of(settings, feature_set, workspace.tensors(features), made=features.id)
+        inputs = gate_inputs(settings, feature_set, workspace.tensors(features), where=features.id)
         questions = dev_questions(settings, forget_names)
         drawn: Json = {"limit": recipe.corpora.limit, "seed": recipe.seed}
         retain, _ = reload_corpora(features, retain_names, "retain", **drawn)
@@ -92,7 +93,7 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
         if this.existing:
             return this.existing
         indices = [feature.index for feature in feature_set.features]
-        gate = watching(settings, loaded, sae, indices, detection)
+        gate = make_guardrail(inputs, loaded, sae, slice_sae(sae, indices, inputs.detectors, inputs.weights))
         rows: list[Json] = []
         chunks = calibration_chunks(recipe, loaded, retain, forget, questions, bos=bos, lengths=lengths)
         for part, pieces in chunks.items():
@@ -103,7 +104,7 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
             ]
         check_finite([row["statistic"] for row in rows])
         calibration, fresh = ([row for row in rows if row["part"] == part] for part in ("calibrate", "fresh"))
-        threshold = threshold_at(settings, [(row["group"], row["statistic"]) for row in calibration])
+        threshold = calibrated_threshold(settings, [(row["group"], row["statistic"]) for row in calibration])
         false_positives = rate_above(threshold, [row["statistic"] for row in fresh])
         body = Threshold(
             threshold=threshold,
@@ -116,10 +117,10 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
             low=false_positives["low"],
             high=false_positives["high"],
             features=indices,
-            detectors=detection.detectors,
-            weights=detection.weights,
-            bias=detection.bias,
-            clip=detection.clip,
+            detectors=inputs.detectors,
+            weights=inputs.weights,
+            bias=inputs.bias,
+            clip=inputs.clip,
             window=settings.window if FORMS[settings.gate][1] in ("window", "running-mean") else 0,
             guarantee=settings.guarantee,
             percentile=percentile_threshold([row["statistic"] for row in calibration], settings.alpha),

@@ -19,7 +19,7 @@ from dsg_cli.data.corpora import Corpus, check_disjoint, check_named, parse_name
 from dsg_cli.data.tokens import bos_to_prepend, check_chat, chunks, encode, prompts
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.guardrail.selection import EPSILON, Chosen, chosen_by, score_of
+from dsg_cli.guardrail.selection import EPSILON, SelectedFeature, score_of, selected_features
 from dsg_cli.inspection.contexts import read_contexts
 from dsg_cli.inspection.features import Group, Read, Rows, context_rows, doubts_of, with_near, words_of_all
 from dsg_cli.inspection.lens import decoder_rows, logit_lens, nearest_features
@@ -55,7 +55,7 @@ class Inspected:
     made: Stored
     guard: GuardrailModule | None
     """None for a selection."""
-    chosen: list[Chosen]
+    chosen: list[SelectedFeature]
 
     @property
     def sae(self) -> SaeIdentity:
@@ -63,13 +63,13 @@ class Inspected:
         assert self.made.header.sae is not None
         return self.made.header.sae
 
-    def some(self, indices: Sequence[int]) -> list[Chosen]:
+    def some(self, indices: Sequence[int]) -> list[SelectedFeature]:
         """These features of the SAE, with their roles if they have any; all that were chosen if none are named."""
         for index in indices:
             if not 0 <= index < self.sae.n_features:
                 raise DsgError(f"The SAE {self.sae.source} has {self.sae.n_features} features; there is no {index}.")
         known = {one.index: one for one in self.chosen}
-        return [known.get(index, Chosen(index, [])) for index in dict.fromkeys(indices)] or self.chosen
+        return [known.get(index, SelectedFeature(index, [])) for index in dict.fromkeys(indices)] or self.chosen
 
     def bos(self, loaded: LoadedModel) -> int | None:
         """The token that every sequence begins with, after a look at the model's others."""
@@ -104,13 +104,13 @@ def find_inspected(workspace: Workspace, source: str | None) -> Inspected:
         source = workspace.find(kind).id
     if Path(source).name.startswith("features-"):
         made = workspace.find("features", source)
-        return Inspected(made, None, chosen_by(made.body))  # type: ignore[arg-type]
+        return Inspected(made, None, selected_features(made.body))  # type: ignore[arg-type]
     if Path(source).name.startswith(("threshold-", "eval-", "attack-", "study-", "compare-", "inspect-")):
         raise DsgError(f"dsg inspect takes a guardrail or features, not {source}.")
     composition = find_composition(workspace, [source])
     only_guardrails(composition, "dsg inspect")
     guard = guardrail_modules(workspace, composition)[0]
-    return Inspected(composition.guardrails[0], guard, chosen_by(composition.bodies[0], guard.detect))
+    return Inspected(composition.guardrails[0], guard, selected_features(composition.bodies[0], guard.detect))
 
 
 NEAR_BY_DEFAULT = "lab-near"
@@ -280,7 +280,7 @@ class _Prepared:
     """All that the pass needs, but for the model."""
 
     found: Inspected
-    chosen: list[Chosen]
+    chosen: list[SelectedFeature]
     features: Stored | None
     """What they were selected with; None where it is not at hand."""
     tensors: dict[str, Tensor]

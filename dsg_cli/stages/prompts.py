@@ -19,7 +19,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.guarded import check_causal
 from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.guardrail.runtime.slice import SaeSlice
-from dsg_cli.guardrail.selection import Chosen
+from dsg_cli.guardrail.selection import SelectedFeature
 from dsg_cli.inference.generation import Answer, answer, prompt_ids
 from dsg_cli.inference.wrappers import prompt_with
 from dsg_cli.inspection.trace import Traced, trace
@@ -138,7 +138,7 @@ class Tracer:
     """A guardrail or a selection beside its model, loaded once, to be shown any number of prompts."""
 
     inspected: Inspected
-    features: list[Chosen]
+    features: list[SelectedFeature]
     slice: SaeSlice
     """Of those features."""
     site: HookSite

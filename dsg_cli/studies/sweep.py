@@ -23,24 +23,23 @@ from dsg_cli.data.tokens import Piece, Request, special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.benches import Question
 from dsg_cli.guardrail.calibration import (
-    Detection,
-    Sliced,
+    calibrated_threshold,
     check_finite,
-    detection_of,
+    gate_inputs,
     gate_statistics,
-    module_of,
-    sliced,
-    threshold_at,
+    make_guardrail,
 )
 from dsg_cli.guardrail.guarded import guarded, last_decisions
 from dsg_cli.guardrail.runtime.gates import DETECTING_FORMS
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
+from dsg_cli.guardrail.runtime.slice import SliceSpec
 from dsg_cli.guardrail.selection import scores_of, select_features
 from dsg_cli.inference.scoring import Score, score
 from dsg_cli.intervals import wilson
 from dsg_cli.job import Job, Report, silent
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae import SaeSource
+from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import CalibrateSection, parse_strength
 from dsg_cli.workspace.artifacts import FeatureSet
 from dsg_cli.workspace.checkpoints import Checkpoint
@@ -117,11 +116,11 @@ class Guards:
     ) -> None:
         self.ground, self.settings = ground, settings
         self.checkpoint, self.report = checkpoint or Checkpoint(), report
-        self.detection: Detection = detection_of(settings, ground.features, ground.tensors, made="What select found")
+        self.inputs = gate_inputs(settings, ground.features, ground.tensors, where="What select found")
         self.n_passes = 0
         """Over retain text, by which thresholds were set."""
         self._chosen: dict[tuple[int, float], list[int]] = {}
-        self._sliced: dict[tuple[int, ...], Sliced] = {}
+        self._slices: dict[tuple[int, ...], tuple[SliceSpec, dict[str, Tensor]]] = {}
         self._seen: dict[str, dict[str, Statistics]] = {}
         self._others: dict[str, Statistics] = {}
 
@@ -153,7 +152,7 @@ class Guards:
 
     def threshold(self, wanted: Wanted, statistics: Statistics) -> float:
         """The threshold that statistics of retain text set."""
-        return threshold_at(replace(self.settings, alpha=wanted.alpha), statistics)
+        return calibrated_threshold(replace(self.settings, alpha=wanted.alpha), statistics)
 
     def indices(self, wanted: Wanted) -> list[int]:
         """The features that are clamped, in rank order."""
@@ -179,9 +178,9 @@ class Guards:
 
     def _module(self, indices: Sequence[int], **values: float) -> GuardrailModule:
         ground, key = self.ground, tuple(indices)
-        if key not in self._sliced:
-            self._sliced[key] = sliced(ground.sae, indices, self.detection)
-        return module_of(self.settings, ground.loaded, ground.sae, self._sliced[key], self.detection, **values)
+        if key not in self._slices:
+            self._slices[key] = slice_sae(ground.sae, indices, self.inputs.detectors, self.inputs.weights)
+        return make_guardrail(self.inputs, ground.loaded, ground.sae, self._slices[key], **values)
 
     def _see(self, missing: Mapping[str, list[int]]) -> None:
         modules = [self._module(indices) for indices in missing.values()]

@@ -1,11 +1,11 @@
-"""Gate statistics: when does a sequence count as being about the forgotten knowledge?
+"""Gate statistics: when does a sequence count as being about the forgotten knowledge, and from which token on?
 
 A gate is a *token score*, one number a token that is not negative, an *aggregate* of the scores of a sequence, and a
 threshold. Calibration, the guardrail at run time and the tests all compute them here.
 
 Token scores, over activations f_j of a token:
 
-- `hot`: 1 if any clamped feature is active (or whatever else the clamp says, see clamps.py), else 0; the paper's.
+- `active`: 1 if any clamped feature is active (or whatever else the clamp says, see guardrail.py), else 0; the paper's.
 - `energy`: sum over the detectors of f_j.
 - `drifts`: energy in units of its drift, what a token of no particular meaning has; at most `clip`.
 - `probe`: logit b + sum_j w_j f_j of a probe over the detectors, clipped to +-clip and raised by clip: evidence above
@@ -18,12 +18,12 @@ Aggregates over counted tokens:
 - `window`: the largest mean over w consecutive tokens so far; what is missing before the first counts as 0.
 - `cusum`: the largest value so far of S_t = max(0, S_{t-1} + score_t - 1), Page's test for a change. In steps of
   1/256, so that sums are exact; from `CUSUM_CAP` on it counts as infinite.
-- `any`: the largest score so far. Of `hot` it is 1 from the first hot token on, so that every hot token is clamped: the
-  gate `token` is none at all.
+- `any`: the largest score so far. Of `active` it is 1 from the first active token on, so that every active token is
+  clamped: the gate `token` is none at all.
 
-All but `mean` are latched: they never fall, so a gate that fired stays on for the rest of the sequence. They are scans:
-all that a gate must know of the tokens it has seen is a state of C numbers, and a sequence in one call, in chunks or
-token by token gives the same numbers, bit for bit.
+All but `mean` are latched (`latched`): they never fall, so a gate that opened stays open for the rest of the sequence.
+They are scans: all that a gate must know of the tokens it has seen is a state of C numbers, and a sequence in one call,
+in chunks or token by token gives the same numbers, bit for bit.
 
 Shape suffixes: B batch, L position, C state, W tokens of a window. `segment_BL` is given where a row holds several
 sequences one after another: a number that rises by one where the next begins.
@@ -37,18 +37,18 @@ import torch
 from torch import Tensor, nn
 
 FORMS = {
-    "mean": ("hot", "mean"),
-    "causal-mean": ("hot", "running-mean"),
+    "mean": ("active", "mean"),
+    "causal-mean": ("active", "running-mean"),
     "window": ("energy", "window"),
     "cusum": ("drifts", "cusum"),
     "probe": ("probe", "window"),
-    "token": ("hot", "any"),
+    "token": ("active", "any"),
 }
 """Gate -> its token score and its aggregate."""
 
 CAUSAL_FORMS = tuple(form for form, (_, aggregate) in FORMS.items() if aggregate != "mean")
 
-DETECTING_FORMS = tuple(form for form, (score, _) in FORMS.items() if score != "hot")
+DETECTING_FORMS = tuple(form for form, (score, _) in FORMS.items() if score != "active")
 """Gates that watch detectors, not the clamped features."""
 
 CUSUM_STEP = 1 / 256
@@ -78,15 +78,15 @@ class Gate:
     def aggregate(self) -> str:
         return FORMS[self.form][1]
 
-    def score(self, hot_BL: Tensor, weighted_BL: Tensor) -> Tensor:
+    def score(self, active_BL: Tensor, weighted_BL: Tensor) -> Tensor:
         """The token score, [B, L].
 
         Args:
-            hot_BL: Whether any clamped feature is active.
+            active_BL: Whether any clamped feature is active.
             weighted_BL: Weighted sum of the detectors' activations, float32.
         """
-        if self.score_name == "hot":
-            return hot_BL.float()
+        if self.score_name == "active":
+            return active_BL.float()
         if self.score_name == "probe":
             return (weighted_BL + (self.bias + self.clip)).clamp(0.0, 2 * self.clip)
         return weighted_BL.clamp(max=self.clip) if self.score_name == "drifts" else weighted_BL
@@ -125,11 +125,23 @@ class Gate:
         if self.aggregate == "cusum":
             return _cusum(signal_BL, counted_BL, state_BC, segment_BL)
         if self.aggregate == "any":
-            peak_BL = _running_max(signal_BL, state_BC, segment_BL)
+            peak_BL = latched(signal_BL, state_BC, segment_BL)
             return peak_BL, peak_BL[..., None]
         if self.aggregate == "running-mean":
             return _causal_mean(signal_BL, counted_BL, state_BC, segment_BL, self.window)
         return _window(signal_BL, counted_BL, state_BC, segment_BL, self.window)
+
+
+def latched(value_BL: Tensor, before_B1: Tensor, segment_BL: Tensor | None) -> Tensor:
+    """The latch: the largest so far of values that are not negative; what exceeded the threshold once always does."""
+    if segment_BL is None:
+        return torch.maximum(value_BL.cummax(-1).values, before_B1)
+    return _segment_max(value_BL, segment_BL)
+
+
+def latched_at(gated_L: Tensor) -> int | None:
+    """The token at which a latched gate opened, from whether each was gated; None if it stayed closed."""
+    return int(gated_L.int().argmax()) if bool(gated_L.any()) else None
 
 
 def _mean(signal_BL: Tensor, counted_BL: Tensor, segment_BL: Tensor | None) -> Tensor:
@@ -150,7 +162,7 @@ def _causal_mean(
     count_BL = counted_BL.float().cumsum(-1) + state_BC[:, 1:2]
     if segment_BL is not None:
         total_BL, count_BL = (_since_start(sums, segment_BL) for sums in (total_BL, count_BL))
-    peak_BL = _running_max(total_BL / count_BL.clamp(min=max(shortest, 1)), state_BC[:, 2:3], segment_BL)
+    peak_BL = latched(total_BL / count_BL.clamp(min=max(shortest, 1)), state_BC[:, 2:3], segment_BL)
     return peak_BL, torch.stack([total_BL, count_BL, peak_BL], -1)
 
 
@@ -180,7 +192,7 @@ def _window(
     total_BL = recent_BLW[..., 0]
     for place_in_window in range(1, window):
         total_BL = total_BL + recent_BLW[..., place_in_window]  # The same sum whatever the length of a call.
-    peak_BL = _running_max(total_BL / window, state_BC[:, -1:], segment_BL)
+    peak_BL = latched(total_BL / window, state_BC[:, -1:], segment_BL)
     return peak_BL, torch.cat([recent_BLW, peak_BL[..., None]], -1)
 
 
@@ -197,7 +209,7 @@ def _cusum(signal_BL: Tensor, counted_BL: Tensor, state_BC: Tensor, segment_BL: 
         lowest_BL = -_segment_max(torch.maximum(-sums_BL, -_at_start(earlier_BL, segment_BL)), segment_BL)
     value_BL = ((sums_BL - lowest_BL).float() * CUSUM_STEP).clamp(max=CUSUM_CAP)
     reached_BL = torch.where(value_BL < CUSUM_CAP, value_BL, torch.inf)
-    peak_BL = _running_max(reached_BL, state_BC[:, -1:], segment_BL)
+    peak_BL = latched(reached_BL, state_BC[:, -1:], segment_BL)
     return peak_BL, torch.stack([value_BL, peak_BL], -1)
 
 
@@ -206,13 +218,6 @@ def _at_start(value_BL: Tensor, segment_BL: Tensor) -> Tensor:
     is_first_BL = torch.cat([torch.ones_like(segment_BL[:, :1]), segment_BL.diff(dim=-1)], -1) > 0
     place_BL = torch.arange(segment_BL.shape[1], device=segment_BL.device).expand_as(segment_BL)
     return value_BL.gather(1, torch.where(is_first_BL, place_BL, 0).cummax(-1).values)
-
-
-def _running_max(value_BL: Tensor, before_B1: Tensor, segment_BL: Tensor | None) -> Tensor:
-    """The largest so far of values that are not negative."""
-    if segment_BL is None:
-        return torch.maximum(value_BL.cummax(-1).values, before_B1)
-    return _segment_max(value_BL, segment_BL)
 
 
 def _segment_max(value_BL: Tensor, segment_BL: Tensor) -> Tensor:

@@ -1,8 +1,16 @@
-"""The guardrail: gate and clamp as one torch module, and how it is put on a model.
+"""The method at run time: which tokens are active, when the gate opens and latches, and what is added to the residual.
 
-On every hot token (one on which a clamped feature is active) that the gate has caught, all clamped features are set
-to -c and the SAE's error is left as it is; in closed form `h + sum_j (-c - f_j(h)) W_dec[j]`. To every other token
-exactly 0 is added. Other rules of what is hot and what is set to what are in clamps.py.
+For a token whose residual is h and whose clamped features have the activations f_j (arXiv 2504.08192):
+
+1. The token is *active* if a clamped feature is (`Clamp.is_active`, with the rules of other clamps).
+2. The *gate* is open if its statistic of the sequence so far exceeds the threshold (`GuardrailModule.decide`). It
+   latches: the statistic is a running maximum (`gates.latched`), so that from the token at which it opened
+   (`gates.latched_at`) to the end of the sequence every token is gated. The state between calls lies in the cache.
+3. On tokens that are both, every clamped feature is set to -c and the SAE's error is left as it is; in closed form
+
+       h + sum_j (-c - f_j) W_dec[j]
+
+   with -c - f_j from `Clamp.change` and the sum from `GuardrailModule.edit`. To every other token exactly 0 is added.
 """
 
 from __future__ import annotations
@@ -24,10 +32,10 @@ RULES = ("all", "each")
 
 
 class Clamp(nn.Module):
-    """The rule of one guardrail. What it is was decided when it was made: no branch depends on a tensor's values."""
+    """Which tokens are active, and what is added to their features. No branch depends on a tensor's values."""
 
-    chosen: Tensor
-    """1 for features that can make a token hot, 0 for others, [K]."""
+    triggers: Tensor
+    """1 for features that can make a token active, 0 for others, [K]."""
     above: Tensor
     """[K]; only where the spec has it or clamps each feature by itself."""
     target: Tensor
@@ -41,27 +49,27 @@ class Clamp(nn.Module):
         self.n_clamped, self.target_of_all = n_clamped, -spec.strength
         self.has_above, self.has_target = bool(spec.above) or self.is_each, bool(spec.coefficients)
         above = spec.above or [0.0] * n_clamped + [NEVER] * (n_watched - n_clamped)
-        self.register_buffer("chosen", torch.tensor([float(one < NEVER) for one in above], device=device), False)
+        self.register_buffer("triggers", torch.tensor([float(bound < NEVER) for bound in above], device=device), False)
         if self.has_above:
             self.register_buffer("above", torch.tensor(above, dtype=torch.float32, device=device), False)
         if self.has_target:
             self.register_buffer("target", torch.tensor(spec.coefficients, dtype=torch.float32, device=device), False)
 
-    def strength(self, acts: Tensor) -> Tensor:
+    def size(self, acts: Tensor) -> Tensor:
         """How strongly features are active, which for an `abstopk` SAE has no sign."""
         return acts.abs() if self.is_signed else acts
 
-    def hot(self, strength_BLK: Tensor) -> Tensor:
-        """Whether a token is hot, [B, L]."""
+    def is_active(self, size_BLK: Tensor) -> Tensor:
+        """Whether a token is active, [B, L]."""
         if self.has_above:
-            return (strength_BLK > self.above).any(-1)
-        return strength_BLK @ self.chosen > 0
+            return (size_BLK > self.above).any(-1)
+        return size_BLK @ self.triggers > 0
 
     def change(self, acts_BLC: Tensor) -> Tensor:
-        """What is added to the clamped features of a token, if it is hot."""
+        """What is added to the clamped features of an active token: -c - f_j, or the coefficient of j instead of -c."""
         change_BLC = (self.target if self.has_target else self.target_of_all) - acts_BLC
         if self.is_each:
-            is_over_BLC = self.strength(acts_BLC) > self.above[: self.n_clamped]
+            is_over_BLC = self.size(acts_BLC) > self.above[: self.n_clamped]
             change_BLC = torch.where(is_over_BLC, change_BLC, 0.0)
         return change_BLC
 
@@ -69,9 +77,9 @@ class Clamp(nn.Module):
 def check_clamp(spec: GuardrailSpec, n_clamped: int, n_watched: int, where: str) -> None:
     """Refuse a rule that does not fit the features, or whose numbers float32 does not hold."""
     numbers = [spec.strength, *spec.coefficients, *spec.above]
-    are_numbers = all(math.isfinite(one) and abs(one) <= NEVER for one in numbers)
+    are_numbers = all(math.isfinite(number) and abs(number) <= NEVER for number in numbers)
     fits = len(spec.coefficients) in (0, n_clamped) and len(spec.above) in (0, n_watched)
-    if spec.clamp not in RULES or not fits or not are_numbers or any(one < 0 for one in spec.above):
+    if spec.clamp not in RULES or not fits or not are_numbers or any(bound < 0 for bound in spec.above):
         raise DsgError(f"{where}: how it clamps does not fit its features.", "Make the guardrail again with dsg apply.")
 
 
@@ -81,7 +89,7 @@ class Watched(NamedTuple):
     acts_BLK: Tensor
     scale_BL1: Tensor | None
     finite_BL: Tensor
-    hot_BL: Tensor
+    active_BL: Tensor
     signal_BL: Tensor
     """The gate's token score; infinite where the residual is not finite."""
     statistic_BL: Tensor
@@ -124,12 +132,14 @@ class GuardrailModule(nn.Module):
         self.slice = SaeSlice(SliceSpec(**spec.slice), dict(tensors))
         self.gate = Gate(spec.gate, spec.threshold, spec.window, spec.bias, spec.clip)
         self.read, self.write = (parse_hook_site(name, where="The guardrail") for name in (spec.read, spec.write))
-        self.n_chosen = len(self.slice.W_dec)
+        self.n_clamped_features = len(self.slice.W_dec)
         detect = tensors.get("detect")
         n_features = self.slice.index.numel() if "index" in tensors else self.slice.W_enc.shape[1]
         self.register_buffer("detect", torch.ones(n_features) if detect is None else detect.float().contiguous())
         device = self.slice.W_dec.device
-        self.clamp = Clamp(spec, self.n_chosen, n_features, device, is_signed=self.slice.spec.activation == "abstopk")
+        self.clamp = Clamp(
+            spec, self.n_clamped_features, n_features, device, is_signed=self.slice.spec.activation == "abstopk"
+        )
         self.register_buffer("basis", torch.linalg.qr(self.slice.W_dec.T).R.T, persistent=False)
         special = torch.tensor(spec.special_ids, dtype=torch.long, device=device)
         self.register_buffer("special", special, persistent=False)
@@ -167,15 +177,15 @@ class GuardrailModule(nn.Module):
         """The gate's statistic at every token of one call; arguments as for `decide`."""
         acts_BLK, scale_BL1, finite_BL = self.slice(resid_BLD)
         clamp = self.clamp
-        strength_BLK = clamp.strength(acts_BLK)
-        hot_BL = clamp.hot(strength_BLK) & counted_BL
-        signal_BL = self.gate.score(hot_BL, strength_BLK @ self.detect)
+        size_BLK = clamp.size(acts_BLK)
+        active_BL = clamp.is_active(size_BLK) & counted_BL
+        signal_BL = self.gate.score(active_BL, size_BLK @ self.detect)
         # Fails closed: what cannot be computed counts as the strongest signal there is.
         signal_BL = torch.where(finite_BL, signal_BL, torch.inf)
         if state_BC is None:
             state_BC = self.gate.initial_state(len(acts_BLK), acts_BLK.device)
         statistic_BL, states_BLC = self.gate.scan(signal_BL, counted_BL, state_BC, segment_BL)
-        return Watched(acts_BLK, scale_BL1, finite_BL, hot_BL, signal_BL, statistic_BL, states_BLC)
+        return Watched(acts_BLK, scale_BL1, finite_BL, active_BL, signal_BL, statistic_BL, states_BLC)
 
     def decide(
         self, resid_BLD: Tensor, counted_BL: Tensor, state_BC: Tensor | None = None, segment_BL: Tensor | None = None
@@ -190,8 +200,8 @@ class GuardrailModule(nn.Module):
         """
         seen = self.watch(resid_BLD, counted_BL, state_BC, segment_BL)
         gated_BL = ~(seen.statistic_BL <= self.gate.threshold)  # A NaN is gated.
-        clamped_BL = seen.hot_BL & gated_BL
-        change_BLC = self.clamp.change(seen.acts_BLK[..., : self.n_chosen])
+        clamped_BL = seen.active_BL & gated_BL
+        change_BLC = self.clamp.change(seen.acts_BLK[..., : self.n_clamped_features])
         if seen.scale_BL1 is not None:
             change_BLC = change_BLC * seen.scale_BL1
         change_BLC = torch.where(clamped_BL[..., None], change_BLC, 0.0)
@@ -207,7 +217,7 @@ class GuardrailModule(nn.Module):
         return self.edit(resid_BLD, self.decide(resid_BLD, counted_BL))
 
     def edit(self, resid_BLP: Tensor, decision: Decision) -> Tensor:
-        """The residual with what a decision adds, in its own dtype."""
+        """h + sum_j change_j W_dec[j]: the residual with what a decision adds, in its own dtype."""
         flat, change = resid_BLP.float().flatten(0, 1), decision.change_BLC.flatten(0, 1)
         return torch.addmm(flat, change, self.slice.W_dec).view(resid_BLP.shape).to(resid_BLP.dtype)
 

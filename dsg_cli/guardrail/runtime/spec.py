@@ -1,6 +1,6 @@
 """What a guardrail is, as plain JSON values beside its tensors, and the digests that tell one from another.
 
-Who only reads of one needs no torch for it.
+Importable without torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class GuardrailSpec:
     threshold: float
     window: int
     strength: float
-    """The c of METHOD: every clamped feature is set to -c."""
+    """c: every clamped feature is set to -c."""
     read: str
     """Name of the site that the features are computed from."""
     write: str
@@ -47,11 +47,11 @@ class GuardrailSpec:
     """Of a `probe` gate, see gates.py; 0 in guardrails of earlier versions."""
     clip: float = 0.0
     clamp: str = "all"
-    """`all`: on a hot token every clamped feature is set; `each`: those of them that exceed their own `above`."""
+    """`all`: on an active token every clamped feature is set; `each`: those of them that exceed their own `above`."""
     coefficients: list[float] = field(default_factory=list)
     """What each clamped feature is set to; empty where all are set to -strength."""
     above: list[float] = field(default_factory=list)
-    """Of each feature, clamped or only watched, the activation above which it makes a token hot, or `NEVER`; empty
+    """Of each feature, clamped or only watched, the activation above which it makes a token active, or `NEVER`; empty
     where every clamped feature does as soon as it is active, and no other."""
 
 
@@ -69,10 +69,10 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of everything that a guardrail is."""
-    said = dataclasses.asdict(spec)
-    # Without what is as it always was before it could be said, a guardrail keeps the digest that it had then.
-    said = {name: value for name, value in said.items() if name not in CLAMP_DEFAULTS or value != CLAMP_DEFAULTS[name]}
-    text = json.dumps(said, sort_keys=True, allow_nan=False)
+    fields = dataclasses.asdict(spec)
+    # Without fields that are as they were before they existed, a guardrail keeps the digest that it had then.
+    fields = {k: value for k, value in fields.items() if k not in CLAMP_DEFAULTS or value != CLAMP_DEFAULTS[k]}
+    text = json.dumps(fields, sort_keys=True, allow_nan=False)
     return hashlib.sha256(f"{text}\n{tensors_digest(tensors)}".encode()).hexdigest()
 
 
