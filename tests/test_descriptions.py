@@ -663,7 +663,7 @@ def test_a_threshold_may_be_given(folder, workspace, chain):
 
 
 def test_what_was_only_described_can_be_inspected(folder, workspace, unseen):
-    found = inspect.run(small(folder), workspace, source=unseen.id, wanted=inspect.Wanted(limit=10)).stored
+    found = inspect.run(small(folder), workspace, source=unseen.id, settings=inspect.InspectSettings(limit=10)).stored
     features = found.body_as(Inspection).features
     assert features and all(one["forget_score"] is None and one["retain_score"] >= 0 for one in features)
     assert not [warning for one in features for warning in one["warnings"] if "forgotten" in warning]

@@ -326,8 +326,8 @@ def inspect_command(
         from dsg_cli.stages import inspect
         from dsg_cli.workspace.store import Workspace
 
-        wanted = inspect.Wanted(near or [], features or [], n_contexts, samples, neuronpedia, limit)
-        shown = inspect.run(resolved, Workspace(workspace), source=artifact, wanted=wanted, options=options)
+        settings = inspect.InspectSettings(near or [], features or [], n_contexts, samples, neuronpedia, limit)
+        shown = inspect.run(resolved, Workspace(workspace), source=artifact, settings=settings, options=options)
         from dsg_cli.report.inspections import inspection_view
 
         view = inspection_view(shown.stored, shown.rows)

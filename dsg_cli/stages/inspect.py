@@ -8,7 +8,7 @@ Text of the corpora is shown, and kept only with `--samples`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dsg_cli.data.corpora import Corpus, check_disjoint, check_named, parse_name
 from dsg_cli.data.tokens import bos_to_prepend, check_chat, chunks, encode, prompts
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.guardrail.selection import EPSILON, SelectedFeature, score_of, selected_features
+from dsg_cli.guardrail.selection import EPSILON, SelectedFeature, selected_features, score_of
 from dsg_cli.inspection.contexts import read_contexts
 from dsg_cli.inspection.features import Group, Read, Rows, context_rows, doubts_of, with_near, words_of_all
 from dsg_cli.inspection.lens import decoder_rows, logit_lens, nearest_features
@@ -39,60 +39,171 @@ from dsg_cli.stages.inputs import (
     only_guardrails,
     read_corpora,
 )
-from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
-from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, SaeIdentity
+from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
+from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, SaeIdentity
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Inspection, Json
 from dsg_cli.workspace.store import Stored, Workspace
 
-KINDS = ("guardrail", "features")
+MOST_TOKENS = 2**18
+"""Of each corpus."""
+
+LONGEST_ROW = 1024
+
+N_TOKENS, N_NEAREST = 8, 3
+"""Of the logit lens either way, and of like features."""
+
+CANDIDATES = 8
+"""Contexts that are kept for each that is shown: many are the same words."""
 
 
 @dataclass(frozen=True)
-class Inspected:
-    """An artifact that chose features."""
+class InspectSettings:
+    """What is to be shown."""
 
-    made: Stored
-    guard: GuardrailModule | None
+    near: list[str] = field(default_factory=list)
+    """Corpora that are near to what is forgotten."""
+    features: list[int] = field(default_factory=list)
+    """Of the SAE; those that were chosen, if none is named."""
+    n_contexts: int = 3
+    """Of each feature in each corpus."""
+    samples: bool = False
+    """Keep their text."""
+    neuronpedia: bool = False
+    """Ask for descriptions."""
+    limit: int | None = None
+    """Documents of each corpus."""
+
+
+@dataclass(frozen=True)
+class InspectionShown:
+    """The artifact, and its contexts with their text, which may be in no file."""
+
+    stored: Stored
+    rows: list[Json] = field(default_factory=list)
+    """Empty where an earlier artifact without text was taken."""
+
+
+def run(
+    recipe: Recipe,
+    workspace: Workspace,
+    *,
+    source: str | None = None,
+    settings: InspectSettings = InspectSettings(),
+    options: RunOptions = QUIET,
+) -> InspectionShown:
+    """Inspect the newest guardrail, else the newest features, or what is named."""
+    clock = Clock()
+    if settings.n_contexts < 1:
+        raise DsgError(f"--contexts {settings.n_contexts} is too few; at least 1.")
+    choice = find_choice(workspace, source)
+    inspected, chosen = choice.artifact, choice.pick(settings.features)
+    features = features_of(inspected)
+    workspace.check_writable()
+    recipe = settle(recipe, inspected.header)
+    drawn = _drawn_as(recipe, features, settings.limit)
+    groups, notes = read_groups(drawn, inspected, features, near=settings.near)
+    tokenizer = load_tokenizer(recipe.model.instead or inspected.header.model.source, recipe.model)
+    check_chat(tokenizer, [group.corpus for group in groups])
+    sae = chain_sae(inspected)
+    earlier = _earlier(workspace, choice)
+    statistics = workspace.tensors(features) if features is not None else {}
+    with stage(
+        "inspect",
+        recipe,
+        workspace,
+        inputs=[inspected, *([features] if features is not None and features.id != inspected.id else [])],
+        settings={
+            **dataclasses.asdict(settings),
+            "corpora": [group.described() for group in groups],
+            "drawn": {"limit": drawn.corpora.limit, "seed": drawn.seed, "most_tokens": MOST_TOKENS},
+            "earlier": [stored.id for stored in earlier],
+        },
+        model=inspected.header.model,
+        sae=inspected.header.sae,
+        notes=notes,
+        clock=clock,
+        options=options,
+        is_resumable=False,
+    ) as this:
+        if this.existing:
+            return InspectionShown(this.existing, workspace.rows(this.existing) if settings.samples else [])
+        loaded = load_chain_model(inspected.header, recipe, cut=True)
+        reads = _read(loaded, choice, chosen, sae, groups, CANDIDATES * settings.n_contexts, this.job)
+        reads, near_notes = with_near(reads, chosen)
+        described, feature_notes = _describe(
+            loaded, choice, chosen, sae, features, statistics, reads, settings, this.job
+        )
+        rows = [
+            row
+            for c, feature in enumerate(chosen)
+            for row in context_rows(reads, c, feature.index, settings.n_contexts, loaded.tokenizer)
+        ]
+        overlap = []  # Which of the features earlier guardrails clamp too.
+        for stored in earlier:
+            clamped = stored.body_as(Guardrail).indices
+            shared = [feature.index for feature in chosen if feature.index in clamped]
+            overlap.append({"id": stored.id, "n_features": len(clamped), "shared": shared})
+        body = Inspection(
+            inspected.id,
+            [
+                {
+                    "name": read.group.name,
+                    "role": read.group.role,
+                    "n_documents": read.rows.n_documents,
+                    "n_tokens": read.contexts.n_tokens,
+                }
+                for read in reads
+            ],
+            described,
+            overlap,
+        )
+        stored = this.write(
+            body,
+            n_tokens=sum(read.contexts.n_tokens for read in reads),
+            notes=[*near_notes, *feature_notes],
+            model=identify(loaded, inspected.header.model.last_layer) if recipe.model.allow_mismatch else None,
+            rows=rows if settings.samples else [{key: row[key] for key in row if key != "tokens"} for row in rows],
+        )
+        return InspectionShown(stored, rows)
+
+
+@dataclass(frozen=True)
+class FeatureChoice:
+    """An artifact that chose features: a guardrail or a selection."""
+
+    artifact: Stored
+    guardrail: GuardrailModule | None
     """None for a selection."""
-    chosen: list[SelectedFeature]
+    features: list[SelectedFeature]
 
     @property
     def sae(self) -> SaeIdentity:
         """The SAE that it was made with."""
-        assert self.made.header.sae is not None
-        return self.made.header.sae
+        assert self.artifact.header.sae is not None
+        return self.artifact.header.sae
 
-    def some(self, indices: Sequence[int]) -> list[SelectedFeature]:
+    def pick(self, indices: Sequence[int]) -> list[SelectedFeature]:
         """These features of the SAE, with their roles if they have any; all that were chosen if none are named."""
         for index in indices:
             if not 0 <= index < self.sae.n_features:
                 raise DsgError(f"The SAE {self.sae.source} has {self.sae.n_features} features; there is no {index}.")
-        known = {one.index: one for one in self.chosen}
-        return [known.get(index, SelectedFeature(index, [])) for index in dict.fromkeys(indices)] or self.chosen
+        known = {feature.index: feature for feature in self.features}
+        return [known.get(index, SelectedFeature(index, [])) for index in dict.fromkeys(indices)] or self.features
 
     def bos(self, loaded: LoadedModel) -> int | None:
         """The token that every sequence begins with, after a look at the model's others."""
-        body = self.made.body
+        body = self.artifact.body
         if isinstance(body, Guardrail):
-            check_tokens(loaded, body.special_ids, self.made.id)
+            check_tokens(loaded, body.special_ids, self.artifact.id)
             return body.bos
         return bos_to_prepend(loaded.tokenizer, self.sae.prepend_bos)
 
 
-def features_of(made: Stored) -> Stored | None:
-    """The features that an artifact was made from, where they lie beside it; itself, if it is features."""
-    if made.header.kind == "features":
-        return made
-    beside = Workspace(made.path.parent)
-    for one in made.header.inputs:
-        path = made.path.with_name(f"{one.id}.json")
-        if not one.is_elsewhere and path.is_file() and (found := features_of(beside.read(str(path)))) is not None:
-            return found
-    return None
+KINDS = ("guardrail", "features")
 
 
-def find_inspected(workspace: Workspace, source: str | None) -> Inspected:
+def find_choice(workspace: Workspace, source: str | None) -> FeatureChoice:
     """The newest guardrail, else the newest features, or what is named.
 
     Args:
@@ -102,86 +213,135 @@ def find_inspected(workspace: Workspace, source: str | None) -> Inspected:
     if source is None:
         kind = next((kind for kind in KINDS if workspace.ids(kind)), "features")
         source = workspace.find(kind).id
-    if Path(source).name.startswith("features-"):
-        made = workspace.find("features", source)
-        return Inspected(made, None, selected_features(made.body))  # type: ignore[arg-type]
-    if Path(source).name.startswith(("threshold-", "eval-", "attack-", "study-", "compare-", "inspect-")):
+    name = Path(source).name
+    if name.startswith("features-"):
+        stored = workspace.find("features", source)
+        return FeatureChoice(stored, None, selected_features(stored.body_as(FeatureSet)))
+    if name.startswith(("threshold-", "eval-", "attack-", "study-", "compare-", "inspect-")):
         raise DsgError(f"dsg inspect takes a guardrail or features, not {source}.")
     composition = find_composition(workspace, [source])
     only_guardrails(composition, "dsg inspect")
-    guard = guardrail_modules(workspace, composition)[0]
-    return Inspected(composition.guardrails[0], guard, selected_features(composition.bodies[0], guard.detect))
+    (guardrail,) = guardrail_modules(workspace, composition)
+    return FeatureChoice(composition.guardrails[0], guardrail, selected_features(composition.bodies[0], guardrail.detect))
+
+
+def features_of(stored: Stored) -> Stored | None:
+    """The features that an artifact was made from, where they lie beside it; itself, if it is features."""
+    if stored.header.kind == "features":
+        return stored
+    beside = Workspace(stored.path.parent)
+    for named in stored.header.inputs:
+        path = stored.path.with_name(f"{named.id}.json")
+        if not named.is_elsewhere and path.is_file() and (features := features_of(beside.read(str(path)))) is not None:
+            return features
+    return None
+
+
+def _drawn_as(recipe: Recipe, features: Stored | None, limit: int | None) -> Recipe:
+    """The recipe with the limit and the seed by which select drew documents, where they are known; or another limit."""
+    if features is not None:
+        limit = features.header.settings["limit"] if limit is None else limit
+        recipe = replace(recipe, seed=features.header.seed, corpora=replace(recipe.corpora, limit=limit))
+    elif limit is not None:
+        recipe = replace(recipe, corpora=replace(recipe.corpora, limit=limit))
+    return recipe
 
 
 NEAR_BY_DEFAULT = "lab-near"
 
-MOST_TOKENS = 2**18
-"""Of each corpus."""
 
-LONGEST_ROW = 1024
+def read_groups(
+    recipe: Recipe, inspected: Stored, features: Stored | None, *, near: Sequence[str]
+) -> tuple[list[Group], list[str]]:
+    """The corpora of select, and those that are named as near; and a note on each that has changed since.
+
+    Args:
+        recipe: Says by which limit and seed documents are drawn.
+        inspected: The guardrail or the features.
+        features: The features that it was made from, if they are at hand.
+        near: Names of near corpora, of those that select had or others.
+    """
+    if features is not None:
+        names = {role: [corpus["name"] for corpus in features.header.settings[role]] for role in ("forget", "retain")}
+    else:
+        body = inspected.body_as(Guardrail)
+        names = {"forget": body.forget, "retain": body.retain}
+    near = list(near) or [name for name in names["retain"] if name == NEAR_BY_DEFAULT]
+    if near:
+        check_named(near, role="near")
+    check_disjoint(names["forget"], near)
+    near_names = [parse_name(name).name for name in near]
+    is_whole = features is not None and recipe.corpora.limit == features.header.settings["limit"]
+    groups: list[Group] = []
+    notes: list[str] = []
+    for role, of_role in names.items():
+        corpora, changes = read_corpora(of_role, role, recipe, features) if of_role else ([], [])
+        groups += [Group(corpus, "near" if corpus.name in near_names else role) for corpus in corpora]
+        notes += changes if is_whole else []
+    known = {group.name for group in groups}
+    if further := [name for name in near if parse_name(name).name not in known]:
+        corpora, _ = read_corpora(further, "near", recipe, None)
+        groups += [Group(corpus, "near") for corpus in corpora]
+    order = ("forget", "near", "retain")
+    return sorted(groups, key=lambda group: order.index(group.role)), notes
+
+
+def _earlier(workspace: Workspace, choice: FeatureChoice) -> list[Stored]:
+    """Guardrails of the workspace on the same SAE that were made before the inspected one; of features, all."""
+    earlier = []
+    for artifact_id in workspace.ids("guardrail"):
+        try:
+            stored = workspace.read(artifact_id)
+        except DsgError:  # A damaged one is no reason not to look at this one.
+            continue
+        if stored.json["sha256"] == choice.artifact.json["sha256"]:
+            break
+        sae = stored.header.sae
+        if sae is not None and (sae.sha256, sae.config_sha256) == (choice.sae.sha256, choice.sae.config_sha256):
+            earlier.append(stored)
+    return earlier
+
+
+def _read(
+    loaded: LoadedModel,
+    choice: FeatureChoice,
+    chosen: Sequence[SelectedFeature],
+    sae: SaeSource,
+    groups: Sequence[Group],
+    n_contexts: int,
+    job: Job,
+) -> list[Read]:
+    """One pass over each corpus, through the chosen features alone."""
+    sae_slice = load_slice(sae, [feature.index for feature in chosen]).to(loaded.model.device)
+
+    def encode(resid_TD: Tensor) -> Tensor:
+        acts_TC: Tensor = sae_slice(resid_TD).acts
+        return acts_TC
+
+    bos = choice.bos(loaded)
+    seq_len = min(LONGEST_ROW, context_length(loaded.model.config))
+    reads = []
+    for group in groups:
+        rows = read_rows(loaded.tokenizer, group.corpus, bos=bos, seq_len=seq_len)
+        contexts = read_contexts(
+            loaded.model,
+            sae.site,
+            encode,
+            rows.ids,
+            loaded.tokenizer,
+            n_contexts=n_contexts,
+            job=job.named(f"{group.role} corpus {group.name.rsplit('/', 1)[-1]}"),
+        )
+        reads.append(Read(group, rows, contexts))
+    return reads
+
 
 BLOCK = 256
 """Documents that are encoded at a time."""
 
 
-def drawn_as(recipe: Recipe, features: Stored | None, limit: int | None) -> Recipe:
-    """The recipe with the limit and the seed by which documents are drawn: those of select, where they are known.
-
-    Args:
-        recipe: Else its own.
-        features: What select made.
-        limit: Documents of each corpus, if other than those of select are wanted.
-    """
-    drawn = recipe.corpora.limit
-    if features is not None:
-        drawn, recipe = features.header.settings["limit"], replace(recipe, seed=features.header.seed)
-    return replace(recipe, corpora=replace(recipe.corpora, limit=drawn if limit is None else limit))
-
-
-def read_groups(
-    recipe: Recipe, found: Inspected, features: Stored | None, *, near: Sequence[str]
-) -> tuple[list[Group], list[str]]:
-    """The corpora of select, and those that are named as near; and a note on each that has changed since.
-
-    Args:
-        recipe: From `drawn_as`.
-        found: The artifact that is inspected.
-        features: The features that it was made from, if they are at hand.
-        near: Names of near corpora, of those that select had or others.
-    """
-    forget, retain = _names(found, features)
-    near = list(near) or [name for name in retain if name == NEAR_BY_DEFAULT]
-    if near:
-        check_named(near, role="near")
-    check_disjoint(forget, near)
-    near_names = [parse_name(name).name for name in near]
-    is_whole = features is not None and recipe.corpora.limit == features.header.settings["limit"]
-    groups: list[Group] = []
-    notes: list[str] = []
-    for role, names in (("forget", forget), ("retain", retain)):
-        corpora, changed = read_corpora(names, role, recipe, features) if names else ([], [])
-        groups += [Group(one, "near" if one.name in near_names else role) for one in corpora]
-        notes += changed if is_whole else []
-    further = [name for name in near if parse_name(name).name not in {group.name for group in groups}]
-    if further:
-        corpora, _ = read_corpora(further, "near", recipe, None)
-        groups += [Group(one, "near") for one in corpora]
-    order = ("forget", "near", "retain")
-    return sorted(groups, key=lambda group: order.index(group.role)), notes
-
-
-def _names(found: Inspected, features: Stored | None) -> tuple[list[str], list[str]]:
-    """Names of the forget and the retain corpora of select."""
-    if features is not None:
-        settings = features.header.settings
-        return [one["name"] for one in settings["forget"]], [one["name"] for one in settings["retain"]]
-    body = found.made.body
-    assert isinstance(body, Guardrail)
-    return list(body.forget), list(body.retain)
-
-
 def read_rows(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, *, bos: int | None, seq_len: int) -> Rows:
-    """The `select` part of a corpus, on which scores and rates of select are too: so many tokens of it, at most."""
+    """The `select` split of a corpus, on which scores and rates of select are too: so many tokens of it, at most."""
     texts = prompts(tokenizer, corpus, "select")
     numbers = [i for i, text in enumerate(corpus.texts) if part_of(text) == "select"]
     ids: list[list[int]] = []
@@ -201,225 +361,60 @@ def read_rows(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, *, bos: int | 
     return Rows(ids, places, n_documents)
 
 
-N_TOKENS, N_NEAREST = 8, 3
-"""Of the logit lens either way, and of like features."""
-
-CANDIDATES = 8
-"""Contexts that are kept for each that is shown: many are the same words."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be shown."""
-
-    near: list[str] = field(default_factory=list)
-    """Corpora that are near to what is forgotten."""
-    features: list[int] = field(default_factory=list)
-    """Of the SAE; those that were chosen, if none is named."""
-    n_contexts: int = 3
-    """Of each feature in each corpus."""
-    samples: bool = False
-    """Keep their text."""
-    neuronpedia: bool = False
-    """Ask for descriptions."""
-    limit: int | None = None
-    """Documents of each corpus."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The artifact, and its contexts with their text, which may be in no file."""
-
-    stored: Stored
-    rows: list[Json] = field(default_factory=list)
-    """Empty where an earlier artifact without text was taken."""
-
-
-def run(
-    recipe: Recipe,
-    workspace: Workspace,
-    *,
-    source: str | None = None,
-    wanted: Wanted = Wanted(),
-    options: RunOptions = QUIET,
-) -> Shown:
-    """Inspect the newest guardrail, else the newest features, or what is named."""
-    clock = Clock()
-    made = _prepared(recipe, workspace, source, wanted)
-    if (stored := options.existing(workspace, made.header)) is not None:
-        return Shown(stored, workspace.rows(stored) if wanted.samples else [])
-    loaded = load_chain_model(made.found.made.header, made.recipe, cut=True)
-    reads = _reads(made, loaded, wanted, options)
-    reads, notes = with_near(reads, made.chosen)
-    features, more = _features(made, loaded, reads, wanted, options)
-    rows = [
-        row
-        for c, one in enumerate(made.chosen)
-        for row in context_rows(reads, c, one.index, wanted.n_contexts, loaded.tokenizer)
-    ]
-    groups = [
-        {
-            "name": read.group.name,
-            "role": read.group.role,
-            "n_documents": read.rows.n_documents,
-            "n_tokens": read.contexts.n_tokens,
-        }
-        for read in reads
-    ]
-    body = Inspection(made.found.made.id, groups, features, _overlap(made))
-    header = replace(made.header, notes=[*made.header.notes, *notes, *more])
-    if made.recipe.model.allow_mismatch:
-        header = replace(header, model=identify(loaded, header.model.last_layer))
-    kept = rows if wanted.samples else [{key: row[key] for key in row if key != "tokens"} for row in rows]
-    closed = clock.close(header, n_tokens=sum(read.contexts.n_tokens for read in reads))
-    return Shown(workspace.write(closed, body, rows=kept), rows)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """All that the pass needs, but for the model."""
-
-    found: Inspected
-    chosen: list[SelectedFeature]
-    features: Stored | None
-    """What they were selected with; None where it is not at hand."""
-    tensors: dict[str, Tensor]
-    """Statistics of every feature of the SAE; empty without it."""
-    groups: list[Group]
-    sae: SaeSource
-    header: Header
-    recipe: Recipe
-    earlier: list[Stored]
-
-
-def _prepared(recipe: Recipe, workspace: Workspace, source: str | None, wanted: Wanted) -> _Prepared:
-    if wanted.n_contexts < 1:
-        raise DsgError(f"--contexts {wanted.n_contexts} is too few; at least 1.")
-    found = find_inspected(workspace, source)
-    chosen = found.some(wanted.features)
-    features = features_of(found.made)
-    workspace.check_writable()
-    recipe = settle(recipe, found.made.header)
-    drawn = drawn_as(recipe, features, wanted.limit)
-    groups, notes = read_groups(drawn, found, features, near=wanted.near)
-    tokenizer = load_tokenizer(recipe.model.instead or found.made.header.model.source, recipe.model)
-    check_chat(tokenizer, [group.corpus for group in groups])
-    sae = chain_sae(found.made)
-    earlier = _earlier(workspace, found)
-    header = new_header(
-        "inspect",
-        recipe,
-        settings={
-            **dataclasses.asdict(wanted),
-            "corpora": [group.described() for group in groups],
-            "drawn": {"limit": drawn.corpora.limit, "seed": drawn.seed, "most_tokens": MOST_TOKENS},
-            "earlier": [stored.id for stored in earlier],
-        },
-        model=found.made.header.model,
-        sae=found.made.header.sae,
-        inputs=[found.made, *([features] if features is not None and features.id != found.made.id else [])],
-        notes=notes,
-    )
-    tensors = workspace.tensors(features) if features is not None else {}
-    return _Prepared(found, chosen, features, tensors, groups, sae, header, recipe, earlier)
-
-
-def _reads(made: _Prepared, loaded: LoadedModel, wanted: Wanted, options: RunOptions) -> list[Read]:
-    """One pass over each corpus, through the chosen features alone."""
-    watched = load_slice(made.sae, [one.index for one in made.chosen]).to(loaded.model.device)
-
-    def encode(resid_TD: Tensor) -> Tensor:
-        acts_TC: Tensor = watched(resid_TD).acts
-        return acts_TC
-
-    bos = made.found.bos(loaded)
-    seq_len = min(LONGEST_ROW, context_length(loaded.model.config))
-    reads = []
-    for group in made.groups:
-        rows = read_rows(loaded.tokenizer, group.corpus, bos=bos, seq_len=seq_len)
-        contexts = read_contexts(
-            loaded.model,
-            made.sae.site,
-            encode,
-            rows.ids,
-            loaded.tokenizer,
-            n_contexts=CANDIDATES * wanted.n_contexts,
-            job=Job(progress=options.report, name=f"{group.role} corpus {group.name.rsplit('/', 1)[-1]}"),
-        )
-        reads.append(Read(group, rows, contexts))
-    return reads
-
-
-def _features(
-    made: _Prepared, loaded: LoadedModel, reads: Sequence[Read], wanted: Wanted, options: RunOptions
+def _describe(
+    loaded: LoadedModel,
+    choice: FeatureChoice,
+    chosen: Sequence[SelectedFeature],
+    sae: SaeSource,
+    features: Stored | None,
+    statistics: Mapping[str, Tensor],
+    reads: Sequence[Read],
+    settings: InspectSettings,
+    job: Job,
 ) -> tuple[list[Json], list[str]]:
     """What there is to say of each feature, and notes."""
-    indices = [one.index for one in made.chosen]
-    said = logit_lens(loaded.model, loaded.tokenizer, made.sae.write, decoder_rows(made.sae, indices), N_TOKENS)
-    nearest = nearest_features(made.sae, indices, N_NEAREST)
-    place = place_of(made.sae.identity.source) if wanted.neuronpedia else None
-    told = described(place, indices, options.report) if place else Descriptions({}, "")
-    words = words_of_all(reads, len(indices), loaded.tokenizer) if wanted.samples else [[] for _ in indices]
-    selected = {one.index for one in made.found.chosen}
-    features = []
-    for c, one in enumerate(made.chosen):
-        features.append(
-            {
-                **dataclasses.asdict(one),
-                **_scores(made, one.index),
-                "rates": {read.group.name: read.rate(c) for read in reads},
-                "means": {read.group.name: float(read.contexts.mean_C[c]) for read in reads},
-                "promoted": _tokens(said[c].promoted if said else []),
-                "suppressed": _tokens(said[c].suppressed if said else []),
-                "nearest": [{"index": j, "cosine": cosine, "is_selected": j in selected} for j, cosine in nearest[c]],
-                "words": words[c],
-                "description": told.texts.get(one.index),
-                "warnings": doubts_of(reads, c, one, made.sae.identity.n_features, loaded.tokenizer),
-            }
-        )
-    no_lens = f"What is written at {made.sae.write.name} promotes no tokens by itself: there is no logit lens of it."
-    no_place = f"Neuronpedia has no pages of the SAE {made.sae.identity.source} that sae-lens knows of."
-    notes = [*([] if said else [no_lens]), *([no_place] if wanted.neuronpedia and place is None else []), told.note]
-    return features, [note for note in notes if note]
+    indices = [feature.index for feature in chosen]
+    tokenizer = loaded.tokenizer
+    lens = logit_lens(loaded.model, tokenizer, sae.write, decoder_rows(sae, indices), N_TOKENS)
+    nearest = nearest_features(sae, indices, N_NEAREST)
+    place = place_of(sae.identity.source) if settings.neuronpedia else None
+    descriptions = described(place, indices, job.progress) if place else Descriptions({}, "")
+    words = words_of_all(reads, len(indices), tokenizer) if settings.samples else [[] for _ in indices]
+    selected = {feature.index for feature in choice.features}
+    rows = [
+        {
+            **dataclasses.asdict(feature),
+            **_scores(features, statistics, feature.index),
+            "rates": {read.group.name: read.rate(c) for read in reads},
+            "means": {read.group.name: float(read.contexts.mean_C[c]) for read in reads},
+            "promoted": _tokens(lens[c].promoted if lens else []),
+            "suppressed": _tokens(lens[c].suppressed if lens else []),
+            "nearest": [{"index": j, "cosine": cosine, "is_selected": j in selected} for j, cosine in nearest[c]],
+            "words": words[c],
+            "description": descriptions.texts.get(feature.index),
+            "warnings": doubts_of(reads, c, feature, sae.identity.n_features, tokenizer),
+        }
+        for c, feature in enumerate(chosen)
+    ]
+    notes = []
+    if not lens:
+        notes.append(f"What is written at {sae.write.name} promotes no tokens by itself: there is no logit lens of it.")
+    if settings.neuronpedia and place is None:
+        notes.append(f"Neuronpedia has no pages of the SAE {sae.identity.source} that sae-lens knows of.")
+    return rows, [note for note in (*notes, descriptions.note) if note]
 
 
 def _tokens(pairs: Sequence[tuple[str, float]]) -> list[Json]:
     return [{"token": token, "value": value} for token, value in pairs]
 
 
-def _scores(made: _Prepared, index: int) -> Json:
+def _scores(features: Stored | None, statistics: Mapping[str, Tensor], index: int) -> Json:
     """Of select, which has those of every feature; the ratio is unknown where retain text never woke it."""
-    if made.features is None:
+    if features is None:
         return dict.fromkeys(("forget_score", "retain_score", "ratio"))
-    score, tensors = made.features.body_as(FeatureSet).score, made.tensors
-    retain = float(score_of(score, tensors, "retain")[index])
-    if not made.features.body_as(FeatureSet).forget_tokens:
+    feature_set = features.body_as(FeatureSet)
+    retain = float(score_of(feature_set.score, statistics, "retain")[index])
+    if not feature_set.forget_tokens:
         return {"forget_score": None, "retain_score": retain, "ratio": None}
-    forget = float(score_of(score, tensors, "forget")[index])
+    forget = float(score_of(feature_set.score, statistics, "forget")[index])
     return {"forget_score": forget, "retain_score": retain, "ratio": forget / retain if retain > EPSILON else None}
-
-
-def _earlier(workspace: Workspace, found: Inspected) -> list[Stored]:
-    """Guardrails of the workspace on the same SAE that were made before the inspected one; of features, all."""
-    known = []
-    for artifact_id in workspace.ids("guardrail"):
-        try:
-            stored = workspace.read(artifact_id)
-        except DsgError:  # A damaged one is no reason not to look at this one.
-            continue
-        if stored.json["sha256"] == found.made.json["sha256"]:
-            break
-        sae = stored.header.sae
-        if sae is not None and (sae.sha256, sae.config_sha256) == (found.sae.sha256, found.sae.config_sha256):
-            known.append(stored)
-    return known
-
-
-def _overlap(made: _Prepared) -> list[Json]:
-    """Which of the features earlier guardrails clamp too."""
-    overlap = []
-    for stored in made.earlier:
-        clamped = stored.body_as(Guardrail).indices
-        shared = [one.index for one in made.chosen if one.index in clamped]
-        overlap.append({"id": stored.id, "n_features": len(clamped), "shared": shared})
-    return overlap

@@ -35,7 +35,7 @@ from dsg_cli.stages.inputs import (
     load_chain_model,
     load_composition,
 )
-from dsg_cli.stages.inspect import Inspected, find_inspected
+from dsg_cli.stages.inspect import FeatureChoice, find_choice
 from dsg_cli.stages.stage import settle
 from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Workspace
@@ -137,7 +137,7 @@ class Asked:
 class Tracer:
     """A guardrail or a selection beside its model, loaded once, to be shown any number of prompts."""
 
-    inspected: Inspected
+    choice: FeatureChoice
     features: list[SelectedFeature]
     slice: SaeSlice
     """Of those features."""
@@ -160,20 +160,20 @@ class Tracer:
         Args:
             recipe: Device and dtype.
             workspace: Where artifacts are.
-            source: A guardrail or features; see `find_inspected`.
+            source: A guardrail or features; see `find_choice`.
             features: Show these features of the SAE instead of those that were chosen.
             loaded: The artifact's model, whole or cut, if it has been loaded and checked already.
         """
-        inspected = find_inspected(workspace, source)
-        chosen = inspected.some(features)
-        if inspected.guard is not None and not features:
-            slice_, site = inspected.guard.slice, inspected.guard.read  # All that is needed is in its own file.
+        choice = find_choice(workspace, source)
+        chosen = choice.pick(features)
+        if choice.guardrail is not None and not features:
+            slice_, site = choice.guardrail.slice, choice.guardrail.read  # All that is needed is in its own file.
         else:
-            sae = chain_sae(inspected.made)
+            sae = chain_sae(choice.artifact)
             slice_, site = load_slice(sae, [one.index for one in chosen]), sae.site
-        header = inspected.made.header
+        header = choice.artifact.header
         loaded = loaded or load_chain_model(header, settle(recipe, header), cut=True)
-        return cls(inspected, chosen, slice_.to(loaded.model.device), site, loaded, inspected.bos(loaded))
+        return cls(choice, chosen, slice_.to(loaded.model.device), site, loaded, choice.bos(loaded))
 
     def ids(self, prompt: str, *, chat: bool = False) -> list[int]:
         """Token ids of a prompt."""
@@ -187,9 +187,9 @@ class Tracer:
             return acts_TC
 
         seen = trace(
-            self.loaded, ids, site=self.site, encode=encode, features=self.features, guard=self.inspected.guard
+            self.loaded, ids, site=self.site, encode=encode, features=self.features, guard=self.choice.guardrail
         )
-        return Traced(prompt, self.inspected.made.id, seen)
+        return Traced(prompt, self.choice.artifact.id, seen)
 
 
 def trace_prompts(
@@ -270,7 +270,7 @@ class Live:
         traced = tracer.traced(prompt, ids).trace.as_json()
         steps = traced["gate"]
         return {
-            "id": tracer.inspected.made.id,
+            "id": tracer.choice.artifact.id,
             "gate": gate.form,
             "threshold": gate.threshold,
             "score": steps["score"],
