@@ -1,8 +1,8 @@
 """`dsg describe`: what is each feature of an SAE about, in words from text of one's own?
 
 Reads corpora, all parts of them, through the model's layers up to the SAE's hook and the whole SAE, once; keeps of
-every feature the contexts in which it is strongest; writes the words that are characteristic of them (describing.py) as
-JSON lines, the form in which Neuronpedia exports descriptions. They are text of the corpora: a file of the user's, no
+every feature the contexts in which it is strongest; writes the words that are characteristic of them as JSON
+lines, the form in which Neuronpedia exports descriptions. They are text of the corpora: a file of the user's, no
 artifact.
 
 Memory: 8 bytes a feature, context and token of it (19), beside the model: 3 kB a feature.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsg_cli.data.corpora import check_named, load_corpora
-from dsg_cli.data.tokens import bos_to_prepend, check_chat, encode, prompts
+from dsg_cli.data.tokens import bos_to_prepend, check_chat, chunks, encode, prompts
 from dsg_cli.errors import DsgError
 from dsg_cli.inspection.contexts import Description, describe_features, read_contexts
 from dsg_cli.job import Job
@@ -62,15 +62,15 @@ def run(
     source = named_model(workspace, recipe.model.source)
     config = text_config(read_config(source, recipe.model))
     tokenizer = load_tokenizer(source, recipe.model)
-    read = load_corpora(corpora, role="described", limit=recipe.corpora.limit, seed=recipe.seed)
-    check_chat(tokenizer, read)
+    documents = load_corpora(corpora, role="described", limit=recipe.corpora.limit, seed=recipe.seed)
+    check_chat(tokenizer, documents)
     sae = read_sae(recipe.sae.source)
     for note in check_fits(sae, config, source, has_bos=tokenizer.bos_token_id is not None):
         options.say(f"note: {note}")
     bos = bos_to_prepend(tokenizer, sae.identity.prepend_bos)
-    texts = [text for corpus in read for text in prompts(tokenizer, corpus, None)]
-    room = min(ROW_TOKENS, context_length(config) - 1)
-    rows = [piece for row in encode(tokenizer, texts, bos=bos) for piece in _pieces(row, room, n_head=bos is not None)]
+    texts = [text for corpus in documents for text in prompts(tokenizer, corpus, None)]
+    longest = min(ROW_TOKENS, context_length(config) - 1) + (bos is not None)
+    rows = [row for ids in encode(tokenizer, texts, bos=bos) for row in chunks(ids, longest, bos=bos)]
     loaded = load_model(source, recipe.model, last_layer=sae.site.layer)
     encoder = load_encoder(sae, device=str(loaded.model.device))
     contexts = read_contexts(
@@ -82,22 +82,16 @@ def run(
         n_contexts=N_CONTEXTS,
         job=Job(progress=options.report, name="described text"),
     )
-    found = describe_features(contexts, loaded.tokenizer, report=options.report)
-    if not found:
+    descriptions = describe_features(contexts, loaded.tokenizer, report=options.report)
+    if not descriptions:
         raise DsgError("No feature of the SAE fires on a word of this text.", "Check that the SAE is the model's.")
-    content = "".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in found)
+    content = "".join(json.dumps(dataclasses.asdict(description)) + "\n" for description in descriptions)
     _check_path(path, is_forced)  # Again: the pass may have taken hours.
     try:
         write_atomically(path, content.encode())
     except OSError as error:
         raise DsgError(f"{path} cannot be written: {error.strerror}.", "Name another file.") from error
-    return found
-
-
-def _pieces(row: list[int], room: int, *, n_head: int) -> list[list[int]]:
-    """A row in pieces of at most so many tokens, each behind the row's own first one, BOS."""
-    head, body = row[:n_head], row[n_head:]
-    return [head + body[start : start + room] for start in range(0, len(body), room)]
+    return descriptions
 
 
 def _check_path(path: Path, is_forced: bool) -> None:

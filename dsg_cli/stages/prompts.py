@@ -1,6 +1,7 @@
-"""`dsg generate`: what do the base model and the guarded one write, and when did the gate open?
+"""What writes no artifact, for prompts and answers are text, which artifacts do not hold.
 
-Writes no artifact: prompts and answers are text, which artifacts do not hold.
+`dsg generate`: what do the base model and the unlearned one write, and when did the gate open? `dsg inspect --prompt`:
+what do features and gate see of a prompt? `dsg inspect --live`: both, on a page.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ class Answers:
     def as_json(self) -> Json:
         """For scripts: the gates' traces are named by their guardrails."""
         document: Json = {"prompt": self.prompt}
-        for side, one in self.sides.items():
-            document[side] = {"text": one.text, "n_tokens": one.n_tokens}
+        for side, written in self.sides.items():
+            document[side] = {"text": written.text, "n_tokens": written.n_tokens}
             if side == "guarded":
                 gates = [
                     {"guardrail": name, **dataclasses.asdict(gate)}
-                    for name, gate in zip(self.guardrails, one.gates, strict=True)
+                    for name, gate in zip(self.guardrails, written.gates, strict=True)
                 ]
-                document[side] |= {"refused": one.refused, "tokens": one.tokens, "gates": gates}
+                document[side] |= {"refused": written.refused, "tokens": written.tokens, "gates": gates}
         return document
 
 
@@ -77,23 +78,23 @@ def run_prompts(
     """Answer prompts one by one under the newest guardrail, model or wrapper, or under those named together."""
     if not prompts:
         raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
-    asked = Asked.load(recipe, workspace, sources)
-    rows = [asked.ids(prompt, recipe.generate) for prompt in prompts]
+    models = BothModels.load(recipe, workspace, sources)
+    rows = [models.ids(prompt, recipe.generate) for prompt in prompts]
     for prompt, ids in zip(prompts, rows, strict=True):
-        yield asked.answers(prompt, ids, recipe.generate, write)
+        yield models.answer(prompt, ids, recipe.generate, write)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Who answers: the base model, and the guarded one."""
+class BothModels:
+    """The base model and the unlearned one, loaded once."""
 
     recipe: Recipe
     composition: Composition
     loaded: LoadedComposition
 
     @classmethod
-    def load(cls, recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> Asked:
-        """Both sides, loaded once."""
+    def load(cls, recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> BothModels:
+        """The newest guardrail, model or wrapper, or those named together."""
         composition = find_composition(workspace, sources)
         if recipe.generate.side != "base":
             check_causal(body.gate for body in composition.bodies)
@@ -106,14 +107,14 @@ class Asked:
             self.loaded.base, prompt, bos=self.composition.bos, chat=settings.chat, n_new=settings.max_new_tokens
         )
 
-    def answers(
+    def answer(
         self,
         prompt: str,
         ids: Sequence[int],
         settings: GenerateSection,
         write: Write = lambda _side, _piece: None,
     ) -> Answers:
-        """What each side that is wanted writes to a prompt."""
+        """What each side that is asked for writes to a prompt."""
         loaded = self.loaded
         sides: dict[str, Answer] = {}
         for side in ("base", "guarded") if settings.side == "both" else (settings.side,):
@@ -214,57 +215,58 @@ MOST_NEW = 512
 
 @dataclass(frozen=True)
 class Live:
-    """Both sides, loaded once, and what the page asks of them."""
+    """Both models, loaded once, and what the page asks of them."""
 
-    asked: Asked
+    models: BothModels
     tracers: list[Tracer]
     """Of the guardrails, in their order."""
 
     def about(self) -> Json:
         """What the page shows before anything is asked."""
-        composition, settings = self.asked.composition, self.asked.recipe.generate
+        composition, settings = self.models.composition, self.models.recipe.generate
+        model = Path(composition.model)
         return {
-            "model": Path(composition.model).name if Path(composition.model).is_absolute() else composition.model,
+            "model": model.name if model.is_absolute() else composition.model,
             "forget": composition.forget(),
             "guardrails": [
                 {"id": stored.id, "gate": body.gate, "threshold": body.threshold}
                 for stored, body in zip(composition.guardrails, composition.bodies, strict=True)
             ],
-            "has_chat": self.asked.loaded.base.tokenizer.chat_template is not None,
+            "has_chat": self.models.loaded.base.tokenizer.chat_template is not None,
             "chat": settings.chat,
             "on_trigger": settings.on_trigger,
             "max_new_tokens": min(settings.max_new_tokens, MOST_NEW),
             "examples": _examples(composition.forget()),
         }
 
-    def ask(self, wanted: Json) -> Json:
+    def ask(self, request: Json) -> Json:
         """Answer a prompt.
 
         Args:
-            wanted: {prompt}, and perhaps {chat, on_trigger, max_new_tokens}.
+            request: {prompt}, and perhaps {chat, on_trigger, max_new_tokens}.
 
         Returns:
             {tokens, n_prompt, guardrails: [{id, gate, threshold, score, floor, statistic, latched_at, clamped,
             features}], base, guarded}. floor: the score of a token on which no feature is active. A null among numbers
             could not be computed, and counts as the strongest signal there is.
         """
-        settings = _settings(self.asked.recipe.generate, wanted)
-        loaded, prompt = self.asked.loaded, wanted["prompt"]
-        ids = self.asked.ids(prompt, settings)
-        sides = self.asked.answers(prompt, ids, settings).sides
-        asked = prompt_with(loaded.wrappers, ids, loaded.base.tokenizer, self.asked.composition.bos)
-        read = sides["guarded"].ids or asked  # What a filter refuses, no gate reads.
-        found: Json = {
+        models, loaded, prompt = self.models, self.models.loaded, request["prompt"]
+        settings = _settings(models.recipe.generate, request)
+        ids = models.ids(prompt, settings)
+        sides = models.answer(prompt, ids, settings).sides
+        with_prefix = prompt_with(loaded.wrappers, ids, loaded.base.tokenizer, models.composition.bos)
+        read = sides["guarded"].ids or with_prefix  # What a filter refuses, no gate reads.
+        response: Json = {
             "tokens": [str(loaded.base.tokenizer.decode([token])) for token in read],
-            "n_prompt": len(asked),
-            "guardrails": [self._seen(number, prompt, read, sides["guarded"]) for number in range(len(self.tracers))],
+            "n_prompt": len(with_prefix),
+            "guardrails": [self._trace(number, prompt, read, sides["guarded"]) for number in range(len(self.tracers))],
         }
-        for side, one in sides.items():
-            found[side] = {"text": one.text, "n_tokens": one.n_tokens, "refused": one.refused}
-        finite: Json = _without_infinities(found)
+        for side, written in sides.items():
+            response[side] = {"text": written.text, "n_tokens": written.n_tokens, "refused": written.refused}
+        finite: Json = _without_infinities(response)
         return finite
 
-    def _seen(self, number: int, prompt: str, ids: Sequence[int], answer: Answer) -> Json:
+    def _trace(self, number: int, prompt: str, ids: Sequence[int], answer: Answer) -> Json:
         """By one guardrail: activations and scores as it would see the text alone, and what its gate made of it."""
         tracer, gate = self.tracers[number], answer.gates[number]
         traced = tracer.traced(prompt, ids).trace.as_json()
@@ -284,23 +286,23 @@ class Live:
 
 def load(recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> Live:
     """Load the newest guardrail, model or wrapper, or those named together, and the base model."""
-    both = dataclasses.replace(recipe.generate, side="both")
-    asked = Asked.load(dataclasses.replace(recipe, generate=both), workspace, sources)
+    both = dataclasses.replace(recipe, generate=dataclasses.replace(recipe.generate, side="both"))
+    models = BothModels.load(both, workspace, sources)
     tracers = [
-        Tracer.load(recipe, workspace, str(stored.path), loaded=asked.loaded.model)
-        for stored in asked.composition.guardrails
+        Tracer.load(recipe, workspace, str(stored.path), loaded=models.loaded.model)
+        for stored in models.composition.guardrails
     ]
-    return Live(asked, tracers)
+    return Live(models, tracers)
 
 
-def _settings(settings: GenerateSection, wanted: Json) -> GenerateSection:
-    given = {name: wanted[name] for name in ("chat", "on_trigger", "max_new_tokens") if name in wanted}
-    n_new = given.get("max_new_tokens", 1)
+def _settings(settings: GenerateSection, request: Json) -> GenerateSection:
+    changes = {name: request[name] for name in ("chat", "on_trigger", "max_new_tokens") if name in request}
+    n_new = changes.get("max_new_tokens", 1)
     if type(n_new) is not int or not 1 <= n_new <= MOST_NEW:
         raise DsgError(f"New tokens are a number from 1 to {MOST_NEW}.")
-    if given.get("on_trigger", "clamp") not in ("clamp", "refuse") or type(given.get("chat", False)) is not bool:
+    if changes.get("on_trigger", "clamp") not in ("clamp", "refuse") or type(changes.get("chat", False)) is not bool:
         raise DsgError("The page sent a setting that there is not.", "Load it again.")
-    return dataclasses.replace(settings, **given)
+    return dataclasses.replace(settings, **changes)
 
 
 def _examples(forget: Sequence[str]) -> list[Json]:
@@ -308,18 +310,18 @@ def _examples(forget: Sequence[str]) -> list[Json]:
     forgotten = next((name for name in forget if name in lab.BENCHES), None)
     if forgotten is None:
         return []
-    found = []
+    examples = []
     for label, bench in (("to forget", forgotten), ("near", "lab-near"), ("far", "lab-far")):
         lines = lab.questions_path(bench).read_text(encoding="utf-8").splitlines()
         question = next(row for row in map(json.loads, lines) if row["split"] == "dev")
-        found.append({"label": label, "prompt": question["context"]})
-    return found
+        examples.append({"label": label, "prompt": question["context"]})
+    return examples
 
 
 def _without_infinities(value: Any) -> Any:
     """JSON has none: null in their place."""
     if isinstance(value, dict):
-        return {key: _without_infinities(one) for key, one in value.items()}
+        return {key: _without_infinities(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_infinities(one) for one in value]
+        return [_without_infinities(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
