@@ -27,7 +27,7 @@ from dsg_cli.settings import CompareSection, Finetune
 from dsg_cli.stages import apply as method
 from dsg_cli.stages import compare, evaluate
 from dsg_cli.stages import run as run_recipe
-from dsg_cli.stages.compare import compared
+from dsg_cli.stages.compare import compared_methods
 from dsg_cli.stages.inputs import find_composition
 from dsg_cli.stages.run import plan
 from dsg_cli.stages.stage import settle
@@ -213,7 +213,7 @@ def test_a_limit_and_a_weight_are_its_own(recipe, tmp_path, folders):
 
 
 def test_it_is_compared_with_nothing(made, recipe):
-    assert "finetune" not in compared(CompareSection()) and "npo" in compared(CompareSection())
+    assert "finetune" not in compared_methods(CompareSection()) and "npo" in compared_methods(CompareSection())
     for sets in ("compare.methods=[npo, finetune]", "compare.grids={finetune: {epochs: [1]}}"):
         with pytest.raises(DsgError, match="compare names finetune, which teaches"):
             load_recipe(sets=[sets])

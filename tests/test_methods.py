@@ -47,7 +47,7 @@ from dsg_cli.settings import (
 from dsg_cli.stages import apply as method
 from dsg_cli.stages import attack, evaluate, export, select
 from dsg_cli.stages import prompts as generate
-from dsg_cli.stages.compare import best_of, trials_of
+from dsg_cli.stages.compare import best_trial, settings_to_try
 from dsg_cli.stages.inputs import find_composition, load_composition
 from dsg_cli.stages.stage import RunOptions, settle
 from dsg_cli.workspace import store as verify
@@ -692,13 +692,13 @@ POINTS = [
 @pytest.mark.parametrize("budget", [1, 4, 6, 100])
 def test_trials_are_points_of_the_grid_within_budget(budget):
     section = CompareSection(budget=budget, grids={"npo": GRID, "sae-representation": {"steps": [7]}})
-    drawn = [trials_of("npo", section, seed) for seed in range(20)]
+    drawn = [settings_to_try("npo", section, seed) for seed in range(20)]
     for number, trials in enumerate(drawn):
         assert trials == [point for point in POINTS if point in trials] and len(trials) == min(budget, 6)
-        assert trials == trials_of("npo", section, number)
+        assert trials == settings_to_try("npo", section, number)
     assert (len({str(trials) for trials in drawn}) > 1) == (budget < 6)
-    assert trials_of("rmu", section, 0) == [{}]
-    assert trials_of("sae-representation", section, 0) == [{"methods.sae_representation.steps": 7}]
+    assert settings_to_try("rmu", section, 0) == [{}]
+    assert settings_to_try("sae-representation", section, 0) == [{"methods.sae_representation.steps": 7}]
 
 
 @pytest.mark.parametrize(
@@ -724,4 +724,4 @@ def test_trials_are_judged(found, base, forgetting, utility):
     ("scores", "best"), [([None, 0.3, 0.5, 0.5], 2), ([0.0, None], 0), ([None, None], None), ([], None)]
 )
 def test_the_best_trial_is_the_first_of_those_with_the_highest_score(scores, best):
-    assert best_of([{"score": score} for score in scores]) == best
+    assert best_trial([{"score": score} for score in scores]) == best
