@@ -19,7 +19,7 @@ from dsg_cli.data.corpora import Corpus, check_disjoint, check_named, parse_name
 from dsg_cli.data.tokens import bos_to_prepend, check_chat, chunks, encode, prompts
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.guardrail.selection import EPSILON, SelectedFeature, selected_features, score_of
+from dsg_cli.guardrail.selection import EPSILON, SelectedFeature, score_of, selected_features
 from dsg_cli.inspection.contexts import read_contexts
 from dsg_cli.inspection.features import Group, Read, Rows, context_rows, doubts_of, with_near, words_of_all
 from dsg_cli.inspection.lens import decoder_rows, logit_lens, nearest_features
@@ -222,7 +222,9 @@ def find_choice(workspace: Workspace, source: str | None) -> FeatureChoice:
     composition = find_composition(workspace, [source])
     only_guardrails(composition, "dsg inspect")
     (guardrail,) = guardrail_modules(workspace, composition)
-    return FeatureChoice(composition.guardrails[0], guardrail, selected_features(composition.bodies[0], guardrail.detect))
+    return FeatureChoice(
+        composition.guardrails[0], guardrail, selected_features(composition.bodies[0], guardrail.detect)
+    )
 
 
 def features_of(stored: Stored) -> Stored | None:
