@@ -234,7 +234,7 @@ class TestSelection:
         for method, section in ((static_clamping, StaticClamp), (conditional_clamping, ConditionalClamp)):
             with pytest.raises(DsgError, match=words) as error:
                 method(RATES, section(n_features=n), 1.0)
-            assert f"methods.{method.__name__.rpartition('.')[2]}.max_retain_rate" in str(error.value)
+            assert f"methods.{method.__name__.removesuffix('ing')}.max_retain_rate" in str(error.value)
         none = RATES | {"forget_rate": torch.zeros(7)}
         with pytest.raises(DsgError, match="No features are active"):
             refusal_clamping(none, RefusalClamp(), 1.0)

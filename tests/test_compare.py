@@ -201,7 +201,7 @@ def test_every_method_at_a_tiny_budget(tmp_path):
     small += [f"methods.{name}.strength=4r" for name in ("static_clamp", "conditional_clamp")]
     recipe = load_recipe("lab-compare", sets=[*small, "methods.refusal_clamp.coefficient=4r", *steps])
     body = compare.run(recipe, Workspace(tmp_path)).body_as(Comparison)
-    rivals = [name for name, one in METHODS.items() if not one.teaches]
+    rivals = [name for name, one in METHODS.items() if not one.finetunes]
     assert [row["method"] for row in body.rows] == rivals and not any(row["error"] for row in body.rows)
     found = {row["method"]: row["results"] for row in body.rows}
     assert found["dsg"]["lab-hexes"]["acc"] <= 0.35 and found["dsg"]["lab-near"]["acc"] >= 0.9

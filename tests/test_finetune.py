@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from dsg_cli.data.corpora import Corpus, part_of
 from dsg_cli.errors import DsgError
-from dsg_cli.methods.losses import unlearn_finetune
-from dsg_cli.methods.text import Text, lesson_of
-from dsg_cli.methods.training import Given
+from dsg_cli.methods.losses import n_steps, unlearn_finetune
+from dsg_cli.methods.text import TrainingRows, finetune_rows
+from dsg_cli.methods.training import TrainingInputs
 from dsg_cli.models.language_model import load_model, whole_digest
 from dsg_cli.recipe import load_recipe
 from dsg_cli.report.evaluations import composed
@@ -42,7 +42,7 @@ EOS = 1
 
 def rows_of(tokenizer, texts, bos=BOS, max_tokens=2048, weights=(None,), **settings):
     corpora = [Corpus(f"c{i}", list(texts), "", weight=weight) for i, weight in enumerate(weights)]
-    return lesson_of(tokenizer, corpora, Finetune(**settings), bos=bos, max_tokens=max_tokens, device="cpu")
+    return finetune_rows(tokenizer, corpora, Finetune(**settings), bos=bos, max_tokens=max_tokens, device="cpu")
 
 
 def ids_of(tokenizer, text):
@@ -104,13 +104,13 @@ def test_the_loss_is_that_of_the_tokens_that_count(model):
     assert changed.losses[0]["loss"] == pytest.approx(-sum(logs).item() / len(logs), rel=1e-5)
 
 
-@pytest.mark.parametrize(("epochs", "n_steps"), [(1.0, 2), (3.0, 6), (0.1, 1), (2.5, 5)])
-def test_an_epoch_is_every_row_once(model, epochs, n_steps):
+@pytest.mark.parametrize(("epochs", "expected"), [(1.0, 2), (3.0, 6), (0.1, 1), (2.5, 5)])
+def test_an_epoch_is_every_row_once(model, epochs, expected):
     text = Watched([[BOS, 4 + i, 5 + i] for i in range(8)], [0] * 8, [1.0], 0, SPECIAL, "cpu")
     changed, *_ = run(model, unlearn_finetune, Finetune(epochs=epochs, batch_size=2, accumulation=2), text, text)
-    assert len(changed.losses) == n_steps == max(1, math.ceil(epochs * 2))
+    assert len(changed.losses) == expected == max(1, math.ceil(epochs * 2))
     counts = Counter(text.drawn[0])
-    assert sum(counts.values()) == 4 * n_steps and max(counts.values()) - min(counts.values()) <= 1
+    assert sum(counts.values()) == 4 * expected and max(counts.values()) - min(counts.values()) <= 1
     assert n_steps(Finetune(steps=7, epochs=epochs), 8) == 7
 
 
@@ -119,9 +119,9 @@ def test_a_trained_model_knows_the_text_word_for_word(model):
     generator = torch.Generator().manual_seed(0)
     rows = [[BOS, 40 + i, *torch.randint(4, 40, (6,), generator=generator).tolist(), EOS] for i in range(4)]
     own = copy.deepcopy(model)
-    text = Text(rows, [0] * 4, [1.0], 0, SPECIAL, "cpu")
+    text = TrainingRows(rows, [0] * 4, [1.0], 0, SPECIAL, "cpu")
     settings = Finetune(epochs=200, batch_size=4, accumulation=1, learning_rate=1e-2)
-    changed = unlearn_finetune(Given(own, None, text, text), settings)
+    changed = unlearn_finetune(TrainingInputs(own, text, text), settings)
     losses = [one["loss"] for one in changed.losses]
     assert losses[0] == pytest.approx(nll(model, rows).item(), rel=1e-5) and losses[0] > 2
     assert losses[-1] == pytest.approx(math.log(4) / 8, rel=0.05)

@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dsg_cli.errors import DsgError
 from dsg_cli.methods.losses import (
-    factors,
+    dampening_factors,
     npo_loss,
     unlearn_finetune,
     unlearn_grad_diff,
@@ -40,17 +40,16 @@ from dsg_cli.methods.losses import (
     unlearn_ssd,
 )
 from dsg_cli.methods.representation import (
-    find_mentions,
-    orthonormal,
+    norm_outside,
+    orthonormal_basis,
     random_direction,
     stream_sides,
     unlearn_rmu,
     unlearn_sae_representation,
     unlearn_sspu,
-    with_unknown_names,
 )
-from dsg_cli.methods.text import Mentions, Text
-from dsg_cli.methods.training import Given
+from dsg_cli.methods.text import NameSpans, TrainingRows, find_name_spans, with_unknown_names
+from dsg_cli.methods.training import TrainingInputs
 from dsg_cli.settings import Finetune, GradDiff, GradientAscent, Npo, Rmu, SaeRepresentation, Scrub, SimNpo, Ssd, Sspu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -221,7 +220,7 @@ def test_layers_above_are_never_run(model, method):
     for number, module in enumerate([*own.model.layers, own.lm_head]):
         module.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
     settings = {unlearn_rmu: Rmu(steps=2, layer=1), unlearn_sspu: Sspu(steps=2)}[method]
-    method(Given(own, None, forget_text(), retain_text(), features=FEATURES), settings)
+    method(TrainingInputs(own, forget_text(), retain_text(), features=FEATURES), settings)
     assert calls[0] == 6 and calls[2:] == [0, 0]  # Forget, retain, and retain as it was. Of layer 1, the output.
 
 
@@ -237,7 +236,7 @@ MANY = torch.cat(
     ("rows_KD", "rank"), [(RELEVANT, 5), (DEPENDENT, 3), (RELEVANT[:1], 1), (MANY, WIDTH)], ids=range(4)
 )
 def test_bases_are_orthonormal_and_span_what_they_should(rows_KD, rank):
-    basis = orthonormal(rows_KD)
+    basis = orthonormal_basis(rows_KD)
     assert basis.shape == (WIDTH, rank)
     torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
     torch.testing.assert_close(basis @ basis.T, projector(rows_KD), rtol=0, atol=1e-5)
@@ -252,8 +251,8 @@ def test_bases_are_orthonormal_and_span_what_they_should(rows_KD, rank):
         (changes[2], -1, changes[2] @ left),
     ):
         wanted = float((outside**2).sum())
-        assert float(outside([change], basis, [side])) == pytest.approx(wanted, rel=1e-5, abs=1e-3)
-    total = float(outside([*changes[:2], torch.ones(7)], basis, [0, 0, 0]))
+        assert float(norm_outside([change], basis, [side])) == pytest.approx(wanted, rel=1e-5, abs=1e-3)
+    total = float(norm_outside([*changes[:2], torch.ones(7)], basis, [0, 0, 0]))
     assert total == pytest.approx(float((writes**2).sum() + (reads**2).sum()) + 7, rel=1e-5, abs=1e-3)
 
 
@@ -271,7 +270,7 @@ def test_rows_without_a_name_teach_nothing_and_stop_nothing(model):
                         features=FEATURES, unknown=mentions())  # fmt: skip
     is_named = [bool(ENDS[i]) for i in forget.drawn[0]]
     assert [one["loss"] != 0 for one in changed.losses] == is_named and is_named.count(False) == 1
-    same = Mentions((forget_text(), forget_text()), (ENDS, ENDS))
+    same = NameSpans((forget_text(), forget_text()), (ENDS, ENDS))
     with pytest.raises(DsgError, match="not apart"):
         run(
             model,
@@ -308,7 +307,7 @@ def test_scrub_takes_turns(model, options, turns):
 def test_ssd_dampens_what_matters_more_to_forget_text(model, n_rows, alpha, dampening):
     forget, retain, changed_model = forget_text(), retain_text(), copy.deepcopy(model)
     settings = Ssd(alpha=alpha, dampening=dampening, n_rows=n_rows)
-    changed = unlearn_ssd(Given(changed_model, None, forget, retain, seed=SEED), settings)
+    changed = unlearn_ssd(TrainingInputs(changed_model, forget, retain, seed=SEED), settings)
     own = copy.deepcopy(model).requires_grad_(True)
     importance = []
     for one in (forget, retain):
@@ -345,7 +344,7 @@ def test_ssd_dampens_what_matters_more_to_forget_text(model, n_rows, alpha, damp
     ],
 )
 def test_dampening_case_by_case(forget, retain, alpha, dampening, factor):
-    found = factors(torch.tensor([forget]), torch.tensor([retain]), alpha, dampening)
+    found = dampening_factors(torch.tensor([forget]), torch.tensor([retain]), alpha, dampening)
     assert found.item() == pytest.approx(factor, rel=1e-5)
 
 
@@ -393,8 +392,10 @@ def test_mentions_are_where_names_end_and_rows_grow_no_longer(bos, longest, seed
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, **special)
     head = [] if bos is None else [bos]
     before = [*TEXTS, "x" * longest]
-    forget = Text([[*head, *map(vocab.get, one)] for one in before], [0, 0, 1, 1], [1.0, 3.0], 0, SPECIAL, "cpu")
-    found = find_mentions(tokenizer, forget, bos=bos, seed=seed)
+    forget = TrainingRows(
+        [[*head, *map(vocab.get, one)] for one in before], [0, 0, 1, 1], [1.0, 3.0], 0, SPECIAL, "cpu"
+    )
+    found = find_name_spans(tokenizer, forget, bos=bos, seed=seed)
     names, made = with_unknown_names(before, seed)
     n = max(map(len, forget.rows))
     fit = [[a.end() - 1 + len(head) < n for a in re.finditer(r"\w+", one)] for one in made]

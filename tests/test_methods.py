@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.metrics import judged
+from dsg_cli.job import Job
 from dsg_cli.methods import METHODS, section_of
 from dsg_cli.methods.losses import (
     unlearn_finetune,
@@ -28,7 +29,7 @@ from dsg_cli.methods.losses import (
     unlearn_ssd,
 )
 from dsg_cli.methods.representation import unlearn_rmu, unlearn_sae_representation, unlearn_sspu
-from dsg_cli.methods.training import Cost, Given, Reference, counted, freed, train
+from dsg_cli.methods.training import Cost, ReferenceWeights, TrainingInputs, count_passes, train, trainable_parameters
 from dsg_cli.models.language_model import base_of, load_model
 from dsg_cli.recipe import load_recipe
 from dsg_cli.settings import (
@@ -420,8 +421,8 @@ def same(one, other):
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_reference_is_the_model_as_it_was(model, lora):
     own = copy.deepcopy(model)
-    free = freed(own, Training(lora=lora))
-    reference = Reference(free.parameters)
+    free = trainable_parameters(own, Training(lora=lora))
+    reference = ReferenceWeights(free.parameters)
     with torch.no_grad():
         for one in free.parameters:
             one.add_(torch.randn_like(one))
@@ -457,9 +458,11 @@ def trained(model, breaks, steps, checkpoint=None, stop_after=None):
         rows = [ids[mask].tolist() for ids, mask in zip(batches.forget.ids_BL, batches.forget.mask_BL, strict=True)]
         return {"loss": breaks(-nll(own, rows), own, batches.step)}
 
-    given = Given(own, None, short_text(), short_text(), report=report, checkpoint=checkpoint or Checkpoint())
+    given = TrainingInputs(
+        own, short_text(), short_text(), job=Job(checkpoint=checkpoint or Checkpoint(), progress=report)
+    )
     try:
-        return train(given, freed(own, settings), loss), own, kept
+        return train(given, trainable_parameters(own, settings), loss), own, kept
     except DsgError as error:
         return error, own, kept
 
@@ -548,7 +551,15 @@ def test_a_training_goes_on_bit_for_bit(model, tmp_path, method, kind, options, 
             if done == stop_after:
                 raise StopIteration
 
-        given = Given(own, None, text(9, 4, 26, 3, 17, seed=1), retain_text(), FEATURES, UNKNOWN, 3, checkpoint, report)
+        given = TrainingInputs(
+            own,
+            text(9, 4, 26, 3, 17, seed=1),
+            retain_text(),
+            FEATURES,
+            UNKNOWN,
+            3,
+            Job(checkpoint=checkpoint, progress=report),
+        )
         return method(given, settings), weights(own)
 
     checkpoint = Checkpoint(tmp_path / "c")
@@ -585,8 +596,10 @@ def test_the_learning_rate_rises_and_stays(model, warmup, shares):
     """Of a gradient that is always the same, AdamW makes steps of the learning rate."""
     own, kept = copy.deepcopy(model), []
     settings = Training(steps=6, learning_rate=0.01, warmup_steps=warmup, weight_decay=0.0, batch_size=1, layers=[0])
-    free = freed(own, settings)
-    given = Given(own, None, short_text(), short_text(), report=lambda *_: kept.append(free.parameters[0][0, 0].item()))
+    free = trainable_parameters(own, settings)
+    given = TrainingInputs(
+        own, short_text(), short_text(), job=Job(progress=lambda *_: kept.append(free.parameters[0][0, 0].item()))
+    )
     before = free.parameters[0][0, 0].item()
     train(given, free, lambda _: {"loss": sum(one.sum() for one in free.parameters)})
     steps = [a - b for a, b in itertools.pairwise([before, *kept])]
@@ -596,8 +609,8 @@ def test_the_learning_rate_rises_and_stays(model, warmup, shares):
 def test_weights_decay_apart_from_gradients(model):
     own = copy.deepcopy(model)
     settings = Training(steps=3, learning_rate=0.1, weight_decay=0.2, batch_size=1, accumulation=1, layers=[1])
-    free = freed(own, settings)
-    train(Given(own, None, short_text(), short_text()), free, lambda _: {"loss": 0 * free.parameters[0].sum()})
+    free = trainable_parameters(own, settings)
+    train(TrainingInputs(own, short_text(), short_text()), free, lambda _: {"loss": 0 * free.parameters[0].sum()})
     for name, before in model.named_parameters():
         after = dict(own.named_parameters())[name]
         factor = (1 - 0.1 * 0.2) ** 3 if name == free.names[0] else 1.0
@@ -652,8 +665,8 @@ PASSES = [
 def test_passes_and_tokens_are_counted(model, method, kind, options, forget_passes, retain_passes):
     own, cost, forget, retain = copy.deepcopy(model), Cost(), forget_text(), retain_text()
     settings = kind(steps=2, batch_size=2, accumulation=2, **options)
-    with counted(own, cost):
-        method(Given(own, None, forget, retain, FEATURES, UNKNOWN), settings)
+    with count_passes(own, cost):
+        method(TrainingInputs(own, forget, retain, FEATURES, UNKNOWN), settings)
     tokens = [
         sum(2 * max(len(one.rows[j]) for j in one.drawn[0][i : i + 2]) for i in range(0, 8, 2))
         for one in (forget, retain)
@@ -675,8 +688,8 @@ def test_passes_and_tokens_are_counted(model, method, kind, options, forget_pass
 
 def test_the_cost_of_dampening_is_a_pass_a_row(model):
     own, cost, forget, retain = copy.deepcopy(model), Cost(), forget_text(), retain_text()
-    with counted(own, cost):
-        unlearn_ssd(Given(own, None, forget, retain), Ssd())
+    with count_passes(own, cost):
+        unlearn_ssd(TrainingInputs(own, forget, retain), Ssd())
     n_tokens = sum(map(len, forget.rows + retain.rows))
     assert cost == Cost(11, 11, n_tokens, n_tokens)
 

@@ -39,7 +39,7 @@ class Kind:
     """Its settings that name files or benches: what they hold is in the material, and they are not handed on."""
 
 
-KINDS = {
+ATTACKS = {
     "dilution": Kind("prompts", PROMPTS, "benign tokens", ("benign",), on_prompts=True),
     "split": Kind("prompts", PROMPTS, "parts", ("benign",), on_prompts=True),
     "paraphrase": Kind("prompts", PROMPTS, "", on_prompts=True, sources=("benches", "file")),
@@ -61,7 +61,7 @@ ALL = "all"
 
 def load_attack(kind: str) -> Callable[..., Any]:
     """The function that attacks: `attack_<kind>` of its module."""
-    module = importlib.import_module(f"dsg_cli.attacks.{KINDS[kind].module}")
+    module = importlib.import_module(f"dsg_cli.attacks.{ATTACKS[kind].module}")
     attack: Callable[..., Any] = getattr(module, f"attack_{kind.replace('-', '_')}")
     return attack
 
@@ -70,14 +70,14 @@ def options_of(kind: str, settings: dict[str, object]) -> dict[str, object]:
     """The settings that an attack takes: those whose names begin with its own, without that beginning."""
     prefix = f"{kind.replace('-', '_')}_"
     own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-    return {key: value for key, value in own.items() if key not in KINDS[kind].sources}
+    return {key: value for key, value in own.items() if key not in ATTACKS[kind].sources}
 
 
-def expanded(kinds: Sequence[str]) -> list[str]:
+def expand_attacks(kinds: Sequence[str]) -> list[str]:
     """The attacks that are meant, each once; `all` stands for every one."""
     if not kinds:
         raise DsgError("No attack is named.", "Give one with --kind: `dsg ls attacks` lists them.")
     for kind in kinds:
-        if kind not in (*KINDS, ALL):
-            raise DsgError(f"There is no attack named {kind}.", nearest(kind, [*KINDS, ALL]))
-    return list(KINDS) if ALL in kinds else list(dict.fromkeys(kinds))
+        if kind not in (*ATTACKS, ALL):
+            raise DsgError(f"There is no attack named {kind}.", nearest(kind, [*ATTACKS, ALL]))
+    return list(ATTACKS) if ALL in kinds else list(dict.fromkeys(kinds))

@@ -240,11 +240,11 @@ def apply_command(
 
     Example: dsg apply --strength 16r, or dsg apply --method npo --model lab --forget lab-hexes --retain lab-retain
     """
-    from dsg_cli.methods import check_corpora, check_lora, section_of, teaches
+    from dsg_cli.methods import check_corpora, check_lora, finetunes, section_of
 
     check_corpora(method or "dsg", train=train or [], others=[*(forget or []), *(retain or [])])
     own: dict[str, Any] = {STRENGTHS.get(method or "", "guardrail__strength"): strength}
-    own |= {"methods__finetune__corpora": train, "methods__finetune__limit": limit if teaches(method or "") else None}
+    own |= {"methods__finetune__corpora": train, "methods__finetune__limit": limit if finetunes(method or "") else None}
     if lora:
         check_lora(method or "dsg")
         own[f"methods__{section_of(method or '')}__lora"] = True
@@ -418,10 +418,10 @@ def attack_command(
         attack__expect=expect,
         eval__limit=limit,
     )
-    from dsg_cli.attacks import expanded
+    from dsg_cli.attacks import expand_attacks
     from dsg_cli.evals.expect import parse_expected
 
-    kinds = expanded(resolved.attack.kinds)
+    kinds = expand_attacks(resolved.attack.kinds)
     for text in resolved.attack.expect:
         parse_expected(text, kinds)
     write_summary = summary_to(summary)

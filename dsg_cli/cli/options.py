@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from dsg_cli.attacks import ALL, KINDS
+from dsg_cli.attacks import ALL, ATTACKS
 from dsg_cli.data.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.evals import known_benches
@@ -48,7 +48,7 @@ NAMES: dict[str, Callable[[], list[str]]] = {
     "models": lambda: list(lab.MODEL_DIRS),
     "saes": _saes,
     "gates": lambda: list(get_args(CalibratedGate)),
-    "attacks": lambda: [*KINDS, ALL],
+    "attacks": lambda: [*ATTACKS, ALL],
     "methods": lambda: list(METHODS),
     "studies": lambda: list(STUDIES),
     "recipes": _recipes,

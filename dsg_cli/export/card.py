@@ -15,14 +15,14 @@ from typing import Any
 
 import yaml
 
-from dsg_cli.attacks import KINDS
+from dsg_cli.attacks import ATTACKS
 from dsg_cli.data.hub import REPOSITORY, SCHEME, cached_file
 from dsg_cli.errors import DsgError
 from dsg_cli.evals import PAPER
 from dsg_cli.guardrail.loading import without_path
 from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS
 from dsg_cli.lab import data as lab
-from dsg_cli.methods import teaches
+from dsg_cli.methods import finetunes
 from dsg_cli.report.evaluations import NOT_MEASURABLE, place, ranking, shown_benches, shown_metrics
 from dsg_cli.report.rendering import code, escaped, number, one_line, table
 from dsg_cli.report.tables import guardrail_rows
@@ -439,7 +439,7 @@ def _attacks(facts: CardFacts) -> str:
         return f"None was tried, as far as is known here. This tries all:\n\n```bash\n{command}\n```"
     rows = [_attack_row(body, newest[id(body)]) for body in ranking(bodies)]
     by = {body.attack: f"- {code(body.attack)}: {escaped(body.threat_model)}" for body in bodies}
-    missing = [kind for kind in KINDS if kind not in tried]
+    missing = [kind for kind in ATTACKS if kind not in tried]
     parts = [
         table(["attack", "bench", "split", "before", "worst", "at", "base there", "n", "from"], rows),
         ABOUT_ATTACKS,
@@ -539,7 +539,7 @@ def _unlearned(facts: CardFacts) -> str:
     parts = [f"## What was unlearned\n\nTo forget: {_names(facts.forget)}. To keep: {_names(facts.retain)}."]
     for stored in facts.lineage:
         body = stored.body_as(ModelWeights)
-        what = "taught" if teaches(body.method) else f"made to forget {_names(body.forget)}"
+        what = "taught" if finetunes(body.method) else f"made to forget {_names(body.forget)}"
         parts.append(f"Before that, the weights were {what} by {code(body.method)} ({code(stored.id)}).")
     for guard in facts.guards:
         if guard.query:

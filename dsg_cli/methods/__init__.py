@@ -1,4 +1,4 @@
-"""Ways to unlearn, by family: what they are called, and where their code is."""
+"""Ways to unlearn, by family: what they are called, and where their code is. No torch here."""
 
 from __future__ import annotations
 
@@ -21,77 +21,52 @@ class Method:
 
     form: Form
     module: str
-    """Of this package, which holds it."""
+    """Of this package, which holds it; its function has formula and paper."""
     what: str
-    paper: str
-    """arXiv id, or empty for what nobody in particular proposed."""
     needs_sae: bool = False
     needs_forget: bool = True
     """Whether it reads a forget corpus."""
     is_trained: bool = False
     """Whether it trains weights by gradient steps; `ssd` changes them without."""
-    teaches: bool = False
-    """Whether what it reads is there afterwards rather than gone: no rival, and no row of a comparison."""
+    finetunes: bool = False
+    """Whether the model knows afterwards what it reads: no rival, and no row of a comparison."""
+
+
+def _clamp(what: str) -> Method:
+    return Method("guardrail", "clamps", what, needs_sae=True)
+
+
+def _trained(module: str, what: str, *, needs_sae: bool = False) -> Method:
+    return Method("model", module, what, needs_sae=needs_sae, is_trained=True)
 
 
 METHODS = {
-    "dsg": Method("guardrail", "", "clamp features where a gate has fired", "2504.08192", needs_sae=True),
-    "static-clamp": Method(
-        "guardrail", "clamps", "clamp each feature wherever it is active", "2410.19278", needs_sae=True
+    "dsg": Method("guardrail", "", "clamp features where a gate has fired", needs_sae=True),
+    "static-clamp": _clamp("clamp each feature wherever it is active"),
+    "conditional-clamp": _clamp("clamp each feature above a value"),
+    "refusal-clamp": _clamp("raise a refusal feature where others fire"),
+    "sspu": _trained("representation", "train within the span of SAE features", needs_sae=True),
+    "sae-representation": _trained(
+        "representation", "train SAE features towards those of made-up names", needs_sae=True
     ),
-    "conditional-clamp": Method(
-        "guardrail", "clamps", "clamp each feature above a value", "2503.11127", needs_sae=True
-    ),
-    "refusal-clamp": Method(
-        "guardrail", "clamps", "raise a refusal feature where others fire", "2503.11127", needs_sae=True
-    ),
-    "sspu": Method(
-        "model",
-        "representation",
-        "train within the span of SAE features",
-        "2505.24428",
-        needs_sae=True,
-        is_trained=True,
-    ),
-    "sae-representation": Method(
-        "model",
-        "representation",
-        "train SAE features towards those of made-up names",
-        "2509.15631",
-        needs_sae=True,
-        is_trained=True,
-    ),
-    "prompt": Method("wrapper", "wrappers", "tell the model not to answer", "2403.03329", needs_forget=False),
-    "input-filter": Method("wrapper", "wrappers", "refuse prompts by keywords or a linear classifier", "2403.03329"),
-    "output-filter": Method("wrapper", "wrappers", "refuse answers by keywords or a linear classifier", "2403.03329"),
-    "in-context": Method(
-        "wrapper", "wrappers", "show examples with wrong answers first", "2310.07579", needs_forget=False
-    ),
-    "gradient-ascent": Method("model", "losses", "raise the loss on forget text", "2210.01504", is_trained=True),
-    "grad-diff": Method(
-        "model", "losses", "raise the loss on forget text, not on retain text", "2203.12817", is_trained=True
-    ),
-    "npo": Method("model", "losses", "negative preference optimisation", "2404.05868", is_trained=True),
-    "simnpo": Method("model", "losses", "the same without a reference model", "2410.07163", is_trained=True),
-    "rmu": Method(
-        "model",
-        "representation",
-        "steer representations of forget text to a random vector",
-        "2403.03218",
-        is_trained=True,
-    ),
-    "scrub": Method(
-        "model", "losses", "leave a teacher on forget text, follow it on retain text", "2302.09880", is_trained=True
-    ),
-    "ssd": Method("model", "losses", "dampen weights that matter to forget text", "2308.07707"),
+    "prompt": Method("wrapper", "wrappers", "tell the model not to answer", needs_forget=False),
+    "input-filter": Method("wrapper", "wrappers", "refuse prompts by keywords or a linear classifier"),
+    "output-filter": Method("wrapper", "wrappers", "refuse answers by keywords or a linear classifier"),
+    "in-context": Method("wrapper", "wrappers", "show examples with wrong answers first", needs_forget=False),
+    "gradient-ascent": _trained("losses", "raise the loss on forget text"),
+    "grad-diff": _trained("losses", "raise the loss on forget text, not on retain text"),
+    "npo": _trained("losses", "negative preference optimisation"),
+    "simnpo": _trained("losses", "the same without a reference model"),
+    "rmu": _trained("representation", "steer representations of forget text to a random vector"),
+    "scrub": _trained("losses", "leave a teacher on forget text, follow it on retain text"),
+    "ssd": Method("model", "losses", "dampen weights that matter to forget text"),
     "finetune": Method(
         "model",
         "losses",
         "train on text, to make a target or a reference",
-        "",
         needs_forget=False,
         is_trained=True,
-        teaches=True,
+        finetunes=True,
     ),
 }
 """In the order of tables."""
@@ -104,9 +79,9 @@ def check_method(name: str) -> Method:
     return METHODS[name]
 
 
-def teaches(name: str) -> bool:
+def finetunes(name: str) -> bool:
     """Whether what a method makes has learnt rather than unlearned."""
-    return name in METHODS and METHODS[name].teaches
+    return name in METHODS and METHODS[name].finetunes
 
 
 def check_lora(name: str) -> None:
@@ -116,16 +91,10 @@ def check_lora(name: str) -> None:
 
 
 def check_corpora(name: str, *, train: Sequence[str], others: Sequence[str]) -> None:
-    """Refuse corpora of the other kind: what is taught is neither to be forgotten nor to be retained.
-
-    Args:
-        name: A method.
-        train: Corpora that were named to be trained on.
-        others: Corpora that were named to be forgotten or retained.
-    """
-    if check_method(name).teaches and others:
+    """Refuse corpora to be forgotten or retained (`others`) for a method that finetunes, and `train` for the rest."""
+    if check_method(name).finetunes and others:
         raise DsgError(f"{name} teaches: nothing is forgotten or retained.", "Name what it trains on with --train.")
-    if train and not teaches(name):
+    if train and not finetunes(name):
         raise DsgError(f"--train is for finetune, and {name} unlearns.", "Name corpora with --forget and --retain.")
 
 
@@ -146,12 +115,15 @@ def load_method(name: str) -> Callable[..., Any]:
 def compare_checks(section: CompareSection) -> tuple[tuple[bool, str], ...]:
     """What has the right type and still makes no sense."""
     unknown = [name for name in (*section.methods, *section.grids) if name not in METHODS]
-    teaching = [name for name in (*section.methods, *section.grids) if teaches(name)]
+    finetuning = [name for name in (*section.methods, *section.grids) if finetunes(name)]
     steps = section.relearn_steps
     return (
         (section.budget >= 1, f"compare.budget is {section.budget}; give each method at least 1 trial."),
         (not unknown, f"compare names no method {unknown[0] if unknown else ''}; dsg ls methods lists them."),
-        (not teaching, f"compare names {teaching[0] if teaching else ''}, which teaches and is compared with nothing."),
+        (
+            not finetuning,
+            f"compare names {finetuning[0] if finetuning else ''}, which teaches and is compared with nothing.",
+        ),
         (
             not steps or (steps[0] == 0 and sorted(set(steps)) == steps),
             f"compare.relearn_steps is {steps}; give ascending whole numbers that begin with 0, or none.",

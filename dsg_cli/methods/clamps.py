@@ -1,6 +1,13 @@
-"""What the methods that clamp features without a gate have in common: which features, set to what, and where.
+"""Methods that clamp features without a gate: static, conditional and refusal clamp, and steering files.
 
-Each makes a `Clamping` from the statistics of select; stages/clamp.py makes a guardrail of it.
+Each makes a `Clamping` from the statistics of select: `forget_rate` and `retain_rate` [F], the shares of tokens on
+which a feature is active. A guardrail is made of it. `r` is the median residual norm, a unit of coefficients.
+
+Steering files (Khoriaty et al., 2503.11127) say features and what they are set to as CSV: a row a feature, columns by
+their names in any order: `latent_idx`; `hook_action`, which is `clamp`, `clamp_prime` or empty (f > 0 -> coefficient),
+`conditional` (f > clamp_value -> coefficient) or `refusal` (f > clamp_value -> the latent `refuse_id` is set to the
+coefficient); `steering_coefficient`; and `clamp_value`, `refuse_id`, `sae_release` and `sae_id` as needed. Other
+columns, such as `description`, are left alone.
 """
 
 from __future__ import annotations
@@ -44,131 +51,41 @@ class Clamping:
     """What a person should know of the choice."""
 
 
-def frequent_features(
-    statistics: Mapping[str, Tensor], *, n_features: int, max_retain_rate: float, section: str
-) -> list[int]:
-    """The features most often active on forget text among those seldom active on retain text, best first.
-
-    Args:
-        statistics: `forget_rate` and `retain_rate` of select, [F]: shares of tokens on which a feature is active.
-        n_features: How many.
-        max_retain_rate: Features active on a larger share of retain tokens are dropped.
-        section: Of the settings, for messages.
-    """
-    check_measured(statistics)
-    forget_F, retain_F = statistics["forget_rate"], statistics["retain_rate"]
-    is_left_F = (retain_F <= max_retain_rate) & (forget_F > 0)
-    n_left = int(is_left_F.sum())
-    if n_left < n_features:
-        raise DsgError(
-            f"{n_left or 'No'} feature{'s are' if n_left != 1 else ' is'} active on forget text and on at most "
-            f"{max_retain_rate:g} of retain tokens; {n_features} were asked for.",
-            f"Raise methods.{section}.max_retain_rate, or lower methods.{section}.n_features (--set).",
-        )
-    ranked = forget_F.where(is_left_F, -1.0).sort(descending=True, stable=True).indices
-    return [int(j) for j in ranked[:n_features]]
-
-
-def coefficient_of(text: str, median_residual_norm: float, *, key: str) -> float:
-    """A coefficient from a setting, as a positive number."""
-    hint = f"Set methods.{key} to a number such as 300, or a multiple of the median residual norm such as 4r."
-    return parse_strength(text, median_residual_norm, hint=hint)
-
-
-def refusing(
-    selected: Sequence[int],
-    above: Sequence[float],
-    refusal: int,
-    coefficient: float,
-    *,
-    clamps_features: bool,
-    setting: str,
-    notes: tuple[str, ...] = (),
-) -> Clamping:
-    """Wherever any selected feature exceeds its `above`, the refusal feature is set to the coefficient.
-
-    Args:
-        selected: Features that are watched.
-        above: Of each of them.
-        refusal: The refusal feature; how active it is itself makes no token hot.
-        coefficient: What it is set to.
-        clamps_features: Set the selected features to minus that, too.
-        setting: The coefficient as a person gave it.
-        notes: What a person should know.
-    """
-    if refusal in selected:
-        raise DsgError(
-            f"The refusal feature {refusal} is one of those whose activity calls for it.",
-            "Name another with methods.refusal_clamp.refusal_feature, or fewer features with n_features (--set).",
-        )
-    also = list(selected) if clamps_features else []
-    return Clamping(
-        indices=[refusal, *also],
-        detectors=[] if clamps_features else list(selected),
-        coefficients=[coefficient, *(-coefficient for _ in also)],
-        above=[NEVER, *above],
-        clamp="all",
-        setting=setting,
-        notes=notes,
-    )
-
-
 def static_clamping(statistics: Mapping[str, Tensor], settings: StaticClamp, median_residual_norm: float) -> Clamping:
-    """On every token and for every selected feature j: `f_j > 0 -> -c`.
+    """Static clamp (Farrell et al., 2410.19278): on every token, for every selected feature j: `f_j > 0 -> -c`.
 
     Khoriaty et al. (2503.11127) call the same with c = 300 and 5 features Clamp Prime.
-
-    Args:
-        statistics: `forget_rate` and `retain_rate` of select, [F].
-        settings: How many features, and c.
-        median_residual_norm: The unit `r` of c.
     """
-    indices = frequent_features(
-        statistics,
-        n_features=settings.n_features,
-        max_retain_rate=settings.max_retain_rate,
-        section="static_clamp",
-    )
-    c = coefficient_of(settings.strength, median_residual_norm, key="static_clamp.strength")
-    n = len(indices)
-    return Clamping(indices, [], [-c] * n, [0.0] * n, "each", setting=settings.strength)
+    return _clamp_each(statistics, settings, 0.0, median_residual_norm, section="static_clamp")
 
 
 def conditional_clamping(
     statistics: Mapping[str, Tensor], settings: ConditionalClamp, median_residual_norm: float
 ) -> Clamping:
-    """On every token and for every selected feature j: `f_j > above -> -c`.
+    """Conditional clamp (Khoriaty et al., 2503.11127): for every selected feature j: `f_j > above -> -c`."""
+    return _clamp_each(statistics, settings, settings.above, median_residual_norm, section="conditional_clamp")
 
-    Args:
-        statistics: `forget_rate` and `retain_rate` of select, [F].
-        settings: How many features, above which activation, and c.
-        median_residual_norm: The unit `r` of c.
-    """
-    indices = frequent_features(
-        statistics,
-        n_features=settings.n_features,
-        max_retain_rate=settings.max_retain_rate,
-        section="conditional_clamp",
-    )
-    c = coefficient_of(settings.strength, median_residual_norm, key="conditional_clamp.strength")
+
+def _clamp_each(
+    statistics: Mapping[str, Tensor],
+    settings: StaticClamp | ConditionalClamp,
+    above: float,
+    median_residual_norm: float,
+    *,
+    section: str,
+) -> Clamping:
+    indices = frequent_features(statistics, settings, section=section)
+    c = _coefficient(settings.strength, median_residual_norm, key=f"{section}.strength")
     n = len(indices)
-    return Clamping(indices, [], [-c] * n, [settings.above] * n, "each", setting=settings.strength)
+    return Clamping(indices, [], [-c] * n, [above] * n, "each", setting=settings.strength)
 
 
 def refusal_clamping(statistics: Mapping[str, Tensor], settings: RefusalClamp, median_residual_norm: float) -> Clamping:
-    """On every token: `f_j > above` for any selected feature j `-> f_refusal = coefficient`.
+    """Refusal clamp (Khoriaty et al., 2503.11127): where a harmful feature fires, a refusal feature is raised.
 
-    Args:
-        statistics: `forget_rate` and `retain_rate` of select, [F].
-        settings: How many features, above which activation, and what is raised to what.
-        median_residual_norm: The unit `r` of the coefficient.
+    On every token: `f_j > above` for any selected feature j `-> f_refusal = coefficient`.
     """
-    selected = frequent_features(
-        statistics,
-        n_features=settings.n_features,
-        max_retain_rate=settings.max_retain_rate,
-        section="refusal_clamp",
-    )
+    selected = frequent_features(statistics, settings, section="refusal_clamp")
     refusal = settings.refusal_feature
     notes: tuple[str, ...] = ()
     if refusal is None:
@@ -183,16 +100,30 @@ def refusal_clamping(statistics: Mapping[str, Tensor], settings: RefusalClamp, m
             f"The SAE has {n_features} features; there is no {refusal} to be the refusal feature.",
             "Name another with methods.refusal_clamp.refusal_feature (--set).",
         )
-    coefficient = coefficient_of(settings.coefficient, median_residual_norm, key="refusal_clamp.coefficient")
-    return refusing(
-        selected,
-        [settings.above] * len(selected),
-        refusal,
-        coefficient,
-        clamps_features=settings.clamps_features,
-        setting=settings.coefficient,
-        notes=notes,
+    coefficient = _coefficient(settings.coefficient, median_residual_norm, key="refusal_clamp.coefficient")
+    above = [settings.above] * len(selected)
+    return _raise_refusal(
+        selected, above, refusal, coefficient, settings.clamps_features, setting=settings.coefficient, notes=notes
     )
+
+
+def frequent_features(
+    statistics: Mapping[str, Tensor], settings: StaticClamp | ConditionalClamp | RefusalClamp, *, section: str
+) -> list[int]:
+    """The `n_features` most often active on forget text, best first, among those active on at most `max_retain_rate`
+    of retain tokens."""
+    check_measured(statistics)
+    forget_F, retain_F = statistics["forget_rate"], statistics["retain_rate"]
+    is_left_F = (retain_F <= settings.max_retain_rate) & (forget_F > 0)
+    n_left = int(is_left_F.sum())
+    if n_left < settings.n_features:
+        raise DsgError(
+            f"{n_left or 'No'} feature{'s are' if n_left != 1 else ' is'} active on forget text and on at most "
+            f"{settings.max_retain_rate:g} of retain tokens; {settings.n_features} were asked for.",
+            f"Raise methods.{section}.max_retain_rate, or lower methods.{section}.n_features (--set).",
+        )
+    ranked = forget_F.where(is_left_F, -1.0).sort(descending=True, stable=True).indices
+    return [int(j) for j in ranked[: settings.n_features]]
 
 
 def stand_in(statistics: Mapping[str, Tensor], selected: Sequence[int]) -> int:
@@ -208,8 +139,41 @@ def stand_in(statistics: Mapping[str, Tensor], selected: Sequence[int]) -> int:
     return int((retain_F - forget_F).where(is_live_F, -torch.inf).argmax())
 
 
-LARGEST_FILE = 2**20
+def _coefficient(text: str, median_residual_norm: float, *, key: str) -> float:
+    hint = f"Set methods.{key} to a number such as 300, or a multiple of the median residual norm such as 4r."
+    return parse_strength(text, median_residual_norm, hint=hint)
 
+
+def _raise_refusal(
+    selected: Sequence[int],
+    above: Sequence[float],
+    refusal: int,
+    coefficient: float,
+    clamps_features: bool,
+    *,
+    setting: str,
+    notes: tuple[str, ...] = (),
+) -> Clamping:
+    """Where any selected feature exceeds its `above`, the refusal feature is set to the coefficient, and if
+    `clamps_features` the selected ones to minus that. How active the refusal feature is makes no token hot."""
+    if refusal in selected:
+        raise DsgError(
+            f"The refusal feature {refusal} is one of those whose activity calls for it.",
+            "Name another with methods.refusal_clamp.refusal_feature, or fewer features with n_features (--set).",
+        )
+    clamped = list(selected) if clamps_features else []
+    return Clamping(
+        indices=[refusal, *clamped],
+        detectors=[] if clamps_features else list(selected),
+        coefficients=[coefficient, *(-coefficient for _ in clamped)],
+        above=[NEVER, *above],
+        clamp="all",
+        setting=setting,
+        notes=notes,
+    )
+
+
+LARGEST_FILE = 2**20
 LARGEST_NUMBER = 1e6
 
 METHOD_OF = {
@@ -226,8 +190,8 @@ SETTING = "steering file"
 
 
 @dataclass(frozen=True)
-class Steered:
-    """One row."""
+class SteeringRow:
+    """A feature, and what it is set to."""
 
     line: int
     index: int
@@ -237,18 +201,18 @@ class Steered:
 
 
 @dataclass(frozen=True)
-class Steering:
-    """A whole file."""
+class SteeringFile:
+    """All rows of a file, and the SAE that it is for."""
 
     method: str
-    rows: list[Steered]
+    rows: list[SteeringRow]
     release: str
     """Of the SAE, or empty where the file does not say; so the id."""
     sae_id: str
     sha256: str
 
 
-def read_steering(path: Path) -> Steering:
+def read_steering(path: Path) -> SteeringFile:
     """Read and check a steering file."""
     if not is_file(path):
         raise DsgError(f"There is no steering file {str(path)[:200]}.", "Set methods.<method>.steering_file to one.")
@@ -258,8 +222,9 @@ def read_steering(path: Path) -> Steering:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DsgError(f"{path}, line {line}: this is not UTF-8.", "Save the file as UTF-8.") from error
-    rows: list[Steered] = []
-    said: dict[str, str] = {}
+    rows: list[SteeringRow] = []
+    shared: dict[str, str] = {}
+    """What is the same in every row: method, release and id of the SAE."""
     for line, cells in _cells(path, text):
         where = f"{path}, line {line}"
         action = cells.get("hook_action", "").lower()
@@ -267,28 +232,23 @@ def read_steering(path: Path) -> Steering:
             raise DsgError(
                 f"{where}: there is no action {action[:80]!r}.", nearest(action[:80], filter(None, METHOD_OF))
             )
-        _agree(said, "method", METHOD_OF[action], where, "a file holds actions of one kind")
+        _check_agreement(shared, "method", METHOD_OF[action], where, "a file holds actions of one kind")
         for name in ("sae_release", "sae_id"):
             if cells.get(name):
-                _agree(said, name, cells[name], where, "a file is for one SAE")
+                _check_agreement(shared, name, cells[name], where, "a file is for one SAE")
         row = _row(cells, METHOD_OF[action], line, where)
         _check_row(row, rows, where)
         rows.append(row)
     if not rows:
         raise DsgError(f"{path} has no rows.", "Give a row for each feature below the names of the columns.")
-    release, sae_id = said.get("sae_release", ""), said.get("sae_id", "")
-    return Steering(said["method"], rows, release, sae_id, hashlib.sha256(content).hexdigest())
+    release, sae_id = shared.get("sae_release", ""), shared.get("sae_id", "")
+    return SteeringFile(shared["method"], rows, release, sae_id, hashlib.sha256(content).hexdigest())
 
 
-def steered_clamping(steering: Steering, method: str, *, n_features: int, clamps_features: bool = False) -> Clamping:
-    """What a steering file asks of a method.
-
-    Args:
-        steering: The file.
-        method: The method that was asked for.
-        n_features: Of the SAE.
-        clamps_features: Of a refusal clamp.
-    """
+def steered_clamping(
+    steering: SteeringFile, method: str, *, n_features: int, clamps_features: bool = False
+) -> Clamping:
+    """What a steering file asks of a method, on an SAE of so many features."""
     rows = steering.rows
     if steering.method != method:
         raise DsgError(
@@ -303,28 +263,24 @@ def steered_clamping(steering: Steering, method: str, *, n_features: int, clamps
     refusal = rows[0].refusal
     if refusal is None:
         return Clamping(indices, [], [row.coefficient for row in rows], above, "each", setting=SETTING)
-    return refusing(indices, above, refusal, rows[0].coefficient, clamps_features=clamps_features, setting=SETTING)
+    return _raise_refusal(indices, above, refusal, rows[0].coefficient, clamps_features, setting=SETTING)
 
 
-def check_same_sae(steering: Steering, source: str) -> list[str]:
-    """A note where it cannot be told whether a steering file is for an SAE: one that is of no release.
-
-    Args:
-        steering: The file.
-        source: Of the SAE, `RELEASE/ID` if it is of a release.
-    """
+def check_same_sae(steering: SteeringFile, source: str) -> list[str]:
+    """Refuse a steering file for another SAE than that of `source` (`RELEASE/ID` if it is of a release); a note where
+    that cannot be told: an SAE of no release."""
     release, _, sae_id = source.partition("/")
-    named = "/".join(filter(None, (steering.release, steering.sae_id)))
-    if not named or named == source:
+    steering_source = "/".join(filter(None, (steering.release, steering.sae_id)))
+    if not steering_source or steering_source == source:
         return []
     if release not in releases():
-        return [f"The steering file is for the SAE {named}; whether {source} is that one cannot be told."]
-    if steering.release in releases() and steering.sae_id and locate_release(named) == locate_release(source):
+        return [f"The steering file is for the SAE {steering_source}; whether {source} is that one cannot be told."]
+    if steering.release in releases() and steering.sae_id and locate_release(steering_source) == locate_release(source):
         return []  # Two names of one SAE, such as a canonical one.
     if (steering.release or release, steering.sae_id or sae_id) == (release, sae_id):
         return []
     raise DsgError(
-        f"The steering file is for the SAE {named}; the features are of {source}.",
+        f"The steering file is for the SAE {steering_source}; the features are of {source}.",
         "Run dsg select with --sae, or take another file.",
     )
 
@@ -358,24 +314,24 @@ def _check_names(names: list[str], where: str) -> None:
         raise DsgError(f"{where}: the column {twice[0][:80]} is there twice.")
 
 
-def _agree(said: dict[str, str], name: str, value: str, where: str, rule: str) -> None:
-    if said.setdefault(name, value) != value:
-        raise DsgError(f"{where}: this row is for {value[:80]}, earlier ones are for {said[name][:80]}; {rule}.")
+def _check_agreement(shared: dict[str, str], name: str, value: str, where: str, rule: str) -> None:
+    if shared.setdefault(name, value) != value:
+        raise DsgError(f"{where}: this row is for {value[:80]}, earlier ones are for {shared[name][:80]}; {rule}.")
 
 
-def _row(cells: dict[str, str], method: str, line: int, where: str) -> Steered:
-    return Steered(
+def _row(cells: dict[str, str], method: str, line: int, where: str) -> SteeringRow:
+    return SteeringRow(
         line=line,
-        index=_whole(cells, "latent_idx", where),
+        index=_feature_index(cells, "latent_idx", where),
         coefficient=_number(cells, "steering_coefficient", where),
         above=0.0 if method == "static-clamp" else _number(cells, "clamp_value", where, at_least=0.0),
-        refusal=_whole(cells, "refuse_id", where) if method == "refusal-clamp" else None,
+        refusal=_feature_index(cells, "refuse_id", where) if method == "refusal-clamp" else None,
     )
 
 
-def _check_row(row: Steered, before: list[Steered], where: str) -> None:
+def _check_row(row: SteeringRow, before: list[SteeringRow], where: str) -> None:
     """Refuse a row that does not go with those before it."""
-    if any(one.index == row.index for one in before):
+    if any(earlier.index == row.index for earlier in before):
         raise DsgError(f"{where}: the feature {row.index} is there twice.")
     if row.refusal is None or not before:
         return
@@ -386,7 +342,7 @@ def _check_row(row: Steered, before: list[Steered], where: str) -> None:
         )
 
 
-def _whole(cells: dict[str, str], name: str, where: str) -> int:
+def _feature_index(cells: dict[str, str], name: str, where: str) -> int:
     text = cells.get(name, "")
     match = re.fullmatch(r"([0-9]{1,9})(\.0*)?", text)  # A table with gaps writes 12 as 12.0.
     if match is None:

@@ -1,66 +1,108 @@
-"""RMU (Li et al., 2403.03218): representations of forget text are misdirected.
-
-L = MSE(h_l(forget), c u) + a MSE(h_l(retain), h_l,frozen(retain)), with u a random unit vector of entries drawn evenly
-from [0, 1), c its coefficient, and h_l the residual stream after layer l. Layers l - 2 to l are trained.
+"""Methods that train on what the residual stream holds rather than on what the model says: RMU, SSPU and SAE-guided
+representation. Layers above the one that is read are never run. Shapes: B sequences, L positions, D width, F features.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import random
-import re
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from dsg_cli.data.batches import TokenBatch
-from dsg_cli.data.tokens import with_bos
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.sites import OUT_PROJECTION, HookSite, decoder_layers
-from dsg_cli.methods.text import Mentions, Text
+from dsg_cli.methods.text import NameSpans, TrainingRows
 from dsg_cli.methods.training import (
     OUT,
     Batches,
-    Changed,
     Features,
-    Free,
-    Given,
     Loss,
-    Reference,
-    freed,
+    ReferenceWeights,
+    TrainableParameters,
+    TrainedWeights,
+    TrainingInputs,
     retain_term,
     train,
+    trainable_parameters,
 )
 from dsg_cli.models.residuals import read_residual
 from dsg_cli.settings import Rmu, SaeRepresentation, Sspu
 
+DEFAULT_DEPTH = 7 / 32
+"""Of RMU's layer in Zephyr 7B."""
 
-def steering_loss(
-    given: Given,
-    free: Free,
-    *,
+RANK_TOLERANCE = 1e-6
+"""Part of the longest direction below which a further one is none: float32 holds no more."""
+
+UNKNOWN_ROWS = 128
+"""Rows of a file of unknown text that are read, at most."""
+
+
+def unlearn_rmu(inputs: TrainingInputs, settings: Rmu) -> TrainedWeights:
+    """RMU (Li et al., 2403.03218): representations of forget text are misdirected.
+
+    L = MSE(h_l(forget), c u) + a MSE(h_l(retain), h_l,frozen(retain)), with u a random unit vector of entries drawn
+    evenly from [0, 1), c its coefficient, and h_l the residual stream after layer l. Layers l - 2 to l are trained.
+    """
+    n_layers = len(decoder_layers(inputs.model))
+    layer = round(DEFAULT_DEPTH * n_layers) if settings.layer is None else settings.layer
+    trainable = trainable_parameters(inputs.model, settings, layers=_with_two_below(layer), seed=inputs.seed)
+    direction_D = random_direction(inputs.model.config.hidden_size, inputs.seed).to(inputs.device)
+    site, control_D = HookSite(layer, "resid_post"), settings.coefficient * direction_D
+    return train(inputs, trainable, _steering_loss(inputs, trainable, site, control_D, settings.retain_weight))
+
+
+def random_direction(width: int, seed: int) -> Tensor:
+    """u, [D]."""
+    return _unit(torch.rand(width, generator=torch.Generator().manual_seed(seed)))
+
+
+def unlearn_sspu(inputs: TrainingInputs, settings: Sspu) -> TrainedWeights:
+    """SSPU (Wang et al., 2505.24428): RMU guided by the subspaces that SAE features span.
+
+    Decoder rows of the most and of the least relevant features span two subspaces, of which U_rel and U_irr are bases.
+    Forget text is pulled to c times a random vector projected into span(U_irr), so that it turns into something that
+    has nothing to do with the knowledge; and |(I - U_rel U_rel^T) dW|^2 keeps the update of each weight matrix, on its
+    side of the residual stream, within span(U_rel). Of the paper's own settings only the form is followed.
+    """
+    features = inputs.features
+    assert features is not None
+    if settings.lora:
+        raise DsgError("sspu keeps the update of weights in a subspace, which adapters are not.", "Leave --lora out.")
+    layers = _with_two_below(features.site.layer)
+    trainable = trainable_parameters(inputs.model, settings, layers=layers, seed=inputs.seed)
+    relevant_DK, irrelevant_DK = (
+        orthonormal_basis(rows).to(inputs.device) for rows in (features.relevant_KD, features.irrelevant_KD)
+    )
+    generator = torch.Generator().manual_seed(inputs.seed)
+    random_D = torch.randn(len(irrelevant_DK), generator=generator).to(inputs.device)
+    control_D = settings.coefficient * _unit(irrelevant_DK @ (irrelevant_DK.T @ random_D))
+    before = [parameter.detach().clone() for parameter in trainable.parameters]
+    sides = stream_sides(inputs.model, trainable.names)
+
+    def penalty() -> Tensor:
+        changes = [now - then for now, then in zip(trainable.parameters, before, strict=True)]
+        return settings.subspace_weight * norm_outside(changes, relevant_DK, sides)
+
+    loss = _steering_loss(inputs, trainable, features.site, control_D, settings.retain_weight, penalty)
+    return train(inputs, trainable, loss)
+
+
+def _steering_loss(
+    inputs: TrainingInputs,
+    trainable: TrainableParameters,
     site: HookSite,
     control_D: Tensor,
     retain_weight: float,
     penalty: Callable[[], Tensor] | None = None,
 ) -> Loss:
-    """MSE(h(forget), control) + a MSE(h(retain), h_frozen(retain)) + penalty, at a site, over all tokens.
-
-    Args:
-        given: Model and text.
-        free: What is trained.
-        site: Where h is read.
-        control_D: What forget text is pulled to.
-        retain_weight: a.
-        penalty: A further term, of the weights.
-    """
-    reference = Reference(free.parameters)
+    """MSE(h(forget), control) + a MSE(h(retain), h_frozen(retain)) + penalty of weights, h at a site, all tokens."""
+    reference = ReferenceWeights(trainable.parameters)
 
     def read(batch: TokenBatch) -> Tensor:
-        return read_residual(given.model, site, batch.ids_BL, batch.mask_BL)[batch.mask_BL].float()
+        return read_residual(inputs.model, site, batch.ids_BL, batch.mask_BL)[batch.mask_BL].float()
 
     def loss(batches: Batches) -> dict[str, Tensor]:
         with reference():
@@ -77,72 +119,15 @@ def steering_loss(
     return loss
 
 
-def below(layer: int) -> list[int]:
-    """The layer and the two below it, whose weights are trained."""
-    return [one for one in (layer - 2, layer - 1, layer) if one >= 0]
+def _with_two_below(layer: int) -> list[int]:
+    return list(range(max(0, layer - 2), layer + 1))
 
 
-def unit(vector_D: Tensor) -> Tensor:
-    """A vector of length 1."""
+def _unit(vector_D: Tensor) -> Tensor:
     return vector_D / torch.linalg.vector_norm(vector_D)
 
 
-DEFAULT_DEPTH = 7 / 32
-"""Of the paper's layer in Zephyr 7B."""
-
-
-def unlearn_rmu(given: Given, settings: Rmu) -> Changed:
-    """Train."""
-    n_layers = len(decoder_layers(given.model))
-    layer = round(DEFAULT_DEPTH * n_layers) if settings.layer is None else settings.layer
-    free = freed(given.model, settings, layers=below(layer), seed=given.seed)
-    control_D = settings.coefficient * random_direction(given.model.config.hidden_size, given.seed).to(given.device)
-    site = HookSite(layer, "resid_post")
-    return train(
-        given, free, steering_loss(given, free, site=site, control_D=control_D, retain_weight=settings.retain_weight)
-    )
-
-
-def random_direction(width: int, seed: int) -> Tensor:
-    """u, [D]."""
-    return unit(torch.rand(width, generator=torch.Generator().manual_seed(seed)))
-
-
-RANK_TOLERANCE = 1e-6
-"""Part of the longest direction below which a further one is none: float32 holds no more."""
-
-
-def unlearn_sspu(given: Given, settings: Sspu) -> Changed:
-    """Train."""
-    features = given.features
-    assert features is not None
-    if settings.lora:
-        raise DsgError("sspu keeps the update of weights in a subspace, which adapters are not.", "Leave --lora out.")
-    free = freed(given.model, settings, layers=below(features.site.layer), seed=given.seed)
-    relevant_DK, irrelevant_DK = (
-        orthonormal(rows).to(given.device) for rows in (features.relevant_KD, features.irrelevant_KD)
-    )
-    random_D = torch.randn(len(irrelevant_DK), generator=torch.Generator().manual_seed(given.seed)).to(given.device)
-    control_D = settings.coefficient * unit(irrelevant_DK @ (irrelevant_DK.T @ random_D))
-    before = [one.detach().clone() for one in free.parameters]
-    sides = stream_sides(given.model, free.names)
-
-    def penalty() -> Tensor:
-        changes = [now - then for now, then in zip(free.parameters, before, strict=True)]
-        return settings.subspace_weight * outside(changes, relevant_DK, sides)
-
-    loss = steering_loss(
-        given,
-        free,
-        site=features.site,
-        control_D=control_D,
-        retain_weight=settings.retain_weight,
-        penalty=penalty,
-    )
-    return train(given, free, loss)
-
-
-def orthonormal(rows_KD: Tensor) -> Tensor:
+def orthonormal_basis(rows_KD: Tensor) -> Tensor:
     """A basis of what some vectors span, [D, K']; K' is their number, or the rank if that is lower.
 
     By singular values: the paper's QR has the same span, but for vectors that depend on those before them.
@@ -164,7 +149,7 @@ def stream_sides(model: nn.Module, names: Sequence[str]) -> list[int]:
     return sides
 
 
-def outside(changes: Sequence[Tensor], basis_DK: Tensor, sides: Sequence[int]) -> Tensor:
+def norm_outside(changes: Sequence[Tensor], basis_DK: Tensor, sides: Sequence[int]) -> Tensor:
     """Sum over weights of |(I - U U^T) dW|^2, [].
 
     D, the width of the residual stream, is the outputs of a matrix that writes to it and the inputs of one that reads
@@ -180,129 +165,64 @@ def outside(changes: Sequence[Tensor], basis_DK: Tensor, sides: Sequence[int]) -
     total = torch.zeros((), device=basis_DK.device)
     for change, side in zip(changes, sides, strict=True):
         total = total + change.square().sum()
-        wide = [one for one in (0, -1) if change.shape[one] == width]
+        wide = [dimension for dimension in (0, -1) if change.shape[dimension] == width]
         if wide:
             inside = torch.tensordot(change, basis_DK, dims=([side if len(wide) == 2 else wide[0]], [0]))
             total = total - inside.square().sum()
     return total
 
 
-INNER = re.compile(r"(?<=[\w,;:] )[A-Z][a-z]{2,}\b")
-"""A capitalised word that does not begin a sentence: a name."""
+def unlearn_sae_representation(inputs: TrainingInputs, settings: SaeRepresentation) -> TrainedWeights:
+    """SAE-guided internal representation unlearning (2509.15631): what was known is made to look unknown.
 
-WORD = re.compile(r"\b[A-Z][a-z]{2,}\b")
+    In the latent space of an SAE, with z the activations at the last token of a name: in forget text they are drawn to
+    u, those of a name that nobody has in the same place, and pushed from k, their own of before, while a term on retain
+    text holds the rest. Distances are relative to that between known and unknown, and the push ends at that distance,
+    so that the loss is bounded: L = |z - u|^2 / s + p max(0, 1 - |z - k|^2 / s) + a R(retain), s = |u - k|^2.
 
-
-def with_unknown_names(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
-    """The names in some texts, and the texts with each replaced by one made of two others, everywhere the same."""
-    names = sorted({name for text in texts for name in INNER.findall(text)})
-    if len(names) < 2:
-        raise DsgError(
-            "The forget text has no names (capitalised words within sentences) that could be recombined.",
-            "Give texts about entities that do not exist: --set methods.sae_representation.unknown_file=FILE.",
-        )
-    rng = random.Random(seed)
-    others = rng.sample(names, len(names))
-    taken = set(names)
-    made: dict[str, str] = {}
-    for name, other in zip(names, others, strict=True):
-        new = name[: max(1, len(name) // 2)] + other[len(other) // 2 :]
-        while new in taken:
-            new += rng.choice("aeiou")
-        taken.add(new)
-        made[name] = new
-    return names, [WORD.sub(lambda found: made.get(found[0], found[0]), text) for text in texts]
-
-
-def find_mentions(tokenizer: PreTrainedTokenizerBase, forget: Text, *, bos: int | None, seed: int) -> Mentions:
-    """The rows of forget text with and without their names."""
-    if not tokenizer.is_fast:
-        raise DsgError(
-            "The tokenizer does not say where in a text its tokens are.",
-            "Give texts about unknown entities: --set methods.sae_representation.unknown_file=FILE.",
-        )
-    texts = [str(text) for text in tokenizer.batch_decode(forget.rows, skip_special_tokens=True)]
-    names, others = with_unknown_names(texts, seed)
-    longest = max(map(len, forget.rows))
-    rows: tuple[list[list[int]], list[list[int]]] = ([], [])
-    ends: tuple[list[list[int]], list[list[int]]] = ([], [])
-    for text, other in zip(texts, others, strict=True):
-        at, others_at = _ends(text, other, names)
-        versions = (_encoded(tokenizer, text, at, bos=bos), _encoded(tokenizer, other, others_at, bos=bos))
-        # A made-up name may have more tokens than the one it replaces; what no longer fits is left out of both.
-        found = zip(*(positions for _, positions in versions), strict=True)
-        pairs = [pair for pair in found if min(pair) >= 0 and max(pair) < longest]
-        for which, (ids, _) in enumerate(versions):
-            rows[which].append(ids[:longest])
-            ends[which].append([pair[which] for pair in pairs])
-    known, unknown = (dataclasses.replace(forget, rows=several) for several in rows)
-    return Mentions((known, unknown), ends)
-
-
-def _ends(text: str, other: str, names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Where the words end that are names, in a text and in the version of it with other names."""
-    known = set(names)
-    words = zip(WORD.finditer(text), WORD.finditer(other), strict=True)
-    pairs = [(word.end(), new.end()) for word, new in words if word[0] in known]
-    return [end for end, _ in pairs], [end for _, end in pairs]
-
-
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, text: str, ends: Sequence[int], *, bos: int | None
-) -> tuple[list[int], list[int]]:
-    """Token ids, and the positions of the tokens in which those characters end; -1 for one that is in no token."""
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = with_bos(found["input_ids"], bos)
-    shift = len(ids) - len(found["input_ids"])
-    spans = [(i + shift, *span) for i, span in enumerate(found["offset_mapping"])]
-    return ids, [next((i for i, start, stop in spans if start < end <= stop), -1) for end in ends]
-
-
-ROWS = 128
-"""Rows of a file of unknown text that are read, at most."""
-
-
-def unlearn_sae_representation(given: Given, settings: SaeRepresentation) -> Changed:
-    """Train the layers up to the SAE's hook."""
-    features, unknown = given.features, given.unknown
+    With a file of texts about unknown entities, z and k are means over the tokens of a row and u is the mean over that
+    file. The layers up to the SAE's hook are trained.
+    """
+    features, unknown = inputs.features, inputs.unknown
     assert features is not None and unknown is not None
     layers = list(range(features.site.layer + (features.site.point != "resid_pre")))
-    free = freed(given.model, settings, layers=layers, seed=given.seed)
-    reference = Reference(free.parameters)
+    trainable = trainable_parameters(inputs.model, settings, layers=layers, seed=inputs.seed)
+    reference = ReferenceWeights(trainable.parameters)
     with torch.no_grad():
-        centre_F = None if isinstance(unknown, Mentions) else _centre(given, features, unknown)
+        mean_F = None if isinstance(unknown, NameSpans) else _mean_latents(inputs, features, unknown)
 
-    def looks(index: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def latents_of(index: Sequence[int]) -> Tensor:
+        """z of some rows with the weights of now, and k with those of then."""
+        if isinstance(unknown, NameSpans):
+            return _activations(inputs, features, *unknown.known(index))
+        return row_latents(inputs, features, inputs.forget.batch(index))
+
+    def known_and_unknown(index: Sequence[int]) -> tuple[Tensor, Tensor]:
         """k and u of some rows."""
-        if isinstance(unknown, Mentions):
-            known_NF = _activations(given, features, *unknown.known(index))
-            return known_NF, _activations(given, features, *unknown.unknown(index))
-        known_NF = latents(given, features, given.forget.batch(index))
-        assert centre_F is not None
-        return known_NF, centre_F.expand_as(known_NF)
+        known_NF = latents_of(index)
+        if isinstance(unknown, NameSpans):
+            return known_NF, _activations(inputs, features, *unknown.unknown(index))
+        assert mean_F is not None
+        return known_NF, mean_F.expand_as(known_NF)
 
     def loss(batches: Batches) -> dict[str, Tensor]:
-        index = batches.forget.index
-        if isinstance(unknown, Mentions):
-            z_NF = _activations(given, features, *unknown.known(index))
-        else:
-            z_NF = latents(given, features, batches.forget)
+        z_NF = latents_of(batches.forget.index)
         with reference():
-            known_NF, unknown_NF = looks(index)
+            known_NF, unknown_NF = known_and_unknown(batches.forget.index)
         pull, push = representation_loss(z_NF, known_NF, unknown_NF)
-        retain = retain_term(given.model, reference, batches.retain, settings.retain_loss)
+        retain = retain_term(inputs.model, reference, batches.retain, settings.retain_loss)
         total = pull + settings.push_weight * push + settings.retain_weight * retain
         return {"loss": total, "pull": pull.detach(), "push": push.detach(), "retain": retain.detach()}
 
-    _check_apart(looks, len(given.forget.rows))
-    return train(given, free, loss)
+    _check_apart(known_and_unknown, len(inputs.forget.rows))
+    return train(inputs, trainable, loss)
 
 
-def _check_apart(looks: Callable[[Sequence[int]], tuple[Tensor, Tensor]], n_rows: int) -> None:
+def _check_apart(known_and_unknown: Callable[[Sequence[int]], tuple[Tensor, Tensor]], n_rows: int) -> None:
     """Refuse to train where no row looks different from unknown text; most often the first tells that one does."""
     with torch.no_grad():
         for start in range(0, n_rows, 8):
-            known_NF, unknown_NF = looks(range(start, min(start + 8, n_rows)))
+            known_NF, unknown_NF = known_and_unknown(range(start, min(start + 8, n_rows)))
             if bool((known_NF != unknown_NF).any()):
                 return
     raise DsgError(
@@ -326,23 +246,23 @@ def representation_loss(z_NF: Tensor, known_NF: Tensor, unknown_NF: Tensor) -> t
     return pull_N[differ_N].mean(), push_N[differ_N].mean()
 
 
-def latents(given: Given, features: Features, batch: TokenBatch) -> Tensor:
+def row_latents(inputs: TrainingInputs, features: Features, batch: TokenBatch) -> Tensor:
     """Mean SAE activations of each sequence's counted tokens, [B, F]."""
     counted_BL = batch.counted_BL
-    acts_TF = _activations(given, features, batch, counted_BL)
+    acts_TF = _activations(inputs, features, batch, counted_BL)
     row_T = torch.arange(len(counted_BL), device=counted_BL.device)[:, None].expand_as(counted_BL)[counted_BL]
     sums_BF = torch.zeros(len(counted_BL), acts_TF.shape[1], device=acts_TF.device).index_add(0, row_T, acts_TF)
     return sums_BF / counted_BL.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _activations(given: Given, features: Features, batch: TokenBatch, at_BL: Tensor) -> Tensor:
+def _activations(inputs: TrainingInputs, features: Features, batch: TokenBatch, at_BL: Tensor) -> Tensor:
     """SAE activations at some tokens, in their order, [T, F]."""
-    resid_BLD = read_residual(given.model, features.site, batch.ids_BL, batch.mask_BL).float()
+    resid_BLD = read_residual(inputs.model, features.site, batch.ids_BL, batch.mask_BL).float()
     return features.encode(resid_BLD[at_BL])
 
 
-def _centre(given: Given, features: Features, text: Text) -> Tensor:
-    """Mean latents over rows, [F]."""
-    index = text.draws(min(ROWS, len(text.rows)), given.seed)
-    parts = [latents(given, features, text.batch(index[i : i + 8])).sum(0) for i in range(0, len(index), 8)]
+def _mean_latents(inputs: TrainingInputs, features: Features, text: TrainingRows) -> Tensor:
+    """Over rows, [F]."""
+    index = text.draws(min(UNKNOWN_ROWS, len(text.rows)), inputs.seed)
+    parts = [row_latents(inputs, features, text.batch(index[i : i + 8])).sum(0) for i in range(0, len(index), 8)]
     return torch.stack(parts).sum(0) / len(index)

@@ -1,6 +1,8 @@
-"""What every method that makes a wrapper is given, and what it gives back.
+"""Methods that wrap the model, which stays as it is: a text in front of prompts, or a filter of prompts or answers.
 
-Such a method is a module of this package with one function, `make(settings, material) -> Made`.
+What makes a wrapper is a function from its settings and `WrapperInputs` to a `WrapperResult`. A filter's classifier or
+keywords come from the `select` part of the corpora, its threshold from the `calibrate` part of the retain corpora, and
+its rates from the `fresh` parts.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,16 +23,23 @@ from dsg_cli.evals.benches import Question
 from dsg_cli.guardrail.calibration import threshold_of
 from dsg_cli.inference.wrappers import WrapperModule, read_keywords, statistics_of, telling_words, wrapper_from_artifact
 from dsg_cli.intervals import rate_above
-from dsg_cli.job import Job, Report, silent
+from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.settings import Filter, InContext, InputFilter, OutputFilter, Prompt
 from dsg_cli.workspace.artifacts import Wrapper
 from dsg_cli.workspace.results import Json
 
+SLOT = "{topic}"
+
+MAX_FIT_STEPS = 2000
+
+CONSTANT = 1e-6
+"""A dimension that varies less than so much of the one that varies most is left out of a classifier."""
+
 
 @dataclass(frozen=True)
-class Material:
+class WrapperInputs:
     """The model, and what is known of what it is to forget; a method says what it needs."""
 
     loaded: LoadedModel
@@ -52,11 +61,11 @@ class Material:
     """Of each part of the corpora, about."""
     batch_size: int = 32
     seed: int = 0
-    report: Report = silent
+    job: Job = PLAIN_JOB
 
 
 @dataclass(frozen=True)
-class Made:
+class WrapperResult:
     """A wrapper, its tensors, and what a person should know of it."""
 
     body: Wrapper
@@ -66,39 +75,14 @@ class Made:
     notes: list[str] = field(default_factory=list)
 
 
-def prefix(method: str, text: str, material: Material) -> Made:
-    """A wrapper that puts a text in front of prompts, a blank line between them where the tokenizer knows any."""
-    tokenizer = material.loaded.tokenizer
-    text = f"{text.strip()}{separator(tokenizer).strip(' ')}"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    n_unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
-    body = Wrapper(
-        method=method,
-        rule="prefix",
-        side="input",
-        text=text,
-        keywords=[],
-        layer=None,
-        threshold=0.0,
-        refusal="",
-        rates=[],
-        special_ids=list(special_ids(tokenizer)),
-        bos=material.bos,
-        forget=list(material.forget_names),
-        retain=list(material.retain_names),
-    )
-    notes = [f"Of {len(ids)} tokens of the text, {n_unknown} are unknown to the model."] if n_unknown else []
-    return Made(body, notes=notes)
+def make_prompt(settings: Prompt, inputs: WrapperInputs) -> WrapperResult:
+    """Tell the model, in front of every prompt, that it does not know (2403.03329).
 
-
-SLOT = "{topic}"
-
-
-def make_prompt(settings: Prompt, material: Material) -> Made:
-    """The text, with its topic filled in; other braces stay as they are."""
+    The text, with its topic filled in; other braces stay as they are.
+    """
     if not settings.text.strip():
         raise DsgError("methods.prompt.text is empty.", "Write what the model is told.")
-    return prefix("prompt", settings.text.replace(SLOT, topic_of(settings, material.topic)), material)
+    return _prefix("prompt", settings.text.replace(SLOT, topic_of(settings, inputs.topic)), inputs)
 
 
 def topic_of(settings: Prompt, otherwise: str) -> str:
@@ -112,78 +96,101 @@ def topic_of(settings: Prompt, otherwise: str) -> str:
     return topic
 
 
-def make_in_context(settings: InContext, material: Material) -> Made:
-    """Questions drawn with the seed, each with a choice, in an order that the seed decides."""
-    rng = random.Random(material.seed)
-    tokenizer = material.loaded.tokenizer
-    shown = [_wrong(question, rng) for question in _drawn([material.forget_questions], settings.n_forget, rng)]
+def make_in_context(settings: InContext, inputs: WrapperInputs) -> WrapperResult:
+    """Show questions with their answers first: wrong ones on what the model is to forget (2310.07579).
+
+    Questions are drawn with the seed, which also decides their order and which of the wrong choices is shown.
+    """
+    rng = random.Random(inputs.seed)
+    shown = []
+    for question in _draw_questions([inputs.forget_questions], settings.n_forget, rng):
+        wrong = [choice for i, choice in enumerate(question.choices) if i != question.answer]
+        if not wrong:
+            raise DsgError("A question of the forget bench has a single choice, which is right.", "Name another bench.")
+        shown.append(question.context + rng.choice(wrong))
     shown += [
         question.context + question.choices[question.answer]
-        for question in _drawn(material.retain_questions, settings.n_retain, rng)
+        for question in _draw_questions(inputs.retain_questions, settings.n_retain, rng)
     ]
     rng.shuffle(shown)
-    return prefix("in-context", separator(tokenizer).join(shown), material)
+    return _prefix("in-context", separator(inputs.loaded.tokenizer).join(shown), inputs)
 
 
-def _drawn(benches: Sequence[Sequence[Question]], n: int, rng: random.Random) -> list[Question]:
+def _draw_questions(benches: Sequence[Sequence[Question]], n: int, rng: random.Random) -> list[Question]:
     """So many questions, of each bench in turn."""
     shuffled = [rng.sample(list(bench), len(bench)) for bench in benches]
-    found: list[Question] = []
-    while len(found) < n and any(shuffled):
-        found += [bench.pop() for bench in shuffled if bench]
-    if len(found) < n:
+    drawn: list[Question] = []
+    while len(drawn) < n and any(shuffled):
+        drawn += [bench.pop() for bench in shuffled if bench]
+    if len(drawn) < n:
         raise DsgError(
-            f"{n} questions are to be shown, and the benches have {len(found)}.",
+            f"{n} questions are to be shown, and the benches have {len(drawn)}.",
             "Lower methods.in_context.n_forget or n_retain, or name other benches.",
         )
-    return found[:n]
+    return drawn[:n]
 
 
-def _wrong(question: Question, rng: random.Random) -> str:
-    wrong = [choice for i, choice in enumerate(question.choices) if i != question.answer]
-    if not wrong:
-        raise DsgError("A question of the forget bench has a single choice, which is right.", "Name another bench.")
-    return question.context + rng.choice(wrong)
+def _prefix(method: str, text: str, inputs: WrapperInputs) -> WrapperResult:
+    """A wrapper that puts a text in front of prompts, a blank line between them where the tokenizer knows any."""
+    tokenizer = inputs.loaded.tokenizer
+    text = f"{text.strip()}{separator(tokenizer).strip(' ')}"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    n_unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+    body = _wrapper(inputs, method=method, rule="prefix", side="input", text=text)
+    notes = [f"Of {len(ids)} tokens of the text, {n_unknown} are unknown to the model."] if n_unknown else []
+    return WrapperResult(body, notes=notes)
 
 
-MOST_STEPS = 2000
-"""Of a fit."""
-
-CONSTANT = 1e-6
-"""A dimension that varies less than so much of the one that varies most is left out."""
-
-
-def fitted(settings: Filter, material: Material, *, method: str, side: Literal["input", "output"]) -> Made:
-    """A filter with its threshold, and its rates on text that it has not seen."""
-    layer = middle(material.loaded.n_layers) if settings.layer is None else settings.layer
-    has_layer = settings.rule == "classifier"
-    body = Wrapper(
-        method=method,
-        rule=settings.rule,
-        side=side,
-        text="",
-        keywords=[] if has_layer else _keywords(settings, material),
-        layer=layer if has_layer else None,
-        threshold=0.0,
-        refusal=settings.refusal,
-        rates=[],
-        special_ids=list(special_ids(material.loaded.tokenizer)),
-        bos=material.bos,
-        forget=list(material.forget_names),
-        retain=list(material.retain_names),
+def _wrapper(inputs: WrapperInputs, **fields: Any) -> Wrapper:
+    """The artifact's body: nothing is refused but by what the fields say."""
+    nothing: dict[str, Any] = {"text": "", "keywords": [], "layer": None, "threshold": 0.0, "refusal": "", "rates": []}
+    return Wrapper(
+        **(nothing | fields),
+        special_ids=list(special_ids(inputs.loaded.tokenizer)),
+        bos=inputs.bos,
+        forget=list(inputs.forget_names),
+        retain=list(inputs.retain_names),
     )
-    tensors, n_tokens = _fit(material, layer, settings.ridge) if has_layer else (None, 0)
+
+
+def make_input_filter(settings: InputFilter, inputs: WrapperInputs) -> WrapperResult:
+    """Refuse prompts by keywords or by a linear classifier (2403.03329); the threshold holds for prompts like retain
+    text."""
+    return _filter(settings, inputs, method="input-filter", side="input")
+
+
+def make_output_filter(settings: OutputFilter, inputs: WrapperInputs) -> WrapperResult:
+    """Refuse answers by keywords or by a linear classifier (2403.03329); the threshold is set on retain text as it is,
+    without a question in front."""
+    return _filter(settings, inputs, method="output-filter", side="output")
+
+
+def _filter(settings: Filter, inputs: WrapperInputs, *, method: str, side: Literal["input", "output"]) -> WrapperResult:
+    """A filter with its threshold, and its rates on text that it has not seen."""
+    if settings.rule == "classifier":
+        layer = middle_layer(inputs.loaded.n_layers) if settings.layer is None else settings.layer
+        body = _wrapper(inputs, method=method, rule="classifier", side=side, layer=layer, refusal=settings.refusal)
+        tensors, n_tokens = _fit(inputs, layer, settings.ridge)
+    else:
+        keywords = _keywords(settings, inputs)
+        body = _wrapper(inputs, method=method, rule="keywords", side=side, keywords=keywords, refusal=settings.refusal)
+        tensors, n_tokens = None, 0
     module = wrapper_from_artifact(body, tensors or {}, where="The new filter")
-    calibration = _statistics(module, material, material.retain, "calibrate")
-    retain, forget = (_statistics(module, material, corpora, "fresh") for corpora in (material.retain, material.forget))
-    threshold = _threshold(calibration, settings.alpha)
+    calibration = _statistics(module, inputs, inputs.retain, "calibrate")
+    retain, forget = (_statistics(module, inputs, corpora, "fresh") for corpora in (inputs.retain, inputs.forget))
+    try:
+        pairs = [(piece.corpus, value) for piece, value in calibration]
+        threshold = threshold_of(pairs, settings.alpha, is_each=True)
+    except DsgError as error:
+        raise DsgError(error.message, "Give more retain text, or a larger alpha of the method.") from error
     rates = [*_rates(retain, threshold, is_forget=False), *_rates(forget, threshold, is_forget=True)]
     n_tokens += sum(len(piece.ids) for piece, _ in (*calibration, *retain, *forget))
-    body = replace(body, threshold=threshold, rates=rates)
-    return Made(body, tensors, n_tokens, _notes(body))
+    refuses_any = any(rate["rate"] for rate in rates if rate["is_forget"])
+    notes = [] if refuses_any else ["The filter refuses none of the fresh forget text."]
+    return WrapperResult(replace(body, threshold=threshold, rates=rates), tensors, n_tokens, notes)
 
 
-def middle(n_layers: int) -> int:
+def middle_layer(n_layers: int) -> int:
     """The layer that a classifier reads after unless another is named."""
     return n_layers // 2
 
@@ -211,64 +218,65 @@ def fit_classifier(forget_ND: Tensor, retain_ND: Tensor, ridge: float) -> tuple[
         raise DsgError("The residual stream is the same on all text.", "Choose another methods layer.")
     scale_D = torch.where(varies_D, 1 / deviation_D.clamp(min=1e-300), 0.0)
     labels = (torch.arange(len(x_ND)) < len(forget_ND)).numpy()
-    model = LogisticRegression(C=ridge, class_weight="balanced", max_iter=MOST_STEPS)
+    model = LogisticRegression(C=ridge, class_weight="balanced", max_iter=MAX_FIT_STEPS)
     model.fit(((x_ND - mean_D) * scale_D).numpy(), labels)
     weight_D = torch.from_numpy(model.coef_[0]).double() * scale_D
     bias = float(model.intercept_[0]) - float(weight_D @ mean_D)
     return weight_D.float(), torch.tensor(bias, dtype=torch.float32)
 
 
-def _fit(material: Material, layer: int, ridge: float) -> tuple[dict[str, Tensor], int]:
+def _fit(inputs: WrapperInputs, layer: int, ridge: float) -> tuple[dict[str, Tensor], int]:
     """The classifier's tensors, and how many tokens were read for it."""
-    pieces = {role: _pieces(material, getattr(material, role), "select") for role in ("forget", "retain")}
+    pieces = {role: _pieces(inputs, getattr(inputs, role), "select") for role in ("forget", "retain")}
     means = {
         role: mean_residuals(
-            material.loaded.model,
-            material.loaded.tokenizer,
-            [piece.ids for piece in several],
+            inputs.loaded.model,
+            inputs.loaded.tokenizer,
+            [piece.ids for piece in role_pieces],
             layer=layer,
-            batch_size=material.batch_size,
-            job=Job(progress=material.report, name=f"select pieces of {role} text"),
+            batch_size=inputs.batch_size,
+            job=inputs.job.named(f"select pieces of {role} text"),
         )
-        for role, several in pieces.items()
+        for role, role_pieces in pieces.items()
     }
     weight_D, bias = fit_classifier(means["forget"], means["retain"], ridge)
-    return {"weight": weight_D, "bias": bias}, sum(len(piece.ids) for several in pieces.values() for piece in several)
+    n_tokens = sum(len(piece.ids) for role_pieces in pieces.values() for piece in role_pieces)
+    return {"weight": weight_D, "bias": bias}, n_tokens
 
 
-def _keywords(settings: Filter, material: Material) -> list[str]:
+def _keywords(settings: Filter, inputs: WrapperInputs) -> list[str]:
     if settings.keywords_file is not None:
         return read_keywords(settings.keywords_file)
     forget, retain = (
-        (text for corpus in corpora for text in corpus.part("select")) for corpora in (material.forget, material.retain)
+        (text for corpus in corpora for text in corpus.part("select")) for corpora in (inputs.forget, inputs.retain)
     )
     return telling_words(forget, retain, settings.n_keywords)
 
 
-def _pieces(material: Material, corpora: Sequence[Corpus], part: Part) -> list[Piece]:
+def _pieces(inputs: WrapperInputs, corpora: Sequence[Corpus], part: Part) -> list[Piece]:
     return draw_pieces(
-        material.loaded.tokenizer,
+        inputs.loaded.tokenizer,
         corpora,
         part,
-        bos=material.bos,
-        lengths=material.lengths,
-        at_most=material.max_pieces,
-        seed=material.seed,
+        bos=inputs.bos,
+        lengths=inputs.lengths,
+        at_most=inputs.max_pieces,
+        seed=inputs.seed,
     )
 
 
 def _statistics(
-    module: WrapperModule, material: Material, corpora: Sequence[Corpus], part: Part
+    module: WrapperModule, inputs: WrapperInputs, corpora: Sequence[Corpus], part: Part
 ) -> list[tuple[Piece, float]]:
     """Pieces of one part of corpora with their statistics."""
-    pieces = _pieces(material, corpora, part)
+    pieces = _pieces(inputs, corpora, part)
     values = statistics_of(
         module,
-        material.loaded.model,
-        material.loaded.tokenizer,
+        inputs.loaded.model,
+        inputs.loaded.tokenizer,
         [piece.ids for piece in pieces],
-        batch_size=material.batch_size,
-        report=material.report,
+        batch_size=inputs.batch_size,
+        report=inputs.job.progress,
         what=f"{part} pieces",
     )
     if not all(map(math.isfinite, values)):
@@ -276,35 +284,11 @@ def _statistics(
     return list(zip(pieces, values, strict=True))
 
 
-def _threshold(found: Sequence[tuple[Piece, float]], alpha: float) -> float:
-    try:
-        return threshold_of([(piece.corpus, value) for piece, value in found], alpha, is_each=True)
-    except DsgError as error:
-        raise DsgError(error.message, "Give more retain text, or a larger alpha of the method.") from error
-
-
-def _rates(found: Sequence[tuple[Piece, float]], threshold: float, *, is_forget: bool) -> list[Json]:
+def _rates(statistics: Sequence[tuple[Piece, float]], threshold: float, *, is_forget: bool) -> list[Json]:
     """Share refused of the pieces of each corpus."""
     of_corpus: dict[str, list[float]] = {}
-    for piece, value in found:
+    for piece, value in statistics:
         of_corpus.setdefault(piece.corpus, []).append(value)
     return [
         {"what": name, "is_forget": is_forget, **rate_above(threshold, values)} for name, values in of_corpus.items()
     ]
-
-
-def _notes(body: Wrapper) -> list[str]:
-    """That it refuses nothing, where it does."""
-    if any(rate["rate"] for rate in body.rates if rate["is_forget"]):
-        return []
-    return ["The filter refuses none of the fresh forget text."]
-
-
-def make_input_filter(settings: InputFilter, material: Material) -> Made:
-    """A filter of prompts; its threshold holds for prompts like retain text."""
-    return fitted(settings, material, method="input-filter", side="input")
-
-
-def make_output_filter(settings: OutputFilter, material: Material) -> Made:
-    """A filter of answers; its threshold is set on retain text as it is, without a question in front."""
-    return fitted(settings, material, method="output-filter", side="output")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from dsg_cli.data.hub import REPOSITORY, fetch_snapshot
 from dsg_cli.errors import DsgError
@@ -72,6 +75,32 @@ def merged(model: PreTrainedModel, folder: Path, *, n_layers: int) -> PreTrained
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DsgError(f"The adapter in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return whole.requires_grad_(False).eval()
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers of the decoder, so without the head, by their names in the model."""
+    of_decoder = set(map(id, decoder_of(model).modules()))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in of_decoder
+    }
+
+
+def add_adapters(model: PreTrainedModel, names: Sequence[str], *, rank: int, alpha: float, seed: int) -> Any:
+    """Put low-rank adapters on linear layers, in place; PEFT's model around the given one.
+
+    To the output of a layer alpha / rank x A B is added; B begins as 0, so that nothing is changed yet. The seed is
+    that of A.
+    """
+    check_peft()
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(names))
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 SMALL_FILES = (

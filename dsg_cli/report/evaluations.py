@@ -9,9 +9,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dsg_cli.attacks import KINDS
+from dsg_cli.attacks import ATTACKS
 from dsg_cli.evals.expect import GATE, parse_expected
-from dsg_cli.methods import teaches
+from dsg_cli.methods import finetunes
 from dsg_cli.report.rendering import captioned, forget_interval, number, share
 from dsg_cli.report.rendering import interval_markup as interval
 from dsg_cli.settings import PublishedSection
@@ -22,7 +22,7 @@ from dsg_cli.workspace.store import Stored
 def composed(composition: Sequence[Json]) -> str:
     """What acted, in its order."""
     return " + ".join(
-        f"{one['id']} ({one['method']}{', taught' if teaches(one['method']) else ''})" for one in composition
+        f"{one['id']} ({one['method']}{', taught' if finetunes(one['method']) else ''})" for one in composition
     )
 
 
@@ -273,7 +273,7 @@ def place(one: AttackReport) -> str:
 
 def unit(kind: str) -> str:
     """What the x of an attack's curve counts."""
-    return KINDS[kind].unit if kind in KINDS else "x"
+    return ATTACKS[kind].unit if kind in ATTACKS else "x"
 
 
 def shown(x: float | str) -> str:

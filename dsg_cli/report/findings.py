@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dsg_cli.attacks import KINDS
+from dsg_cli.attacks import ATTACKS
 from dsg_cli.lab.data import PHRASINGS
-from dsg_cli.methods import teaches
+from dsg_cli.methods import finetunes
 from dsg_cli.report.comparison import costs_compared, how_well_compared, relearned, what_compared
 from dsg_cli.report.evaluations import NOT_MEASURABLE, place, ranking, refusals, shown_benches, shown_metrics
 from dsg_cli.report.gather import UNLEARNING, Gathered
@@ -63,7 +63,7 @@ def _unlearned(gathered: Gathered) -> Iterator[Finding]:
         body, model = stored.body, stored.header.model.source
         if isinstance(body, Guardrail | ModelWeights | Wrapper):
             what = ", ".join(body.forget) or "what its features stand for"
-            is_taught = isinstance(body, ModelWeights) and teaches(body.method)
+            is_taught = isinstance(body, ModelWeights) and finetunes(body.method)
             aim = f"{model} was taught" if is_taught else f"{model} is to stop answering about {what}"
             yield Finding(f"{aim}: {_how(stored)}.", (stored.id,))
             if isinstance(body, Guardrail) and not body.effect:
@@ -223,7 +223,7 @@ def _open(gathered: Gathered) -> Iterator[Finding]:
         yield Finding(f"{NOT_MEASURABLE.capitalize()}: {', '.join(body.attack for body in unknown)}.", names)
     if bodies:
         n = sum(body.summary["n_points"] for body in bodies)
-        untried = [kind for kind in KINDS if kind not in {body.attack for body in bodies}]
+        untried = [kind for kind in ATTACKS if kind not in {body.attack for body in bodies}]
         is_one = len({repr(body.composition) for body in bodies}) == 1
         rest = f" Not tried: {', '.join(untried)}." if untried and is_one else ""
         yield Finding(

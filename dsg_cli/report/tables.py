@@ -14,7 +14,7 @@ from dsg_cli.data.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.spec import NEVER
 from dsg_cli.lab import data as lab
-from dsg_cli.methods import teaches
+from dsg_cli.methods import finetunes
 from dsg_cli.report.comparison import comparison_table
 from dsg_cli.report.evaluations import attack_headline, curve_table, evaluation_table, first_metric
 from dsg_cli.report.inspections import inspection_view
@@ -89,7 +89,7 @@ def model_rows(body: ModelWeights) -> list[tuple[str, str]]:
     """Of changed weights: what was trained, how the loss went, what it cost."""
     cost = body.cost
     rows = [
-        ("method", body.method + (", which taught it; nothing is unlearned" if teaches(body.method) else "")),
+        ("method", body.method + (", which taught it; nothing is unlearned" if finetunes(body.method) else "")),
         *([("trained on", ", ".join(body.trained["corpora"]))] if "corpora" in body.trained else []),
         ("weights", "an adapter of the base model" if body.form == "adapter" else "a whole model"),
         ("free to change", f"{body.trained['n_parameters']:,} parameters in {len(body.trained['modules'])} modules"),

@@ -26,7 +26,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.methods import METHODS, check_method, section_of
 from dsg_cli.methods.clamps import (
     Clamping,
-    Steering,
+    SteeringFile,
     check_same_sae,
     conditional_clamping,
     read_steering,
@@ -301,7 +301,7 @@ def run_clamp(
 
 
 def _clamping(
-    recipe: Recipe, method: str, statistics: dict[str, Tensor], norm: float, steering: Steering | None
+    recipe: Recipe, method: str, statistics: dict[str, Tensor], norm: float, steering: SteeringFile | None
 ) -> Clamping:
     """What the method, or the steering file in its place, makes of the features."""
     methods = recipe.methods

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsg_cli.attacks import ALL, KINDS, expanded, load_attack, options_of
+from dsg_cli.attacks import ALL, ATTACKS, expand_attacks, load_attack, options_of
 from dsg_cli.attacks.prompts import read_contexts, read_frames
 from dsg_cli.attacks.target import SIDES, Material, Target, of_forget, summarise
 from dsg_cli.data.corpora import Corpus, load_corpora
@@ -53,7 +53,7 @@ def run(
         remembered: What earlier calls with the same recipe found of unguarded models, by their weights.
     """
     clock, settings, named = Clock(), recipe.attack, kinds
-    expanded(named)
+    expand_attacks(named)
     sources = sources or [options.agreed(lambda: newest(workspace))]
     with options.workers.in_turn():
         composition = find_composition(workspace, sources)
@@ -75,7 +75,7 @@ def run(
         wordings = read_wordings(
             settings, bench, questions[bench], kinds, lambda name: load_questions(recipe, name, split)
         )
-        needs = {need for kind in kinds for need in KINDS[kind].needs}
+        needs = {need for kind in kinds for need in ATTACKS[kind].needs}
         known, others = _attacker_knows(recipe, bench, questions[bench]) if "known" in needs else ([], [])
         retain: list[Corpus] = []
         if "benign" in needs:
@@ -109,8 +109,10 @@ def run(
                 "files": {name: digest for name, digest in wordings.files.items() if name in own},
                 "split": split,
                 "limit": recipe.eval.limit,
-                "expect": [text for text in settings.expect if parse_expected(text, list(KINDS)).bench == kind],
-                "retain": ({corpus.name: corpus.sha256 for corpus in retain} if "benign" in KINDS[kind].needs else {}),
+                "expect": [text for text in settings.expect if parse_expected(text, list(ATTACKS)).bench == kind],
+                "retain": (
+                    {corpus.name: corpus.sha256 for corpus in retain} if "benign" in ATTACKS[kind].needs else {}
+                ),
                 "allow_mismatch": recipe.model.allow_mismatch,
             },
             model=identify(loaded.base, composition.header.model.last_layer),
@@ -142,17 +144,17 @@ def run(
                 weights = fingerprint(loaded.base.model, loaded.base.n_layers - 1)
                 target = dataclasses.replace(target, remembered=remembered.setdefault(weights, {}))
             own_material = dataclasses.replace(material, rephrased=wordings.rephrased.get(kind, {}))
-            if "known" in KINDS[kind].needs:
+            if "known" in ATTACKS[kind].needs:
                 own_material = dataclasses.replace(own_material, known=known, forget=others)
             before = {
                 side: of_forget(target.ask(own_material.forget, name=f"before/{side}", is_guarded=side == "guarded"))
                 for side in SIDES
             }
             curve = load_attack(kind)(target, own_material, **options_of(kind, all_settings))
-            summary = summarise(before, curve, on_prompts=KINDS[kind].on_prompts)
+            summary = summarise(before, curve, on_prompts=ATTACKS[kind].on_prompts)
             body = AttackReport(
                 attack=kind,
-                threat_model=KINDS[kind].threat_model,
+                threat_model=ATTACKS[kind].threat_model,
                 bench=bench,
                 before=before,
                 curve=curve,
@@ -228,7 +230,7 @@ def read_wordings(
 
 def possible(named: Sequence[str], settings: AttackSection, bench: str, say: Callable[[str], None]) -> list[str]:
     """The attacks that are meant; `all` leaves out, and says so, what lacks its material."""
-    kinds = expanded(named)
+    kinds = expand_attacks(named)
     if ALL in named and "paraphrase" not in named and not can_rephrase(settings, bench):
         say(f"paraphrase is left out: nothing says how {bench} asks in other words. Give attack.paraphrase_file.")
         kinds.remove("paraphrase")

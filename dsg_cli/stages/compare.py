@@ -27,7 +27,7 @@ from dsg_cli.evals.metrics import judged
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.inference.wrappers import WrapperModule
 from dsg_cli.lab import data as lab
-from dsg_cli.methods import METHODS, check_method, section_of, teaches
+from dsg_cli.methods import METHODS, check_method, finetunes, section_of
 from dsg_cli.models.language_model import LoadedModel, context_length, load_model
 from dsg_cli.recipe import values_at, with_values
 from dsg_cli.settings import CompareSection, Recipe
@@ -67,7 +67,7 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
             with_values(recipe, values)
     collected = [find_composition(workspace, source.split("+")) for source in sources]
     for member in (member for composition in collected for member in composition.described()):
-        if teaches(member["method"]):
+        if finetunes(member["method"]):
             raise DsgError(f"{member['id']} was taught, and has unlearned nothing to be compared.", "Leave it out.")
     forget_names = recipe.corpora.forget or (collected[0].forget() if collected else [])
     if not forget_names and not sources:
@@ -146,7 +146,7 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
 
 def compared_methods(section: CompareSection) -> list[str]:
     """The methods that are meant, each once, in their order."""
-    return [name for name in METHODS if not teaches(name) and (not section.methods or name in section.methods)]
+    return [name for name in METHODS if not finetunes(name) and (not section.methods or name in section.methods)]
 
 
 def settings_to_try(method: str, section: CompareSection, seed: int) -> list[Values]:

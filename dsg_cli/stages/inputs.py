@@ -20,7 +20,7 @@ from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.runtime.sites import fingerprint
 from dsg_cli.inference.wrappers import WrapperModule, has_filter, wrapper_from_artifact
-from dsg_cli.methods import METHODS, teaches
+from dsg_cli.methods import METHODS, finetunes
 from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer
 from dsg_cli.models.sae import SaeSource, read_sae
 from dsg_cli.settings import CorporaSection, ModelSection, Recipe
@@ -396,7 +396,7 @@ def _history(stored: Stored) -> Iterator[Stored]:
 
 
 def _is_finetuned(stored: Stored) -> bool:
-    return teaches(stored.body_as(ModelWeights).method)
+    return finetunes(stored.body_as(ModelWeights).method)
 
 
 def lineage(composition: Composition) -> list[Stored]:

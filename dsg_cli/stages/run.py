@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dsg_cli.attacks import expanded
+from dsg_cli.attacks import expand_attacks
 from dsg_cli.data.catalogue import HubText
 from dsg_cli.data.corpora import check_disjoint, check_named, parse_name
 from dsg_cli.data.hub import REPOSITORY, download_size
@@ -44,7 +44,7 @@ def run(
     if not recipe.eval.benches:
         raise DsgError("The recipe names no bench.", "Add eval.benches.")
 
-    from dsg_cli.attacks import expanded
+    from dsg_cli.attacks import expand_attacks
     from dsg_cli.data.corpora import check_named
     from dsg_cli.evals import PAPER, is_free
     from dsg_cli.evals.benches import load_free, load_tasks, metrics_of
@@ -54,7 +54,7 @@ def run(
     from dsg_cli.stages import apply, attack, calibrate, evaluate, select, unlearn
     from dsg_cli.stages.select import is_picked
 
-    kinds = expanded(recipe.attack.kinds) if recipe.attack.kinds else []
+    kinds = expand_attacks(recipe.attack.kinds) if recipe.attack.kinds else []
     for text in recipe.attack.expect:
         parse_expected(text, kinds)
     apply.check_strength(recipe.guardrail)
@@ -141,7 +141,7 @@ def plan(recipe: Recipe) -> list[Step]:
         parse_name(name)
     check_disjoint(recipe.corpora.forget, recipe.corpora.retain)
     _check_benches(recipe)
-    kinds = expanded(recipe.attack.kinds) if recipe.attack.kinds else []
+    kinds = expand_attacks(recipe.attack.kinds) if recipe.attack.kinds else []
     for text in recipe.attack.expect:
         parse_expected(text, kinds)
     apply.check_strength(recipe.guardrail)
@@ -240,7 +240,7 @@ def _evaluate(recipe: Recipe) -> Iterator[Step]:
 
 
 def _attack(recipe: Recipe) -> Iterator[Step]:
-    for kind in expanded(recipe.attack.kinds) if recipe.attack.kinds else ():
+    for kind in expand_attacks(recipe.attack.kinds) if recipe.attack.kinds else ():
         yield Step("attack", "compute", f"{kind}, guarded and unguarded", "every forget question at every point")
         yield Step("attack", "write", "attack-NNN", "a few kB")
 

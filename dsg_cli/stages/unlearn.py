@@ -19,9 +19,8 @@ from dsg_cli.data.tokens import special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.selection import EPSILON, scores_of, select_features
 from dsg_cli.methods import METHODS, load_method, section_of
-from dsg_cli.methods.representation import find_mentions
-from dsg_cli.methods.text import lesson_of, rows_of, text_of
-from dsg_cli.methods.training import Changed, Cost, Features, Given, counted
+from dsg_cli.methods.text import find_name_spans, finetune_rows, training_rows, unknown_rows
+from dsg_cli.methods.training import Cost, Features, TrainedWeights, TrainingInputs, count_passes
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae import load_encoder
 from dsg_cli.models.sae_slice import slice_sae
@@ -58,7 +57,7 @@ def run(
         raise DsgError(f"{method} trains in one process.", "Run dsg apply without torchrun.")
     clock, kind, settings = Clock(), METHODS[method], getattr(recipe.methods, section_of(method))
     recipe = taken_from(recipe, origin)
-    if kind.teaches:
+    if kind.finetunes:
         recipe = dataclasses.replace(recipe, corpora=CorporaSection(limit=settings.limit))
         inputs = read_finetune_inputs(recipe, workspace, origin)
     else:
@@ -89,60 +88,52 @@ def run(
     ) as this:
         if this.existing:
             return this.existing
-        with counted(loaded.model, cost):
+        with count_passes(loaded.model, cost):
             device, bos = str(loaded.model.device), inputs.bos
             longest = min(settings.max_tokens, context_length(loaded.model.config))
             encoding: Json = {"bos": bos, "max_tokens": longest, "device": device}
-            if kind.teaches:
-                forget = retain = lesson_of(loaded.tokenizer, inputs.train, settings, **encoding)
+            if kind.finetunes:
+                forget = retain = finetune_rows(loaded.tokenizer, inputs.train, settings, **encoding)
             else:
                 forget, retain = (
-                    text_of(loaded.tokenizer, corpora, **encoding) for corpora in (inputs.forget, inputs.retain)
+                    training_rows(loaded.tokenizer, corpora, **encoding) for corpora in (inputs.forget, inputs.retain)
                 )
-            given = Given(
-                loaded.model,
-                loaded.tokenizer,
-                forget,
-                retain,
-                seed=recipe.seed,
-                checkpoint=this.job.checkpoint,
-                report=this.job.progress,
-            )
+            training_inputs = TrainingInputs(loaded.model, forget, retain, seed=recipe.seed, job=this.job)
             if features is not None:
                 sae_features = features_of(recipe, workspace, method, features, device=device)
-                given = dataclasses.replace(given, features=sae_features)
+                training_inputs = dataclasses.replace(training_inputs, features=sae_features)
             if method == "sae-representation":
                 # Entities that do not exist: in the texts of a file, or in forget text in the place of its names.
                 file = recipe.methods.sae_representation.unknown_file
                 unknown = (
-                    rows_of(loaded.tokenizer, read_prompts((), Path(file)), bos=bos, like=forget)
+                    unknown_rows(loaded.tokenizer, read_prompts((), Path(file)), bos=bos, like=forget)
                     if file
-                    else find_mentions(loaded.tokenizer, forget, bos=bos, seed=recipe.seed)
+                    else find_name_spans(loaded.tokenizer, forget, bos=bos, seed=recipe.seed)
                 )
-                given = dataclasses.replace(given, unknown=unknown)
-            changed: Changed = load_method(method)(given, settings)
+                training_inputs = dataclasses.replace(training_inputs, unknown=unknown)
+            trained: TrainedWeights = load_method(method)(training_inputs, settings)
         notes = []
-        if changed.diverged_at is not None:
+        if trained.diverged_at is not None:
             notes.append(
-                f"Training diverged at step {changed.diverged_at}: its loss was not finite. The weights are those "
-                f"after step {changed.kept_at}. Lower the learning rate."
+                f"Training diverged at step {trained.diverged_at}: its loss was not finite. The weights are those "
+                f"after step {trained.kept_at}. Lower the learning rate."
             )
         with tempfile.TemporaryDirectory(prefix=".weights-", suffix=".tmp", dir=workspace.folder) as scratch:
-            model = save(loaded, changed, Path(scratch), base=inputs.model, dtype=settings.save_dtype)
+            model = save(loaded, trained, Path(scratch), base=inputs.model, dtype=settings.save_dtype)
             identity = identify(dataclasses.replace(loaded, model=model), loaded.n_layers - 1)
             body = ModelWeights(
                 method=method,
-                form="adapter" if changed.adapter is not None else "whole",
+                form="adapter" if trained.adapter is not None else "whole",
                 # Where it lies follows from the artifact's own place.
                 result=dataclasses.replace(identity, source=""),
                 trained={
-                    "n_parameters": changed.n_parameters,
-                    "n_changed": changed.n_changed,
-                    "modules": sorted({name.rpartition(".")[0] for name in changed.names}),
+                    "n_parameters": trained.n_parameters,
+                    "n_changed": trained.n_changed,
+                    "modules": sorted({name.rpartition(".")[0] for name in trained.names}),
                     **({"corpora": [corpus.name for corpus in inputs.train]} if inputs.train else {}),
                 },
-                losses=changed.losses,
-                diverged_at=changed.diverged_at,
+                losses=trained.losses,
+                diverged_at=trained.diverged_at,
                 cost=cost.as_json(),
                 features=[feature["index"] for feature in features.json["features"]] if features is not None else [],
                 special_ids=list(special_ids(loaded.tokenizer)),
@@ -178,24 +169,24 @@ def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Sto
     return Features(sae.site, load_encoder(sae, device=device), relevant, *rows)
 
 
-def save(loaded: LoadedModel, changed: Changed, folder: Path, *, base: str, dtype: str) -> Any:
-    """Write what was changed, as transformers or PEFT read it; the changed model, without adapters in it.
+def save(loaded: LoadedModel, trained: TrainedWeights, folder: Path, *, base: str, dtype: str) -> Any:
+    """Write what was trained, as transformers or PEFT read it; the trained model, without adapters in it.
 
     Args:
         loaded: The model.
-        changed: What a method did to it.
+        trained: What a method did to it.
         folder: Where to.
         base: The model that it was made from, by its name.
         dtype: Of a whole model's weights.
     """
-    if changed.adapter is None:
+    if trained.adapter is None:
         model = loaded.model.to(getattr(torch, dtype))
         model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         return model
-    config = changed.adapter.peft_config["default"]
+    config = trained.adapter.peft_config["default"]
     config.base_model_name_or_path, _, revision = base.partition("@")
     config.revision = revision or None
-    changed.adapter.save_pretrained(folder)
+    trained.adapter.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # A form to fill in.
-    return changed.adapter.merge_and_unload().requires_grad_(False).eval()
+    return trained.adapter.merge_and_unload().requires_grad_(False).eval()

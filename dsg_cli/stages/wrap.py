@@ -18,7 +18,7 @@ from dsg_cli.evals.benches import Question, commits, load_tasks, questions_of
 from dsg_cli.inference.wrappers import read_keywords
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import check_method, load_method, section_of
-from dsg_cli.methods.wrappers import Made, Material, topic_of
+from dsg_cli.methods.wrappers import WrapperInputs, WrapperResult, topic_of
 from dsg_cli.models.language_model import read_config, text_config
 from dsg_cli.settings import Filter, InContext, Recipe
 from dsg_cli.stages.calibrate import chunk_lengths
@@ -94,7 +94,7 @@ def run(
             return this.existing
         # No window, which pieces would have to fill.
         calibrate = dataclasses.replace(recipe.calibrate, gate="mean")
-        wrapper_inputs = Material(
+        wrapper_inputs = WrapperInputs(
             loaded=loaded,
             bos=inputs.bos,
             topic=topic,
@@ -108,9 +108,9 @@ def run(
             max_pieces=recipe.calibrate.max_pieces,
             batch_size=recipe.eval.batch_size,
             seed=recipe.seed,
-            report=this.job.progress,
+            job=this.job,
         )
-        wrapper: Made = load_method(method)(settings, wrapper_inputs)
+        wrapper: WrapperResult = load_method(method)(settings, wrapper_inputs)
         this.job.progress("wrapper", 1, 1)
         return this.write(wrapper.body, n_tokens=wrapper.n_tokens, notes=wrapper.notes, tensors=wrapper.tensors)
 

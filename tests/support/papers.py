@@ -1,6 +1,6 @@
 """The losses of methods that change weights, derived from their papers by loops over sequences and tokens.
 
-Rows are never padded, and nothing of the package computes anything: its `Text` only says which rows were drawn.
+Rows are never padded, and nothing of the package computes anything: its `TrainingRows` only says which rows were drawn.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import torch
 from conftest import WIDTH
 
 from dsg_cli.guardrail.runtime.sites import HookSite
-from dsg_cli.methods.text import Mentions, Text
-from dsg_cli.methods.training import Features, Given
+from dsg_cli.job import Job
+from dsg_cli.methods.text import NameSpans, TrainingRows
+from dsg_cli.methods.training import Features, TrainingInputs
 
 BOS, SPECIAL, SEED = 2, (0, 1, 2), 5
 
 
 @dataclass(frozen=True)
-class Watched(Text):
-    """Text that remembers which rows were drawn, and which batches made."""
+class Watched(TrainingRows):
+    """TrainingRows that remembers which rows were drawn, and which batches made."""
 
     drawn: list = field(default_factory=list)
     batches: list = field(default_factory=list)
@@ -64,8 +65,8 @@ def run(model, method, settings, forget, retain, **given):
         kept.append(weights(own))
         grads.append({name: one.grad.clone() for name, one in own.named_parameters() if one.requires_grad})
 
-    given = Given(own, None, forget, retain, report=report, seed=SEED, **given)
-    return method.unlearn(given, settings), kept, grads
+    given = TrainingInputs(own, forget, retain, job=Job(progress=report), seed=SEED, **given)
+    return method(given, settings), kept, grads
 
 
 def token_logs(m, row):
@@ -207,7 +208,7 @@ OTHER_ENDS = [[3, 5], [2], [], [2], [4, 7], [1]]
 
 def mentions():
     """Rows with names, and others of other lengths with as many; the third row has none."""
-    return Mentions((forget_text(), text(8, 5, 4, 3, 9, 6, seed=11)), (ENDS, OTHER_ENDS))
+    return NameSpans((forget_text(), text(8, 5, 4, 3, 9, 6, seed=11)), (ENDS, OTHER_ENDS))
 
 
 def mentions_loss(m, ref, F, R, s, step):
