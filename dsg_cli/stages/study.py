@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from torch import Tensor
 from dsg_cli.attacks.target import chance_of
 from dsg_cli.data.corpora import Corpus, check_named, load_corpora
 from dsg_cli.data.readers import read_prompts
-from dsg_cli.data.tokens import Piece, bos_to_prepend, draw_pieces
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question
+from dsg_cli.guardrail.calibration import gate_inputs
 from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel
@@ -34,182 +32,15 @@ from dsg_cli.stages.apply import AUTO, check_strength
 from dsg_cli.stages.calibrate import calibration_chunks, chunk_lengths
 from dsg_cli.stages.inputs import chain_sae, load_chain_model, taken_from
 from dsg_cli.stages.select import PassCache, SelectionInputs, is_picked, read_inputs
-from dsg_cli.stages.stage import QUIET, RunOptions, new_header, settle
-from dsg_cli.studies import STUDIES, Grid, check_study, grid_of, load_study, points_of
-from dsg_cli.studies.studies import known_names, prepare_stability
-from dsg_cli.studies.sweep import Asker, Ground, Guards, Rig, Wanted, accuracy_row, csv_text, failed_row
-from dsg_cli.workspace.artifacts import FeatureSet, Header
-from dsg_cli.workspace.checkpoints import Checkpoint, State
+from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
+from dsg_cli.studies import STUDIES, check_study, grid_of, load_study, points_of
+from dsg_cli.studies.studies import known_names
+from dsg_cli.studies.sweep import Sweep, SweepBase, accuracy_row, csv_text, failed_row
+from dsg_cli.workspace.artifacts import FeatureSet
 from dsg_cli.workspace.files import at_safe_points
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Json, StudyReport
 from dsg_cli.workspace.store import Stored, Workspace
-
-BASE = "the recipe's ground"
-
-
-class Rigging:
-    """Makes what a study asks for, and keeps what it has made; nothing of it is written.
-
-    Args:
-        recipe: Settled, and in agreement with the features.
-        workspace: Where the features are.
-        features: What the study begins with.
-        loaded: The whole model.
-        questions: By bench.
-        options: How it is run.
-        checkpoint: Where passes over retain text are kept.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        workspace: Workspace,
-        features: Stored,
-        loaded: LoadedModel,
-        questions: Mapping[str, Sequence[Question]],
-        options: RunOptions,
-        checkpoint: Checkpoint,
-    ) -> None:
-        self.recipe, self.workspace, self.features, self.loaded = recipe, workspace, features, loaded
-        self.questions, self.options, self.checkpoint = questions, options, checkpoint
-        file = recipe.calibrate.lengths_from
-        self.prompts = read_prompts((), Path(file)) if file else []
-        self.made = read_inputs(recipe, workspace, loaded=loaded)
-        self._remembered = PassCache()
-        self._selected: dict[str, tuple[FeatureSet, dict[str, Tensor]]] = {}
-        self._guards: dict[str, Guards] = {}
-        self._askers: dict[int | None, Asker] = {}
-        self._pieces: dict[tuple[str, int, bool], list[Piece]] = {}
-
-    def rig(self, *, forget_bench: str, names: Sequence[str]) -> Rig:
-        """All of it, as studies take it."""
-        recipe = self.recipe
-        return Rig(
-            wanted=Wanted(
-                recipe.select.n_features,
-                recipe.select.ratio_percentile,
-                recipe.calibrate.alpha,
-                recipe.guardrail.strength,
-            ),
-            guards_at=self.guards_at,
-            guards_on=self.guards_on,
-            asker=lambda guards: self.asker(guards.ground.bos),
-            pieces=self.pieces,
-            forget=self.made.corpora["forget"],
-            retain=recipe.corpora.retain,
-            names=names,
-            requests=[*(one.partition("=")[0] for one in recipe.corpora.forget[:1]), *recipe.study.sequence],
-            forget_bench=forget_bench,
-            repeats=recipe.study.repeats,
-            seed=recipe.seed,
-        )
-
-    def guards_at(self, changes: Mapping[str, Any]) -> Guards:
-        """Guardrails where the recipe has other values; the features are those of the artifact where it has not."""
-        changes = {key: value for key, value in changes.items() if values_at(self.recipe, [key])[key] != value}
-        name = json.dumps(changes, sort_keys=True) if changes else BASE
-        if name not in self._guards:
-            if changes:
-                recipe = with_values(self.recipe, changes)
-                made = read_inputs(recipe, self.workspace, loaded=self.loaded)
-                self._guards[name] = self._ground(name, recipe, made)
-            else:
-                assert self.features.header.sae is not None
-                chain_sae(self.features)
-                body, tensors = self.features.body_as(FeatureSet), self.workspace.tensors(self.features)
-                self._guards[name] = self._on(name, self.recipe, self.made, body, tensors)
-        return self._guards[name]
-
-    def guards_on(self, forget: Sequence[Corpus]) -> Guards:
-        """Guardrails made with other forget text, and the recipe's retain text."""
-        made = dataclasses.replace(self.made, corpora={**self.made.corpora, "forget": list(forget)})
-        name = " ".join(f"{corpus.name} {corpus.sha256}" for corpus in forget)
-        if name not in self._guards:
-            self._guards[name] = self._ground(name, self.recipe, made)
-        return self._guards[name]
-
-    def asker(self, bos: int | None) -> Asker:
-        """The questions, as they are asked where every sequence begins with that token."""
-        if bos not in self._askers:
-            self._askers[bos] = Asker(
-                self.loaded,
-                self.questions,
-                bos=bos,
-                batch_size=self.recipe.eval.batch_size,
-                report=self.options.report,
-            )
-        return self._askers[bos]
-
-    def pieces(self, part: str, length: int, is_packed: bool) -> list[Piece]:
-        """Pieces of so many tokens, BOS not counted; what a user says in a chat has its own length, and is none."""
-        key = (part, length, is_packed)
-        if key not in self._pieces:
-            settings = self.recipe.calibrate
-            corpora = self.made.corpora["forget"] if part == "forget" else self._retain(self.recipe, self.made)
-            self._pieces[key] = draw_pieces(
-                self.loaded.tokenizer,
-                [dataclasses.replace(corpus, weight=None) for corpus in corpora if not corpus.is_chat],
-                "calibrate" if part == "calibrate" else "fresh",
-                bos=self.bos,
-                lengths=[length],
-                is_packed=is_packed or settings.rows == "packed",
-                at_most=settings.max_pieces,
-                seed=self.recipe.seed,
-            )
-        return self._pieces[key]
-
-    @property
-    def bos(self) -> int | None:
-        """Token that every sequence begins with on the recipe's own ground."""
-        return bos_to_prepend(self.loaded.tokenizer, self.made.sae.identity.prepend_bos)
-
-    def computed(self) -> Json:
-        """What it took so far."""
-        return {
-            "text_passes": len(self._remembered.statistics),
-            "gate_passes": sum(guards.n_passes for guards in self._guards.values()),
-            "asked": sum(asker.n_asked for asker in self._askers.values()),
-            "n_requests": sum(len(one.choices) for several in self.questions.values() for one in several),
-        }
-
-    def _ground(self, name: str, recipe: Recipe, made: SelectionInputs) -> Guards:
-        """A ground of its own, by the same pass as `dsg select`; what is known of a corpus is not computed again."""
-        settings = recipe.select
-        if recipe.calibrate.gate != "probe":
-            settings = dataclasses.replace(settings, probe_features=0)
-        corpora = {role: [one.described() for one in several] for role, several in made.corpora.items()}
-        key = json.dumps([dataclasses.asdict(made.sae.identity), corpora, dataclasses.asdict(settings)])
-        if key not in self._selected:
-            # The checkpoint is of the points that are done: a pass that was interrupted begins anew.
-            job = Job(self.options.workers, progress=self.options.report)
-            body, tensors, _ = select.select(made, settings, job, self._remembered, keeps_residuals=True)
-            self._selected[key] = body, tensors
-        return self._on(name, recipe, made, *self._selected[key])
-
-    def _on(
-        self, name: str, recipe: Recipe, made: SelectionInputs, body: FeatureSet, tensors: Mapping[str, Any]
-    ) -> Guards:
-        """Guardrails on a ground whose features are known; retain text is cut as `dsg calibrate` cuts it."""
-        loaded, settings = self.loaded, recipe.calibrate
-        bos = bos_to_prepend(loaded.tokenizer, made.sae.identity.prepend_bos)
-        lengths = chunk_lengths(settings, loaded, self.prompts, bos=bos)
-        retain = self._retain(recipe, made)
-        pieces = calibration_chunks(recipe, loaded, retain, [], {}, bos=bos, lengths=lengths)
-        ground = Ground(name, loaded, made.sae, body, tensors, bos, pieces)
-        return Guards(ground, settings, checkpoint=self.checkpoint, report=self.options.report)
-
-    def _retain(self, recipe: Recipe, made: SelectionInputs) -> list[Corpus]:
-        """What thresholds are set on."""
-        if not recipe.calibrate.retain:
-            return made.corpora["retain"]
-        return load_corpora(recipe.calibrate.retain, role="retain", limit=recipe.corpora.limit, seed=recipe.seed)
-
-
-def questions_digest(questions: Sequence[Question]) -> str:
-    """Of everything that is asked, in its order."""
-    return hashlib.sha256(json.dumps([dataclasses.astuple(one) for one in questions]).encode()).hexdigest()
-
 
 SECTIONS = ("model", "sae", "corpora", "select", "calibrate", "guardrail", "study")
 """Of a recipe, what determines a study."""
@@ -231,62 +62,12 @@ def run(
     check_study(name)
     if options.workers.n > 1:
         raise DsgError("dsg study runs in one process.", "Run it without torchrun.")
-    made = _prepared(recipe, workspace, name, source, options)
-    if (stored := options.existing(workspace, made.header)) is not None:
-        return stored
-    loaded = load_chain_model(made.features.header, made.recipe, cut=False)
-    with options.checkpoint(workspace, made.header) as checkpoint:
-        rigging = Rigging(made.recipe, workspace, made.features, loaded, made.questions, options, checkpoint)
-        rig = rigging.rig(forget_bench=made.benches["forget"][0] if made.questions else "", names=made.names)
-        rows_of = load_study(name)
-        points = points_of(made.grid)
-        done: list[list[Json]] = (checkpoint.entry("points") or {"rows": []})["rows"]
-        if name == "stability":
-            prepare_stability(points[len(done) :], rig)
-
-        def state() -> State:
-            return {"rows": done}
-
-        with at_safe_points():
-            for number, point in enumerate(points[len(done) :], start=len(done) + 1):
-                done = [*done, _measured(rows_of, point, rig)]
-                options.report(f"{name}, points", number, len(points))
-                checkpoint.keep("points", state())
-                checkpoint.reached("points", state)
-        body = _body(made, name, done, rigging)
-        return workspace.write(clock.close(made.header), body, table=csv_text(body.columns, body.rows))
-
-
-def _measured(rows_of: Callable[..., list[Json]], point: Json, rig: Rig) -> list[Json]:
-    """The rows of one point; of one that fails, a row that says why."""
-    try:
-        return rows_of(point, rig)
-    except DsgError as error:
-        return [failed_row(point, error.message)]
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """All that a study begins with, but for the model."""
-
-    recipe: Recipe
-    grid: Grid
-    features: Stored
-    benches: Json
-    questions: dict[str, list[Question]]
-    names: list[str]
-    """Entities that forget text is about."""
-    header: Header
-
-
-def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | None, options: RunOptions) -> _Prepared:
-    """Everything checked and read; the features selected, unless they are there."""
     grid = grid_of(name, recipe.study)
     if source is None:
         _check_selected(recipe.select, "The recipe")
-    is_taken = source is not None or not recipe.corpora.forget
-    features = workspace.find("features", source) if is_taken else None
-    if features is not None:
+    features = None
+    if source is not None or not recipe.corpora.forget:
+        features = workspace.find("features", source)
         recipe = _agreeing(recipe, features)
         _check_selected(recipe.select, features.id)
     _check(recipe, grid)
@@ -294,30 +75,183 @@ def _prepared(recipe: Recipe, workspace: Workspace, name: str, source: str | Non
     benches = _benches(recipe, name)
     asked = dict.fromkeys([*benches["forget"], *benches["other"]])
     questions = {bench: attack.load_questions(recipe, bench, recipe.study.split) for bench in asked}
-    names = _names(recipe, grid)
+    entities = _entities(recipe, grid)
     if features is None:
         features = select.run(recipe, workspace, options=dataclasses.replace(options, reuse=True))
         recipe = _agreeing(recipe, features)
     recipe = settle(recipe, features.header)
     sections: Json = {section: dataclasses.asdict(getattr(recipe, section)) for section in SECTIONS}
     sections["study"] |= {"grids": {}}
-    header = new_header(
+    digests = {
+        bench: hashlib.sha256(json.dumps([dataclasses.astuple(question) for question in of_bench]).encode()).hexdigest()
+        for bench, of_bench in questions.items()
+    }
+    with stage(
         "study",
         recipe,
+        workspace,
+        inputs=[features],
         settings={
             **sections,
             "name": name,
             "grid": grid,
             "batch_size": recipe.eval.batch_size,
-            "questions": {bench: questions_digest(several) for bench, several in questions.items()},
-            "entities": names if "by" in grid else [],
+            "questions": digests,
+            "entities": entities if "by" in grid else [],
         },
         model=features.header.model,
         sae=features.header.sae,
-        inputs=[features],
         notes=_notes(recipe, benches),
-    )
-    return _Prepared(recipe, grid, features, benches, questions, names, header)
+        clock=clock,
+        options=options,
+    ) as this:
+        if this.existing:
+            return this.existing
+        loaded = load_chain_model(features.header, recipe, cut=False)
+        bases = SweepBases(recipe, workspace, features, loaded, options)
+        sweep = Sweep(
+            loaded=loaded,
+            base_at=bases.at,
+            base_on=bases.on,
+            defaults={
+                "n_features": recipe.select.n_features,
+                "ratio_percentile": recipe.select.ratio_percentile,
+                "alpha": recipe.calibrate.alpha,
+                "strength": recipe.guardrail.strength,
+            },
+            questions=questions,
+            forget_bench=benches["forget"][0] if questions else "",
+            forget=bases.inputs.corpora["forget"],
+            retain=bases.retain(recipe, bases.inputs),
+            retain_names=recipe.corpora.retain,
+            entities=entities,
+            requests=[*_names(recipe)[:1], *recipe.study.sequence],
+            repeats=recipe.study.repeats,
+            seed=recipe.seed,
+            batch_size=recipe.eval.batch_size,
+            job=this.job,
+        )
+        rows_of, points = load_study(name), points_of(grid)
+        rows: list[list[Json]] = (this.job.checkpoint.entry("points") or {"rows": []})["rows"]
+        if name == "stability":
+            sweep.prepare(points[len(rows) :])
+        with at_safe_points():
+            for number, point in enumerate(points[len(rows) :], start=len(rows) + 1):
+                try:
+                    rows = [*rows, rows_of(point, sweep)]
+                except DsgError as error:
+                    rows = [*rows, [failed_row(point, error.message)]]
+                this.job.progress(f"{name}, points", number, len(points))
+                this.job.checkpoint.keep("points", {"rows": rows})
+                this.job.checkpoint.reached("points", lambda rows=rows: {"rows": rows})  # type: ignore[misc]
+        columns = [*grid, *STUDIES[name].found]
+        base: Json = {}
+        for bench, outcomes in (sweep.accuracy((), bases.inputs.bos) if questions else {}).items():
+            row = accuracy_row({}, bench, outcomes)
+            base[bench] = {"acc": row["value"], **{key: row[key] for key in ("low", "high", "n")}}
+        body = StudyReport(
+            study=name,
+            split=recipe.study.split,
+            grid=grid,
+            benches=benches,
+            chance=chance_of(questions[sweep.forget_bench] if questions else []),
+            base=base,
+            columns=columns,
+            rows=[dict.fromkeys(columns) | row for of_point in rows for row in of_point],
+            computed={
+                "n_points": len(rows),
+                "n_failed": sum(len(of_point) == 1 and bool(of_point[0]["error"]) for of_point in rows),
+                "text_passes": bases.n_text_passes,
+                "gate_passes": sweep.n_gate_passes,
+                "asked": sweep.n_asked,
+                "n_requests": sum(len(question.choices) for of_bench in questions.values() for question in of_bench),
+            },
+        )
+        return this.write(body, table=csv_text(columns, body.rows))
+
+
+class SweepBases:
+    """What guardrails of a sweep are built on, at any values of a recipe; each is selected once, and nothing written.
+
+    Args:
+        recipe: Settled, and in agreement with the features.
+        workspace: Where the features are.
+        features: What the study begins with.
+        loaded: The whole model.
+        options: How it is run.
+    """
+
+    def __init__(
+        self, recipe: Recipe, workspace: Workspace, features: Stored, loaded: LoadedModel, options: RunOptions
+    ) -> None:
+        self.recipe, self.workspace, self.features, self.loaded = recipe, workspace, features, loaded
+        # No checkpoint: that is of the points that are done. A pass that was interrupted begins anew.
+        self.job = Job(options.workers, progress=options.report)
+        file = recipe.calibrate.lengths_from
+        self.prompts = read_prompts((), Path(file)) if file else []
+        self.inputs = read_inputs(recipe, workspace, loaded=loaded)
+        self._passes = PassCache()
+        self._selections: dict[str, tuple[FeatureSet, dict[str, Tensor]]] = {}
+        self._bases: dict[str, SweepBase] = {}
+
+    @property
+    def n_text_passes(self) -> int:
+        """Over corpora, by which features were selected."""
+        return len(self._passes.statistics)
+
+    def at(self, changes: Mapping[str, Any]) -> SweepBase:
+        """Where the recipe has other values; the features are those of the artifact where it has not."""
+        changes = {key: value for key, value in changes.items() if values_at(self.recipe, [key])[key] != value}
+        key = json.dumps(changes, sort_keys=True)
+        if key not in self._bases:
+            if changes:
+                recipe = with_values(self.recipe, changes)
+                inputs = read_inputs(recipe, self.workspace, loaded=self.loaded)
+                self._bases[key] = self._base(key, recipe, inputs, *self._select(recipe, inputs))
+            else:
+                chain_sae(self.features)
+                tensors = self.workspace.tensors(self.features)
+                body = self.features.body_as(FeatureSet)
+                self._bases[key] = self._base("the recipe's base", self.recipe, self.inputs, body, tensors)
+        return self._bases[key]
+
+    def on(self, forget: Sequence[Corpus]) -> SweepBase:
+        """With other forget text, and the recipe's retain text."""
+        key = " ".join(f"{corpus.name} {corpus.sha256}" for corpus in forget)
+        if key not in self._bases:
+            inputs = dataclasses.replace(self.inputs, corpora={**self.inputs.corpora, "forget": list(forget)})
+            self._bases[key] = self._base(key, self.recipe, inputs, *self._select(self.recipe, inputs))
+        return self._bases[key]
+
+    def retain(self, recipe: Recipe, inputs: SelectionInputs) -> list[Corpus]:
+        """What thresholds are set on."""
+        names = recipe.calibrate.retain
+        if not names:
+            return inputs.corpora["retain"]
+        return load_corpora(names, role="retain", limit=recipe.corpora.limit, seed=recipe.seed)
+
+    def _select(self, recipe: Recipe, inputs: SelectionInputs) -> tuple[FeatureSet, dict[str, Tensor]]:
+        """By the same pass as `dsg select`; what is known of a corpus is not computed again."""
+        settings = recipe.select
+        if recipe.calibrate.gate != "probe":
+            settings = dataclasses.replace(settings, probe_features=0)
+        corpora = {role: [corpus.described() for corpus in of_role] for role, of_role in inputs.corpora.items()}
+        key = json.dumps([dataclasses.asdict(inputs.sae.identity), corpora, dataclasses.asdict(settings)])
+        if key not in self._selections:
+            body, tensors, _ = select.select(inputs, settings, self.job, self._passes, keeps_residuals=True)
+            self._selections[key] = body, tensors
+        return self._selections[key]
+
+    def _base(
+        self, key: str, recipe: Recipe, inputs: SelectionInputs, body: FeatureSet, tensors: Mapping[str, Tensor]
+    ) -> SweepBase:
+        """Retain text is cut as `dsg calibrate` cuts it."""
+        settings = recipe.calibrate
+        lengths = chunk_lengths(settings, self.loaded, self.prompts, bos=inputs.bos)
+        retain = self.retain(recipe, inputs)
+        chunks = calibration_chunks(recipe, self.loaded, retain, [], {}, bos=inputs.bos, lengths=lengths)
+        watched = gate_inputs(settings, body, tensors, where="What select found")
+        return SweepBase(key, inputs.sae, body, tensors, inputs.bos, chunks, settings, watched)
 
 
 def _check_selected(select: SelectSection, what: str) -> None:
@@ -332,11 +266,11 @@ def _check_selected(select: SelectSection, what: str) -> None:
 def _agreeing(recipe: Recipe, features: Stored) -> Recipe:
     """The recipe with the model, SAE, corpora and selection of the features."""
     assert features.header.sae is not None
-    chosen = {one.name: features.header.settings.get(one.name) for one in dataclasses.fields(SelectSection)}
+    chosen = {field.name: features.header.settings.get(field.name) for field in dataclasses.fields(SelectSection)}
     return dataclasses.replace(
         taken_from(recipe, features),
         sae=dataclasses.replace(recipe.sae, source=features.header.sae.source),
-        select=dataclasses.replace(recipe.select, **{key: one for key, one in chosen.items() if one is not None}),
+        select=dataclasses.replace(recipe.select, **{key: value for key, value in chosen.items() if value is not None}),
         seed=features.header.seed,
     )
 
@@ -353,8 +287,7 @@ def _check(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> None:
         check_name(sae)
     if recipe.study.sequence:
         check_named(recipe.study.sequence, role="forget")
-    first = recipe.corpora.forget[0].partition("=")[0]
-    if "requests" in grid and len({first, *recipe.study.sequence}) <= len(recipe.study.sequence):
+    if "requests" in grid and len({_names(recipe)[0], *recipe.study.sequence}) <= len(recipe.study.sequence):
         raise DsgError("study.sequence names a request twice, the first one among them.", "Name each corpus once.")
 
 
@@ -363,20 +296,20 @@ def _benches(recipe: Recipe, name: str) -> Json:
     section = recipe.study
     if not STUDIES[name].asks:
         return {"forget": [], "other": []}
-    forget = [section.forget or attack.default_bench([one.partition("=")[0] for one in recipe.corpora.forget])]
+    forget = [section.forget or attack.default_bench(_names(recipe))]
     if name == "sequential":
-        forget += [attack.default_bench([one]) for one in section.sequence]
+        forget += [attack.default_bench([request]) for request in section.sequence]
     other = [bench for bench in section.benches or recipe.eval.benches if bench not in forget]
     for bench in (*forget, *other):
         attack.check_bench(bench)
     return {"forget": forget, "other": list(dict.fromkeys(other))}
 
 
-def _names(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[str]:
+def _entities(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[str]:
     """Entities that forget text is about."""
     file = recipe.study.entities_file
     names = read_prompts((), Path(file)) if file is not None else []
-    names += known_names([one.partition("=")[0] for one in recipe.corpora.forget])
+    names += known_names(_names(recipe))
     if "entities" in grid.get("by", []) and not names:
         raise DsgError(
             "By entities: nothing says which entities the forget text names.",
@@ -395,23 +328,6 @@ def _notes(recipe: Recipe, benches: Json) -> list[str]:
     ]
 
 
-def _body(made: _Prepared, name: str, done: Sequence[Sequence[Json]], rigging: Rigging) -> StudyReport:
-    columns = [*made.grid, *STUDIES[name].found]
-    base = rigging.asker(rigging.bos).base() if made.questions else {}
-    found = {bench: accuracy_row({}, bench, several) for bench, several in base.items()}
-    first = made.questions.get(made.benches["forget"][0], []) if made.questions else []
-    n_failed = sum(len(rows) == 1 and bool(rows[0]["error"]) for rows in done)
-    return StudyReport(
-        study=name,
-        split=made.recipe.study.split,
-        grid=made.grid,
-        benches=made.benches,
-        chance=chance_of(first),
-        base={
-            bench: {"acc": row["value"], **{key: row[key] for key in ("low", "high", "n")}}
-            for bench, row in found.items()
-        },
-        columns=columns,
-        rows=[dict.fromkeys(columns) | row for rows in done for row in rows],
-        computed={"n_points": len(done), "n_failed": n_failed, **rigging.computed()},
-    )
+def _names(recipe: Recipe) -> list[str]:
+    """Forget corpora without their weights."""
+    return [name.partition("=")[0] for name in recipe.corpora.forget]

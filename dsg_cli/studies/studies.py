@@ -27,14 +27,13 @@ from dsg_cli.lab.world import DOMAINS, build_world
 from dsg_cli.models.language_model import context_length
 from dsg_cli.studies import AXES
 from dsg_cli.studies.sweep import (
-    Guards,
-    Rig,
     Statistics,
+    Sweep,
     accuracy_row,
     accuracy_rows,
     failed_row,
     gate_rows,
-    guarded_rows,
+    guardrail_rows,
     median_row,
     rate_row,
     row_of,
@@ -45,23 +44,22 @@ WARM_UP = 2
 """Pairs that are not counted."""
 
 
-def rows_of_cost(point: Json, rig: Rig) -> list[Json]:
+def rows_of_cost(point: Json, sweep: Sweep) -> list[Json]:
     """Seconds of both, and by how much of the plain one the guarded one takes longer."""
-    guards = rig.guards_at({})
-    ground, length, batch_size = guards.ground, point["length"], point["batch_size"]
-    longest = context_length(ground.loaded.model.config)
-    n_body = length - (ground.bos is not None)
+    loaded, length, batch_size = sweep.loaded, point["length"], point["batch_size"]
+    longest = context_length(loaded.model.config)
+    n_body = length - (sweep.base_at({}).bos is not None)
     if n_body < 1 or length > longest:
         raise DsgError(f"A pass over {length} tokens is not possible: the model reads {longest}, BOS among them.")
-    rows = [piece.ids for piece in rig.pieces("fresh", n_body, True)]
+    rows = [piece.ids for piece in sweep.chunks("fresh", n_body, is_packed=True)]
     if not rows:
         raise DsgError(f"The retain text has no {length} tokens in a row.", "Give shorter lengths.")
-    tokenizer, device = ground.loaded.tokenizer, str(ground.loaded.model.device)
+    tokenizer, device = loaded.tokenizer, str(loaded.model.device)
     batch = pad_rows(
         [rows[i % len(rows)] for i in range(batch_size)], tokenizer.pad_token_id or 0, special_ids(tokenizer), device
     )
-    module = guards.make(rig.wanted.at(point)).module
-    plain, under = paired_seconds(ground.loaded.model, module, batch.ids_BL, batch.mask_BL, repeats=rig.repeats)
+    module = sweep.guardrail(point).module
+    plain, under = paired_seconds(loaded.model, module, batch.ids_BL, batch.mask_BL, repeats=sweep.repeats)
     return [
         median_row(point, "plain_seconds", plain),
         median_row(point, "guarded_seconds", under),
@@ -116,22 +114,23 @@ class Kept:
         return sum(len(corpus.part("select")) for corpus in self.corpora)
 
 
-def rows_of_data_efficiency(point: Json, rig: Rig) -> list[Json]:
+def rows_of_data_efficiency(point: Json, sweep: Sweep) -> list[Json]:
     """The guardrail made with a share of the forget text; by entities, also on questions that name them."""
-    kept = share_of(rig.forget, point["by"], point["share"], seed=point.get("seed", rig.seed), names=rig.names)
+    seed = point.get("seed", sweep.seed)
+    kept = share_of(sweep.forget, point["by"], point["share"], seed=seed, names=sweep.entities)
     point = point | {"n_documents": kept.n_documents, "n_entities": len(kept.entities)}
-    guards = rig.guards_on(kept.corpora)
-    guard, asker = guards.make(rig.wanted), rig.asker(guards)
-    found = asker.under([guard])
-    rows = [*accuracy_rows(point, found), *gate_rows(point, guard)]
+    base = sweep.base_on(kept.corpora)
+    guardrail = sweep.guardrail({}, base)
+    answers = sweep.accuracy([guardrail], base.bos)
+    rows = [*accuracy_rows(point, answers), *gate_rows(point, guardrail)]
     if point["by"] == "documents":
         return rows
     naming = _naming(kept.entities)
-    is_named = [bool(naming.search(question.context)) for question in asker.questions[rig.forget_bench]]
+    is_named = [bool(naming.search(question.context)) for question in sweep.questions[sweep.forget_bench]]
     for metric, is_wanted in (("acc_named", True), ("acc_not_named", False)):
-        pairs = zip(found[rig.forget_bench], is_named, strict=True)
+        pairs = zip(answers[sweep.forget_bench], is_named, strict=True)
         own = [outcome for outcome, named in pairs if named == is_wanted]
-        rows += [accuracy_row(point, rig.forget_bench, own, metric=metric)] if own else []
+        rows += [accuracy_row(point, sweep.forget_bench, own, metric=metric)] if own else []
     return rows
 
 
@@ -187,65 +186,50 @@ def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256("".join(hashlib.sha256(text.encode()).hexdigest() for text in texts).encode()).hexdigest()
 
 
-def rows_of_seeds(point: Json, rig: Rig) -> list[Json]:
+def rows_of_seeds(point: Json, sweep: Sweep) -> list[Json]:
     """The guardrail on the SAE and the data of a point, on every bench; `hook` and `n_in_sae` say which SAE it is."""
-    guards = rig.guards_at({AXES[name].key: point[name] for name in ("sae", "seed") if name in point})
-    identity = guards.ground.sae.identity
-    return guarded_rows(point | {"hook": identity.hook, "n_in_sae": identity.n_features}, rig, guards)
+    base = sweep.base_at({AXES[name].key: point[name] for name in ("sae", "seed") if name in point})
+    identity = base.sae.identity
+    return guardrail_rows(point | {"hook": identity.hook, "n_in_sae": identity.n_features}, sweep, base)
 
 
-def rows_of_layers(point: Json, rig: Rig) -> list[Json]:
+def rows_of_layers(point: Json, sweep: Sweep) -> list[Json]:
     """The guardrail on the SAE of a point, on every bench; `hook` says which layer it is."""
-    return rows_of_seeds(point, rig)
+    return rows_of_seeds(point, sweep)
 
 
-def rows_of_length(point: Json, rig: Rig) -> list[Json]:
+def rows_of_length(point: Json, sweep: Sweep) -> list[Json]:
     """What the gate does with text of one length; a length that can set no threshold of its own says why."""
-    guards, wanted = rig.guards_at({}), rig.wanted.at(point)
-    threshold = guards.make(wanted).threshold
-    seen = {part: _seen(rig, guards, point, part) for part in ("calibrate", "fresh", "forget")}
+    threshold = sweep.guardrail(point).threshold
+    seen = {part: sweep.statistics(point, part, point["length"]) for part in ("calibrate", "fresh", "forget")}
     if not seen["fresh"]:
         raise DsgError(f"No document of the retain text has {point['length']} tokens.", "Give shorter lengths.")
     rows = [_share(point, "false_positive_rate", seen["fresh"], threshold)]
     if seen["forget"]:
         rows.append(_share(point, "forget_gate_rate", seen["forget"], threshold))
     try:
-        own = guards.threshold(wanted, seen["calibrate"])
+        own = sweep.threshold(point, seen["calibrate"], sweep.base_at({}))
     except DsgError as error:
         return [*rows, failed_row(point, error.message, metric="threshold")]
     return [*rows, row_of(point, "threshold", value=own), _share(point, "own_false_positive_rate", seen["fresh"], own)]
-
-
-def _seen(rig: Rig, guards: Guards, point: Json, part: str) -> Statistics:
-    what, pieces = f"{part}, {point['length']} tokens", rig.pieces(part, point["length"], False)
-    return guards.statistics(rig.wanted.at(point), pieces, what=what) if pieces else []
 
 
 def _share(point: Json, metric: str, seen: Statistics, threshold: float) -> Json:
     return rate_row(point, metric, sum(statistic > threshold for _, statistic in seen), len(seen))
 
 
-def rows_of_sequential(point: Json, rig: Rig) -> list[Json]:
+def rows_of_sequential(point: Json, sweep: Sweep) -> list[Json]:
     """What acts after so many requests, on the bench of every request and on all others."""
-    n_requests, wanted = point["requests"], rig.wanted.at(point)
-    numbers = range(n_requests) if point["way"] == "each" else [n_requests - 1]
-    grounds = [_guards(rig, number, is_union=point["way"] == "union") for number in numbers]
-    acting = [guards.make(wanted) for guards in grounds]
-    return accuracy_rows(point, rig.asker(grounds[0]).under(acting))
+    is_union = point["way"] == "union"
+    guardrails = []
+    for number in [point["requests"]] if is_union else range(1, point["requests"] + 1):
+        met = list(sweep.requests[:number])
+        retain = [name for name in sweep.retain_names if name.partition("=")[0] not in met]
+        base = sweep.base_at({"corpora.forget": met if is_union else met[-1:], "corpora.retain": retain})
+        guardrails.append(sweep.guardrail(point, base))
+    return accuracy_rows(point, sweep.accuracy(guardrails, guardrails[0].base.bos))
 
 
-def _guards(rig: Rig, number: int, *, is_union: bool) -> Guards:
-    """Guardrails for one request, or for all up to it."""
-    met = rig.requests[: number + 1]
-    retain = [one for one in rig.retain if one.partition("=")[0] not in met]
-    return rig.guards_at({"corpora.forget": list(met if is_union else met[-1:]), "corpora.retain": retain})
-
-
-def prepare_stability(points: Sequence[Json], rig: Rig) -> None:
-    """See retain text once for all gates."""
-    rig.guards_at({}).prepare([rig.wanted.at(point) for point in points])
-
-
-def rows_of_stability(point: Json, rig: Rig) -> list[Json]:
+def rows_of_stability(point: Json, sweep: Sweep) -> list[Json]:
     """The guardrail of a point, on every bench."""
-    return guarded_rows(point, rig, rig.guards_at({}))
+    return guardrail_rows(point, sweep, sweep.base_at({}))

@@ -1,8 +1,8 @@
-"""Guardrails at many settings from what one pass over the text has found.
+"""Guardrails at many settings, and what the model answers under them, from what one pass over the text has computed.
 
 The statistics of select serve every number of features and every percentile. What the gate sees in retain text is
 computed once for all settings at which it watches the same features, and serves every alpha. Another strength only
-changes what features are set to.
+changes what features are set to. The base model answers all questions once; a guarded one those that its gate opens on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import csv
 import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,257 +19,264 @@ from torch import Tensor
 from dsg_cli.attacks.target import Outcome, outcomes, requests_of
 from dsg_cli.data.batches import TokenBatch
 from dsg_cli.data.corpora import Corpus
-from dsg_cli.data.tokens import Piece, Request, special_ids
+from dsg_cli.data.tokens import Piece, Request, draw_pieces, special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.benches import Question
 from dsg_cli.guardrail.calibration import (
+    GateInputs,
     calibrated_threshold,
     check_finite,
-    gate_inputs,
     gate_statistics,
     make_guardrail,
 )
 from dsg_cli.guardrail.guarded import guarded, last_decisions
 from dsg_cli.guardrail.runtime.gates import DETECTING_FORMS
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.guardrail.runtime.slice import SliceSpec
 from dsg_cli.guardrail.selection import scores_of, select_features
 from dsg_cli.inference.scoring import Score, score
 from dsg_cli.intervals import wilson
-from dsg_cli.job import Job, Report, silent
+from dsg_cli.job import Job
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae import SaeSource
 from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import CalibrateSection, parse_strength
+from dsg_cli.studies import OF_A_GUARDRAIL
 from dsg_cli.workspace.artifacts import FeatureSet
-from dsg_cli.workspace.checkpoints import Checkpoint
 from dsg_cli.workspace.results import Json
 
 Statistics = list[tuple[str, float]]
-"""Corpus and statistic of each piece."""
+"""Corpus and gate statistic of each calibration chunk."""
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What guardrails are made on."""
+class SweepBase:
+    """SAE, features and retain text that guardrails of a sweep are built on."""
 
-    name: str
-    """Another for every other ground."""
-    loaded: LoadedModel
-    """The whole model."""
+    key: str
+    """Unique for each combination of SAE, corpora and seed."""
     sae: SaeSource
     features: FeatureSet
     tensors: Mapping[str, Tensor]
     """Statistics of every feature of the SAE."""
     bos: int | None
-    pieces: Mapping[str, Sequence[Piece]]
+    chunks: Mapping[str, Sequence[Piece]]
     """`calibrate` sets thresholds, `fresh` measures them: retain text."""
+    gate: CalibrateSection
+    """Its alpha does not matter."""
+    watched: GateInputs
+    """By the gate, beside the clamped features."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The settings of one guardrail."""
-
-    n_features: int
-    ratio_percentile: float
-    alpha: float
-    strength: str
-
-    def at(self, point: Json) -> Wanted:
-        """With the values that a point of a grid has for them."""
-        return replace(self, **{one.name: point[one.name] for one in fields(self) if one.name in point})
-
-
-@dataclass(frozen=True)
-class Guard:
-    """A guardrail, and what is known of its gate."""
+class SweptGuardrail:
+    """A guardrail of a sweep, and what is known of its gate."""
 
     module: GuardrailModule
+    base: SweepBase
     watches: str
     """What its gate watches: of two that watch the same the statistics are the same."""
     n_fresh: int
     n_false: int
-    """Fresh pieces of retain text on which it opens."""
+    """Fresh chunks of retain text on which it opens."""
 
     @property
     def threshold(self) -> float:
         return self.module.gate.threshold
 
 
-class Guards:
-    """All guardrails on one ground.
+@dataclass
+class Sweep:
+    """Guardrails at any point of a grid, and answers under them; nothing is computed twice, and nothing written."""
 
-    Args:
-        ground: Model, SAE, statistics and retain text.
-        settings: The gate; its alpha does not matter.
-        checkpoint: Where passes over retain text are kept.
-        report: Progress.
-    """
+    loaded: LoadedModel
+    """The whole model."""
+    base_at: Callable[[Mapping[str, Any]], SweepBase]
+    """The base where a recipe has these values at dotted keys; each is made once."""
+    base_on: Callable[[Sequence[Corpus]], SweepBase]
+    """The base with other forget text; each is made once."""
+    defaults: Json
+    """Settings of a guardrail, for what a grid does not vary."""
+    questions: Mapping[str, Sequence[Question]]
+    """By bench."""
+    forget_bench: str
+    forget: Sequence[Corpus]
+    retain: Sequence[Corpus]
+    """What thresholds are set on."""
+    retain_names: Sequence[str]
+    """Retain corpora of the recipe, with weights."""
+    entities: Sequence[str]
+    """Names that forget text is about; empty where none are known."""
+    requests: Sequence[str]
+    """Corpora that are to be forgotten one after another, the first one first."""
+    repeats: int
+    seed: int
+    batch_size: int
+    job: Job
+    """Its checkpoint keeps passes over retain text."""
+    n_gate_passes: int = 0
+    """Over retain text, by which thresholds were set."""
+    n_asked: int = 0
+    """Requests that went through the whole model."""
+    _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        ground: Ground,
-        settings: CalibrateSection,
-        *,
-        checkpoint: Checkpoint | None = None,
-        report: Report = silent,
-    ) -> None:
-        self.ground, self.settings = ground, settings
-        self.checkpoint, self.report = checkpoint or Checkpoint(), report
-        self.inputs = gate_inputs(settings, ground.features, ground.tensors, where="What select found")
-        self.n_passes = 0
-        """Over retain text, by which thresholds were set."""
-        self._chosen: dict[tuple[int, float], list[int]] = {}
-        self._slices: dict[tuple[int, ...], tuple[SliceSpec, dict[str, Tensor]]] = {}
-        self._seen: dict[str, dict[str, Statistics]] = {}
-        self._others: dict[str, Statistics] = {}
+    def guardrail(self, point: Json, base: SweepBase | None = None) -> SweptGuardrail:
+        """The guardrail of a point of the grid; on the recipe's own base, if no other is given."""
+        base = base or self.base_at({})
+        self.prepare([point], base)
+        settings, indices = self._settings(point), self._indices(point, base)
+        watches = self._watches(indices, base)
+        threshold = self.threshold(point, self._cache["seen", watches, "calibrate"], base)
+        fresh = [statistic for _, statistic in self._cache["seen", watches, "fresh"]]
+        strength = parse_strength(settings["strength"], base.features.median_residual_norm)
+        module = self._module(indices, base, threshold=threshold, strength=strength)
+        # By which those that act together are told apart; a digest of its tensors is for guardrails in files.
+        module.key = f"{base.key} {settings}"
+        return SweptGuardrail(module, base, watches, len(fresh), sum(statistic > threshold for statistic in fresh))
 
-    def prepare(self, wanted: Sequence[Wanted]) -> None:
-        """See retain text with the gates of all these settings in one pass; those that cannot be made are left out."""
-        missing: dict[str, list[int]] = {}
-        for one in wanted:
+    def prepare(self, points: Sequence[Json], base: SweepBase | None = None) -> None:
+        """See retain text with the gates of all these points in one pass; those that cannot be made are left out."""
+        base = base or self.base_at({})
+        unseen: dict[str, list[int]] = {}
+        for point in points:
             try:
-                indices = self.indices(one)
+                indices = self._indices(point, base)
             except DsgError:  # It is said where that guardrail is made.
                 continue
-            if (name := self._watches(indices)) not in self._seen:
-                missing[name] = indices
-        if missing:
-            self._see(missing)
+            if ("seen", watches := self._watches(indices, base), "fresh") not in self._cache:
+                unseen[watches] = indices
+        if not unseen:
+            return
+        self.n_gate_passes += 1
+        modules = [self._module(indices, base) for indices in unseen.values()]
+        for part in ("calibrate", "fresh"):
+            of_gates = self._see(modules, base.chunks[part], part, f"{part} of {list(unseen)!r}")
+            self._cache |= {("seen", watches, part): seen for watches, seen in zip(unseen, of_gates, strict=True)}
 
-    def make(self, wanted: Wanted) -> Guard:
-        """The guardrail of these settings."""
-        self.prepare([wanted])
-        indices = self.indices(wanted)
-        watches = self._watches(indices)
-        threshold = self.threshold(wanted, self._seen[watches]["calibrate"])
-        fresh = [statistic for _, statistic in self._seen[watches]["fresh"]]
-        strength = parse_strength(wanted.strength, self.ground.features.median_residual_norm)
-        module = self._module(indices, threshold=threshold, strength=strength)
-        # By which those that act together are told apart; a digest of its tensors is for guardrails in files.
-        module.key = f"{self.ground.name} {wanted}"
-        return Guard(module, watches, len(fresh), sum(statistic > threshold for statistic in fresh))
-
-    def threshold(self, wanted: Wanted, statistics: Statistics) -> float:
+    def threshold(self, point: Json, seen: Statistics, base: SweepBase) -> float:
         """The threshold that statistics of retain text set."""
-        return calibrated_threshold(replace(self.settings, alpha=wanted.alpha), statistics)
+        return calibrated_threshold(replace(base.gate, alpha=self._settings(point)["alpha"]), seen)
 
-    def indices(self, wanted: Wanted) -> list[int]:
+    def statistics(self, point: Json, part: str, length: int) -> Statistics:
+        """What the gate of a point sees in chunks of so many tokens, on the recipe's own base."""
+        base, chunks = self.base_at({}), self.chunks(part, length, is_packed=False)
+        indices = self._indices(point, base)
+        key = ("seen", self._watches(indices, base), part, length)
+        if key not in self._cache:
+            what = f"{part}, {length} tokens"
+            module = self._module(indices, base)
+            self._cache[key] = self._see([module], chunks, what, f"{what} of {key[1]}")[0] if chunks else []
+        seen: Statistics = self._cache[key]
+        return seen
+
+    def chunks(self, part: str, length: int, *, is_packed: bool) -> list[Piece]:
+        """Chunks of so many tokens, BOS not counted, of `calibrate` or `fresh` retain text or of `forget` text.
+
+        What a user says in a chat has its own length, and is none.
+        """
+        key = ("chunks", part, length, is_packed)
+        if key not in self._cache:
+            base, corpora = self.base_at({}), self.forget if part == "forget" else self.retain
+            self._cache[key] = draw_pieces(
+                self.loaded.tokenizer,
+                [replace(corpus, weight=None) for corpus in corpora if not corpus.is_chat],
+                "calibrate" if part == "calibrate" else "fresh",
+                bos=base.bos,
+                lengths=[length],
+                is_packed=is_packed or base.gate.rows == "packed",
+                at_most=base.gate.max_pieces,
+                seed=self.seed,
+            )
+        chunks: list[Piece] = self._cache[key]
+        return chunks
+
+    def accuracy(self, guardrails: Sequence[SweptGuardrail], bos: int | None) -> dict[str, list[Outcome]]:
+        """Outcome of every question by bench, under guardrails that act together or of the base model.
+
+        Args:
+            guardrails: None for the base model.
+            bos: Token that every sequence begins with, as the text did on which they were made.
+        """
+        if ("requests", bos) not in self._cache:
+            tokenizer = self.loaded.tokenizer
+            by_bench = {bench: requests_of(tokenizer, asked, bos=bos) for bench, asked in self.questions.items()}
+            self._cache["requests", bos] = by_bench
+            everything = [request for requests in by_bench.values() for request in requests]
+            self._cache["base", bos] = self._score(everything, ())
+        by_bench = self._cache["requests", bos]
+        requests = [request for requests in by_bench.values() for request in requests]
+        scores, is_blocked = list(self._cache["base", bos]), [False] * len(requests)
+        if guardrails:
+            max_length = context_length(self.loaded.model.config)
+            inputs = [request.inputs(max_length) for request in requests]
+            seen = [(self._see_questions(guardrail, inputs, bos), guardrail.threshold) for guardrail in guardrails]
+            opened = [
+                i for i, row in enumerate(inputs) if any(not known[row] <= threshold for known, threshold in seen)
+            ]
+            for i, answer in zip(opened, self._score([requests[i] for i in opened], guardrails), strict=True):
+                scores[i], is_blocked[i] = answer, bool(answer.note)
+        graded: dict[str, list[Outcome]] = {}
+        start = 0
+        for bench, questions in self.questions.items():
+            own = slice(start, start + len(by_bench[bench]))
+            graded[bench] = outcomes(questions, scores[own], is_blocked[own])
+            start = own.stop
+        return graded
+
+    def _settings(self, point: Json) -> Json:
+        return self.defaults | {name: point[name] for name in OF_A_GUARDRAIL if name in point}
+
+    def _indices(self, point: Json, base: SweepBase) -> list[int]:
         """The features that are clamped, in rank order."""
-        key = (wanted.n_features, wanted.ratio_percentile)
-        if key not in self._chosen:
-            scores = scores_of(self.ground.features.score, self.ground.tensors)
-            chosen = select_features(*scores, n_features=key[0], ratio_percentile=key[1])
-            self._chosen[key] = [feature.index for feature in chosen.features]
-        return self._chosen[key]
+        settings = self._settings(point)
+        key = ("indices", base.key, settings["n_features"], settings["ratio_percentile"])
+        if key not in self._cache:
+            scores = scores_of(base.features.score, base.tensors)
+            selection = select_features(*scores, n_features=key[2], ratio_percentile=key[3])
+            self._cache[key] = [feature.index for feature in selection.features]
+        indices: list[int] = self._cache[key]
+        return indices
 
-    def statistics(self, wanted: Wanted, pieces: Sequence[Piece], *, what: str) -> Statistics:
-        """What the gate of these settings sees in other pieces, which `what` names."""
-        indices = self.indices(wanted)
-        name = f"{what} of {self._watches(indices)}"
-        if name not in self._others:
-            (self._others[name],) = self._statistics([self._module(indices)], pieces, what, name)
-        return self._others[name]
+    def _watches(self, indices: Sequence[int], base: SweepBase) -> str:
+        if base.gate.gate in DETECTING_FORMS:
+            return base.key
+        return f"{base.key} {' '.join(map(str, sorted(indices)))}"
 
-    def _watches(self, indices: Sequence[int]) -> str:
-        if self.settings.gate in DETECTING_FORMS:
-            return self.ground.name
-        return f"{self.ground.name} {' '.join(map(str, sorted(indices)))}"
+    def _module(self, indices: Sequence[int], base: SweepBase, **values: float) -> GuardrailModule:
+        key = ("slice", base.key, *indices)
+        if key not in self._cache:
+            self._cache[key] = slice_sae(base.sae, indices, base.watched.detectors, base.watched.weights)
+        return make_guardrail(base.watched, self.loaded, base.sae, self._cache[key], **values)
 
-    def _module(self, indices: Sequence[int], **values: float) -> GuardrailModule:
-        ground, key = self.ground, tuple(indices)
-        if key not in self._slices:
-            self._slices[key] = slice_sae(ground.sae, indices, self.inputs.detectors, self.inputs.weights)
-        return make_guardrail(self.inputs, ground.loaded, ground.sae, self._slices[key], **values)
-
-    def _see(self, missing: Mapping[str, list[int]]) -> None:
-        modules = [self._module(indices) for indices in missing.values()]
-        names = list(missing)
-        self.n_passes += 1
-        found = {
-            part: self._statistics(modules, self.ground.pieces[part], part, f"{part} of {names!r}")
-            for part in ("calibrate", "fresh")
-        }
-        for i, name in enumerate(names):
-            self._seen[name] = {part: of_gates[i] for part, of_gates in found.items()}
-
-    def _statistics(
-        self, modules: Sequence[GuardrailModule], pieces: Sequence[Piece], what: str, name: str
+    def _see(
+        self, modules: Sequence[GuardrailModule], chunks: Sequence[Piece], what: str, name: str
     ) -> list[Statistics]:
-        """Of each gate, from one pass."""
+        """Statistics of each gate, from one pass; `name` is that of the pass in the checkpoint."""
 
         def progress(_name: str, n_done: int, n_total: int) -> None:
-            self.report(f"{what} pieces, tokens", n_done, n_total)
+            self.job.progress(f"{what} pieces, tokens", n_done, n_total)
 
-        job = Job(checkpoint=self.checkpoint, progress=progress, name=name)
-        found = gate_statistics(self.ground.loaded, modules, pieces, job)
-        check_finite([value for _, _, several in found for value in several])
-        return [[(pieces[i].corpus, several[g]) for i, _, several in found] for g in range(len(modules))]
+        rows = gate_statistics(self.loaded, modules, chunks, replace(self.job, progress=progress, name=name))
+        check_finite([value for _, _, values in rows for value in values])
+        return [[(chunks[i].corpus, values[g]) for i, _, values in rows] for g in range(len(modules))]
 
-
-class Asker:
-    """Questions of several benches and what the base model answers.
-
-    Args:
-        loaded: The model, whole.
-        questions: By bench.
-        bos: Token that every sequence begins with.
-        batch_size: Sequences in a batch.
-        report: Progress.
-    """
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        questions: Mapping[str, Sequence[Question]],
-        *,
-        bos: int | None,
-        batch_size: int,
-        report: Report = silent,
-    ) -> None:
-        self.loaded, self.questions = loaded, questions
-        self.batch_size, self.report = batch_size, report
-        self.max_length = context_length(loaded.model.config)
-        self.n_asked = 0
-        """Requests that went through the whole model."""
-        of_bench = {bench: requests_of(loaded.tokenizer, several, bos=bos) for bench, several in questions.items()}
-        self._requests = [request for several in of_bench.values() for request in several]
-        self._n_requests = {bench: len(several) for bench, several in of_bench.items()}
-        self._inputs = list(dict.fromkeys(request.inputs(self.max_length) for request in self._requests))
-        self._seen: dict[str, dict[tuple[int, ...], float]] = {}
-        """What a gate watches -> what it sees of each input."""
-        self._base = self._scored(self._requests, ())
-
-    def base(self) -> dict[str, list[Outcome]]:
-        """What the model answers without any guardrail, by bench."""
-        return self._outcomes(self._base, [False] * len(self._base))
-
-    def under(self, guards: Sequence[Guard]) -> dict[str, list[Outcome]]:
-        """What it answers under guardrails that act together, by bench."""
-        seen = [(guard, self._statistics(guard)) for guard in guards]
-        is_open = {
-            row: any(not statistics[row] <= guard.module.gate.threshold for guard, statistics in seen)
-            for row in self._inputs
-        }
-        opened = [i for i, request in enumerate(self._requests) if is_open[request.inputs(self.max_length)]]
-        found = self._scored([self._requests[i] for i in opened], guards)
-        scores, decided = list(self._base), [False] * len(self._base)
-        for i, one in zip(opened, found, strict=True):
-            scores[i], decided[i] = one, bool(one.note)
-        return self._outcomes(scores, decided)
-
-    def _statistics(self, guard: Guard) -> dict[tuple[int, ...], float]:
-        if guard.watches not in self._seen:
-            pieces = [Piece(str(i), "", list(row)) for i, row in enumerate(self._inputs)]
-            job = Job(progress=self.report, name="questions")
-            found = gate_statistics(self.loaded, [guard.module], pieces, job)
+    def _see_questions(
+        self, guardrail: SweptGuardrail, inputs: Sequence[tuple[int, ...]], bos: int | None
+    ) -> dict[tuple[int, ...], float]:
+        """What a gate sees of each input."""
+        key = ("questions", guardrail.watches, bos)
+        if key not in self._cache:
+            rows = list(dict.fromkeys(inputs))
+            pieces = [Piece(str(i), "", list(row)) for i, row in enumerate(rows)]
+            job = Job(progress=self.job.progress, name="questions")
+            found = gate_statistics(self.loaded, [guardrail.module], pieces, job)
             check_finite([statistic for _, _, (statistic,) in found])
-            self._seen[guard.watches] = {self._inputs[i]: statistic for i, _, (statistic,) in found}
-        return self._seen[guard.watches]
+            self._cache[key] = {rows[i]: statistic for i, _, (statistic,) in found}
+        seen: dict[tuple[int, ...], float] = self._cache[key]
+        return seen
 
-    def _scored(self, requests: Sequence[Request], guards: Sequence[Guard]) -> list[Score]:
+    def _score(self, requests: Sequence[Request], guardrails: Sequence[SweptGuardrail]) -> list[Score]:
         """Scores, noting of each whether a gate opened."""
-        modules, model = [guard.module for guard in guards], self.loaded.model
+        modules, model = [guardrail.module for guardrail in guardrails], self.loaded.model
         self.n_asked += len(requests)
 
         def note(_batch: TokenBatch) -> list[bool]:
@@ -283,21 +290,12 @@ class Asker:
                 pad=self.loaded.tokenizer.pad_token_id or 0,
                 special=special_ids(self.loaded.tokenizer),
                 batch_size=self.batch_size,
-                max_length=self.max_length,
+                max_length=context_length(model.config),
                 device=str(model.device),
                 note=note if modules else None,
                 what="asking",
-                report=self.report,
+                report=self.job.progress,
             )
-
-    def _outcomes(self, scores: Sequence[Score], decided: Sequence[bool]) -> dict[str, list[Outcome]]:
-        found: dict[str, list[Outcome]] = {}
-        start = 0
-        for bench, questions in self.questions.items():
-            own = slice(start, start + self._n_requests[bench])
-            found[bench] = outcomes(questions, scores[own], decided[own])
-            start = own.stop
-        return found
 
 
 MEASURES = ("bench", "metric", "value", "low", "high", "n", "gate_rate", "gate_low", "gate_high", "error")
@@ -366,42 +364,15 @@ def csv_text(columns: Sequence[str], rows: Sequence[Json]) -> str:
     return text.getvalue()
 
 
-@dataclass(frozen=True)
-class Rig:
-    """All that a study measures with."""
-
-    wanted: Wanted
-    """The recipe's own settings, for what a grid does not vary."""
-    guards_at: Callable[[Mapping[str, Any]], Guards]
-    """Guardrails where a recipe has these values at dotted keys."""
-    guards_on: Callable[[Sequence[Corpus]], Guards]
-    """Guardrails made with other forget text."""
-    asker: Callable[[Guards], Asker]
-    """Questions that begin as the text did on which they were made."""
-    pieces: Callable[[str, int, bool], list[Piece]]
-    """Pieces of so many tokens: of `calibrate` or `fresh` retain text or of `forget` text; packed, or each from one
-    document."""
-    forget: Sequence[Corpus]
-    retain: Sequence[str]
-    """Retain corpora by name, with weights."""
-    names: Sequence[str]
-    """Entities that forget text is about; empty where none are known."""
-    requests: Sequence[str]
-    """Corpora that are to be forgotten one after another, the first one first."""
-    forget_bench: str
-    repeats: int
-    seed: int
-
-
-def guarded_rows(point: Json, rig: Rig, guards: Guards) -> list[Json]:
+def guardrail_rows(point: Json, sweep: Sweep, base: SweepBase) -> list[Json]:
     """The guardrail of a point on every bench, its threshold and its false positives."""
-    guard = guards.make(rig.wanted.at(point))
-    return [*accuracy_rows(point, rig.asker(guards).under([guard])), *gate_rows(point, guard)]
+    guardrail = sweep.guardrail(point, base)
+    return [*accuracy_rows(point, sweep.accuracy([guardrail], base.bos)), *gate_rows(point, guardrail)]
 
 
-def gate_rows(point: Json, guard: Guard) -> list[Json]:
+def gate_rows(point: Json, guardrail: SweptGuardrail) -> list[Json]:
     """What is known of a gate from retain text."""
     return [
-        rate_row(point, "false_positive_rate", guard.n_false, guard.n_fresh),
-        row_of(point, "threshold", value=guard.threshold),
+        rate_row(point, "false_positive_rate", guardrail.n_false, guardrail.n_fresh),
+        row_of(point, "threshold", value=guardrail.threshold),
     ]
