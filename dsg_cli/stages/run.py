@@ -1,4 +1,7 @@
-"""`dsg run` and `dsg demo`: the whole chain from one recipe, through the same stage functions as the commands."""
+"""`dsg run` and `dsg demo`: the whole chain from one recipe, through the same stage functions as the commands.
+
+`--dry-run` says what would be done, after the same checks and without a download.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,13 @@ from dsg_cli.data.corpora import check_disjoint, check_named, parse_name
 from dsg_cli.data.hub import REPOSITORY, download_size
 from dsg_cli.errors import DsgError, close_to
 from dsg_cli.evals import PAPER, is_free, known_benches, task_name
+from dsg_cli.evals.expect import check_metrics, parse_expected
 from dsg_cli.inspection.neuronpedia import INSTEAD, place_of
 from dsg_cli.lab import data as lab
 from dsg_cli.models.releases import locate_release
+from dsg_cli.models.sae import check_name
 from dsg_cli.settings import Recipe
-from dsg_cli.stages.select import is_picked
+from dsg_cli.stages import apply, attack, calibrate, evaluate, select, unlearn
 from dsg_cli.stages.stage import QUIET, RunOptions
 from dsg_cli.workspace.files import is_file, is_folder
 from dsg_cli.workspace.store import Stored, Workspace
@@ -35,51 +40,14 @@ def run(
     """Select, calibrate, apply, evaluate and attack; each stage reads the artifact that the one before it wrote.
 
     Args:
-        recipe: All settings; it must name corpora and benches. If it says what to teach (`methods.finetune.corpora`),
-            the model is trained on that first, and all that follows is on the result.
+        recipe: All settings; it must name corpora and benches. If it says what to finetune on
+            (`methods.finetune.corpora`), the model is trained on that first, and all that follows is on the result.
         workspace: Where artifacts go.
         options: How it is run; one that goes on takes the artifacts that are there.
         done: Called with each artifact once it is written.
     """
-    if not recipe.eval.benches:
-        raise DsgError("The recipe names no bench.", "Add eval.benches.")
-
-    from dsg_cli.attacks import expand_attacks
-    from dsg_cli.data.corpora import check_named
-    from dsg_cli.evals import PAPER, is_free
-    from dsg_cli.evals.benches import load_free, load_tasks, metrics_of
-    from dsg_cli.evals.expect import check_metrics, parse_expected
-    from dsg_cli.evals.paper_protocol import load_questions
-    from dsg_cli.models.sae import check_name
-    from dsg_cli.stages import apply, attack, calibrate, evaluate, select, unlearn
-    from dsg_cli.stages.select import is_picked
-
-    kinds = expand_attacks(recipe.attack.kinds) if recipe.attack.kinds else []
-    for text in recipe.attack.expect:
-        parse_expected(text, kinds)
-    apply.check_strength(recipe.guardrail)
-    expected = [parse_expected(text, recipe.eval.benches) for text in recipe.eval.expect]
-    for name in (recipe.attack.bench, recipe.attack.utility_bench):
-        attack.check_bench(name or "")
-    asked_too = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
-    benches = [*recipe.eval.benches, *sorted(asked_too - set(recipe.eval.benches))]
-    tasks = load_tasks(
-        [bench for bench in benches if bench not in PAPER and not is_free(bench)],
-        split=recipe.eval.split,
-        include_path=recipe.eval.include_path,
-        can_generate=recipe.calibrate.gate != "mean",
-    )
-    free, _ = load_free(
-        recipe.eval.benches,
-        split=recipe.eval.split,
-        limit=recipe.eval.limit,
-        holdout=recipe.eval.holdout,
-        seed=recipe.seed,
-    )
-    check_metrics(expected, metrics_of(tasks) | {bench.name: set(bench.metrics) for bench in free})
-    for bench in recipe.eval.benches:
-        if bench in PAPER:
-            load_questions(bench)
+    check_recipe(recipe)
+    check_data(recipe)
     chain: list[Stored] = []
 
     def keep(stored: Stored) -> str:
@@ -89,9 +57,6 @@ def run(
 
     options = dataclasses.replace(options, reuse=options.reuse or options.resume)
     if recipe.methods.finetune.corpora:
-        for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
-            if names or role == "retain" or not is_picked(recipe.select):
-                check_named(names, role=role)
         check_name(recipe.sae.source)  # Now, not after the training.
         keep(unlearn.run(recipe, workspace, "finetune", options=options))
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, source=chain[-1].id))
@@ -99,19 +64,78 @@ def run(
     threshold = keep(calibrate.run(recipe, workspace, source=features, options=options))
     guardrail = keep(apply.run(recipe, workspace, source=threshold, options=options))
     keep(evaluate.run(recipe, workspace, sources=[guardrail], options=options))
-    named = recipe.attack.kinds
-    for stored in attack.run(recipe, workspace, named, sources=[guardrail], options=options) if named else ():
-        keep(stored)
+    if recipe.attack.kinds:
+        for stored in attack.run(recipe, workspace, recipe.attack.kinds, sources=[guardrail], options=options):
+            keep(stored)
     return chain
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what no stage could do, without a download."""
+    for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
+        if names or role == "retain" or not select.is_picked(recipe.select):
+            check_named(names, role=role)
+    for name in recipe.methods.finetune.corpora:
+        parse_name(name)
+    check_disjoint(recipe.corpora.forget, recipe.corpora.retain)
+    if not recipe.eval.benches:
+        raise DsgError("The recipe names no bench.", "Add eval.benches.")
+    for bench in recipe.eval.benches:
+        # Others may be lm-eval's, or in a folder of the user's own.
+        alike = close_to(bench, known_benches())
+        if bench not in known_benches() and not is_free(bench) and alike and not recipe.eval.include_path:
+            from dsg_cli.evals.benches import task_index
+
+            if task_name(bench) not in task_index((), True).all_tasks:
+                raise DsgError(f"There is no bench named {bench}.", f"Did you mean {' or '.join(alike)}?")
+    kinds = expand_attacks(recipe.attack.kinds) if recipe.attack.kinds else []
+    for text in recipe.attack.expect:
+        parse_expected(text, kinds)
+    apply.check_strength(recipe.guardrail)
+    for text in recipe.eval.expect:
+        parse_expected(text, recipe.eval.benches)
+
+
+def check_data(recipe: Recipe) -> None:
+    """Load the questions of every bench, and refuse conditions on what they do not measure."""
+    from dsg_cli.evals.benches import load_free, load_tasks, metrics_of
+    from dsg_cli.evals.paper_protocol import load_questions
+
+    settings = recipe.eval
+    of_attacks = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
+    for name in of_attacks:
+        attack.check_bench(name)
+    benches = [*settings.benches, *sorted(of_attacks - set(settings.benches))]
+    tasks = load_tasks(
+        [bench for bench in benches if bench not in PAPER and not is_free(bench)],
+        split=settings.split,
+        include_path=settings.include_path,
+        can_generate=recipe.calibrate.gate != "mean",
+    )
+    free, _ = load_free(
+        settings.benches, split=settings.split, limit=settings.limit, holdout=settings.holdout, seed=recipe.seed
+    )
+    expected = [parse_expected(text, settings.benches) for text in settings.expect]
+    check_metrics(expected, metrics_of(tasks) | {bench.name: set(bench.metrics) for bench in free})
+    for bench in settings.benches:
+        if bench in PAPER:
+            load_questions(bench)
 
 
 Verb = Literal["read", "compute", "write"]
 
 UNKNOWN = "size unknown: the hub cannot be reached"
 
-QUESTIONS = {"wmdp-bio": 1273, "wmdp-cyber": 1987, "wmdp-chem": 408, "mmlu": 14042}
-
-QUESTIONS |= {"wmdp-bio-paper": 1273, "wmdp-cyber-paper": 1987, "mmlu-paper": 725, "mmlu-paper-cyber": 769}
+QUESTIONS = {
+    "wmdp-bio": 1273,
+    "wmdp-cyber": 1987,
+    "wmdp-chem": 408,
+    "mmlu": 14042,
+    "wmdp-bio-paper": 1273,
+    "wmdp-cyber-paper": 1987,
+    "mmlu-paper": 725,
+    "mmlu-paper-cyber": 769,
+}
 """Questions of the benches with names of ours, as published."""
 
 
@@ -130,41 +154,12 @@ class Step:
 
 def plan(recipe: Recipe) -> list[Step]:
     """Every step of a run, after the checks that need no download."""
-    from dsg_cli.evals.expect import parse_expected
-    from dsg_cli.stages import apply
-
-    lesson = recipe.methods.finetune
-    for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
-        if names or role == "retain" or not is_picked(recipe.select):
-            check_named(names, role=role)
-    for name in lesson.corpora:
-        parse_name(name)
-    check_disjoint(recipe.corpora.forget, recipe.corpora.retain)
-    _check_benches(recipe)
-    kinds = expand_attacks(recipe.attack.kinds) if recipe.attack.kinds else []
-    for text in recipe.attack.expect:
-        parse_expected(text, kinds)
-    apply.check_strength(recipe.guardrail)
-    for text in recipe.eval.expect:
-        parse_expected(text, recipe.eval.benches)
+    check_recipe(recipe)
     stages = [*_select(recipe), *_calibrate(recipe), *_apply(recipe), *_evaluate(recipe), *_attack(recipe)]
-    return [*_teach(recipe), *stages] if lesson.corpora else stages
+    return [*_finetune(recipe), *stages] if recipe.methods.finetune.corpora else stages
 
 
-def _check_benches(recipe: Recipe) -> None:
-    if not recipe.eval.benches:
-        raise DsgError("The recipe names no bench.", "Add eval.benches.")
-    for bench in recipe.eval.benches:
-        # Others may be lm-eval's, or in a folder of the user's own.
-        alike = close_to(bench, known_benches())
-        if bench not in known_benches() and not is_free(bench) and alike and not recipe.eval.include_path:
-            from dsg_cli.evals.benches import task_index
-
-            if task_name(bench) not in task_index((), True).all_tasks:
-                raise DsgError(f"There is no bench named {bench}.", f"Did you mean {' or '.join(alike)}?")
-
-
-def _teach(recipe: Recipe) -> Iterator[Step]:
+def _finetune(recipe: Recipe) -> Iterator[Step]:
     section, model = recipe.methods.finetune, recipe.model.source
     yield Step("finetune", "read", f"model {model}", _model_size(model))
     for name in section.corpora:
@@ -185,15 +180,9 @@ def _select(recipe: Recipe) -> Iterator[Step]:
     for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
         for name in names:
             yield Step("select", "read", f"{role} corpus {name}", _corpus_size(name, recipe.corpora.limit))
-    budget = section.max_rows * section.seq_len
-    yield Step(
-        "select", "compute", "one pass over each corpus's select part", f"at most {_n_sides(recipe) * budget:,} tokens"
-    )
+    budget = section.max_rows * section.seq_len * (2 if recipe.corpora.forget else 1)
+    yield Step("select", "compute", "one pass over each corpus's select part", f"at most {budget:,} tokens")
     yield Step("select", "write", "features-NNN: six statistics of every feature", "48 bytes a feature of the SAE")
-
-
-def _n_sides(recipe: Recipe) -> int:
-    return 2 if recipe.corpora.forget else 1
 
 
 def _descriptions(recipe: Recipe) -> tuple[str, str]:
