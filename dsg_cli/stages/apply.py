@@ -40,7 +40,7 @@ from dsg_cli.settings import GuardrailSection, ModelSection, Recipe, SaeSection,
 from dsg_cli.stages import calibrate, select, unlearn, wrap
 from dsg_cli.stages.calibrate import dev_questions
 from dsg_cli.stages.inputs import chain_sae, check_tokens, load_chain_model, reload_corpora, taken_from
-from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
+from dsg_cli.stages.stage import QUIET, RunOptions, Stage, settle, stage
 from dsg_cli.workspace.artifacts import MADE_BY, FeatureSet, Guardrail, Header, Threshold
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Json
@@ -192,16 +192,9 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
                 loaded, this.header, body, tensors, questions, strengths, batch_size=recipe.eval.batch_size
             )
             body = dataclasses.replace(body, strength=smallest_sufficient(trials), strength_trials=trials)
-        rows = trial_rows(
-            loaded, forget, bos=body.bos, longest=threshold.header.settings["lengths"][1], seed=recipe.seed
-        )
-        if forget:
-            effect = try_guardrail(loaded, this.header, body, tensors, rows)
-            if not recipe.guardrail.allow_ineffective:
-                check_effect(effect, HINT)
-            body = dataclasses.replace(body, effect=dataclasses.asdict(effect))
-        this.job.progress("guardrail", 1, 1)
-        return this.write(body, n_tokens=sum(map(len, rows)), tensors=tensors)
+        hint = "" if recipe.guardrail.allow_ineffective else HINT
+        longest = threshold.header.settings["lengths"][1]
+        return _try_and_write(this, loaded, body, tensors, forget, longest=longest, hint=hint)
 
 
 CLAMP_METHODS = ("static-clamp", "conditional-clamp", "refusal-clamp")
@@ -290,14 +283,8 @@ def run_clamp(
             coefficients=clamping.coefficients,
             above=clamping.above,
         )
-        rows = trial_rows(loaded, forget, bos=body.bos, longest=LONGEST, seed=recipe.seed)
-        if forget:
-            effect = try_guardrail(loaded, this.header, body, tensors, rows)
-            if not recipe.guardrail.allow_ineffective:
-                check_effect(effect, CLAMP_HINT.format(section_of(method)))
-            body = dataclasses.replace(body, effect=dataclasses.asdict(effect))
-        this.job.progress("guardrail", 1, 1)
-        return this.write(body, n_tokens=sum(map(len, rows)), tensors=tensors)
+        hint = "" if recipe.guardrail.allow_ineffective else CLAMP_HINT.format(section_of(method))
+        return _try_and_write(this, loaded, body, tensors, forget, longest=LONGEST, hint=hint)
 
 
 def _clamping(
@@ -367,37 +354,40 @@ ROWS = 64
 """Of forget text, on which a guardrail is tried."""
 
 
-def trial_rows(
-    loaded: LoadedModel, forget: Sequence[Corpus], *, bos: int | None, longest: int, seed: int
-) -> list[list[int]]:
-    """The beginnings of up to `ROWS` forget documents, those first that selection has not seen.
+def _try_and_write(
+    this: Stage,
+    loaded: LoadedModel,
+    body: Guardrail,
+    tensors: dict[str, Tensor],
+    forget: Sequence[Corpus],
+    *,
+    longest: int,
+    hint: str,
+) -> Stored:
+    """The guardrail, with what it did on forget text, where any is known.
 
-    Args:
-        loaded: The model, whole or cut.
-        forget: The forget corpora, if any are known.
-        bos: Token that every row begins with.
-        longest: Tokens of a row, at most, BOS apart.
-        seed: Which documents are drawn.
+    It is tried on the beginnings of up to `ROWS` documents, those first that selection has not seen, each of `longest`
+    tokens at most. Without a hint what to do about it, it may do nothing.
     """
-    rng = random.Random(seed)
-    texts: list[str] = []
-    parts: tuple[Part, ...] = ("calibrate", "fresh", "select")
-    for part in parts:
-        more = [text for corpus in forget for text in prompts(loaded.tokenizer, corpus, part)]
-        rng.shuffle(more)
-        texts += more
-        if len(texts) >= ROWS:
-            break
-    room = min(longest, context_length(loaded.model.config) - 1) + (bos is not None)
-    return [row[:room] for row in encode(loaded.tokenizer, texts[:ROWS], bos=bos)]
-
-
-def try_guardrail(
-    loaded: LoadedModel, header: Header, body: Guardrail, tensors: dict[str, Tensor], rows: Sequence[list[int]]
-) -> Effect:
-    """What a guardrail that has not been written yet does to rows of token ids."""
-    module = module_from_artifact(body, header.model, tensors, where="The new guardrail")
-    return measure_effect(loaded, module.to(loaded.model.device), rows)
+    rows: list[list[int]] = []
+    if forget:
+        rng, texts = random.Random(this.header.seed), list[str]()
+        parts: tuple[Part, ...] = ("calibrate", "fresh", "select")
+        for part in parts:
+            more = [text for corpus in forget for text in prompts(loaded.tokenizer, corpus, part)]
+            rng.shuffle(more)
+            texts += more
+            if len(texts) >= ROWS:
+                break
+        room = min(longest, context_length(loaded.model.config) - 1) + (body.bos is not None)
+        rows = [row[:room] for row in encode(loaded.tokenizer, texts[:ROWS], bos=body.bos)]
+        module = module_from_artifact(body, this.header.model, tensors, where="The new guardrail")
+        effect = measure_effect(loaded, module.to(loaded.model.device), rows)
+        if hint:
+            check_effect(effect, hint)
+        body = dataclasses.replace(body, effect=dataclasses.asdict(effect))
+    this.job.progress("guardrail", 1, 1)
+    return this.write(body, n_tokens=sum(map(len, rows)), tensors=tensors)
 
 
 def check_effect(effect: Effect, hint: str = "") -> None:

@@ -65,43 +65,6 @@ class RunOptions:
         artifact_id = self.workers.agreed(stored.id if stored else None)
         return stored or workspace.read(artifact_id)
 
-    # Until every stage runs in `with stage(...)`.
-    def named(self, workspace: Workspace, kind: str, wanted: str | None) -> str | None:
-        return self.newest(workspace, kind, wanted)
-
-    def named_together(
-        self, workspace: Workspace, wanted: Sequence[str], newest: Callable[[Workspace], str]
-    ) -> Sequence[str]:
-        return wanted or [str(self.workers.agreed(newest(workspace) if self.workers.is_first else None))]
-
-    def existing(self, workspace: Workspace, header: Header) -> Stored | None:
-        if not self.reuse:
-            return None
-        found = workspace.matching(header) if self.workers.is_first else None
-        wanted = self.workers.agreed(found.id if found else None)
-        return workspace.read(wanted) if wanted else None
-
-    @contextmanager
-    def checkpoint(self, workspace: Workspace, header: Header) -> Iterator[Checkpoint]:
-        values = [repr(reuse_key(header)), self.workers.rank, self.workers.n]
-        key = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-        path = workspace.folder / f".{header.kind}-{key}{SUFFIX}"
-        made = Checkpoint(path, resume=self.resume, lock=lambda: writing(workspace.folder))
-        if self.resume:
-            self.say("Going on from the checkpoint." if made.resumed else "No checkpoint of this run; it begins anew.")
-        try:
-            yield made
-        except Signalled as stopped:
-            made.write()
-            stopped.is_kept = path.is_file()
-            raise
-        made.remove()
-
-    def write(self, workspace: Workspace, make: Callable[[], Stored]) -> Stored:
-        stored = make() if self.workers.is_first else None
-        wanted = self.workers.agreed(stored.id if stored else None)
-        return stored or workspace.read(wanted)
-
 
 QUIET = RunOptions()
 
@@ -185,7 +148,25 @@ def stage(
         is_reusable: Whether equal headers mean equal results; not where nothing vouches for the data.
         is_resumable: Whether its work is long enough for a checkpoint.
     """
-    header = new_header(kind, recipe, settings=settings, model=model, sae=sae, inputs=inputs, notes=notes)
+    remote_code = ["Python files that came with the model were run."] if recipe.model.trust_remote_code else []
+    header = Header(
+        kind=kind,
+        schema=SCHEMAS[kind],
+        id="",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        dsg_version=__version__,
+        git=git_state(),
+        packages={"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        device=recipe.model.device,
+        dtype=recipe.model.dtype,
+        seed=recipe.seed,
+        settings=settings,
+        model=model,
+        sae=sae,
+        inputs=[stored.as_input() for stored in inputs],
+        notes=[*notes, *remote_code],
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
     workers = options.workers
     job = Job(workers=workers, progress=options.report)
     existing_id = None
@@ -214,39 +195,7 @@ def stage(
     checkpoint.remove()
 
 
-def new_header(
-    kind: str,
-    recipe: Recipe,
-    *,
-    settings: Json,
-    model: ModelIdentity,
-    sae: SaeIdentity | None,
-    inputs: Sequence[Stored],
-    notes: Sequence[str] = (),
-) -> Header:
-    """A header without id, files and costs."""
-    remote_code = ["Python files that came with the model were run."] if recipe.model.trust_remote_code else []
-    return Header(
-        kind=kind,
-        schema=SCHEMAS[kind],
-        id="",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        dsg_version=__version__,
-        git=git_state(),
-        packages={"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES},
-        device=recipe.model.device,
-        dtype=recipe.model.dtype,
-        seed=recipe.seed,
-        settings=settings,
-        model=model,
-        sae=sae,
-        inputs=[stored.as_input() for stored in inputs],
-        notes=[*notes, *remote_code],
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-
-
-def settle(recipe: Recipe, made: Header | None = None) -> Recipe:
+def settle(recipe: Recipe, origin: Header | None = None) -> Recipe:
     """The recipe with `auto` replaced: the GPU if there is one, and the dtype of the artifact that is gone on from."""
     device = recipe.model.device
     if recipe.model.device_map is not None and launched().n > 1:
@@ -260,8 +209,8 @@ def settle(recipe: Recipe, made: Header | None = None) -> Recipe:
     except (RuntimeError, AssertionError) as error:
         raise DsgError(f"The device {device} is not available here.", "Try --device cpu.") from error
     dtype: Any = recipe.model.dtype
-    if dtype == "auto" and made is not None:
-        dtype = made.dtype
+    if dtype == "auto" and origin is not None:
+        dtype = origin.dtype
     elif dtype == "auto":
         has_bfloat16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if has_bfloat16 else "float32"
