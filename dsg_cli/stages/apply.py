@@ -143,19 +143,8 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
     questions = tuning_questions(recipe, names) if is_auto else []
     sae = chain_sae(threshold)
     recipe = settle(recipe, threshold.header)
-    with stage(
-        "guardrail",
-        recipe,
-        workspace,
-        inputs=[threshold],
-        settings={**dataclasses.asdict(recipe.guardrail), **tried_on},
-        model=threshold.header.model,
-        sae=threshold.header.sae,
-        notes=notes,
-        clock=clock,
-        options=options,
-        is_resumable=False,
-    ) as this:
+    header_settings: Json = {**dataclasses.asdict(recipe.guardrail), **tried_on}
+    with stage("guardrail", recipe, workspace, options, clock, header_settings, origin=threshold, notes=notes) as this:
         if this.existing:
             return this.existing
         loaded = load_chain_model(threshold.header, recipe, cut=not is_auto)
@@ -240,18 +229,16 @@ def run_clamp(
     forget, changes = reload_forget(features, forget_names)
     sae = chain_sae(features)
     recipe = settle(recipe, features.header)
+    header_settings: Json = {"method": method, **section, "allow_ineffective": recipe.guardrail.allow_ineffective}
     with stage(
         "guardrail",
         recipe,
         workspace,
-        inputs=[features],
-        settings={"method": method, **section, "allow_ineffective": recipe.guardrail.allow_ineffective},
-        model=features.header.model,
-        sae=features.header.sae,
+        options,
+        clock,
+        header_settings,
+        origin=features,
         notes=[*notes, *clamping.notes, *changes],
-        clock=clock,
-        options=options,
-        is_resumable=False,
     ) as this:
         if this.existing:
             return this.existing

@@ -96,30 +96,29 @@ def run(
     artifacts = []
     for kind in kinds:
         own = {key: value for key, value in all_settings.items() if key.startswith(f"{kind.replace('-', '_')}_")}
+        header_settings: Json = {
+            "kind": kind,
+            "bench": bench,
+            **{key: all_settings[key] for key in ("utility_bench", "known_questions")},
+            **own,
+            "files": {name: digest for name, digest in wordings.files.items() if name in own},
+            "split": split,
+            "limit": recipe.eval.limit,
+            "expect": [text for text in settings.expect if parse_expected(text, list(ATTACKS)).bench == kind],
+            "retain": ({corpus.name: corpus.sha256 for corpus in retain} if "benign" in ATTACKS[kind].needs else {}),
+            "allow_mismatch": recipe.model.allow_mismatch,
+        }
+        # Nothing vouches for the data of other benches, so they are asked again.
         with stage(
             "attack",
             recipe,
             workspace,
+            options,
+            clock,
+            header_settings,
             inputs=composition.named,
-            settings={
-                "kind": kind,
-                "bench": bench,
-                **{key: all_settings[key] for key in ("utility_bench", "known_questions")},
-                **own,
-                "files": {name: digest for name, digest in wordings.files.items() if name in own},
-                "split": split,
-                "limit": recipe.eval.limit,
-                "expect": [text for text in settings.expect if parse_expected(text, list(ATTACKS)).bench == kind],
-                "retain": (
-                    {corpus.name: corpus.sha256 for corpus in retain} if "benign" in ATTACKS[kind].needs else {}
-                ),
-                "allow_mismatch": recipe.model.allow_mismatch,
-            },
             model=identify(loaded.base, composition.header.model.last_layer),
             sae=composition.header.sae,
-            clock=clock,
-            options=options,
-            # Nothing vouches for the data of other benches, so they are asked again.
             is_reusable=all(name in lab.bench_names() for name in (*questions, *wordings.benches)),
         ) as this:
             if this.existing:

@@ -69,27 +69,17 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
         check_chat(loaded.tokenizer, retain)
         bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
         lengths = chunk_lengths(settings, loaded, prompts, bos=bos)
-    with stage(
-        "threshold",
-        recipe,
-        workspace,
-        inputs=[features],
-        settings={
-            **dataclasses.asdict(settings),
-            "lengths": [min(lengths), max(lengths)],
-            "retain": [corpus.described() for corpus in retain],
-            "limit": recipe.corpora.limit,
-            # What apply tries the guardrail on, wherever the features lie by then.
-            "forget": selected["forget"],
-            "forget_limit": selected["limit"],
-            "forget_seed": features.header.seed,
-        },
-        model=features.header.model,
-        sae=features.header.sae,
-        notes=notes,
-        clock=clock,
-        options=options,
-    ) as this:
+    header_settings: Json = {
+        **dataclasses.asdict(settings),
+        "lengths": [min(lengths), max(lengths)],
+        "retain": [corpus.described() for corpus in retain],
+        "limit": recipe.corpora.limit,
+        # What apply tries the guardrail on, wherever the features lie by then.
+        "forget": selected["forget"],
+        "forget_limit": selected["limit"],
+        "forget_seed": features.header.seed,
+    }
+    with stage("threshold", recipe, workspace, options, clock, header_settings, origin=features, notes=notes) as this:
         if this.existing:
             return this.existing
         indices = [feature.index for feature in feature_set.features]

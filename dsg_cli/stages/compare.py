@@ -93,16 +93,16 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
     settings = {
         name: value for name, value in dataclasses.asdict(recipe).items() if name not in ("generate", "published")
     }
+    header_settings: Json = {**settings, "collected": list(sources)}
     with stage(
         "compare",
         recipe,
         workspace,
+        options,
+        clock,
+        header_settings,
         inputs=[stored for composition in collected for stored in composition.named],
-        settings={**settings, "collected": list(sources)},
         model=identify(loaded, loaded.n_layers - 1),
-        sae=None,
-        clock=clock,
-        options=options,
     ) as this:
         if this.existing:
             return this.existing

@@ -81,25 +81,26 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         if reference is not None:
             reference = load_reference(reference, recipe, loaded.base)
     paper_commits = {bench: questions[0].revision for bench, questions in paper_questions.items()}
+    header_settings: Json = {
+        **dataclasses.asdict(settings),
+        "allow_mismatch": recipe.model.allow_mismatch,
+        "model_digest": whole_digest(loaded.base.model),
+        "commits": commits(tasks) | paper_commits | free_commits,
+        "asked": texts.digests(),
+        "reference_digest": reference.digest if reference is not None else "",
+        "reference_scores": dict(reference.scores) if reference is not None else {},
+    }
+    # Nothing vouches for the data of other benches, so they are asked again.
     with stage(
         "eval",
         recipe,
         workspace,
+        options,
+        clock,
+        header_settings,
         inputs=composition.named,
-        settings={
-            **dataclasses.asdict(settings),
-            "allow_mismatch": recipe.model.allow_mismatch,
-            "model_digest": whole_digest(loaded.base.model),
-            "commits": commits(tasks) | paper_commits | free_commits,
-            "asked": texts.digests(),
-            "reference_digest": reference.digest if reference is not None else "",
-            "reference_scores": dict(reference.scores) if reference is not None else {},
-        },
         model=identify(loaded.base, composition.header.model.last_layer),
         sae=composition.header.sae,
-        clock=clock,
-        options=options,
-        # Nothing vouches for the data of other benches, so they are asked again.
         is_reusable=all(bench in lab.bench_names() for bench in settings.benches),
     ) as this:
         if this.existing:

@@ -108,23 +108,22 @@ def run(
     sae = chain_sae(inspected)
     earlier = _earlier(workspace, choice)
     statistics = workspace.tensors(features) if features is not None else {}
+    header_settings: Json = {
+        **dataclasses.asdict(settings),
+        "corpora": [group.described() for group in groups],
+        "drawn": {"limit": drawn.corpora.limit, "seed": drawn.seed, "most_tokens": MOST_TOKENS},
+        "earlier": [stored.id for stored in earlier],
+    }
     with stage(
         "inspect",
         recipe,
         workspace,
+        options,
+        clock,
+        header_settings,
+        origin=inspected,
         inputs=[inspected, *([features] if features is not None and features.id != inspected.id else [])],
-        settings={
-            **dataclasses.asdict(settings),
-            "corpora": [group.described() for group in groups],
-            "drawn": {"limit": drawn.corpora.limit, "seed": drawn.seed, "most_tokens": MOST_TOKENS},
-            "earlier": [stored.id for stored in earlier],
-        },
-        model=inspected.header.model,
-        sae=inspected.header.sae,
         notes=notes,
-        clock=clock,
-        options=options,
-        is_resumable=False,
     ) as this:
         if this.existing:
             return InspectionShown(this.existing, workspace.rows(this.existing) if settings.samples else [])

@@ -77,22 +77,23 @@ def run(
         ranked(candidates)
         if candidates.described:
             described = {"descriptions_sha256": candidates.described["sha256"]}
+    header_settings: Json = {
+        **dataclasses.asdict(recipe.select),
+        **described,
+        **{role: [corpus.described() for corpus in corpora] for role, corpora in inputs.corpora.items()},
+        "limit": recipe.corpora.limit,
+    }
     with stage(
         "features",
         recipe,
         workspace,
+        options,
+        clock,
+        header_settings,
         inputs=inputs.models,
-        settings={
-            **dataclasses.asdict(recipe.select),
-            **described,
-            **{role: [corpus.described() for corpus in corpora] for role, corpora in inputs.corpora.items()},
-            "limit": recipe.corpora.limit,
-        },
         model=identify(inputs.loaded, inputs.sae.site.layer),
         sae=inputs.sae.identity,
         notes=inputs.notes,
-        clock=clock,
-        options=options,
     ) as this:
         if this.existing:
             return this.existing

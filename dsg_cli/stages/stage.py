@@ -33,6 +33,9 @@ from dsg_cli.workspace.store import Stored, Workspace, reuse_key, writing
 if TYPE_CHECKING:
     from torch import Tensor
 
+SHORT = ("guardrail", "wrapper", "inspect")
+"""Kinds whose work is not long enough for a checkpoint."""
+
 PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "lm-eval", "safetensors", "tokenizers")
 
 
@@ -119,16 +122,16 @@ def stage(
     kind: str,
     recipe: Recipe,
     workspace: Workspace,
-    *,
-    inputs: Sequence[Stored],
-    settings: Json,
-    model: ModelIdentity,
-    sae: SaeIdentity | None,
-    clock: Clock,
     options: RunOptions,
+    clock: Clock,
+    settings: Json,
+    *,
+    origin: Stored | None = None,
+    inputs: Sequence[Stored] | None = None,
+    model: ModelIdentity | None = None,
+    sae: SaeIdentity | None = None,
     notes: Sequence[str] = (),
     is_reusable: bool = True,
-    is_resumable: bool = True,
 ) -> Iterator[Stage]:
     """One run of a stage, from when all is known that determines its result.
 
@@ -137,17 +140,20 @@ def stage(
     Args:
         kind: Of the artifact.
         recipe: Settled.
-        workspace: Where it is written.
-        inputs: Artifacts that it is computed from.
-        settings: All else that it is computed from, and is not in another field of the header.
-        model: That it is about.
-        sae: That it is about, if any.
-        clock: Started with the stage.
+        workspace: Where the artifact is written.
         options: How it is run.
+        clock: Started with the stage.
+        settings: All that it is computed from and is not in another field of the header.
+        origin: The artifact that it goes on from, whose model and SAE are taken.
+        inputs: Artifacts that it is computed from, if others than `origin`.
+        model: That it is about, if there is no `origin`.
+        sae: Likewise.
         notes: What a person should know of it.
         is_reusable: Whether equal headers mean equal results; not where nothing vouches for the data.
-        is_resumable: Whether its work is long enough for a checkpoint.
     """
+    if origin is not None:
+        inputs, model, sae = [origin] if inputs is None else inputs, origin.header.model, origin.header.sae
+    assert inputs is not None and model is not None
     remote_code = ["Python files that came with the model were run."] if recipe.model.trust_remote_code else []
     header = Header(
         kind=kind,
@@ -173,7 +179,7 @@ def stage(
     if options.reuse and is_reusable:
         match = workspace.matching(header) if workers.is_first else None
         existing_id = workers.agreed(match.id if match else None)
-    if existing_id is not None or not is_resumable:
+    if existing_id is not None or kind in SHORT:
         existing = workspace.read(existing_id) if existing_id is not None else None
         yield Stage(header, job, existing, workspace, clock)
         return

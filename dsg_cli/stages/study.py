@@ -86,24 +86,16 @@ def run(
         bench: hashlib.sha256(json.dumps([dataclasses.astuple(question) for question in of_bench]).encode()).hexdigest()
         for bench, of_bench in questions.items()
     }
+    header_settings: Json = {
+        **sections,
+        "name": name,
+        "grid": grid,
+        "batch_size": recipe.eval.batch_size,
+        "questions": digests,
+        "entities": entities if "by" in grid else [],
+    }
     with stage(
-        "study",
-        recipe,
-        workspace,
-        inputs=[features],
-        settings={
-            **sections,
-            "name": name,
-            "grid": grid,
-            "batch_size": recipe.eval.batch_size,
-            "questions": digests,
-            "entities": entities if "by" in grid else [],
-        },
-        model=features.header.model,
-        sae=features.header.sae,
-        notes=_notes(recipe, benches),
-        clock=clock,
-        options=options,
+        "study", recipe, workspace, options, clock, header_settings, origin=features, notes=_notes(recipe, benches)
     ) as this:
         if this.existing:
             return this.existing

@@ -69,22 +69,23 @@ def run(
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="float32"))
     features = origin if kind.needs_sae else None
     cost = Cost()
+    header_settings: Json = {
+        "method": method,
+        **dataclasses.asdict(settings),
+        **inputs.described(),
+        "limit": recipe.corpora.limit,
+    }
     with stage(
         "model",
         recipe,
         workspace,
+        options,
+        clock,
+        header_settings,
         inputs=inputs.artifacts,
-        settings={
-            "method": method,
-            **dataclasses.asdict(settings),
-            **inputs.described(),
-            "limit": recipe.corpora.limit,
-        },
         model=identify(loaded, loaded.n_layers - 1),
         sae=features.header.sae if features is not None else None,
         notes=inputs.notes,
-        clock=clock,
-        options=options,
     ) as this:
         if this.existing:
             return this.existing

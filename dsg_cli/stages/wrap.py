@@ -77,18 +77,17 @@ def run(
         topic_of(settings, topic)
     recipe = settle(recipe, origin.header if origin is not None else None)
     loaded = load_whole(inputs, recipe, dtype=recipe.model.dtype)
+    header_settings: Json = {"method": method, **dataclasses.asdict(settings), **described}
     with stage(
         "wrapper",
         recipe,
         workspace,
+        options,
+        clock,
+        header_settings,
         inputs=inputs.artifacts,
-        settings={"method": method, **dataclasses.asdict(settings), **described},
         model=identify(loaded, loaded.n_layers - 1),
-        sae=None,
         notes=[*inputs.notes, *notes],
-        clock=clock,
-        options=options,
-        is_resumable=False,
     ) as this:
         if this.existing:
             return this.existing
