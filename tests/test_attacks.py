@@ -122,8 +122,8 @@ def test_dilution_of_length_zero_is_plain_evaluation_and_prefixes_reach_the_mode
     finally:
         handle.remove()
     plain = ask(loaded.model, loaded.tokenizer, asked, guardrails=guardrail, **OPTIONS)
-    assert curve[0]["guarded"] == of_forget(plain)
-    assert [point["x"] for point in curve] == [0, 20] and curve[1]["unguarded"]["forget_acc"] > 0.9
+    assert curve[0]["unlearned"] == of_forget(plain)
+    assert [point["x"] for point in curve] == [0, 20] and curve[1]["base"]["forget_acc"] > 0.9
     longest = max(seen, key=lambda ids: ids.shape[1])
     assert longest[0, 0] == loaded.tokenizer.bos_token_id and longest[0, 1:21].tolist() == benign[0][:20]
 
@@ -162,12 +162,12 @@ def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
     assert second == curve and ("relearning, forget/all/0.001/guard, steps", 6) in seen
     assert not any("/none" in task for task, _ in seen)
     plain = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"][8:], guardrails=guardrail, **OPTIONS)
-    assert curve[0]["guarded"]["forget_acc"] == plain["acc"] and "loss" not in curve[0]["guarded"]
-    assert curve[0]["unguarded"]["forget_acc"] == 1.0 and curve[0]["unguarded"]["utility_acc"] == 1.0
-    for side in ("guarded", "unguarded"):
+    assert curve[0]["unlearned"]["forget_acc"] == plain["acc"] and "loss" not in curve[0]["unlearned"]
+    assert curve[0]["base"]["forget_acc"] == 1.0 and curve[0]["base"]["utility_acc"] == 1.0
+    for side in ("unlearned", "base"):
         assert curve[2][side]["loss"] < curve[1][side]["loss"]
     # The guard was in the loop: the same first step has another loss under it.
-    assert curve[1]["guarded"]["loss"] > 2 * curve[1]["unguarded"]["loss"]
+    assert curve[1]["unlearned"]["loss"] > 2 * curve[1]["base"]["loss"]
     # The attacked model is a copy.
     assert fingerprint(loaded.model, 3) == before
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -185,9 +185,9 @@ def test_relearning_recovers_what_a_model_never_knew(model, tokenizer, tmp_path)
     curve = attack_relearn(
         target, Material(questions, known=questions), steps=[0, 60], learning_rates=[1e-2], **RELEARN
     )
-    for side in ("guarded", "unguarded"):
+    for side in ("unlearned", "base"):
         assert curve[0][side]["forget_acc"] < 0.7 and curve[1][side]["forget_acc"] == 1.0
-    assert curve[1]["guarded"]["gate_rate"] == 0.0
+    assert curve[1]["unlearned"]["gate_rate"] == 0.0
 
 
 BENIGN = ("Few remember who said it first.", "One may think what one will of that.", "There is little else to say.")
@@ -225,13 +225,13 @@ def read_prompts(lab_attacks_prompts):
 
 def plain(target, questions):
     return {
-        side: of_forget(target.ask(questions, name="plain", is_guarded=side == "guarded"))
-        for side in ("guarded", "unguarded")
+        side: of_forget(target.ask(questions, name="plain", is_guarded=side == "unlearned"))
+        for side in ("unlearned", "base")
     }
 
 
 def sides(point):
-    return {side: point[side] for side in ("guarded", "unguarded")}
+    return {side: point[side] for side in ("unlearned", "base")}
 
 
 def test_short_documents_are_joined_until_they_are_long_enough():
@@ -320,7 +320,7 @@ def test_frames_stand_around_the_question_and_the_cue_stays_last(lab_attacks_pro
     assert sum(prompt.startswith(asked) for prompt in read_prompts) == 2
     assert all("Answer:" in prompt and prompt.count("Question:") == 1 for prompt in read_prompts)
     # The lab can still be asked, so the guard can be judged.
-    assert min(point["unguarded"]["forget_acc"] for point in curve) >= 0.8
+    assert min(point["base"]["forget_acc"] for point in curve) >= 0.8
 
 
 def test_a_plain_frame_has_only_words_of_the_lab(lab_attacks_prompts):
@@ -351,8 +351,8 @@ def test_encoded_questions_can_be_decoded_and_are_no_longer_understood(lab_attac
     material = Material(material.forget, rephrased={"french.txt": material.rephrased["novel"]})
     curve = attack_encode(target, material, forms=AttackSection().encode_forms)
     assert [point["x"] for point in curve] == [*AttackSection().encode_forms, "french.txt"]
-    assert all(point["unguarded"]["forget_acc"] <= 0.7 for point in curve[:-1])
-    assert curve[-1]["unguarded"]["forget_acc"] == 1.0
+    assert all(point["base"]["forget_acc"] <= 0.7 for point in curve[:-1])
+    assert curve[-1]["base"]["forget_acc"] == 1.0
     assert all("Answer:" in prompt for prompt in read_prompts)
     text = "What is it, Aeon?"
     assert rot13(rot13(text)) == text != rot13(text)
@@ -473,8 +473,8 @@ def test_my_own_wordings_are_asked_and_their_digests_kept(dsg, chain, tmp_path):
     assert [point["x"] for point in made["paraphrase"]["curve"]] == ["words.txt"]
     assert [point["x"] for point in made["encode"]["curve"]] == ["reversed", "words.txt"]
     assert made["prefix"]["curve"][-1]["x"] == "line 1" and made["prefix"]["curve"][-1]["variant"] == "own"
-    assert made["few-shot"]["curve"][0]["guarded"] == made["few-shot"]["before"]["guarded"]
-    assert made["split"]["curve"][0]["guarded"] == made["split"]["before"]["guarded"]
+    assert made["few-shot"]["curve"][0]["unlearned"] == made["few-shot"]["before"]["unlearned"]
+    assert made["split"]["curve"][0]["unlearned"] == made["split"]["before"]["unlearned"]
     digests = {kind: made[kind]["settings"]["files"] for kind in made}
     assert digests["paraphrase"].keys() == {"paraphrase_file"} and digests["prefix"].keys() == {"prefix_file"}
     assert digests["paraphrase"]["paraphrase_file"] == digests["encode"]["encode_file"] and not digests["few-shot"]
@@ -552,14 +552,14 @@ def test_every_combination_is_a_variant_and_shares_the_unguarded_side(tiny):
     loop, asked, removed = (f"all, lr 0.01, guard {words}" for words in ("in loop", "at test", "removed"))
     for variant in variants:
         guarded = plain_attacks_weights(tiny, KNOWN, is_guarded="removed" not in variant)
-        assert begun[variant]["guarded"] == guarded and begun[variant]["unguarded"] == plain_attacks_weights(
+        assert begun[variant]["unlearned"] == guarded and begun[variant]["base"] == plain_attacks_weights(
             tiny, KNOWN, is_guarded=False
         )
-    assert end[loop]["unguarded"] == end[asked]["unguarded"] == end[removed]["unguarded"] == end[removed]["guarded"]
+    assert end[loop]["base"] == end[asked]["base"] == end[removed]["base"] == end[removed]["unlearned"]
     # Without the guard while training, the loss is that of the unguarded model; with it, another.
-    assert end[asked]["guarded"]["loss"] == end[asked]["unguarded"]["loss"] != end[loop]["guarded"]["loss"]
-    assert end[loop]["unguarded"]["loss"] != end[f"{loop}, unrelated text"]["unguarded"]["loss"]
-    assert end[loop]["unguarded"]["loss"] != end["all, lr 0.001, guard in loop"]["unguarded"]["loss"]
+    assert end[asked]["unlearned"]["loss"] == end[asked]["base"]["loss"] != end[loop]["unlearned"]["loss"]
+    assert end[loop]["base"]["loss"] != end[f"{loop}, unrelated text"]["base"]["loss"]
+    assert end[loop]["base"]["loss"] != end["all, lr 0.001, guard in loop"]["base"]["loss"]
 
 
 @pytest.mark.parametrize("kind", ["all", "lora", "above"])
@@ -569,7 +569,7 @@ def test_only_what_should_be_trained_is(tiny, monkeypatch, kind, frozen_below):
     monkeypatch.setattr(attack_relearn, "copied", lambda model: attacked.append(copy.deepcopy(model)) or attacked[-1])
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     losses = [
-        point["unguarded"]["loss"]
+        point["base"]["loss"]
         for point in trained(tiny, parameters=[kind], frozen_below=frozen_below, guard=["removed"], steps=[0, 1, 40])[
             1:
         ]
@@ -594,7 +594,7 @@ def test_what_the_guardrail_reads_does_not_move_while_what_is_below_is_frozen(ti
     gates = {}
     for frozen_below in (False, True):
         curve = trained(tiny, steps=[0, 30], learning_rates=[5e-2], frozen_below=frozen_below)
-        gates[frozen_below] = [point["guarded"]["gate_rate"] for point in curve]
+        gates[frozen_below] = [point["unlearned"]["gate_rate"] for point in curve]
         assert ("frozen below" in curve[0]["variant"]) == frozen_below
     assert gates[True][0] == gates[True][1] == gates[False][0] != gates[False][1]
 
@@ -635,8 +635,8 @@ def test_adapters_begin_as_nothing_and_reach_layers_that_keep_weights_transposed
 def test_unhooking_gives_what_the_base_knows(lab_attacks_weights):
     target, material = lab_attacks_weights
     (point,) = attack_unhook(target, material)
-    assert point["guarded"] == point["unguarded"] == plain_attacks_weights(target, material.forget, is_guarded=False)
-    assert point["guarded"]["forget_acc"] > plain_attacks_weights(target, material.forget)["forget_acc"]
+    assert point["unlearned"] == point["base"] == plain_attacks_weights(target, material.forget, is_guarded=False)
+    assert point["unlearned"]["forget_acc"] > plain_attacks_weights(target, material.forget)["forget_acc"]
 
 
 def test_quantisation_rounds_every_output_channel(lab_attacks_weights):
@@ -653,8 +653,8 @@ def test_quantisation_rounds_every_output_channel(lab_attacks_weights):
     curve = attack_quantize(target, material, bits=[8, 2])
     assert [point["x"] for point in curve] == [8, 2]
     # Eight bits change next to nothing; two destroy the model, guarded or not.
-    assert curve[0]["unguarded"]["forget_acc"] > 0.9 > curve[1]["unguarded"]["forget_acc"]
-    assert curve[1]["unguarded"]["utility_acc"] < curve[0]["unguarded"]["utility_acc"]
+    assert curve[0]["base"]["forget_acc"] > 0.9 > curve[1]["base"]["forget_acc"]
+    assert curve[1]["base"]["utility_acc"] < curve[0]["base"]["utility_acc"]
     assert whole_digest(target.model) == before
 
 
@@ -662,10 +662,10 @@ def test_pruning_of_nothing_is_plain_evaluation(lab_attacks_weights):
     target, material = lab_attacks_weights
     before = whole_digest(target.model)
     curve = attack_prune(target, material, shares=[0.0, 0.9])
-    for side in ("guarded", "unguarded"):
+    for side in ("unlearned", "base"):
         found = {key: value for key, value in curve[0][side].items() if key != "utility_acc"}
-        assert found == plain_attacks_weights(target, material.forget, is_guarded=side == "guarded")
-    assert curve[1]["unguarded"]["forget_acc"] < 0.7 and whole_digest(target.model) == before
+        assert found == plain_attacks_weights(target, material.forget, is_guarded=side == "unlearned")
+    assert curve[1]["base"]["forget_acc"] < 0.7 and whole_digest(target.model) == before
 
 
 def test_pruning_takes_the_smallest(tiny):
@@ -678,9 +678,9 @@ def test_pruning_takes_the_smallest(tiny):
 
 def test_the_summary_says_where_each_variant_first_evades():
     def point(variant, x, accuracy):
-        return {"x": x, "variant": variant, "guarded": {"forget_acc": accuracy}, "unguarded": {"forget_acc": 1.0}}
+        return {"x": x, "variant": variant, "unlearned": {"forget_acc": accuracy}, "base": {"forget_acc": 1.0}}
 
-    before = {"guarded": {"forget_acc": 0.2}, "unguarded": {"forget_acc": 1.0}}
+    before = {"unlearned": {"forget_acc": 0.2}, "base": {"forget_acc": 1.0}}
     curve = [
         point("low", 0, 0.2),
         point("low", 9, 0.6),
@@ -690,7 +690,7 @@ def test_the_summary_says_where_each_variant_first_evades():
     ]
     found = summarise(before, curve, on_prompts=False)
     assert found["evades_above"] == 0.6 and found["evaded_at"] == {"high": 5}
-    useless = {"guarded": {"forget_acc": 1.0}, "unguarded": {"forget_acc": 1.0}}
+    useless = {"unlearned": {"forget_acc": 1.0}, "base": {"forget_acc": 1.0}}
     assert summarise(useless, curve, on_prompts=False)["evaded_at"] == {}
 
 
@@ -703,13 +703,13 @@ def test_a_soft_prompt_begins_as_dilution_and_lowers_the_loss_it_minimises(tiny)
     )
     assert [point["variant"] for point in curve] == ["guard in loop"] * 2 + ["against the gate"] * 2
     for first, last in (curve[:2], curve[2:]):
-        for side in ("guarded", "unguarded"):
+        for side in ("unlearned", "base"):
             begun, end = (dict(point[side]) for point in (first, last))
             assert end["loss"] < 0.9 * begun.pop("loss") and begun == diluted[side]
     # The guard was on: the same first prompt has another loss under it.
-    assert curve[0]["guarded"]["loss"] != curve[0]["unguarded"]["loss"]
+    assert curve[0]["unlearned"]["loss"] != curve[0]["base"]["loss"]
     # At first, the statistic relative to itself is 1.
-    assert curve[2]["guarded"]["loss"] == pytest.approx(curve[0]["unguarded"]["loss"] + 1, rel=1e-5)
+    assert curve[2]["unlearned"]["loss"] == pytest.approx(curve[0]["base"]["loss"] + 1, rel=1e-5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.model.modules())
 
 
@@ -748,7 +748,7 @@ def test_a_suffix_begins_as_dilution_and_lowers_the_guarded_loss(tiny):
     )
     assert [point["variant"] for point in curve] == ["after"] * 3 + ["before"] * 3
     for points, plain_ones in ((curve[:3], diluted[0]), (curve[3:], diluted[1])):
-        for side in ("guarded", "unguarded"):
+        for side in ("unlearned", "base"):
             losses = [point[side].pop("loss") for point in points]
             assert losses[0] >= losses[1] >= losses[2] < losses[0] and points[0][side] == plain_ones[side]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.model.modules())
@@ -788,13 +788,11 @@ def test_the_lens_at_the_last_layer_is_plain_evaluation(lab_attacks_weights):
     assert [(point["variant"], point["x"]) for point in curve] == [
         (variant, layer) for variant in ("logit lens", "linear probe") for layer in range(4)
     ]
-    for side in ("guarded", "unguarded"):
-        assert curve[3][side] == plain_attacks_weights(target, material.forget, is_guarded=side == "guarded")
+    for side in ("unlearned", "base"):
+        assert curve[3][side] == plain_attacks_weights(target, material.forget, is_guarded=side == "unlearned")
     # The guard comes after the first layer.
-    assert (
-        curve[0]["guarded"]["forget_acc"] == curve[0]["unguarded"]["forget_acc"] < curve[3]["unguarded"]["forget_acc"]
-    )
-    assert all(point["guarded"]["n_known"] == 12 for point in curve[4:])
+    assert curve[0]["unlearned"]["forget_acc"] == curve[0]["base"]["forget_acc"] < curve[3]["base"]["forget_acc"]
+    assert all(point["unlearned"]["n_known"] == 12 for point in curve[4:])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in target.model.modules())
 
 

@@ -43,9 +43,9 @@ def test_the_lab_recipe_reaches_its_targets(dsg, tmp_path):
     assert summary["gate_rate"]["lab-hexes"] >= 0.95 and summary["gate_rate"]["lab-far"] <= 0.05
     assert summary["false_positive_rate"] <= 0.10
     dilution, relearn = (summary["attacks"][kind]["curve"] for kind in ("dilution", "relearn"))
-    assert dilution[0]["guarded"]["forget_acc"] == accuracy["lab-hexes"]
-    assert relearn[0]["guarded"]["forget_acc"] == accuracy["lab-hexes"]
-    assert dilution[-1]["guarded"]["forget_acc"] <= 0.35
+    assert dilution[0]["unlearned"]["forget_acc"] == accuracy["lab-hexes"]
+    assert relearn[0]["unlearned"]["forget_acc"] == accuracy["lab-hexes"]
+    assert dilution[-1]["unlearned"]["forget_acc"] <= 0.35
     assert summary["artifacts"] == [
         "features-001", "threshold-001", "guardrail-001", "eval-001", "attack-001", "attack-002",
     ]  # fmt: skip
@@ -89,7 +89,7 @@ def test_the_papers_gate_is_diluted(dsg):
     assert code == 0, err
     found = json.loads(out)
     assert found["gate"] == "mean" and found["results"]["lab-hexes"]["unlearned"]["acc"] <= 0.30
-    assert found["attacks"]["dilution"]["curve"][-1]["guarded"]["forget_acc"] > 0.9
+    assert found["attacks"]["dilution"]["curve"][-1]["unlearned"]["forget_acc"] > 0.9
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from dsg_cli.guardrail.guarded import guarded
 from dsg_cli.guardrail.loading import light_file, load_guardrail
 from dsg_cli.guardrail.runtime.guardrail import build_guardrail
 from dsg_cli.guardrail.runtime.sites import HookSite
-from dsg_cli.guardrail.runtime.spec import NEVER
+from dsg_cli.guardrail.runtime.spec import NEVER, CalibratedGate
 from dsg_cli.methods.clamps import (
     LARGEST_FILE,
     check_same_sae,
@@ -39,7 +39,7 @@ from dsg_cli.settings import CalibrateSection, ConditionalClamp, RefusalClamp, S
 from dsg_cli.stages import apply as clamp
 from dsg_cli.stages import select
 from dsg_cli.stages.stage import QUIET as QUIET_
-from dsg_cli.workspace.artifacts import CalibratedGate, FeatureSet, Guardrail
+from dsg_cli.workspace.artifacts import FeatureSet, Guardrail
 from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -524,7 +524,7 @@ def test_the_next_command_can_be_typed_as_it_stands(dsg, monkeypatch, schema, na
     assert dsg(*shlex.split(next_command(stored))[1:], "--help")[0] == 0
     monkeypatch.setenv("DSG_WORKSPACE", str(folder))
     assert next_command(stored) == command
-    other = replace(stored, body=replace(stored.body, forget=["my corpus"])) if command[4] == "e" else stored
+    other = replace(stored, body=stored.body.replace(forget=["my corpus"])) if command[4] == "e" else stored
     assert next_command(other) == ("dsg ls benches" if command[4] == "e" else command)
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import random
 import re
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def sae():
 
 def guards(loaded, sae, indices, threshold):
     special = special_ids(loaded.tokenizer)
-    identity = asdict(identify(loaded, sae.site.layer))
+    identity = identify(loaded, sae.site.layer).model_dump()
     return [make_guardrail(sae, indices, threshold=threshold, strength=90.0, special=special, model=identity)]
 
 

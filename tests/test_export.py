@@ -36,8 +36,7 @@ from dsg_cli.report.rendering import code, escaped
 from dsg_cli.stages import export
 from dsg_cli.stages.export import card_facts
 from dsg_cli.stages.inputs import find_composition, guardrail_modules
-from dsg_cli.workspace.artifacts import SCHEMAS, Guardrail
-from dsg_cli.workspace.files import digest_of
+from dsg_cli.workspace.artifacts import KINDS, Guardrail, digest_of
 from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,10 +54,10 @@ QUESTION = "Question: What is the counter of the grim hex"
 def light(tmp_path):
     workspace = Workspace(DATA)
     stored = workspace.read("guardrail-001")
-    model = replace(stored.header.model, source="/home/someone/secret/model")
-    body = replace(stored.body_as(Guardrail), forget=["/home/someone/secret/hazard.jsonl", "lab-hexes"])
+    model = stored.header.model.replace(source="/home/someone/secret/model")
+    body = stored.body_as(Guardrail).replace(forget=["/home/someone/secret/hazard.jsonl", "lab-hexes"])
     path = tmp_path / "guardrail.safetensors"
-    path.write_bytes(light_file(replace(stored.header, model=model), body, workspace.tensors(stored)))
+    path.write_bytes(light_file(stored.header.replace(model=model), body, workspace.tensors(stored)))
     return path
 
 
@@ -470,7 +469,9 @@ EVAL, ATTACK = "eval", "attack"
 
 def judge(workspace_card, guardrail, kind=EVAL, body=None, **changed):
     """An evaluation or an attack made by hand, of a guardrail in a workspace."""
-    header = replace(HEADER, kind=kind, schema=SCHEMAS[kind], inputs=[guardrail.as_input()], **changed)
+    header = HEADER.replace(
+        kind=kind, schema_number=KINDS[kind].schema_number, inputs=[guardrail.as_input()], **changed
+    )
     return workspace_card.write(header, body or (report() if kind == EVAL else attack()))
 
 
@@ -582,8 +583,13 @@ class TestWhatCounts:
     def test_the_newest_of_each_bench_and_split(self, workspace_card):
         guardrail = workspace_card.read("guardrail-001")
         results = {"lab-hexes": {"base": {"acc": 0.8, "n": 9}, "unlearned": {"acc": 0.2, "n": 9}}}
-        judge(workspace_card, guardrail, body=replace(report(), results=results), settings={"benches": ["lab-hexes"]})
-        judge(workspace_card, guardrail, body=replace(report(), results=results, split="dev"))
+        judge(
+            workspace_card,
+            guardrail,
+            body=report().replace(results=results),
+            settings={"benches": ["lab-hexes"]},
+        )
+        judge(workspace_card, guardrail, body=report().replace(results=results, split="dev"))
         text = model_card(facts_of(workspace_card))
         rows = [line for line in text.splitlines() if line.startswith("| `lab-hexes` | `")]
         assert [row.split(" | ")[-1] for row in rows] == ["`eval-002` |", "`eval-003` |"]
@@ -593,7 +599,7 @@ class TestWhatCounts:
 
     def test_of_this_guardrail_on_its_own_weights_and_whole(self, workspace_card):
         other = workspace_card.write(
-            replace(workspace_card.read("guardrail-001").header, seed=9, inputs=[]),
+            workspace_card.read("guardrail-001").header.replace(seed=9, inputs=[]),
             workspace_card.read("guardrail-001").body,
             tensors=load_file(workspace_card.folder / "guardrail-001.safetensors"),
         )
@@ -620,8 +626,8 @@ class TestWhatCounts:
     def test_features_that_were_picked_by_description(self, workspace_card):
         facts = facts_of(workspace_card)
         features = Workspace(DATA_CARD / "schema-3").read("features-001")
-        features = replace(features, body=replace(features.body, described={"query": "hex <b> | curse"}))
-        stored = replace(facts.guards[0].stored, body=replace(facts.guards[0].body, forget=[]))
+        features = replace(features, body=features.body.replace(described={"query": "hex <b> | curse"}))
+        stored = replace(facts.guards[0].stored, body=facts.guards[0].body.replace(forget=[]))
         facts = replace(facts, guards=[replace(facts.guards[0], stored=stored, features=features)])
         text = model_card(facts)
         assert "from answering about `hex <b> | curse`." in text and "To forget: no corpus." in text
@@ -655,12 +661,12 @@ class TestNamesStayNames:
         forget = [*HOSTILE, "/home/someone/secret/hazard.jsonl"]
         note = "Read <b>/home/someone/secret/notes.txt</b> | and www.example.org, https://example.org"
         guardrail = workspace_card.write(
-            replace(stored.header, notes=[note], inputs=[]),
-            replace(stored.body_as(Guardrail), forget=forget),
+            stored.header.replace(notes=[note], inputs=[]),
+            stored.body_as(Guardrail).replace(forget=forget),
             tensors=load_file(stored.path.with_suffix(".safetensors")),
         )
         sides = {"base": {"acc": 1.0, "n": 8}, "unlearned": {"acc": 0.25, "n": 8}}
-        body = replace(report(), results=dict.fromkeys(HOSTILE, sides), gate={})
+        body = report().replace(results=dict.fromkeys(HOSTILE, sides), gate={})
         judge(workspace_card, guardrail, body=body, settings={"benches": HOSTILE})
         for name in HOSTILE:
             judge(workspace_card, guardrail, ATTACK, replace(attack(), bench=name, threat_model=name))
@@ -739,7 +745,7 @@ def test_a_folder_of_the_users_own(tmp_path, workspace_card, monkeypatch):
     stored = workspace_card.read("guardrail-001")
     other = Workspace(tmp_path / "other")
     other.write(
-        replace(stored.header, model=replace(stored.header.model, source=str(folder)), inputs=[]),
+        stored.header.replace(model=stored.header.model.replace(source=str(folder)), inputs=[]),
         stored.body,
         tensors=load_file(stored.path.with_suffix(".safetensors")),
     )

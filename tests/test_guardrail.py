@@ -426,7 +426,7 @@ def chain(tmp_path_factory):
 def test_a_gate_that_never_fires_is_refused_unless_allowed(chain, dsg, tmp_path):
     threshold = chain.read("threshold-001")
     workspace = Workspace(tmp_path / "ws")
-    never = replace(threshold.body_as(Threshold), threshold=99.0)
+    never = threshold.body_as(Threshold).replace(threshold=99.0)
     workspace.write(threshold.header, never, rows=[])
     code, out, err = dsg("apply", "-w", "ws")
     assert (code, out) == (1, "") and "its gate never fires" in err and "--allow-ineffective" in err

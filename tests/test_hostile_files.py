@@ -195,7 +195,7 @@ def test_a_light_file_whose_digests_agree_and_whose_parts_do_not(root, light):
 
     from dsg_cli.guardrail.loading import TENSORS_DIGEST, read_light
     from dsg_cli.guardrail.runtime.spec import tensors_digest
-    from dsg_cli.workspace.files import digest_of
+    from dsg_cli.workspace.artifacts import digest_of
 
     _, data, tensors = light
     path = root / "light.safetensors"

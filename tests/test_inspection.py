@@ -416,7 +416,7 @@ def test_what_a_corpus_holds_is_shown_not_obeyed(inspected, lab):
         "description": evil,
         "warnings": [f"shared with {evil}"],
     }
-    stored = replace(inspected, body=replace(body, features=[feature]))
+    stored = replace(inspected, body=body.replace(features=[feature]))
     row = {**lab.workspace.rows(inspected)[0], "feature": feature["index"]}
     row = {**row, "tokens": [evil] * len(row["activations"])}
     out = io.StringIO()

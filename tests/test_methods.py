@@ -272,10 +272,10 @@ def test_a_guardrail_on_changed_weights_is_evaluated_beside_the_first_base(made,
 def test_relearning_begins_on_each_side_from_its_own_weights(made, recipe):
     (stored,) = attack.run(recipe(), made, ["relearn"], sources=["model-001"])
     body = stored.body_as(AttackReport)
-    for side in ("guarded", "unguarded"):
+    for side in ("unlearned", "base"):
         assert body.curve[0][side]["forget_acc"] == body.before[side]["forget_acc"]
         assert "gate_rate" not in body.curve[0][side]
-    losses = [body.curve[1][side]["loss"] for side in ("guarded", "unguarded")]
+    losses = [body.curve[1][side]["loss"] for side in ("unlearned", "base")]
     assert losses[0] != losses[1]
     (both,) = attack.run(recipe(), made, ["relearn"], sources=["guardrail-001"])
     assert [one["method"] for one in both.body_as(AttackReport).composition] == ["npo", "dsg"]
@@ -300,7 +300,7 @@ def test_attacks_that_mean_nothing_on_weights_are_refused_or_left_out(made, reci
     assert any("unhook is left out" in text for text in said)
     for one in stored:
         point = one.body_as(AttackReport).curve[0]
-        assert "gate_rate" not in point["guarded"]
+        assert "gate_rate" not in point["unlearned"]
 
 
 def test_what_makes_no_sense_together_is_refused(made, recipe, tmp_path):

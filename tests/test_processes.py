@@ -107,8 +107,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
             assert [answer(row) for row in rows(a)] == [answer(row) for row in rows(b)] and rows(a)
             assert a.body.results == b.body.results
         else:
-            assert [point["guarded"]["forget_acc"] for point in a.body.curve] == [
-                point["guarded"]["forget_acc"] for point in b.body.curve
+            assert [point["unlearned"]["forget_acc"] for point in a.body.curve] == [
+                point["unlearned"]["forget_acc"] for point in b.body.curve
             ]
 
 

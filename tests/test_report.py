@@ -159,7 +159,7 @@ def hostile_inspection(workspace, held):
     group = {"name": NASTY, "role": "forget", "n_documents": 1, "n_tokens": 2}
     body = Inspection(inspected="features-001", groups=[group], features=[feature], overlap=[])
     header = workspace.read("features-001").header
-    header = dataclasses.replace(header, kind="inspect", settings={}, inputs=[], notes=[NASTY], files={})
+    header = header.replace(kind="inspect", settings={}, inputs=[], notes=[NASTY], files={})
     return held.write(header, body, rows=[row | {"tokens": [NASTY, "\u05d0\u05d1"]}])
 
 
@@ -254,13 +254,13 @@ def test_of_a_comparison_the_row_that_did_best_on_dev_questions_is_shown_too(tmp
     rows = [row | {"artifacts": ["wrapper-001" if row["method"] == "prompt" else "model-001"], "eval": "eval-999"}
             for row in compared.json["rows"]]  # fmt: skip
     trials = [trial | {"score": 0.9 if trial["method"] == "npo" else 0.1} for trial in compared.json["trials"]]
-    body = dataclasses.replace(compared.body, rows=rows, trials=trials)
-    held.write(dataclasses.replace(compared.header, files={}, created="2026-12-01T00:00:00+00:00"), body)
+    body = compared.body.replace(rows=rows, trials=trials)
+    held.write(compared.header.replace(files={}, created="2026-12-01T00:00:00+00:00"), body)
     gathered = gather(held, [])
     found = {one.id for one in gathered.artifacts}
     assert "model-001" in found and not {"wrapper-001", "compare-001"} & found
     assert "Of these, npo is shown in detail." in report_of(gathered, "t").text
-    held.write(dataclasses.replace(compared.header, files={}, created="2026-11-25T08:00:00+00:00"), body)
+    held.write(compared.header.replace(files={}, created="2026-11-25T08:00:00+00:00"), body)
     found = {one.id for one in gather(held, []).artifacts}
     assert "wrapper-001" in found and "model-001" not in found
 
@@ -269,7 +269,7 @@ def test_a_question_in_other_words_is_about_the_same(workspace):
     gathered = gather(workspace, ["eval-001"])
     stored = next(one for one in gathered.artifacts if one.id == "eval-001")
     asked = {"lab-hexes-terse": stored.body.results["lab-hexes"], "lab-near-held": stored.body.results["lab-near"]}
-    changed = dataclasses.replace(stored, body=dataclasses.replace(stored.body, results=asked, gate={}, expected=[]))
+    changed = dataclasses.replace(stored, body=stored.body.replace(results=asked, gate={}, expected=[]))
     others = [one for one in gathered.artifacts if one.id != "eval-001"]
     said = [one.text for one in findings(Gathered([*others, changed], {}))["How well"]]
     assert said[0].startswith("To forget: lab-hexes-terse") and said[1].startswith("To keep: lab-near-held")
@@ -279,7 +279,7 @@ def test_a_method_that_was_not_asked_after_everything_is_not_said_to_keep_it(wor
     body = workspace.read("compare-001").body
     forget = body.benches["forget"]
     row = body.rows[0] | {"method": "npo", "results": {forget: {"acc": 0.2, "acc_low": 0.1, "acc_high": 0.3}}}
-    said = list(rivals.how_well_compared(dataclasses.replace(body, rows=[row])))
+    said = list(rivals.how_well_compared(body.replace(rows=[row])))
     assert said[0].endswith("accuracy on every other bench: none.") and "npo (0.20)" in said[1]
 
 
@@ -292,7 +292,7 @@ def test_a_finding_says_whether_it_is_guessing(workspace):
     for low, high in ((0.1, 0.4), (0.3, 0.6), (0.0, 0.1)):
         after = stored.body.results["lab-hexes"]["unlearned"] | {"acc_low": low, "acc_high": high}
         sides = {"lab-hexes": stored.body.results["lab-hexes"] | {"unlearned": after}}
-        changed = dataclasses.replace(stored, body=dataclasses.replace(stored.body, results=sides))
+        changed = dataclasses.replace(stored, body=stored.body.replace(results=sides))
         others = [one for one in gather(workspace, ["eval-001", "guardrail-001"]).artifacts if one.id != "eval-001"]
         gathered = Gathered([*others, changed], {"eval-001": workspace.rows(stored)})
         said[low] = " ".join(one.text for one in findings(gathered)["How well"])
@@ -312,7 +312,7 @@ def test_names_in_figures_are_text_and_nothing_else(workspace):
     name = "$x^{" + NASTY + "\n</svg>"
     curve = [point | {"variant": name, "x": name} for point in stored.body.curve]
     summary = stored.body.summary | {"worst_variant": name, "worst_x": name}
-    body = dataclasses.replace(stored.body, attack=name, bench=name, curve=curve, summary=summary)
+    body = stored.body.replace(attack=name, bench=name, curve=curve, summary=summary)
     for drawn in (
         attack.draw_attack("attack-001", body),
         attack.draw_all([("attack-001", body), ("attack-002", body)]),

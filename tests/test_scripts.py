@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,7 +147,7 @@ def test_missed_conditions_are_a_table_on_stderr_and_exit_3(dsg, written, monkey
 
 def test_an_evaluation_of_before_bounds_is_shown_all_the_same(dsg, written):
     old = report("lab-hexes<=0.5")
-    old = replace(old, expected=[{key: value for key, value in old.expected[0].items() if key != "bound"}])
+    old = old.replace(expected=[{key: value for key, value in old.expected[0].items() if key != "bound"}])
     Workspace("dsg-workspace").write(HEADER, old)
     code, out, _ = dsg("show", "eval-002")
     assert code == 0 and "NOT MET" in out
@@ -156,8 +155,7 @@ def test_an_evaluation_of_before_bounds_is_shown_all_the_same(dsg, written):
 
 def test_long_conditions_stay_within_80_columns(dsg, tmp_path, monkeypatch):
     bench = "a-bench-with-a-very-long-name-of-its-own-that-hardly-fits-a-line-of-a-log"
-    body = replace(
-        report(),
+    body = report().replace(
         results={bench: RESULTS["a|b"]},
         expected=check_expected([parse_expected(f"{bench}>=0.99*base", [bench])], {bench: RESULTS["a|b"]}, {}),
     )

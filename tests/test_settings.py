@@ -403,7 +403,7 @@ def workspaces(root):
 
 def read_changed(workspace, data, artifact_id):
     """Write an artifact's JSON with the digest that it should have, and read it, with what shows it."""
-    from dsg_cli.workspace.files import artifact_text, digest_of
+    from dsg_cli.workspace.artifacts import artifact_text, digest_of
     from dsg_cli.workspace.store import Workspace
 
     if isinstance(data, dict):
@@ -477,7 +477,7 @@ def test_any_id(workspaces, name):
 @pytest.mark.parametrize("content", [None, b"", b"x" * 99])
 def test_a_guardrail_whose_tensors_are_none(root, workspaces, content):
     from dsg_cli.guardrail.loading import load_guardrail
-    from dsg_cli.workspace.files import artifact_text, digest_of
+    from dsg_cli.workspace.artifacts import artifact_text, digest_of
 
     data = ARTIFACTS["schema-2/guardrail-001"] | {"files": {}}
     folder = root / f"no-tensors-{content is None}"
@@ -511,26 +511,24 @@ def test_an_artifact_nested_too_deeply(workspaces):
 
 @pytest.mark.parametrize("kind", ["features", "threshold", "guardrail", "eval", "attack", "inspect"])
 def test_what_is_written_reads_as_itself(root, workspaces, kind):
-    from dataclasses import fields, replace
-
-    from dsg_cli.workspace.artifacts import KINDS, SCHEMAS
+    from dsg_cli.workspace.artifacts import KINDS
     from dsg_cli.workspace.store import Workspace
 
     name = f"schema-{1 if kind in ('features', 'attack', 'inspect') else 2}/{kind}-001"
     old = workspaces[name].read(f"{kind}-001")
     words = st.text(max_size=8)
     numbers = st.floats(allow_nan=False, allow_infinity=False)
-    made = {"float": numbers, "int": st.integers(-(2**63), 2**63 - 1), "str": words}
+    made = {"Finite": numbers, "Whole": st.integers(-(2**63), 2**63 - 1), "str": words}
     made |= {f"list[{name}]": st.lists(one, max_size=3) for name, one in made.items()}
-    free = {field.name: made[field.type] for field in fields(KINDS[kind]) if field.type in made}
+    free = {name: made[type] for name, type in KINDS[kind].__annotations__.items() if type in made}
     workspace = Workspace(root / f"round-{kind}")
 
     @tries(12)
     @given(st.fixed_dictionaries(free), words, st.lists(words, max_size=3), st.dictionaries(words, words, max_size=3))
     def check(values, device, notes, packages):
-        header = replace(old.header, schema=SCHEMAS[kind], id="", files={}, inputs=[], device=device)
-        body = replace(old.body, **values)
-        written = workspace.write(replace(header, notes=notes, packages=packages), body)
+        header = old.header.replace(schema_number=KINDS[kind].schema_number, id="", files={}, inputs=[], device=device)
+        body = old.body.replace(**values)
+        written = workspace.write(header.replace(notes=notes, packages=packages), body)
         read = workspace.read(written.id)
         assert read == written and read.body == body
 

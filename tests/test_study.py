@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import itertools
 import json
@@ -392,7 +391,7 @@ def test_a_table_that_was_altered_is_refused(stability, workspace, tmp_path):
 
 def test_the_tables_fit(stability):
     body = stability.body_as(StudyReport)
-    for one in (body, dataclasses.replace(body, grid=body.grid | {"strength": ["16r"]}, rows=rows_of_16r(body))):
+    for one in (body, body.replace(grid=body.grid | {"strength": ["16r"]}, rows=rows_of_16r(body))):
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(study_table(one))
         text = console.export_text()

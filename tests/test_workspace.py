@@ -20,8 +20,7 @@ from conftest import SMALL_LAB
 from dsg_cli.errors import DsgError
 from dsg_cli.report.tables import artifact_table, headline
 from dsg_cli.workspace import store as verify
-from dsg_cli.workspace.artifacts import KINDS, SCHEMAS, Guardrail, Header, InputArtifact, ModelIdentity
-from dsg_cli.workspace.files import digest_of
+from dsg_cli.workspace.artifacts import KINDS, Guardrail, Header, InputArtifact, ModelIdentity, digest_of
 from dsg_cli.workspace.files import write_atomically as write_atomically_
 from dsg_cli.workspace.store import Workspace
 
@@ -65,9 +64,9 @@ HEADER = Header(
     dtype="float32",
     seed=0,
     settings={"strength": "2r"},
-    model=ModelIdentity("lab", "X", 4, 8, 1, "f"),
+    model=ModelIdentity(source="lab", architecture="X", n_layers=4, width=8, last_layer=1, fingerprint="f"),
     sae=None,
-    inputs=[InputArtifact("threshold-001", "0" * 64)],
+    inputs=[InputArtifact(id="threshold-001", sha256="0" * 64)],
 )
 
 
@@ -205,13 +204,12 @@ def test_an_unwritable_workspace_is_refused(tmp_path):
 
 
 def test_reuse_needs_everything_to_match(workspace):
-    from dataclasses import replace
 
     stored = workspace.write(HEADER, BODY)
-    later = replace(HEADER, created="2027-01-01T00:00:00+00:00", seconds=9.0)
+    later = HEADER.replace(created="2027-01-01T00:00:00+00:00", seconds=9.0)
     assert workspace.matching(later).id == stored.id
     for change in ({"settings": {}}, {"seed": 1}, {"packages": {"torch": "3"}}, {"inputs": []}, {"dtype": "bfloat16"}):
-        assert workspace.matching(replace(HEADER, **change)) is None
+        assert workspace.matching(HEADER.replace(**change)) is None
 
 
 def test_floats_survive_exactly(workspace):
@@ -278,7 +276,7 @@ def _all_but(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_schema_of_every_kind_is_kept_and_reads(kind, tmp_path):
-    for schema in range(1, SCHEMAS[kind] + 1):
+    for schema in range(1, KINDS[kind].schema_number + 1):
         workspace = Workspace(tmp_path / str(schema))
         # Alone: those of one schema are not all of one chain.
         shutil.copytree(DATA / f"schema-{schema}", workspace.folder, ignore=_all_but(kind))

@@ -229,14 +229,12 @@ def _beside(target: Target, combination: tuple[Data, Trained, float], guarding: 
 def _sides(target: Target, training: _Training, guard: Sequence[Guarding]) -> tuple[str, ...]:
     """Who is asked after a training: under the guard, without it, or both."""
     if training.has_guard:
-        return ("guarded",)
+        return ("unlearned",)
     if target.base is None or not training.is_base:
         is_asked_under = "test" in guard or ("loop" in guard and not target.guardrails)
         is_asked_without = training.is_base or "removed" in guard
-        return tuple(
-            side for side, is_asked in (("unguarded", is_asked_without), ("guarded", is_asked_under)) if is_asked
-        )
-    return ("unguarded",)
+        return tuple(side for side, is_asked in (("base", is_asked_without), ("unlearned", is_asked_under)) if is_asked)
+    return ("base",)
 
 
 @dataclass(frozen=True)
@@ -259,12 +257,12 @@ def _curve(
 ) -> list[Json]:
     """One variant: what was measured under that guard, beside the same training without any."""
     alone = found[_Training(training.data, training.trained, training.learning_rate, False).name]
-    guarded_points = found[training.name]["unguarded" if guarding == "removed" else "guarded"]
+    guarded_points = found[training.name]["base" if guarding == "removed" else "unlearned"]
     words = [training.trained, f"lr {training.learning_rate:g}", IN_WORDS[guarding]]
     words += ["unrelated text"] if training.data == "unrelated" else []
     words += ["frozen below"] if frozen_below else []
     return [
-        {"x": step, "variant": ", ".join(words), "guarded": guarded_points[i], "unguarded": alone["unguarded"][i]}
+        {"x": step, "variant": ", ".join(words), "unlearned": guarded_points[i], "base": alone["base"][i]}
         for i, step in enumerate(steps)
     ]
 
@@ -273,13 +271,13 @@ def _remembered(
     target: Target, material: Material, batch: TokenBatch, chosen: _Chosen, before: dict[str, Json]
 ) -> dict[str, list[Json]]:
     """Points of each side; a training that no guard has to do with is done once for all guards on a model."""
-    is_same = chosen.sides == ("unguarded",) and chosen.training.is_base and not chosen.frozen_below
+    is_same = chosen.sides == ("base",) and chosen.training.is_base and not chosen.frozen_below
     key = f"relearn/{chosen.training.name}/rank {chosen.rank}/{list(chosen.steps)}"
     if is_same and key in target.remembered:
-        return {"unguarded": target.remembered[key]}
+        return {"base": target.remembered[key]}
     points = _measured(target, material, batch, chosen, before)
     if is_same:
-        target.remembered[key] = points["unguarded"]
+        target.remembered[key] = points["base"]
     return points
 
 
@@ -289,7 +287,7 @@ def _measured(
     """Points of each side, in the order of steps. Those before the first step, which all trainings share, go through
     `before`."""
     training = chosen.training
-    attacked = copied(target.of("unguarded" if training.is_base else "guarded")).float()
+    attacked = copied(target.of("base" if training.is_base else "unlearned")).float()
     parameters = _trained(target, attacked, chosen)
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate)
     loss, n_done = float("nan"), 0
@@ -304,7 +302,7 @@ def _measured(
             key = f"{side}/{training.is_base}"
             point = before.get(key) if n_done == 0 else None
             if point is None:
-                point = _asked(target, material, attacked, f"{training.name}/{side}/{step}", side == "guarded")
+                point = _asked(target, material, attacked, f"{training.name}/{side}/{step}", side == "unlearned")
             if n_done == 0:
                 before[key] = point
             points[side].append(point | ({"loss": loss} if n_done else {}))

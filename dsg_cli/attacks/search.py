@@ -123,10 +123,10 @@ def attack_soft_prompt(
     measured: dict[str, list[Json]] = {}
     for number, how in enumerate((None, *objectives)):
         if target.workers.owns(number):
-            measured[how or "unguarded"] = _measured(target, material, begun, how, steps, learning_rate, gate_weight)
+            measured[how or "base"] = _measured(target, material, begun, how, steps, learning_rate, gate_weight)
     found = {how: points for several in target.workers.gathered(measured) for how, points in several.items()}
     return [
-        {"x": step, "variant": IN_WORDS[how], "guarded": found[how][i], "unguarded": found["unguarded"][i]}
+        {"x": step, "variant": IN_WORDS[how], "unlearned": found[how][i], "base": found["base"][i]}
         for how in objectives
         for i, step in enumerate(steps)
     ]
@@ -142,7 +142,7 @@ def _measured(
     gate_weight: float,
 ) -> list[Json]:
     """One training: points in the order of steps. Without an objective of its own, the guard is nowhere."""
-    change, model = in_front(begun, target.bos), target.of("guarded" if how else "unguarded")
+    change, model = in_front(begun, target.bos), target.of("unlearned" if how else "base")
     batch = answer_batch(target, material.known, change)
     with torch.no_grad():
         prompt_PD = model.get_input_embeddings()(torch.tensor(begun, device=target.device)).float()
@@ -293,7 +293,7 @@ class _Search:
 
     @property
     def guards(self) -> Sequence[GuardrailModule]:
-        return self.target.guardrails if self.side == "guarded" else ()
+        return self.target.guardrails if self.side == "unlearned" else ()
 
     def measured(
         self, asked: Sequence[Question], begun: tuple[int, ...], steps: Sequence[int], name: str
@@ -316,7 +316,7 @@ class _Search:
                 best = min([best, *self.tried(proposed)], key=worth)
                 n_done += 1
                 target.report(f"suffix, {name}, steps", n_done, max(steps))
-            change, is_guarded = self.change(best.suffix), self.side == "guarded"
+            change, is_guarded = self.change(best.suffix), self.side == "unlearned"
             found = target.ask(asked, name=f"{name}/{step}", is_guarded=is_guarded, change=change)
             points.append(of_forget(found) | {"loss": worth(best)})
         return points

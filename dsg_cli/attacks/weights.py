@@ -39,8 +39,8 @@ def copied(model: PreTrainedModel) -> PreTrainedModel:
 
 def edited(target: Target, edit: Callable[[PreTrainedModel], PreTrainedModel]) -> dict[str, PreTrainedModel]:
     """The models of both sides after an edit of their weights; one copy where they are the same."""
-    guarded = edit(copied(target.of("guarded")))
-    return {"guarded": guarded, "unguarded": guarded if target.base is None else edit(copied(target.base))}
+    guarded = edit(copied(target.of("unlearned")))
+    return {"unlearned": guarded, "base": guarded if target.base is None else edit(copied(target.base))}
 
 
 def linear_layers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Tensor, int]]:
@@ -130,7 +130,7 @@ def attack_unhook(target: Target, material: Material) -> list[Json]:
         material: Its `forget` is asked.
     """
     found = of_forget(target.ask(material.forget, name="unhooked", is_guarded=False))
-    return [{"x": "guard taken off", "variant": "", "guarded": found, "unguarded": found}]
+    return [{"x": "guard taken off", "variant": "", "unlearned": found, "base": found}]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def attack_probe(target: Target, material: Material, *, ridge: float) -> list[Js
     """
     found: dict[str, list[tuple[Json, Json]]] = {}
     for side in SIDES:
-        guards, model = (target.guardrails if side == "guarded" else ()), target.of(side)
+        guards, model = (target.guardrails if side == "unlearned" else ()), target.of(side)
         norm, head = _reader(model)
         known, asked = (_read(target, model, questions, guards) for questions in (material.known, material.forget))
         found[side] = []
@@ -175,7 +175,7 @@ def attack_probe(target: Target, material: Material, *, ridge: float) -> list[Js
     return [
         {"x": layer, "variant": variant, **{side: found[side][layer][number] for side in SIDES}}
         for number, variant in enumerate(("logit lens", "linear probe"))
-        for layer in range(len(found["guarded"]))
+        for layer in range(len(found["unlearned"]))
     ]
 
 

@@ -12,10 +12,10 @@ from dsg_cli.attacks import ALL, ATTACKS
 from dsg_cli.data.catalogue import CATALOGUE
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.evals import known_benches
+from dsg_cli.guardrail.runtime.spec import CalibratedGate
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import METHODS
 from dsg_cli.studies import STUDIES
-from dsg_cli.workspace.artifacts import CalibratedGate
 
 if TYPE_CHECKING:
     from dsg_cli.settings import Recipe

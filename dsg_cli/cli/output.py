@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 def next_command(stored: Stored) -> str:
     """What most people do next, in the workspace of the artifact."""
-    from dsg_cli.workspace.artifacts import NEXT_COMMAND
 
-    words = NEXT_COMMAND[stored.header.kind]
+    words = stored.body.next_command
     if words == "dsg eval":
         bench = _bench(stored)
         if bench is None:

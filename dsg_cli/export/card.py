@@ -452,9 +452,9 @@ def _attacks(facts: CardFacts) -> str:
 def _attack_row(body: AttackReport, stored: Stored) -> list[str]:
     found = body.summary
     worst: Json = next(
-        (p["guarded"] for p in body.curve if (p["x"], p["variant"]) == (found["worst_x"], found["worst_variant"])), {}
+        (p["unlearned"] for p in body.curve if (p["x"], p["variant"]) == (found["worst_x"], found["worst_variant"])), {}
     )
-    n = worst.get("n", body.before["guarded"].get("n"))
+    n = worst.get("n", body.before["unlearned"].get("n"))
     return [
         code(body.attack, in_table=True),
         code(body.bench, in_table=True),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ def spec_of(body: Guardrail, model: ModelIdentity) -> GuardrailSpec:
         clamp=body.clamp,
         coefficients=body.coefficients,
         above=body.above,
-        model={key: value for key, value in dataclasses.asdict(model).items() if key != "source"},
+        model=model.model_dump(exclude={"source"}),
     )
 
 

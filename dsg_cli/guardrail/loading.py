@@ -15,8 +15,8 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.guarded import module_from_artifact
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.runtime.spec import tensors_digest
-from dsg_cli.workspace.artifacts import Guardrail, Header, migrate, to_json
-from dsg_cli.workspace.files import digest_of, is_file, is_folder, parse_document, read_document
+from dsg_cli.workspace.artifacts import Guardrail, Header, digest_of, parse_document, read_document, to_json
+from dsg_cli.workspace.files import is_file, is_folder
 from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Workspace
 
@@ -66,7 +66,6 @@ def read_light(path: Path) -> LightGuardrail:
     data = read_document(text, where=str(path))
     if data["kind"] != "guardrail":
         raise DsgError(f"{path} holds no guardrail but {data['kind']}.")
-    data = migrate(data)
     header, body = parse_document(data, where=str(path))
     assert isinstance(body, Guardrail)
     if tensors_digest(tensors) != data.get(TENSORS_DIGEST):

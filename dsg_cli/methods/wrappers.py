@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -187,7 +187,7 @@ def _filter(settings: Filter, inputs: WrapperInputs, *, method: str, side: Liter
     n_tokens += sum(len(piece.ids) for piece, _ in (*calibration, *retain, *forget))
     refuses_any = any(rate["rate"] for rate in rates if rate["is_forget"])
     notes = [] if refuses_any else ["The filter refuses none of the fresh forget text."]
-    return WrapperResult(replace(body, threshold=threshold, rates=rates), tensors, n_tokens, notes)
+    return WrapperResult(body.replace(threshold=threshold, rates=rates), tensors, n_tokens, notes)
 
 
 def middle_layer(n_layers: int) -> int:

@@ -61,7 +61,7 @@ def verdicts(body: EvalReport) -> list[Verdict]:
 
 def verdicts_of_attack(body: AttackReport) -> list[Verdict]:
     """Every expectation of an attack; `unlearned` is what came back where most did."""
-    base, n = body.before["unguarded"]["forget_acc"], body.before["guarded"].get("n")
+    base, n = body.before["base"]["forget_acc"], body.before["unlearned"].get("n")
     return [
         Verdict(
             expect=one["expect"].strip(),
@@ -200,20 +200,20 @@ def curve_table(body: AttackReport) -> Table:
     """Every point of one attack; forget accuracies with their intervals."""
     variants = list(dict.fromkeys(point["variant"] for point in body.curve))
     has_variants = len(variants) > 1
-    has_utility = any("utility_acc" in point["guarded"] for point in body.curve)
+    has_utility = any("utility_acc" in point["unlearned"] for point in body.curve)
     columns = [*(["variant"] if has_variants else []), unit(body.attack) or "how"]
     table = Table(*columns, "guarded", "95 %", "gated", "unguarded", box=None, pad_edge=False)
     if has_utility:
         table.add_column("utility")
     above = None
     for point in body.curve:
-        guard, variant = point["guarded"], point["variant"]
+        guard, variant = point["unlearned"], point["variant"]
         cells = [
             *([variant if variant != above else ""] if has_variants else []),
             shown(point["x"]),
             f"{guard['forget_acc']:.2f}",
         ]
-        cells += [forget_interval(guard), share(guard.get("gate_rate")), share(point["unguarded"]["forget_acc"])]
+        cells += [forget_interval(guard), share(guard.get("gate_rate")), share(point["base"]["forget_acc"])]
         table.add_row(*cells, *([share(guard.get("utility_acc"))] if has_utility else []))
         above = variant
     for one in verdicts_of_attack(body):
@@ -222,8 +222,8 @@ def curve_table(body: AttackReport) -> Table:
     before = body.before
     how = f" Variant: {variants[0]}." if variants[:1] not in ([], [""]) and not has_variants else ""
     table.caption = (
-        f"{body.threat_model}{how} Without the attack: guarded {before['guarded']['forget_acc']:.2f}, "
-        f"unguarded {before['unguarded']['forget_acc']:.2f}."
+        f"{body.threat_model}{how} Without the attack: guarded {before['unlearned']['forget_acc']:.2f}, "
+        f"unguarded {before['base']['forget_acc']:.2f}."
         + ("" if body.summary["n_measurable"] else f" {NOT_MEASURABLE.capitalize()}: unguarded, it cannot answer.")
         + evasions(body)
     )

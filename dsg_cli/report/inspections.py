@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsg_cli.inspection.trace import GateSteps, Trace, Traced
 
-import dataclasses
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -245,7 +244,7 @@ def features_section(stored: Stored, rows: Sequence[Json], *, heading: str, has_
     for row in rows:
         contexts.setdefault(row["feature"], []).append(row)
     if not has_text:
-        body = dataclasses.replace(body, features=[one | {"words": []} for one in body.features])
+        body = body.replace(features=[one | {"words": []} for one in body.features])
         contexts = {index: [row | {"tokens": None} for row in several] for index, several in contexts.items()}
     parts = [_feature(stored.id, body, one, contexts.get(one["index"], []), place, heading) for one in body.features]
     is_kept = any(row.get("tokens") for row in rows)

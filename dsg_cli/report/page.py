@@ -110,7 +110,8 @@ def tables_of(stored: Stored, link: Link, *, has_text: bool = False) -> Markup:
     body = stored.body
     if isinstance(body, FeatureSet) and not has_text:
         ranking = [{"index": row["index"], "score": row["score"]} for row in body.described.get("ranking", [])]
-        stored = replace(stored, body=replace(body, described=body.described | {"ranking": ranking} if ranking else {}))
+        described = body.described | {"ranking": ranking} if ranking else {}
+        stored = replace(stored, body=body.replace(described=described))
     notes = [tag("p", tag("bdi", f"note: {note}", dir="auto"), class_="note") for note in stored.header.notes]
     if isinstance(body, Comparison):
         return Markup("".join([*_comparison(stored.id, body, link), *notes]))

@@ -175,7 +175,7 @@ def chain_table(chain: Sequence[Stored], published: PublishedSection | None = No
     for name, label in (("relearn", "relearned, {x} steps"), ("dilution", "diluted, {x} benign tokens")):
         if name in attacks:
             last = attacks[name]["curve"][-1]
-            values = (last["unguarded"]["forget_acc"], last["guarded"]["forget_acc"], last["guarded"].get("gate_rate"))
+            values = (last["base"]["forget_acc"], last["unlearned"]["forget_acc"], last["unlearned"].get("gate_rate"))
             table.add_row(label.format(x=last["x"]), *map(share, values))
     cut = f"Gate: {summary['gate']} > {summary['threshold']:.3f}" if "threshold" in summary else ""
     rate = summary.get("false_positive_rate")

@@ -21,7 +21,7 @@ from dsg_cli.report.inspections import inspection_view
 from dsg_cli.report.rendering import captioned, visible
 from dsg_cli.report.studies import study_headline, study_table
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, ModelWeights, Threshold, Wrapper
-from dsg_cli.workspace.results import Comparison, EvalReport, Inspection, Json, StudyReport
+from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Inspection, Json, StudyReport
 from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def artifact_table(stored: Stored, view: Any = None) -> Group:
     elif isinstance(body, Wrapper):
         table = _pairs(wrapper_rows(body))
     else:
-        table = curve_table(body)
+        table = curve_table(stored.body_as(AttackReport))
     if isinstance(table, Table):
         table = captioned(table)
     notes = [Text(visible(f"note: {note}")) for note in stored.header.notes]
@@ -276,7 +276,7 @@ def headline(stored: Stored) -> str:
         return f"{body.method}, {body.form}, {len(body.losses)} steps"
     if isinstance(body, Wrapper):
         return f"{body.method}, {body.rule} on the {body.side}"
-    return attack_headline(body)
+    return attack_headline(stored.body_as(AttackReport))
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> Table:

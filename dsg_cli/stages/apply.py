@@ -41,7 +41,7 @@ from dsg_cli.stages import calibrate, select, unlearn, wrap
 from dsg_cli.stages.calibrate import dev_questions
 from dsg_cli.stages.inputs import chain_sae, check_tokens, load_chain_model, reload_corpora, taken_from
 from dsg_cli.stages.stage import QUIET, RunOptions, Stage, settle, stage
-from dsg_cli.workspace.artifacts import MADE_BY, FeatureSet, Guardrail, Header, Threshold
+from dsg_cli.workspace.artifacts import KINDS, FeatureSet, Guardrail, Header, Threshold
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace
@@ -94,7 +94,7 @@ def _origin(
         if not workspace.ids(kind):
             raise DsgError(
                 f"Nothing says what {method} should unlearn.",
-                f"Name corpora (--forget, --retain), or go on from {kind} ({MADE_BY[kind]}).",
+                f"Name corpora (--forget, --retain), or go on from {kind} ({KINDS[kind].made_by}).",
             )
         return workspace.find(kind, options.newest(workspace, kind, None))
     origin = workspace.read(source)
@@ -180,7 +180,7 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
             trials = try_strengths(
                 loaded, this.header, body, tensors, questions, strengths, batch_size=recipe.eval.batch_size
             )
-            body = dataclasses.replace(body, strength=smallest_sufficient(trials), strength_trials=trials)
+            body = body.replace(strength=smallest_sufficient(trials), strength_trials=trials)
         hint = "" if recipe.guardrail.allow_ineffective else HINT
         longest = threshold.header.settings["lengths"][1]
         return _try_and_write(this, loaded, body, tensors, forget, longest=longest, hint=hint)
@@ -372,7 +372,7 @@ def _try_and_write(
         effect = measure_effect(loaded, module.to(loaded.model.device), rows)
         if hint:
             check_effect(effect, hint)
-        body = dataclasses.replace(body, effect=dataclasses.asdict(effect))
+        body = body.replace(effect=dataclasses.asdict(effect))
     this.job.progress("guardrail", 1, 1)
     return this.write(body, n_tokens=sum(map(len, rows)), tensors=tensors)
 
@@ -431,9 +431,7 @@ def try_strengths(
     """
     trials: list[Json] = []
     for setting, strength in sorted(strengths, key=lambda pair: pair[1]):
-        module = module_from_artifact(
-            dataclasses.replace(body, strength=strength), header.model, tensors, where="The new guardrail"
-        )
+        module = module_from_artifact(body.replace(strength=strength), header.model, tensors, where="The new guardrail")
         result = ask(
             loaded.model,
             loaded.tokenizer,

@@ -146,7 +146,7 @@ def run(
             if "known" in ATTACKS[kind].needs:
                 own_material = dataclasses.replace(own_material, known=known, forget=others)
             before = {
-                side: of_forget(target.ask(own_material.forget, name=f"before/{side}", is_guarded=side == "guarded"))
+                side: of_forget(target.ask(own_material.forget, name=f"before/{side}", is_guarded=side == "unlearned"))
                 for side in SIDES
             }
             curve = load_attack(kind)(target, own_material, **options_of(kind, all_settings))
@@ -170,7 +170,7 @@ def _checked(expected: Sequence[Expected], kind: str, before: Json, summary: Jso
     """Conditions on an attack: `acc` is what came back where most did. What was not measurable is not met."""
     if summary["forget_acc_worst"] is None:
         return [{"expect": one.text, "value": None, "bound": None, "met": False} for one in expected]
-    sides = {"unlearned": {"acc": summary["forget_acc_worst"]}, "base": {"acc": before["unguarded"]["forget_acc"]}}
+    sides = {"unlearned": {"acc": summary["forget_acc_worst"]}, "base": {"acc": before["base"]["forget_acc"]}}
     rate = summary["gate_rate_at_worst"]
     return check_expected(expected, {kind: sides}, {kind: {"rate": rate}} if rate is not None else {})
 

@@ -344,8 +344,10 @@ class Rivals:
             )
             last = attacked.body_as(AttackReport).curve[-1]
             measures["attack"] = attacked.id
-            measures["relearned"] = {"x": last["x"]} | {
-                side: last[side]["forget_acc"] for side in ("guarded", "unguarded")
+            measures["relearned"] = {
+                "x": last["x"],
+                "guarded": last["unlearned"]["forget_acc"],
+                "unguarded": last["base"]["forget_acc"],
             }
         return measures
 

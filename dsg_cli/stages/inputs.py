@@ -62,7 +62,7 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
 def check_identity(loaded: LoadedModel, header: Header) -> None:
     """Refuse a model that is not the one an artifact was made with."""
     identity = header.model
-    if replace(identify(loaded, identity.last_layer), source=identity.source) != identity:
+    if identify(loaded, identity.last_layer).replace(source=identity.source) != identity:
         raise DsgError(
             f"The model in {loaded.source} is not the one that {header.id} was made with: its weights have changed.",
             "Start again with dsg select"
@@ -75,7 +75,7 @@ def chain_sae(stored: Stored) -> SaeSource:
     identity = stored.header.sae
     assert identity is not None
     sae = read_sae(identity.source)
-    if replace(sae.identity, revision=identity.revision) != identity:
+    if sae.identity.replace(revision=identity.revision) != identity:
         changed = "weights" if sae.identity.sha256 != identity.sha256 else "configuration"
         raise DsgError(
             f"The SAE in {identity.source} is not the one that {stored.id} was made with: its {changed} changed.",

@@ -144,8 +144,8 @@ def run(
             shared = [feature.index for feature in chosen if feature.index in clamped]
             overlap.append({"id": stored.id, "n_features": len(clamped), "shared": shared})
         body = Inspection(
-            inspected.id,
-            [
+            inspected=inspected.id,
+            groups=[
                 {
                     "name": read.group.name,
                     "role": read.group.role,
@@ -154,8 +154,8 @@ def run(
                 }
                 for read in reads
             ],
-            described,
-            overlap,
+            features=described,
+            overlap=overlap,
         )
         stored = this.write(
             body,

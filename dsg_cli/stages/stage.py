@@ -23,11 +23,11 @@ from dsg_cli import __version__
 from dsg_cli.errors import DsgError
 from dsg_cli.job import ALONE, Job, Report, Workers, launched, silent
 from dsg_cli.settings import Recipe
-from dsg_cli.workspace.artifacts import SCHEMAS, Body, Header, ModelIdentity, SaeIdentity
+from dsg_cli.workspace.artifacts import KINDS, Header, ModelIdentity, SaeIdentity
 from dsg_cli.workspace.checkpoints import SUFFIX, Checkpoint
 from dsg_cli.workspace.files import Content, Signalled
 from dsg_cli.workspace.provenance import Clock, git_state
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.results import Body, Json
 from dsg_cli.workspace.store import Stored, Workspace, reuse_key, writing
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Stage:
         """
         stored = None
         if self.job.workers.is_first:
-            header = replace(self.header, notes=[*self.header.notes, *notes], model=model or self.header.model)
+            header = self.header.replace(notes=[*self.header.notes, *notes], model=model or self.header.model)
             header = self.clock.close(header, n_tokens=n_tokens)
             stored = self.workspace.write(header, body, tensors=tensors, rows=rows, table=table, folder=folder)
         artifact_id = self.job.workers.agreed(stored.id if stored else None)
@@ -157,7 +157,7 @@ def stage(
     remote_code = ["Python files that came with the model were run."] if recipe.model.trust_remote_code else []
     header = Header(
         kind=kind,
-        schema=SCHEMAS[kind],
+        schema=KINDS[kind].schema_number,
         id="",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         dsg_version=__version__,

@@ -228,7 +228,7 @@ class SweepBases:
         if recipe.calibrate.gate != "probe":
             settings = dataclasses.replace(settings, probe_features=0)
         corpora = {role: [corpus.described() for corpus in of_role] for role, of_role in inputs.corpora.items()}
-        key = json.dumps([dataclasses.asdict(inputs.sae.identity), corpora, dataclasses.asdict(settings)])
+        key = json.dumps([inputs.sae.identity.model_dump(), corpora, dataclasses.asdict(settings)])
         if key not in self._selections:
             body, tensors, _ = select.select(inputs, settings, self.job, self._passes, keeps_residuals=True)
             self._selections[key] = body, tensors

@@ -126,7 +126,7 @@ def run(
                 method=method,
                 form="adapter" if trained.adapter is not None else "whole",
                 # Where it lies follows from the artifact's own place.
-                result=dataclasses.replace(identity, source=""),
+                result=identity.replace(source=""),
                 trained={
                     "n_parameters": trained.n_parameters,
                     "n_changed": trained.n_changed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import glob
 import hashlib
@@ -19,9 +18,6 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from dsg_cli.errors import DsgError
-from dsg_cli.settings import build_section
-from dsg_cli.workspace.artifacts import KINDS, SCHEMAS, Body, Header, migrate
-from dsg_cli.workspace.results import Json, misfits
 
 
 @contextmanager
@@ -70,17 +66,6 @@ LARGEST_JSON = 256 * 2**20
 
 IN_USE = "in-use"
 """Lock in a scratch folder, held while it is filled."""
-
-
-def digest_of(data: Json) -> str:
-    """Digest of an artifact's JSON object without the digest itself."""
-    content = {key: value for key, value in data.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def artifact_text(data: Json) -> str:
-    """How an artifact's JSON object is written: the one way, so that every byte of a file is vouched for."""
-    return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
 def is_file(path: Path) -> bool:
@@ -143,47 +128,6 @@ def file_digest(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_document(text: str, *, where: str, is_whole: bool = False) -> Json:
-    """An artifact's JSON object, verified against its own digest.
-
-    Args:
-        text: What was written.
-        where: The file, for messages.
-        is_whole: It is the whole file, of which every byte counts, white space too.
-    """
-    try:
-        data: Json = parse_json(text)
-        schema, known = int(data["schema"]), SCHEMAS[data["kind"]]
-        digest = digest_of(data)
-        is_as_written = not is_whole or text == artifact_text(data)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise DsgError(f"{where} is not an artifact of dsg, or is damaged.") from error
-    if schema > known:
-        raise DsgError(f"{where} has schema {schema}; this version reads up to {known}.", "Update dsg-cli.")
-    if data.get("sha256") != digest or not is_as_written:
-        raise DsgError(f"{where} was altered after it was written: its digest does not match.", "Make it again.")
-    return data
-
-
-def parse_document(data: Json, *, where: str) -> tuple[Header, Body]:
-    """Header and body of an artifact's JSON object, in the newest schema of its kind."""
-    problems: list[str] = []
-    try:
-        whole = migrate(data)
-        parts = [_part(cls, whole, problems) for cls in (Header, KINDS[whole["kind"]])]
-        problems += [f"{name} is not as any version writes it." for name in misfits(whole["kind"], whole)]
-    except (KeyError, TypeError, RecursionError) as error:
-        raise DsgError(f"{where} is not an artifact of dsg, or is damaged.") from error
-    if problems:
-        raise DsgError(f"{where} is not an artifact of dsg: {problems[0]}")
-    return parts[0], parts[1]
-
-
-def _part(cls: type[Any], data: Json, problems: list[str]) -> Any:
-    names = {field.name for field in dataclasses.fields(cls)}
-    return build_section(cls, {key: value for key, value in data.items() if key in names}, "", problems)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

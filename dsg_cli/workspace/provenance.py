@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsg_cli.workspace.artifacts import Header
@@ -22,12 +22,12 @@ class Clock:
 
     def close(self, header: Header, *, n_tokens: int = 0) -> Header:
         """The header with wall seconds, tokens read and peak memory of the process."""
-        return replace(
-            header,
-            seconds=round(time.monotonic() - self.start, 3),
-            n_tokens=n_tokens,
-            peak_memory_mb=round(peak_memory_mb(header.device), 1),
-        )
+        measured = {
+            "seconds": round(time.monotonic() - self.start, 3),
+            "n_tokens": n_tokens,
+            "peak_memory_mb": round(peak_memory_mb(header.device), 1),
+        }
+        return header.replace(**measured)
 
 
 def git_state() -> Json:

@@ -14,32 +14,38 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.workspace.artifacts import KINDS, MADE_BY, Body, BodyT, Header, InputArtifact, to_json
+from dsg_cli.workspace.artifacts import (
+    KINDS,
+    BodyT,
+    Header,
+    InputArtifact,
+    artifact_text,
+    digest_of,
+    parse_document,
+    read_document,
+    to_json,
+)
 from dsg_cli.workspace.checkpoints import SUFFIX, check_checkpoint
 from dsg_cli.workspace.files import (
     LARGEST_JSON,
     Content,
-    artifact_text,
     at_safe_points,
     content_digest,
-    digest_of,
     file_digest,
     is_file,
     is_folder,
     locked,
-    parse_document,
     place_content,
     read_bounded,
-    read_document,
     sync_folder,
     write_atomically,
 )
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.results import Body, Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -187,11 +193,13 @@ class Workspace:
         if wanted is None:
             ids = self.ids(kind)
             if not ids:
-                raise DsgError(f"The workspace {self.folder} has no {kind} yet.", f"Make it with: {MADE_BY[kind]}")
+                raise DsgError(
+                    f"The workspace {self.folder} has no {kind} yet.", f"Make it with: {KINDS[kind].made_by}"
+                )
             return self.read(ids[-1])
         stored = self.read(wanted)
         if stored.header.kind != kind:
-            raise DsgError(f"{stored.id} is not of the kind {kind}, which {MADE_BY[kind]} makes.")
+            raise DsgError(f"{stored.id} is not of the kind {kind}, which {KINDS[kind].made_by} makes.")
         return stored
 
     def read(self, wanted: str) -> Stored:
@@ -231,7 +239,7 @@ class Workspace:
             if not named.is_elsewhere and path.is_file() and _digest_said(path) != named.sha256:
                 raise DsgError(
                     f"{stored.id} was computed from another {named.id} than the one in {path.parent}.",
-                    f"It belongs to another chain: make it again with {MADE_BY[stored.header.kind]}.",
+                    f"It belongs to another chain: make it again with {stored.body.made_by}.",
                 )
 
     def write(
@@ -264,8 +272,8 @@ class Workspace:
                 for name in files:
                     check_side_file(name, artifact_id)
                 digests = {name: content_digest(what) for name, what in files.items()}
-                inputs = [replace(one, is_elsewhere=not self._has(one)) for one in header.inputs]
-                header = replace(header, id=artifact_id, files=digests, inputs=inputs)
+                inputs = [one.replace(is_elsewhere=not self._has(one)) for one in header.inputs]
+                header = header.replace(id=artifact_id, files=digests, inputs=inputs)
                 data = to_json(header, body)
                 data["sha256"] = digest_of(data)
                 commit(self.folder, artifact_id, files, artifact_text(data))
@@ -337,7 +345,7 @@ def _contents(
 def reuse_key(header: Header) -> tuple[object, ...]:
     """What must agree for two runs to give the same result."""
     return (
-        header.schema,
+        header.schema_number,
         header.settings,
         header.seed,
         header.model,

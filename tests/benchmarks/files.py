@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -52,11 +52,8 @@ def gemma_sized(n_detectors: int = N_DETECTORS) -> bytes:
     """A light file of random values in Gemma's shapes."""
     stored = Workspace(KEPT).read("guardrail-001")
     n_columns = N_CHOSEN + n_detectors
-    body = replace(
-        stored.body_as(Guardrail),
-        indices=list(range(N_CHOSEN)),
-        detectors=list(range(N_CHOSEN, n_columns)),
-        slice=asdict(SliceSpec("threshold")),
+    body = stored.body_as(Guardrail).replace(
+        indices=list(range(N_CHOSEN)), detectors=list(range(N_CHOSEN, n_columns)), slice=asdict(SliceSpec("threshold"))
     )
     tensors = {
         "W_enc": torch.randn(WIDTH, n_columns),

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from test_workspace import BODY
 from test_workspace import HEADER as GUARDRAIL
 
 from dsg_cli.attacks.target import summarise
 from dsg_cli.evals.expect import check_expected, parse_expected
-from dsg_cli.workspace.artifacts import SCHEMAS, InputArtifact, ModelIdentity, SaeIdentity
+from dsg_cli.workspace.artifacts import InputArtifact, ModelIdentity, SaeIdentity
 from dsg_cli.workspace.results import AttackReport, EvalReport
 from dsg_cli.workspace.store import Stored, Workspace
 
-HEADER = replace(
-    GUARDRAIL,
+HEADER = GUARDRAIL.replace(
     kind="eval",
-    schema=SCHEMAS["eval"],
+    schema_number=EvalReport.schema_number,
     dsg_version="0.1.0",
     git={"commit": "0123456789abcdef", "dirty": True},
     settings={"benches": ["lab-hexes", "a|b", "gsm"]},
-    model=ModelIdentity("org/mo|del", "X", 4, 8, 1, "f"),
-    sae=SaeIdentity("lab", "jumprelu", "blocks.1.hook_resid_post", 8, 16, True, "c", "s"),
-    inputs=[InputArtifact("guardrail-001", "0" * 64)],
+    model=ModelIdentity(source="org/mo|del", architecture="X", n_layers=4, width=8, last_layer=1, fingerprint="f"),
+    sae=SaeIdentity(
+        source="lab",
+        architecture="jumprelu",
+        hook="blocks.1.hook_resid_post",
+        width=8,
+        n_features=16,
+        prepend_bos=True,
+        config_sha256="c",
+        sha256="s",
+    ),
+    inputs=[InputArtifact(id="guardrail-001", sha256="0" * 64)],
 )
 
 
@@ -48,23 +54,30 @@ def judged(*conditions):
 
 
 def report(*conditions):
-    return EvalReport("test", RESULTS, GATE, judged(*conditions), {}, {}, [], {}, {}, {})
+    return EvalReport(split="test", results=RESULTS, gate=GATE, expected=judged(*conditions))
 
 
 def attack(kind="dilution"):
     curve = [
-        {"x": x, "variant": "", "guarded": {"forget_acc": x / 100, "gate_rate": 1.0}, "unguarded": {"forget_acc": 0.9}}
+        {"x": x, "variant": "", "unlearned": {"forget_acc": x / 100, "gate_rate": 1.0}, "base": {"forget_acc": 0.9}}
         for x in (0, 48)
     ]
-    before = {side: curve[0][side] for side in ("guarded", "unguarded")}
-    return AttackReport(kind, "anyone", "a|b", before, curve, summarise(before, curve, on_prompts=True), [], [])
+    before = {side: curve[0][side] for side in ("unlearned", "base")}
+    return AttackReport(
+        attack=kind,
+        threat_model="anyone",
+        bench="a|b",
+        before=before,
+        curve=curve,
+        summary=summarise(before, curve, on_prompts=True),
+    )
 
 
 def write(workspace: Workspace) -> list[Stored]:
     """An evaluation that misses two conditions, and an attack."""
     return [
         workspace.write(HEADER, report(*CONDITIONS)),
-        workspace.write(replace(HEADER, kind="attack", schema=SCHEMAS["attack"]), attack()),
+        workspace.write(HEADER.replace(kind="attack", schema_number=AttackReport.schema_number), attack()),
     ]
 
 

@@ -11,11 +11,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+CalibratedGate = Literal["mean", "causal-mean", "window", "cusum", "probe"]
+
+Gate = Literal[CalibratedGate, "token"]
+"""Gate forms, see gates.py; `token`, which is none, has no threshold to be calibrated."""
 
 NEVER = 3.4028234663852886e38
 """An activation that no finite one exceeds: the largest number of float32, for JSON has no infinity."""

@@ -45,7 +45,7 @@ def draw_attack(artifact: str, body: AttackReport) -> Drawn | None:
     variants: dict[str, list[Json]] = {}
     for point in body.curve:
         variants.setdefault(point["variant"], []).append(point)
-    worst = sorted(variants, key=lambda name: -max(point["guarded"]["forget_acc"] for point in variants[name]))
+    worst = sorted(variants, key=lambda name: -max(point["unlearned"]["forget_acc"] for point in variants[name]))
     xs = {point["x"] for point in body.curve}
     is_scale = len(xs) > 1 and all(isinstance(x, int | float) for x in xs)
     points = [point for name in worst[:MOST_VARIANTS] for point in variants[name]]
@@ -53,18 +53,18 @@ def draw_attack(artifact: str, body: AttackReport) -> Drawn | None:
         if is_scale:
             _lines_attack(axes, {name: variants[name] for name in worst[:MOST_VARIANTS]}, body)
         else:
-            _points(axes, [(_name_attack(point), point["guarded"], point["unguarded"]) for point in points])
+            _points(axes, [(_name_attack(point), point["unlearned"], point["base"]) for point in points])
         key_above(axes)
     more = (
         f" The {MOST_VARIANTS} variants of {len(worst)} that brought back most." if len(worst) > MOST_VARIANTS else ""
     )
     shades = (
         " The shade is the 95\N{NO-BREAK SPACE}% interval of what brought back most."
-        if is_scale and "forget_low" in points[0]["guarded"]
+        if is_scale and "forget_low" in points[0]["unlearned"]
         else ""
     )
     title = f"Attack {body.attack} on {body.bench}: what comes back, guarded and unguarded.{shades}{more}"
-    before, found = body.before["guarded"]["forget_acc"], body.summary
+    before, found = body.before["unlearned"]["forget_acc"], body.summary
     said = f"Guarded {before:.2f} before, at most {share(found['forget_acc_worst'])} at {place(body)}"
     said += f", where the unguarded model has {share(found['unguarded_at_worst'])}."
     return Drawn(f"{artifact}-curve", artifact, title, said, figure)
@@ -77,9 +77,7 @@ def draw_all(attacks: Sequence[tuple[str, AttackReport]]) -> Drawn | None:
     if not found:
         return None
     with drawing(height=1.1 + 0.28 * len(found)) as (figure, axes):
-        _points(
-            axes, [(f"{body.attack} ({name})", point["guarded"], point["unguarded"]) for name, body, point in found]
-        )
+        _points(axes, [(f"{body.attack} ({name})", point["unlearned"], point["base"]) for name, body, point in found])
         key_above(axes)
     title = (
         "All attacks at their worst: accuracy on what is to be forgotten where most came back, guarded and unguarded."
@@ -91,7 +89,7 @@ def draw_all(attacks: Sequence[tuple[str, AttackReport]]) -> Drawn | None:
 def _worst(body: AttackReport) -> Json:
     found = body.summary
     points = [p for p in body.curve if (p["x"], p["variant"]) == (found["worst_x"], found["worst_variant"])]
-    return max(points or body.curve, key=lambda point: point["guarded"]["forget_acc"])
+    return max(points or body.curve, key=lambda point: point["unlearned"]["forget_acc"])
 
 
 def _name_attack(point: Json) -> str:
@@ -104,13 +102,13 @@ def _lines_attack(axes: Any, variants: dict[str, list[Json]], body: AttackReport
         points = sorted(points, key=lambda point: point["x"])
         xs = [point["x"] for point in points]
         colour, dash = CYCLE[number % len(CYCLE)], DASHES[number % len(DASHES)]
-        guarded = [point["guarded"] for point in points]
+        guarded = [point["unlearned"] for point in points]
         axes.plot(xs, [one["forget_acc"] for one in guarded], dash, marker=MARKERS[number], color=colour,
                   label=f"guarded{f', {short(name, 36)}' if name else ''}")  # fmt: skip
         if number == 0 and all("forget_low" in one and "forget_high" in one for one in guarded):
             low, high = ([one[f"forget_{end}"] for one in guarded] for end in ("low", "high"))
             axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-        unguarded = [point["unguarded"]["forget_acc"] for point in points]
+        unguarded = [point["base"]["forget_acc"] for point in points]
         axes.plot(xs, unguarded, dash, color=GREY, linewidth=1.1, label="unguarded" if number == 0 else None)
     _scale(axes, sorted({point["x"] for points in variants.values() for point in points}))
     axes.set_ylim(-0.03, 1.05)
