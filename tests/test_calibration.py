@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,14 +113,14 @@ def test_interval_is_the_exact_one(k, n):
     assert clopper_pearson(0, 0) == (0.0, 1.0)
 
 
-SETS = ["corpora.limit=120", "calibrate.max_pieces=600", "calibrate.alpha=0.05", "eval.limit=32"]
+SETS = ["corpora.limit=80", "calibrate.max_pieces=600", "calibrate.alpha=0.05", "eval.limit=32"]
 
 
 @pytest.fixture(scope="module")
-def selected(tmp_path_factory):
-    """A workspace with features of the lab, and the recipe that made them."""
-    recipe, workspace = load_recipe("lab", sets=SETS), Workspace(tmp_path_factory.mktemp("selected"))
-    return workspace, select.run(recipe, workspace)
+def selected(lab_chain, tmp_path_factory):
+    """A workspace with features of the lab, to be written to."""
+    workspace = Workspace(shutil.copytree(lab_chain, tmp_path_factory.mktemp("selected") / "ws"))
+    return workspace, workspace.read("features-001")
 
 
 def calibrated(selected, *sets):

@@ -408,19 +408,15 @@ def test_generation_settings_of_the_model_do_not_change_how_it_is_asked():
     assert answer(loaded, ids, guardrails=[guardrail], max_new_tokens=4) == expected
 
 
-SMALL = ["calibrate.max_pieces=512", "corpora.limit=80"]
+SMALL = ["corpora.limit=80"]
 
 
 TOKEN = "hf_" + "Aa1" * 11
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    workspace = Workspace(tmp_path_factory.mktemp("chain") / "ws")
-    recipe = load_recipe("lab", sets=SMALL)
-    for stage in (select, calibrate, apply):
-        stage.run(recipe, workspace)
-    return workspace
+def chain(lab_chain, tmp_path_factory):
+    return Workspace(shutil.copytree(lab_chain, tmp_path_factory.mktemp("chain") / "ws"))
 
 
 def test_a_gate_that_never_fires_is_refused_unless_allowed(chain, dsg, tmp_path):

@@ -232,25 +232,24 @@ class TestGroups:
         assert not any("template" in one for one in doubts_of(reads, 0, SelectedFeature(3, []), 10, tokenizer))
 
 
+RETAINED = ("lab-far", "lab-ciphers", "lab-elixirs")
+
+
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A chain of the default gate on a part of the lab's text, with two guardrails."""
+def lab(lab_chain, tmp_path_factory):
+    """The lab's chain with a second guardrail."""
     from typer.testing import CliRunner
 
     from dsg_cli.cli.app import app
 
-    folder = tmp_path_factory.mktemp("lab") / "w"
+    folder = shutil.copytree(lab_chain, tmp_path_factory.mktemp("lab") / "w")
 
     def run(*arguments):
         done = CliRunner().invoke(app, [*map(str, arguments), "-w", str(folder)])
         assert done.exit_code == 0, done.output
         return done.stdout
 
-    corpora = ("--forget", "lab-hexes", "--retain", "lab-near", "--retain", "lab-far")
-    run("select", *corpora, "--model", "lab", "--sae", "lab", "-n", 6, "--limit", 100)
-    run("calibrate", "--alpha", "0.2", "--lengths", "8:32", "--set", "calibrate.max_pieces=200")
     run("apply", "--strength", "4r")
-    run("apply", "--strength", "16r")
     return SimpleNamespace(folder=folder, run=run, workspace=Workspace(folder))
 
 
@@ -272,7 +271,7 @@ class TestChain:
         assert [(group["name"], group["role"]) for group in body.groups] == [
             ("lab-hexes", "forget"),
             ("lab-near", "near"),
-            ("lab-far", "retain"),
+            *((name, "retain") for name in RETAINED),
         ]
         tensors = lab.workspace.tensors(lab.workspace.read("features-001"))
         for one in body.features:
@@ -281,13 +280,12 @@ class TestChain:
             assert one["rates"]["lab-hexes"] == pytest.approx(rate, abs=1e-3)
             assert one["forget_score"] == float(tensors["forget_mean_square"][one["index"]])
             assert len(one["promoted"]) == len(one["suppressed"]) == 8 and len(one["nearest"]) == 3
-        assert body.overlap == [{"id": "guardrail-001", "n_features": 6, "shared": of_guardrail.indices}]
+        assert body.overlap == [{"id": "guardrail-001", "n_features": 8, "shared": of_guardrail.indices}]
 
     def test_a_context_is_where_the_artifact_says(self, lab, inspected):
         loaded, sae = load_model("lab", last_layer=1), read_sae("lab")
-        corpora = {
-            one.name: one for one in load_corpora(["lab-hexes", "lab-near", "lab-far"], role="retain", limit=100)
-        }
+        names = ["lab-hexes", "lab-near", *RETAINED]
+        corpora = {corpus.name: corpus for corpus in load_corpora(names, role="retain", limit=80)}
         rows = lab.workspace.rows(inspected)
         encoder = load_encoder(sae, device="cpu")
         for row in rows[::5]:
@@ -301,7 +299,7 @@ class TestChain:
             assert row["activations"][row["at"]] == row["peak"] == pytest.approx(float(acts[1:].max()), abs=1e-4)
             assert row["tokens"][row["at"]].strip() == loaded.tokenizer.decode([ids[row["position"]]])
         n = len(lab.workspace.read(inspected.id).body.features)
-        assert n * 2 <= len(rows) <= n * 6
+        assert n * 2 <= len(rows) <= n * 10
 
     def test_without_samples_no_text_is_kept(self, lab, inspected):
         stored = lab.workspace.read(lab.run("inspect", "--feature", 331, "--feature", 7).strip())
@@ -363,7 +361,8 @@ class TestChain:
     def test_a_selection_another_near_corpus_and_json(self, lab):
         found = json.loads(lab.run("inspect", "features-001", "--near", "lab-ciphers", "--contexts", 1, "--json"))
         roles = {group["name"]: group["role"] for group in found["groups"]}
-        assert roles == {"lab-hexes": "forget", "lab-ciphers": "near", "lab-near": "retain", "lab-far": "retain"}
+        retained = dict.fromkeys(("lab-near", *RETAINED), "retain")
+        assert roles == retained | {"lab-hexes": "forget", "lab-ciphers": "near"}
         assert found["inspected"] == "features-001" and [one["id"] for one in found["overlap"]] == [
             "guardrail-001",
             "guardrail-002",
@@ -403,7 +402,7 @@ class TestChain:
         code, out, err = dsg("inspect", "-w", tmp_path / "alone", "--limit", 40, "--json")
         found = json.loads(out)
         assert code == 0 and {one["forget_score"] for one in found["features"]} == {None}, err
-        assert [group["name"] for group in found["groups"]] == ["lab-hexes", "lab-near", "lab-far"]
+        assert [group["name"] for group in found["groups"]] == ["lab-hexes", "lab-near", *RETAINED]
 
 
 def test_what_a_corpus_holds_is_shown_not_obeyed(inspected, lab):
