@@ -38,100 +38,6 @@ from dsg_cli.workspace.files import check_new_folder, is_folder, is_taken, write
 from dsg_cli.workspace.results import AttackReport, EvalReport, Json
 from dsg_cli.workspace.store import Stored, Workspace
 
-JUDGED = ("eval", "attack")
-
-
-def card_facts(
-    workspace: Workspace,
-    composition: Composition,
-    modules: list[GuardrailModule],
-    *,
-    name: str,
-    address: str,
-    is_on_hub: bool,
-    is_whole_model: bool,
-    instead: str | None,
-    is_mismatched: bool,
-) -> CardFacts:
-    """All that is known of what is exported.
-
-    Args:
-        workspace: Where the guardrails lie.
-        composition: They, and what they are on.
-        modules: The same, in their order.
-        name: Of the folder or repository.
-        address: By which it is loaded.
-        is_on_hub: Whether that is a repository.
-        is_whole_model: Whether the model goes with them.
-        instead: The model that they are put on, if it is another copy than that of the artifacts.
-        is_mismatched: They may be on other weights than those that they were made for.
-    """
-    model = _model(composition, instead, is_mismatched)
-    trained = lineage(composition) if model == composition.model else []
-    base = trained[0].header.model.source if trained else model
-    judged = [] if is_mismatched else _judgements(workspace, composition)
-    return CardFacts(
-        name=name,
-        address=address,
-        is_on_hub=is_on_hub,
-        is_whole_model=is_whole_model,
-        architecture=composition.header.model.architecture,
-        model=model,
-        base=base,
-        base_card=read_base_card(base),
-        guards=[
-            _card_guard(stored, module.key, light_name(number))
-            for number, (stored, module) in enumerate(zip(composition.guardrails, modules, strict=True))
-        ],
-        lineage=trained,
-        evaluations=[stored for stored in judged if isinstance(stored.body, EvalReport)],
-        attacks=[stored for stored in judged if isinstance(stored.body, AttackReport)],
-        is_mismatched=is_mismatched,
-    )
-
-
-def _model(composition: Composition, instead: str | None, is_mismatched: bool) -> str:
-    """The model's name: that of the artifacts, unless it says nothing elsewhere and another copy was named."""
-    known = composition.model in lab.MODEL_DIRS or REPOSITORY.fullmatch(composition.model)
-    if instead is None or (known and not is_mismatched):
-        return composition.model
-    return str(Path(instead).resolve()) if is_folder(Path(instead)) else instead
-
-
-def _judgements(workspace: Workspace, composition: Composition) -> list[Stored]:
-    """Evaluations and attacks of exactly these guardrails, on the weights that they were made for.
-
-    One that is damaged says nothing; `dsg verify` names it.
-    """
-    wanted = {stored.json["sha256"] for stored in composition.named}
-    found = []
-    for artifact_id in [name for kind in JUDGED for name in workspace.ids(kind)]:
-        try:
-            stored = workspace.read(artifact_id)
-        except DsgError:
-            continue
-        is_same = {one.sha256 for one in stored.header.inputs} == wanted
-        if is_same and not stored.header.settings.get("allow_mismatch"):
-            found.append(stored)
-    return found
-
-
-def _card_guard(guardrail: Stored, key: str, file: str) -> CardGuard:
-    threshold = _made_from(guardrail, "threshold")
-    return CardGuard(guardrail, key, file, threshold, _made_from(threshold or guardrail, "features"))
-
-
-def _made_from(stored: Stored, kind: str) -> Stored | None:
-    """The artifact of a kind that another was made from, if it lies beside it and is whole."""
-    for named in stored.header.inputs:
-        if named.id.startswith(f"{kind}-") and not named.is_elsewhere:
-            try:
-                found = Workspace(stored.path.parent).read(named.id)
-            except DsgError:
-                return None
-            return found if found.json["sha256"] == named.sha256 else None
-    return None
-
 
 @dataclass(frozen=True)
 class Exported:
@@ -179,7 +85,11 @@ def run(
     architecture, tokenizer_class = composition.header.model.architecture, ""
     if form == "model":
         check_causal(body.gate for body in composition.bodies)
-        _check_whole(composition)
+        if composition.weights and composition.weights[-1].body_as(ModelWeights).form == "adapter":
+            raise DsgError(
+                f"{composition.weights[-1].id} is an adapter, and an exported model needs whole weights.",
+                "Apply its method without --lora, and the guardrail on that.",
+            )
         # Only the layers that the guardrails' fingerprints cover are loaded.
         found = load_composition(workspace, composition, settle(recipe, composition.header), cut=True)
         loaded, modules = found.model, found.guardrails
@@ -240,13 +150,89 @@ def run(
     return Exported(written, form, [stored.id for stored in composition.guardrails], files)
 
 
-def _check_whole(composition: Composition) -> None:
-    """Refuse to export a model whose weights are an adapter."""
-    if composition.weights and composition.weights[-1].body_as(ModelWeights).form == "adapter":
-        raise DsgError(
-            f"{composition.weights[-1].id} is an adapter, and an exported model needs whole weights.",
-            "Apply its method without --lora, and the guardrail on that.",
-        )
+def card_facts(
+    workspace: Workspace,
+    composition: Composition,
+    modules: list[GuardrailModule],
+    *,
+    name: str,
+    address: str,
+    is_on_hub: bool,
+    is_whole_model: bool,
+    instead: str | None,
+    is_mismatched: bool,
+) -> CardFacts:
+    """All that is known of what is exported.
+
+    Args:
+        workspace: Where the guardrails lie.
+        composition: They, and what they are on.
+        modules: The same, in their order.
+        name: Of the folder or repository.
+        address: By which it is loaded.
+        is_on_hub: Whether that is a repository.
+        is_whole_model: Whether the model goes with them.
+        instead: The model that they are put on, if it is another copy than that of the artifacts.
+        is_mismatched: They may be on other weights than those that they were made for.
+    """
+    # The model's name is that of the artifacts, unless it says nothing elsewhere and another copy was named.
+    model = composition.model
+    is_known = model in lab.MODEL_DIRS or REPOSITORY.fullmatch(model)
+    if instead is not None and (is_mismatched or not is_known):
+        model = str(Path(instead).resolve()) if is_folder(Path(instead)) else instead
+    trainings = lineage(composition) if model == composition.model else []
+    base = trainings[0].header.model.source if trainings else model
+    judged = [] if is_mismatched else _judgements(workspace, composition)
+    guards = []
+    for number, (stored, module) in enumerate(zip(composition.guardrails, modules, strict=True)):
+        threshold = _made_from(stored, "threshold")
+        features = _made_from(threshold or stored, "features")
+        guards.append(CardGuard(stored, module.key, light_name(number), threshold, features))
+    return CardFacts(
+        name=name,
+        address=address,
+        is_on_hub=is_on_hub,
+        is_whole_model=is_whole_model,
+        architecture=composition.header.model.architecture,
+        model=model,
+        base=base,
+        base_card=read_base_card(base),
+        guards=guards,
+        lineage=trainings,
+        evaluations=[stored for stored in judged if isinstance(stored.body, EvalReport)],
+        attacks=[stored for stored in judged if isinstance(stored.body, AttackReport)],
+        is_mismatched=is_mismatched,
+    )
+
+
+def _judgements(workspace: Workspace, composition: Composition) -> list[Stored]:
+    """Evaluations and attacks of exactly these guardrails, on the weights that they were made for.
+
+    One that is damaged says nothing; `dsg verify` names it.
+    """
+    digests = {stored.json["sha256"] for stored in composition.named}
+    judged = []
+    for artifact_id in [*workspace.ids("eval"), *workspace.ids("attack")]:
+        try:
+            stored = workspace.read(artifact_id)
+        except DsgError:
+            continue
+        is_same = {named.sha256 for named in stored.header.inputs} == digests
+        if is_same and not stored.header.settings.get("allow_mismatch"):
+            judged.append(stored)
+    return judged
+
+
+def _made_from(stored: Stored, kind: str) -> Stored | None:
+    """The artifact of a kind that another was made from, if it lies beside it and is whole."""
+    for named in stored.header.inputs:
+        if named.id.startswith(f"{kind}-") and not named.is_elsewhere:
+            try:
+                origin = Workspace(stored.path.parent).read(named.id)
+            except DsgError:
+                return None
+            return origin if origin.json["sha256"] == named.sha256 else None
+    return None
 
 
 def check_exportable(workspace: Workspace, method: str, source: str | None) -> None:
@@ -280,8 +266,15 @@ def check_target(to: str, form: str | None = None) -> str:
 
 def _write_light(to: Path, lights: Sequence[bytes], card: str) -> None:
     """One light file, or a folder of them with their model card."""
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        for number, content in enumerate(lights):
+            (folder / light_name(number)).write_bytes(content)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="replace")
+
     if to.suffix != ".safetensors":
-        write_folder(to, lambda partial: _fill(partial, lights, card))
+        write_folder(to, fill)
         return
     if len(lights) > 1:
         raise DsgError("A light file holds one guardrail.", "Export each to a file of its own, or name a folder.")
@@ -292,13 +285,6 @@ def _write_light(to: Path, lights: Sequence[bytes], card: str) -> None:
         raise DsgError(
             f"{str(to)[:200]} cannot be written: {error.strerror}.", "Make room, or name another place."
         ) from error
-
-
-def _fill(folder: Path, lights: Sequence[bytes], card: str) -> None:
-    folder.mkdir()
-    for number, content in enumerate(lights):
-        (folder / light_name(number)).write_bytes(content)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="replace")
 
 
 def _sizes(written: Path) -> list[Json]:
