@@ -22,7 +22,7 @@ from dsg_cli.inspection.contexts import Description, describe_features, read_con
 from dsg_cli.job import Job
 from dsg_cli.models.language_model import context_length, load_model, load_tokenizer, read_config, text_config
 from dsg_cli.models.sae import check_fits, check_name, load_encoder, read_sae
-from dsg_cli.settings import CorporaSection, Recipe
+from dsg_cli.settings import Recipe
 from dsg_cli.stages.inputs import check_world, named_model
 from dsg_cli.stages.stage import QUIET, RunOptions, settle
 from dsg_cli.workspace.files import is_taken, write_atomically
@@ -55,8 +55,7 @@ def run(
     """
     _check_path(path, is_forced)
     check_named(corpora, role="described")
-    recipe = dataclasses.replace(recipe, corpora=CorporaSection(retain=list(corpora), limit=recipe.corpora.limit))
-    check_world(recipe)
+    check_world(recipe, corpora)
     check_name(recipe.sae.source)
     recipe = settle(recipe)
     source = named_model(workspace, recipe.model.source)

@@ -7,7 +7,7 @@ that order. Beside it stands the base model, which no method has touched.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsg_cli.data.corpora import Corpus, check_disjoint, check_named, check_no_shared_texts, load_corpora, parse_name
@@ -23,7 +23,7 @@ from dsg_cli.inference.wrappers import WrapperModule, has_filter, wrapper_from_a
 from dsg_cli.methods import METHODS, finetunes
 from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer
 from dsg_cli.models.sae import SaeSource, read_sae
-from dsg_cli.settings import CorporaSection, ModelSection, Recipe
+from dsg_cli.settings import ModelSection, Recipe
 from dsg_cli.workspace.artifacts import Guardrail, Header, ModelIdentity, ModelWeights, Wrapper
 from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import ID, Stored, Workspace
@@ -105,20 +105,16 @@ class MethodInputs:
     model: str
     names: dict[str, list[str]]
     """forget and retain -> corpora as later stages call them."""
-    forget: list[Corpus]
-    retain: list[Corpus]
-    """Empty where a method has no use for their texts."""
+    corpora: dict[str, list[Corpus]]
+    """forget and retain, empty where a method has no use for their texts; train, for finetuning."""
     bos: int | None
     """Token that every sequence begins with."""
     artifacts: list[Stored]
     notes: list[str]
-    train: list[Corpus] = field(default_factory=list)
-    """What finetuning reads."""
 
     def described(self) -> Json:
         """What an artifact's settings say of the corpora."""
-        roles = {"forget": self.forget, "retain": self.retain} | ({"train": self.train} if self.train else {})
-        return {role: [corpus.described() for corpus in corpora] for role, corpora in roles.items()}
+        return {role: [corpus.described() for corpus in of_role] for role, of_role in self.corpora.items()}
 
 
 def folder_of(stored: Stored) -> str:
@@ -149,65 +145,37 @@ def read_method_inputs(
     """Read the corpora, and check all that can be checked before weights are loaded.
 
     Args:
-        recipe: Names the model and the corpora.
+        recipe: Names the model and the corpora; what is finetuned on stands in the method's settings.
         workspace: Where models that are artifacts are.
         method: What for; one without a forget corpus may have no corpora at all.
         origin: A features or a model artifact that the recipe was taken from.
         reads_text: Whether the method reads corpora, or only says their names.
     """
+    is_finetuned = finetunes(method)
     names = {"forget": recipe.corpora.forget, "retain": recipe.corpora.retain}
-    for role, of_role in names.items():
-        if of_role or METHODS[method].needs_forget:
+    to_read = {"train": recipe.methods.finetune.corpora} if is_finetuned else names
+    for role, of_role in to_read.items():
+        if of_role or is_finetuned or METHODS[method].needs_forget:
             check_named(of_role, role=role)
     check_disjoint(names["forget"], names["retain"])
-    check_world(recipe)
+    check_world(recipe, [name for of_role in to_read.values() for name in of_role])
     source = named_model(workspace, recipe.model.source)
     tokenizer = load_tokenizer(source, recipe.model)
     corpora: dict[str, list[Corpus]] = {"forget": [], "retain": []}
     notes: list[str] = []
-    for role, of_role in names.items() if reads_text else ():
+    for role, of_role in to_read.items() if reads_text else ():
         corpora[role], changes = read_corpora(of_role, role, recipe, origin)
         notes += changes
     check_no_shared_texts(corpora["forget"], corpora["retain"])
-    check_chat(tokenizer, [*corpora["forget"], *corpora["retain"]])
-    sae_prepends = bool(origin is not None and origin.header.sae is not None and origin.header.sae.prepend_bos)
+    check_chat(tokenizer, [corpus for of_role in corpora.values() for corpus in of_role])
+    sae = origin.header.sae if origin is not None and not is_finetuned else None
     return MethodInputs(
         model=source,
         names={role: [parse_name(name).name for name in of_role] for role, of_role in names.items()},
-        forget=corpora["forget"],
-        retain=corpora["retain"],
-        bos=bos_to_prepend(tokenizer, sae_prepends),
+        corpora=corpora,
+        bos=bos_to_prepend(tokenizer, sae is not None and sae.prepend_bos),
         artifacts=[] if origin is None else [origin],
         notes=notes,
-    )
-
-
-def read_finetune_inputs(recipe: Recipe, workspace: Workspace, origin: Stored | None) -> MethodInputs:
-    """Read what is trained on, and check all that can be checked before weights are loaded.
-
-    Args:
-        recipe: Names the model, and in the method's settings the corpora and how many documents of each.
-        workspace: Where models that are artifacts are.
-        origin: A features or a model artifact whose model is trained on.
-    """
-    names = recipe.methods.finetune.corpora
-    check_named(names, role="train")
-    corpora = CorporaSection(forget=names, limit=recipe.methods.finetune.limit)
-    recipe = replace(recipe, corpora=corpora)
-    check_world(recipe)
-    source = named_model(workspace, recipe.model.source)
-    tokenizer = load_tokenizer(source, recipe.model)
-    train, notes = read_corpora(names, "train", recipe, origin)
-    check_chat(tokenizer, train)
-    return MethodInputs(
-        model=source,
-        names={"forget": [], "retain": []},
-        forget=[],
-        retain=[],
-        bos=bos_to_prepend(tokenizer, False),
-        artifacts=[] if origin is None else [origin],
-        notes=notes,
-        train=train,
     )
 
 
@@ -220,9 +188,8 @@ def load_whole(inputs: MethodInputs, recipe: Recipe, *, dtype: str) -> LoadedMod
     return loaded
 
 
-def check_world(recipe: Recipe) -> None:
+def check_world(recipe: Recipe, names: Sequence[str]) -> None:
     """The lab's corpora are about a world that only the lab's model knows."""
-    names = [*recipe.corpora.forget, *recipe.corpora.retain]
     is_lab = bool(names) and all(name.startswith("lab-") for name in names)
     if recipe.model.source == ModelSection().source and is_lab:
         raise DsgError(f"{recipe.model.source} knows nothing of the lab's world.", "Add --model lab.")

@@ -147,7 +147,7 @@ def read_inputs(
         check_named(names.forget, role="forget")
     check_named(names.retain, role="retain")
     check_disjoint(names.forget, names.retain)
-    check_world(recipe)
+    check_world(recipe, [*names.forget, *names.retain])
     workspace.check_writable()
     check_name(recipe.sae.source)
     recipe = settle(recipe)

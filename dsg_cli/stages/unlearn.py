@@ -29,7 +29,6 @@ from dsg_cli.stages.inputs import (
     chain_sae,
     identify,
     load_whole,
-    read_finetune_inputs,
     read_method_inputs,
     taken_from,
 )
@@ -59,9 +58,7 @@ def run(
     recipe = taken_from(recipe, origin)
     if kind.finetunes:
         recipe = dataclasses.replace(recipe, corpora=CorporaSection(limit=settings.limit))
-        inputs = read_finetune_inputs(recipe, workspace, origin)
-    else:
-        inputs = read_method_inputs(recipe, workspace, method, origin)
+    inputs = read_method_inputs(recipe, workspace, method, origin)
     workspace.check_writable()
     recipe = settle(recipe)
     # Weights and what is added to them are float32, whatever the model is run in later.
@@ -94,10 +91,10 @@ def run(
             longest = min(settings.max_tokens, context_length(loaded.model.config))
             encoding: Json = {"bos": bos, "max_tokens": longest, "device": device}
             if kind.finetunes:
-                forget = retain = finetune_rows(loaded.tokenizer, inputs.train, settings, **encoding)
+                forget = retain = finetune_rows(loaded.tokenizer, inputs.corpora["train"], settings, **encoding)
             else:
                 forget, retain = (
-                    training_rows(loaded.tokenizer, corpora, **encoding) for corpora in (inputs.forget, inputs.retain)
+                    training_rows(loaded.tokenizer, inputs.corpora[role], **encoding) for role in ("forget", "retain")
                 )
             training_inputs = TrainingInputs(loaded.model, forget, retain, seed=recipe.seed, job=this.job)
             if features is not None:
@@ -131,7 +128,7 @@ def run(
                     "n_parameters": trained.n_parameters,
                     "n_changed": trained.n_changed,
                     "modules": sorted({name.rpartition(".")[0] for name in trained.names}),
-                    **({"corpora": [corpus.name for corpus in inputs.train]} if inputs.train else {}),
+                    **({"corpora": [corpus.name for corpus in inputs.corpora["train"]]} if kind.finetunes else {}),
                 },
                 losses=trained.losses,
                 diverged_at=trained.diverged_at,
