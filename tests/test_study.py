@@ -69,12 +69,28 @@ def stability(workspace):
     return study.run(recipe_for("stability"), workspace, "stability")
 
 
+@pytest.fixture
+def alone(workspace, stability, tmp_path):
+    """A workspace of its own with the features that every study begins with."""
+    for path in workspace.folder.glob("features-001.*"):
+        shutil.copy(path, tmp_path)
+    return Workspace(tmp_path)
+
+
+def measured(workspace, name, *sets):
+    return study.run(recipe_for(name, *sets), workspace, name).body_as(StudyReport)
+
+
 def rows_at(body, metric="acc", **values):
-    return [
-        row
-        for row in body.rows
-        if row["metric"] == metric and all(row[name] == value for name, value in values.items())
-    ]
+    return [row for row in body.rows if row["metric"] == metric and values.items() <= row.items()]
+
+
+def printed(body):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(study_table(body))
+    text = console.export_text()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    return text
 
 
 def wilson_by_hand(k, n, z=1.959963984540054):
@@ -94,20 +110,15 @@ def test_one_pass_serves_every_point(stability, workspace):
     assert not {"threshold", "guardrail", "eval"} & {name.split("-")[0] for name in workspace.ids()}
 
 
-def test_a_point_is_what_the_stages_find(stability, tmp_path, workspace):
+def test_a_point_is_what_the_stages_find(stability, alone):
     """Strength, features and alpha of one point, through calibrate, apply and eval."""
     point = {"n_features": 8, "strength": "16r", "ratio_percentile": 95.0, "alpha": 0.1}
-    own = Workspace(tmp_path)
-    recipe = with_values(
-        recipe_for("stability"),
-        {AXES[name].key: value for name, value in point.items()}
-        | {"eval.split": "dev", "eval.benches": ["lab-hexes", "lab-near", "lab-far"]},
-    )
-    for path in workspace.folder.glob("features-001.*"):
-        shutil.copy(path, own.folder)
-    threshold = calibrate.run(recipe, own).body_as(Threshold)
-    apply.run(recipe, own)
-    report = evaluate.run(recipe, own).body_as(EvalReport)
+    values = {AXES[name].key: value for name, value in point.items()}
+    values |= {"eval.split": "dev", "eval.benches": ["lab-hexes", "lab-near", "lab-far"]}
+    recipe = with_values(recipe_for("stability"), values)
+    threshold = calibrate.run(recipe, alone).body_as(Threshold)
+    apply.run(recipe, alone)
+    report = evaluate.run(recipe, alone).body_as(EvalReport)
     body = stability.body_as(StudyReport)
     (found,) = rows_at(body, "threshold", **point)
     assert found["value"] == pytest.approx(threshold.threshold, rel=1e-5)
@@ -170,21 +181,18 @@ def test_the_table_beside_it_holds_the_same_rows(stability, workspace):
     assert csv_text(["a"], [{"a": 'x,"y"'} | dict.fromkeys(MEASURES)]).splitlines()[1].startswith('"x,""y"""')
 
 
-def test_gates_that_watch_the_clamped_features_see_the_text_together(workspace, tmp_path):
+def test_gates_that_watch_the_clamped_features_see_the_text_together(workspace, alone):
     sets = ["calibrate.gate=mean", "calibrate.alpha=0.1", "study.benches=[lab-near]"]
     grid = "study.grids={stability: {n_features: [4, 8], strength: [16r], ratio_percentile: [90, 95], alpha: [0.1]}}"
-    recipe = recipe_for("stability", *sets, grid)
-    body = study.run(recipe, workspace, "stability").body_as(StudyReport)
+    body = measured(workspace, "stability", *sets, grid)
     assert body.computed["n_points"] == 4 and body.computed["gate_passes"] == 1
-    for path in workspace.folder.glob("features-001.*"):
-        shutil.copy(path, tmp_path)
-    threshold = calibrate.run(recipe, Workspace(tmp_path)).body_as(Threshold)
+    threshold = calibrate.run(recipe_for("stability", *sets, grid), alone).body_as(Threshold)
     (found,) = rows_at(body, "threshold", n_features=8, ratio_percentile=95.0)
     assert found["value"] == pytest.approx(threshold.threshold)
 
 
 def test_less_forget_text(workspace, stability):
-    body = study.run(recipe_for("data-efficiency"), workspace, "data-efficiency").body_as(StudyReport)
+    body = measured(workspace, "data-efficiency")
     assert not failures(body)
     # Two retain corpora once, and forget text of each share.
     assert body.computed["text_passes"] == 2 + 4
@@ -201,9 +209,7 @@ def test_less_forget_text(workspace, stability):
         (whole,) = rows_at(body, bench=bench, by="documents", share=100.0)
         (own,) = rows_at(stability.body_as(StudyReport), bench=bench, **point)
         assert whole["value"] == own["value"] and whole["gate_rate"] == own["gate_rate"]
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(study_table(body))
-    assert "\N{HORIZONTAL ELLIPSIS}" not in (text := console.export_text()) and "documents" in text and "gated" in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in (text := printed(body)) and "documents" in text and "gated" in text
     named, others = (rows_at(body, f"acc_{which}", share=10.0, by="entities") for which in ("named", "not_named"))
     (both,) = rows_at(body, share=10.0, by="entities", bench="lab-hexes")
     assert sum(row["n"] for row in (*named, *others)) == both["n"]
@@ -234,7 +240,7 @@ def test_a_larger_share_contains_a_smaller_one():
 
 def test_requests_one_after_another(workspace, stability):
     sets = ["corpora.retain=[lab-near, lab-far, lab-ciphers]", "study.benches=[lab-near, lab-far, lab-ciphers]"]
-    body = study.run(recipe_for("sequential", *sets), workspace, "sequential").body_as(StudyReport)
+    body = measured(workspace, "sequential", *sets)
     assert body.benches == {"forget": ["lab-hexes", "lab-ciphers"], "other": ["lab-near", "lab-far"]}
     assert body.computed["n_points"] == 4 and not failures(body)
 
@@ -259,8 +265,7 @@ def test_every_layer_with_an_sae(workspace, tmp_path, folders):
     config["metadata"]["hook_name"] = hook.replace(str(layer), str(layer + 1), 1)
     (tmp_path / "higher" / "cfg.json").write_text(json.dumps(config))
     saes = ["lab", str(tmp_path / "higher"), str(folders["sae"])]
-    recipe = recipe_for("layers", f"study.grids={{layers: {{sae: {json.dumps(saes)}, strength: [4r, 16r]}}}}")
-    body = study.run(recipe, workspace, "layers").body_as(StudyReport)
+    body = measured(workspace, "layers", f"study.grids={{layers: {{sae: {json.dumps(saes)}, strength: [4r, 16r]}}}}")
     assert body.columns == ["sae", "strength", "hook", "n_in_sae"]
     hooks = {row["sae"]: row["hook"] for row in rows_at(body, bench="lab-hexes")}
     assert hooks == {"lab": hook, saes[1]: config["metadata"]["hook_name"]}
@@ -271,7 +276,7 @@ def test_every_layer_with_an_sae(workspace, tmp_path, folders):
 
 
 def test_other_seeds(workspace, stability):
-    body = study.run(recipe_for("seeds"), workspace, "seeds").body_as(StudyReport)
+    body = measured(workspace, "seeds")
     assert body.computed["n_points"] == 4 and body.computed["n_failed"] == 0
     point = {"n_features": 8, "strength": "16r", "alpha": 0.05}
     for bench in ("lab-hexes", "lab-near"):
@@ -283,7 +288,7 @@ def test_other_seeds(workspace, stability):
 
 
 def test_length(workspace):
-    body = study.run(recipe_for("length"), workspace, "length").body_as(StudyReport)
+    body = measured(workspace, "length")
     assert body.benches == {"forget": [], "other": []} and body.base == {}
     assert [row["length"] for row in body.rows if row["error"] and not row["metric"]] == [500, 500]
     for length in (8, 24):
@@ -302,13 +307,12 @@ def test_length(workspace):
 
 def test_a_length_that_sets_no_threshold_keeps_its_other_rows(workspace):
     grid = "study.grids={length: {length: [24], alpha: [0.0001]}}"
-    recipe = recipe_for("length", grid, "calibrate.quantile=conformal")
-    body = study.run(recipe, workspace, "length").body_as(StudyReport)
+    body = measured(workspace, "length", grid, "calibrate.quantile=conformal")
     assert len(body.rows) == 1 and "at least 9999 are needed" in body.rows[0]["error"]
 
 
 def test_cost(workspace):
-    body = study.run(recipe_for("cost"), workspace, "cost").body_as(StudyReport)
+    body = measured(workspace, "cost")
     failed = [row for row in body.rows if row["error"]]
     assert len(failed) == 2 and all("4000" in row["error"] for row in failed)
     for batch_size in (1, 3):
@@ -350,9 +354,7 @@ def test_the_two_ways_take_turns(monkeypatch):
     assert len(called) == 12 and [called[i] for i in range(0, 12, 2)] == [True, False] * 3
 
 
-def test_an_interrupted_study_goes_on_with_the_points_it_has(stability, workspace, tmp_path):
-    for path in workspace.folder.glob("features-001.*"):
-        shutil.copy(path, tmp_path)
+def test_an_interrupted_study_goes_on_with_the_points_it_has(stability, alone, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     install()
 
@@ -363,18 +365,18 @@ def test_an_interrupted_study_goes_on_with_the_points_it_has(stability, workspac
     recipe = recipe_for("stability")
     try:
         with pytest.raises(Signalled) as stopped:
-            study.run(recipe, Workspace(tmp_path), "stability", options=RunOptions(report=interrupt))
+            study.run(recipe, alone, "stability", options=RunOptions(report=interrupt))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert stopped.value.is_kept and not Workspace(tmp_path).ids("study")
-    assert [finding.state for finding in verify.verify_all(Workspace(tmp_path))] == ["ok", "unfinished"]
+    assert stopped.value.is_kept and not alone.ids("study")
+    assert [finding.state for finding in verify.verify_all(alone)] == ["ok", "unfinished"]
     seen = []
     options = RunOptions(report=lambda what, done, _total: seen.append((what, done)), resume=True)
-    stored = study.run(recipe, Workspace(tmp_path), "stability", options=options)
+    stored = study.run(recipe, alone, "stability", options=options)
     numbers = [done for what, done in seen if what == "stability, points"]
     assert numbers == list(range(4, 13))
     assert stored.body_as(StudyReport).rows == stability.body_as(StudyReport).rows
-    assert study.run(recipe, Workspace(tmp_path), "stability", options=RunOptions(reuse=True)).id == stored.id
+    assert study.run(recipe, alone, "stability", options=RunOptions(reuse=True)).id == stored.id
     assert not list(tmp_path.glob(".study*"))
 
 
@@ -391,20 +393,13 @@ def test_a_table_that_was_altered_is_refused(stability, workspace, tmp_path):
 
 def test_the_tables_fit(stability):
     body = stability.body_as(StudyReport)
-    for one in (body, body.replace(grid=body.grid | {"strength": ["16r"]}, rows=rows_of_16r(body))):
-        console = Console(width=80, record=True, file=io.StringIO())
-        console.print(study_table(one))
-        text = console.export_text()
-        assert all(len(line) <= 80 for line in text.splitlines())
-        for shown in (text, study_markdown(one)):
+    rows = [row for row in body.rows if row["strength"] == "16r"]
+    for report in (body, body.replace(grid=body.grid | {"strength": ["16r"]}, rows=rows)):
+        for shown in (printed(report), study_markdown(report)):
             assert "failed" in shown and "700 were asked for" in shown and "dev questions" in shown
     (forget,) = rows_at(body, bench="lab-hexes", n_features=8, strength="16r", alpha=0.05)
     assert f" {forget['value']:.2f} / " in study_markdown(body)
     assert "12 points, dev, best score" in study_headline(body) and artifact_table(stability)
-
-
-def rows_of_16r(body):
-    return [row for row in body.rows if row["strength"] == "16r"]
 
 
 def test_every_study_has_its_module_and_its_axes():
@@ -474,8 +469,8 @@ def test_going_on_from_features(stability, workspace):
         sets=["study.grids={stability: {n_features: [8], strength: [16r], alpha: [0.05]}}", *SETS[5:7]]
     )
     recipe = with_values(recipe, {"study.grids.stability.ratio_percentile": [95.0], "corpora.limit": 9})
-    stored = study.run(recipe, workspace, "stability", source="features-001")
-    body, own = stored.body_as(StudyReport), stability.body_as(StudyReport)
+    body = study.run(recipe, workspace, "stability", source="features-001").body_as(StudyReport)
+    own = stability.body_as(StudyReport)
     for bench in ("lab-hexes", "lab-near"):
         (found,) = rows_at(body, bench=bench)
         (wanted,) = rows_at(own, bench=bench, n_features=8, strength="16r", alpha=0.05)
@@ -484,33 +479,22 @@ def test_going_on_from_features(stability, workspace):
         study.run(recipe, workspace, "stability", source=stability.id)
 
 
-def test_the_command_line(dsg, workspace, tmp_path):
-    for path in workspace.folder.glob("features-001.*"):
-        Path("ws").mkdir(exist_ok=True)
-        shutil.copy(path, "ws")
+def test_the_command_line(dsg, alone, tmp_path):
     sets = [argument for item in SETS for argument in ("--set", item)]
-    grid = [
-        "--grid",
-        "n_features=4,8",
-        "--grid",
-        "strength=16r",
-        "--grid",
-        "alpha=0.05",
-        "--grid",
-        "ratio_percentile=95",
-    ]
-    common = ["study", "stability", "--from", "features-001", *sets, *grid, "-w", "ws"]
+    grid = ("n_features=4,8", "strength=16r", "alpha=0.05", "ratio_percentile=95")
+    grids = [argument for item in grid for argument in ("--grid", item)]
+    common = ["study", "stability", "--from", "features-001", *sets, *grids, "-w", alone.folder]
     code, out, err = dsg(*common, "--split", "test", "--summary", "summary.md")
-    assert code == 0 and "test questions" in out and "study-001 in ws: 2 points in" in out, err
+    assert code == 0 and "test questions" in out and f"study-001 in {alone.folder}: 2 points in" in out, err
     assert "## dsg: study-001" in Path("summary.md").read_text()
     code, out, _ = dsg(*common, "--split", "test", "--json", "--reuse")
     assert code == 0 and json.loads(out)["id"] == "study-001" and json.loads(out)["split"] == "test"
     code, out, _ = dsg(*common, "--split", "test", "--markdown", "--reuse")
     assert code == 0 and out.startswith("| n | forget |")
     for arguments, words in ((("show", "study-001"), "lab-hexes"), (("ls",), "study-001"), (("ls", "studies"), "cost")):
-        code, out, _ = dsg(*arguments, *(["-w", "ws"] if arguments != ("ls", "studies") else []))
+        code, out, _ = dsg(*arguments, *(["-w", alone.folder] if arguments != ("ls", "studies") else []))
         assert code == 0 and words in out
-    assert dsg("verify", "-w", "ws")[0] == 0
+    assert dsg("verify", "-w", alone.folder)[0] == 0
     code, out, err = dsg("study", "stabilty", "-w", "ws")
     assert code == 1 and "Did you mean stability" in err and not out
     code, _, err = dsg("study", "stability", "--recipe", "lab", "--grid", "n_featurs=4", "-w", "ws")

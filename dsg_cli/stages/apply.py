@@ -57,11 +57,9 @@ def run_method(
 
     Args:
         recipe: Model, corpora, SAE and the method's settings.
-        workspace: Where artifacts are and go.
         method: One of `METHODS`.
         source: Artifact to go on from; without it what the recipe names, or else the newest features (for `dsg` the
             newest threshold).
-        options: How it is run.
     """
     kind = check_method(method)
     origin = _origin(recipe, workspace, method, source, options)
@@ -201,10 +199,8 @@ def run_clamp(
 
     Args:
         recipe: Its settings are those of `methods` that are called like the method.
-        workspace: Where the features are.
         method: One of `CLAMP_METHODS`.
         source: Features by id or path.
-        options: How it is run.
     """
     assert method in CLAMP_METHODS
     if options.workers.n > 1:
@@ -421,13 +417,10 @@ def try_strengths(
     """Accuracy on questions about what is to be forgotten at each strength, the smallest first.
 
     Args:
-        loaded: The whole model.
         header: Of the guardrail.
         body: The guardrail, whose strength does not matter.
-        tensors: Its own.
         questions: On what is to be forgotten.
         strengths: As they are written, and as numbers.
-        batch_size: Sequences in a batch.
     """
     trials: list[Json] = []
     for setting, strength in sorted(strengths, key=lambda pair: pair[1]):

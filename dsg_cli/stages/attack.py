@@ -46,10 +46,8 @@ def run(
 
     Args:
         recipe: Settings of the attacks, and the questions that are asked.
-        workspace: Where artifacts are and go.
         kinds: Attacks by name, or groups of them.
         sources: What is attacked, by id or path.
-        options: How it is run.
         remembered: What earlier calls with the same recipe found of unguarded models, by their weights.
     """
     clock, settings, named = Clock(), recipe.attack, kinds

@@ -165,9 +165,7 @@ def chunk_lengths(
 
     Args:
         settings: Say a range, or that prompts are as long as those of the user.
-        loaded: The model, whole or cut.
         prompts: Those of the user.
-        bos: Token that every sequence begins with.
     """
     lengths: Sequence[int] = range(settings.lengths[0], settings.lengths[1] + 1)
     if settings.lengths_from is not None:

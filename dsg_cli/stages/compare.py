@@ -52,7 +52,6 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
 
     Args:
         recipe: Model, corpora, SAE, benches, grids, and the settings of every method.
-        workspace: Where artifacts are and go.
         sources: Artifacts to be collected instead of a search: `guardrail-001`, or `model-001+guardrail-002` for what
             acts together.
         options: How it is run; one that goes on takes trials and artifacts that are there.

@@ -47,11 +47,9 @@ def run(
 
     Args:
         recipe: Model, SAE, seed, and how many documents of a corpus are read.
-        workspace: Where models that are artifacts are.
         path: The file.
         corpora: Names; what is to be forgotten need not be told from the rest.
         is_forced: Replace the file, if there is one.
-        options: How it is run.
     """
     _check_path(path, is_forced)
     check_named(corpora, role="described")

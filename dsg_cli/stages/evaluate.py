@@ -254,7 +254,6 @@ def earlier_texts(workspace: Workspace, asked: dict[str, str], header: Header, c
     """Bench on free text -> what an earlier evaluation found of the same items of the same base model.
 
     Args:
-        workspace: Where evaluations are.
         asked: Bench -> digest of all that is asked.
         header: Of the evaluation that is made.
         checkpoint: Says which evaluations are looked at.
@@ -304,7 +303,6 @@ def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str
 
     Args:
         recipe: Names it.
-        workspace: Where evaluations and models are.
         asked: Bench that needs a reference -> digest of all that is asked.
     """
     named = recipe.eval.reference

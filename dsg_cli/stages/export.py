@@ -70,13 +70,11 @@ def run(
 
     Args:
         recipe: For device and dtype of the check that the model is the right one.
-        workspace: Where the guardrails are.
         to: A folder, a `.safetensors` file, or `hf://org/name`.
         sources: Guardrails by id or path.
         form: `light` or `model`; by default what `to` says, and `light` to a hub.
         links: Hard-link the base's weights rather than copy them.
         is_public: Whether a new repository is public.
-        report: Progress.
     """
     form = check_target(to, form)
     composition = find_composition(workspace, sources or [workspace.find("guardrail").id])
@@ -165,7 +163,6 @@ def card_facts(
     """All that is known of what is exported.
 
     Args:
-        workspace: Where the guardrails lie.
         composition: They, and what they are on.
         modules: The same, in their order.
         name: Of the folder or repository.

@@ -46,7 +46,6 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
     """The model that an artifact was made with.
 
     Args:
-        header: Of that artifact.
         recipe: For device and dtype.
         cut: Load layers up to the hook only.
     """
@@ -146,7 +145,6 @@ def read_method_inputs(
 
     Args:
         recipe: Names the model and the corpora; what is finetuned on stands in the method's settings.
-        workspace: Where models that are artifacts are.
         method: What for; one without a forget corpus may have no corpora at all.
         origin: A features or a model artifact that the recipe was taken from.
         reads_text: Whether the method reads corpora, or only says their names.
@@ -205,7 +203,6 @@ def reload_corpora(
         names: As a recipe names them, weights included.
         role: forget, retain or train.
         limit: Documents of each.
-        seed: By which they are drawn.
         since: When it changed, for the notes; by default since `origin`.
     """
     described: dict[str, Json] = {corpus["name"]: corpus for corpus in origin.header.settings.get(role, [])}
@@ -415,7 +412,6 @@ def load_composition(
     """Load all that acts, and the base model beside it.
 
     Args:
-        workspace: Where the artifacts are.
         composition: What is to be loaded.
         recipe: Device and dtype, and which other model to put it on.
         cut: Only the layers that guardrails cover.

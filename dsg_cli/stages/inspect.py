@@ -206,7 +206,6 @@ def find_choice(workspace: Workspace, source: str | None) -> FeatureChoice:
     """The newest guardrail, else the newest features, or what is named.
 
     Args:
-        workspace: Where artifacts are.
         source: An id or path of either kind; a guardrail also as a light file, or from the hub.
     """
     if source is None:

@@ -159,8 +159,6 @@ class Tracer:
         """Everything read and checked.
 
         Args:
-            recipe: Device and dtype.
-            workspace: Where artifacts are.
             source: A guardrail or features; see `find_choice`.
             features: Show these features of the SAE instead of those that were chosen.
             loaded: The artifact's model, whole or cut, if it has been loaded and checked already.

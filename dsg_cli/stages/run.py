@@ -42,7 +42,6 @@ def run(
     Args:
         recipe: All settings; it must name corpora and benches. If it says what to finetune on
             (`methods.finetune.corpora`), the model is trained on that first, and all that follows is on the result.
-        workspace: Where artifacts go.
         options: How it is run; one that goes on takes the artifacts that are there.
         done: Called with each artifact once it is written.
     """

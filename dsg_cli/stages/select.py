@@ -64,8 +64,6 @@ def run(
 
     Args:
         recipe: Model, SAE, corpora and settings.
-        workspace: Where they go.
-        options: How it is run.
         ranked: Called with what is picked without text, before any text is read.
     """
     clock = Clock()
@@ -138,9 +136,7 @@ def read_inputs(
 
     Args:
         recipe: Model, SAE, corpora and settings.
-        workspace: Where models that are artifacts are.
         loaded: The model, if it has been loaded already.
-        options: How it is run.
     """
     names, settings = recipe.corpora, recipe.select
     if names.forget or not is_picked(settings):

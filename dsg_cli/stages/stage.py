@@ -140,8 +140,6 @@ def stage(
     Args:
         kind: Of the artifact.
         recipe: Settled.
-        workspace: Where the artifact is written.
-        options: How it is run.
         clock: Started with the stage.
         settings: All that it is computed from and is not in another field of the header.
         origin: The artifact that it goes on from, whose model and SAE are taken.

@@ -53,7 +53,6 @@ def run(
 
     Args:
         recipe: Model, SAE, corpora, gate, grid and benches.
-        workspace: Where artifacts are and go.
         name: Of the study.
         source: Features to begin with, whose model, SAE, corpora and selection are then taken.
         options: How it is run; one that goes on takes the points that are there.
@@ -167,10 +166,7 @@ class SweepBases:
 
     Args:
         recipe: Settled, and in agreement with the features.
-        workspace: Where the features are.
         features: What the study begins with.
-        loaded: The whole model.
-        options: How it is run.
     """
 
     def __init__(

@@ -47,10 +47,8 @@ def run(
 
     Args:
         recipe: Model, corpora, and the method's settings.
-        workspace: Where the artifact goes.
         method: One that changes weights.
         origin: Features (which a method that an SAE guides must have) or a model, whose model and corpora are taken.
-        options: How it is run.
     """
     if options.workers.n > 1:
         raise DsgError(f"{method} trains in one process.", "Run dsg apply without torchrun.")
@@ -171,7 +169,6 @@ def save(loaded: LoadedModel, trained: TrainedWeights, folder: Path, *, base: st
     """Write what was trained, as transformers or PEFT read it; the trained model, without adapters in it.
 
     Args:
-        loaded: The model.
         trained: What a method did to it.
         folder: Where to.
         base: The model that it was made from, by its name.

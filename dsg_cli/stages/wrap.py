@@ -36,11 +36,8 @@ def run(
     """Make a wrapper and write it.
 
     Args:
-        recipe: Settings.
-        workspace: Where it is written.
         method: `prompt`, `in-context`, `input-filter` or `output-filter`.
         origin: Features or a model, whose model and corpora are taken.
-        options: How it is run.
     """
     assert check_method(method).form == "wrapper"
     if options.workers.n > 1:
