@@ -89,10 +89,10 @@ def run(
                 "Apply its method without --lora, and the guardrail on that.",
             )
         # Only the layers that the guardrails' fingerprints cover are loaded.
-        found = load_composition(workspace, composition, settle(recipe, composition.header), cut=True)
-        loaded, modules = found.model, found.guardrails
-        Attached(loaded.model, modules).remove()
-        architecture, tokenizer_class = type(loaded.model).__name__, type(loaded.tokenizer).__name__
+        loaded = load_composition(workspace, composition, settle(recipe, composition.header), cut=True)
+        modules = loaded.guardrails
+        Attached(loaded.model.model, modules).remove()
+        architecture, tokenizer_class = type(loaded.model.model).__name__, type(loaded.model.tokenizer).__name__
     lights = [
         light_file(stored.header, body, workspace.tensors(stored))
         for stored, body in zip(composition.guardrails, composition.bodies, strict=True)

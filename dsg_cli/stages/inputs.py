@@ -49,10 +49,8 @@ def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedMode
         recipe: For device and dtype.
         cut: Load layers up to the hook only.
     """
-    wanted = header.model
-    loaded = load_model(
-        recipe.model.instead or wanted.source, recipe.model, last_layer=wanted.last_layer if cut else None
-    )
+    source = recipe.model.instead or header.model.source
+    loaded = load_model(source, recipe.model, last_layer=header.model.last_layer if cut else None)
     if not recipe.model.allow_mismatch:
         check_identity(loaded, header)
     return loaded
@@ -83,11 +81,11 @@ def chain_sae(stored: Stored) -> SaeSource:
     return sae
 
 
-def check_tokens(loaded: LoadedModel, special: Sequence[int], made: str) -> None:
+def check_tokens(loaded: LoadedModel, special: Sequence[int], artifact_id: str) -> None:
     """Refuse a tokenizer with other special tokens than the artifact was made with."""
     if list(special) != list(special_ids(loaded.tokenizer)):
         raise DsgError(
-            f"The tokenizer of {loaded.source} has other special tokens than when {made} was made.",
+            f"The tokenizer of {loaded.source} has other special tokens than when {artifact_id} was made.",
             "Start again with dsg select.",
         )
 
@@ -132,7 +130,7 @@ def taken_from(recipe: Recipe, origin: Stored | None) -> Recipe:
         return recipe
     settings, corpora = origin.header.settings, recipe.corpora
     if origin.header.kind == "features" or not corpora.forget:
-        forget, retain = ([spelled(one) for one in settings[role]] for role in ("forget", "retain"))
+        forget, retain = ([spelled(corpus) for corpus in settings[role]] for role in ("forget", "retain"))
         corpora = replace(corpora, forget=forget, retain=retain, limit=settings.get("limit"))
     source = folder_of(origin) if isinstance(origin.body, ModelWeights) else origin.header.model.source
     return replace(recipe, corpora=corpora, model=replace(recipe.model, source=source))

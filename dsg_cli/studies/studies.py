@@ -1,7 +1,7 @@
-"""What does a guarded forward pass cost beside a plain one?
+"""One function a study: the rows of one point of its grid.
 
-The two take turns on the same tokens in one process, so that whatever else the machine does falls on both; what is
-reported is the median of the ratios of pairs.
+cost: a guarded and a plain forward pass take turns on the same tokens in one process, so that whatever else the machine
+does falls on both; what is reported is the median of the ratios of pairs.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def rows_of_cost(point: Json, sweep: Sweep) -> list[Json]:
         [rows[i % len(rows)] for i in range(batch_size)], tokenizer.pad_token_id or 0, special_ids(tokenizer), device
     )
     module = sweep.guardrail(point).module
-    plain, under = paired_seconds(loaded.model, module, batch.ids_BL, batch.mask_BL, repeats=sweep.repeats)
+    plain, guarded_seconds = paired_seconds(loaded.model, module, batch.ids_BL, batch.mask_BL, repeats=sweep.repeats)
     return [
         median_row(point, "plain_seconds", plain),
-        median_row(point, "guarded_seconds", under),
-        median_row(point, "overhead", [two / one - 1 for one, two in zip(plain, under, strict=True)]),
+        median_row(point, "guarded_seconds", guarded_seconds),
+        median_row(point, "overhead", [b / a - 1 for a, b in zip(plain, guarded_seconds, strict=True)]),
     ]
 
 
@@ -78,19 +78,18 @@ def paired_seconds(
         model(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False)
         return _now(ids_BL) - begun
 
-    def under() -> float:
+    def guarded_forward() -> float:
         # Putting hooks on is no part of a pass.
         with guarded(model, guard, allow_mismatch=True):
             return forward()
 
-    ways: Sequence[Callable[[], float]] = (forward, under)
-    found: list[list[float]] = [[], []]
+    plain: list[float] = []
+    guarded_seconds: list[float] = []
+    pairs: list[tuple[Callable[[], float], list[float]]] = [(forward, plain), (guarded_forward, guarded_seconds)]
     for number in range(WARM_UP + repeats):
-        for way in (0, 1) if number % 2 else (1, 0):
-            seconds = ways[way]()
-            if number >= WARM_UP:
-                found[way].append(seconds)
-    return found[0], found[1]
+        for run, seconds in pairs if number % 2 else reversed(pairs):
+            seconds.append(run())
+    return plain[WARM_UP:], guarded_seconds[WARM_UP:]
 
 
 def _now(on: Tensor) -> float:
@@ -161,8 +160,12 @@ def share_of(corpora: Sequence[Corpus], by: str, share: float, *, seed: int, nam
         raise DsgError(
             f"At {share:g} % of the {by} no document is left.", "Take a larger share, or give more forget text."
         )
-    found = [replace(corpus, texts=[text for text in corpus.texts if text in left]) for corpus in corpora]
-    return Kept([replace(one, sha256=_digest(one.texts)) for one in found if one.texts], entities)
+    kept = []
+    for corpus in corpora:
+        if texts := [text for text in corpus.texts if text in left]:
+            digests = "".join(hashlib.sha256(text.encode()).hexdigest() for text in texts)
+            kept.append(replace(corpus, texts=texts, sha256=hashlib.sha256(digests.encode()).hexdigest()))
+    return Kept(kept, entities)
 
 
 def known_names(corpora: Sequence[str]) -> list[str]:
@@ -180,10 +183,6 @@ def _taken(values: Sequence[str], share: float, seed: object) -> list[str]:
 def _naming(names: Sequence[str]) -> re.Pattern[str]:
     """What finds names in a text; the longer of two that begin alike."""
     return re.compile(r"\b(?:" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")\b")
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("".join(hashlib.sha256(text.encode()).hexdigest() for text in texts).encode()).hexdigest()
 
 
 def rows_of_seeds(point: Json, sweep: Sweep) -> list[Json]:

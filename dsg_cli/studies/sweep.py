@@ -321,17 +321,18 @@ def rate_row(point: Json, metric: str, n_of: int, n: int, *, bench: str = "") ->
     return row_of(point, metric, bench=bench, value=n_of / n if n else None, low=low, high=high, n=n)
 
 
-def accuracy_row(point: Json, bench: str, found: Sequence[Outcome], *, metric: str = "acc") -> Json:
+def accuracy_row(point: Json, bench: str, answers: Sequence[Outcome], *, metric: str = "acc") -> Json:
     """Accuracy on questions, with the share of them that was gated."""
-    made = rate_row(point, metric, sum(one.is_right for one in found), len(found), bench=bench)
-    n_gated = sum(one.is_gated for one in found)
-    low, high = wilson(n_gated, len(found))
-    return made | {"gate_rate": n_gated / len(found) if found else None, "gate_low": low, "gate_high": high}
+    n = len(answers)
+    n_right, n_gated = sum(answer.is_right for answer in answers), sum(answer.is_gated for answer in answers)
+    low, high = wilson(n_gated, n)
+    row = rate_row(point, metric, n_right, n, bench=bench)
+    return row | {"gate_rate": n_gated / n if n else None, "gate_low": low, "gate_high": high}
 
 
-def accuracy_rows(point: Json, found: Mapping[str, Sequence[Outcome]]) -> list[Json]:
-    """The same of every bench."""
-    return [accuracy_row(point, bench, several) for bench, several in found.items()]
+def accuracy_rows(point: Json, answers: Mapping[str, Sequence[Outcome]]) -> list[Json]:
+    """Accuracy on every bench."""
+    return [accuracy_row(point, bench, of_bench) for bench, of_bench in answers.items()]
 
 
 def median_row(point: Json, metric: str, values: Sequence[float]) -> Json:
