@@ -33,3 +33,18 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     middle = (rate + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return (0.0 if k == 0 else middle - half), (1.0 if k == n else middle + half)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % interval of the median: the narrowest pair of order statistics, alike from both ends, that has it.
+
+    Of fewer than six values no pair has; it is then the smallest and the largest.
+    """
+    from scipy.stats import binom
+
+    ordered, n = sorted(values), len(values)
+    k = 0
+    while 2 * (k + 2) <= n and 2 * binom.cdf(k + 1, n, 0.5) <= 0.05:
+        k += 1
+    # The median lies below the (k+1)-th smallest value with a chance of P(at most k of n lie below the median).
+    return ordered[k], ordered[n - 1 - k]

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from dsg_cli.data.corpora import load_corpora
 from dsg_cli.errors import DsgError
+from dsg_cli.intervals import median_interval
 from dsg_cli.lab import data as lab
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.studies import failures, study_headline, study_markdown, study_table
@@ -28,7 +29,7 @@ from dsg_cli.stages.stage import RunOptions
 from dsg_cli.studies import AXES, OF_A_GUARDRAIL, STUDIES, load_study, points_of
 from dsg_cli.studies import studies as cost
 from dsg_cli.studies.studies import known_names, share_of
-from dsg_cli.studies.sweep import MEASURES, csv_text, median_interval, rate_row
+from dsg_cli.studies.sweep import MEASURES, csv_text, rate_row
 from dsg_cli.workspace import store as verify
 from dsg_cli.workspace.artifacts import Threshold
 from dsg_cli.workspace.files import Signalled, install

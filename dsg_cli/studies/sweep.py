@@ -34,7 +34,7 @@ from dsg_cli.guardrail.runtime.gates import DETECTING_FORMS
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.selection import scores_of, select_features
 from dsg_cli.inference.scoring import Score, score
-from dsg_cli.intervals import wilson
+from dsg_cli.intervals import median_interval, wilson
 from dsg_cli.job import Job
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae import SaeSource
@@ -339,21 +339,6 @@ def median_row(point: Json, metric: str, values: Sequence[float]) -> Json:
     """The median of values, and its interval."""
     low, high = median_interval(values)
     return row_of(point, metric, value=statistics.median(values), low=low, high=high, n=len(values))
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """A 95 % interval of the median: the narrowest pair of order statistics, alike from both ends, that has it.
-
-    Of fewer than six values no pair has; it is then the smallest and the largest.
-    """
-    from scipy.stats import binom
-
-    ordered, n = sorted(values), len(values)
-    k = 0
-    while 2 * (k + 2) <= n and 2 * binom.cdf(k + 1, n, 0.5) <= 0.05:
-        k += 1
-    # The median lies below the (k+1)-th smallest value with a chance of P(at most k of n lie below the median).
-    return ordered[k], ordered[n - 1 - k]
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Json]) -> str:
