@@ -199,7 +199,7 @@ def test_summaries_are_appended_and_refused_before_the_work(dsg, written, tmp_pa
     def works(*_, **__):
         raise AssertionError("work began")
 
-    for name in ("evaluate", "attack", "run_recipe"):
+    for name in ("evaluate", "attack", "run"):
         monkeypatch.setattr(f"dsg_cli.stages.{name}.run", works)
     for file, words in (("nowhere/page.md", "No such file"), (tmp_path, "Is a directory"), ("", "Is a directory")):
         code, out, err = dsg(*command, "--summary", file)
