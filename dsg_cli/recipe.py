@@ -71,7 +71,7 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
         path = find_recipe(name)
         where = str(path)
         try:
-            data = _parsed(path.read_text(encoding="utf-8"), f"{path} is") or {}
+            data = parse_yaml(path.read_text(encoding="utf-8"), f"{path} is") or {}
         except UnicodeDecodeError as error:
             raise DsgError(f"{path} is not valid YAML: {error}.") from error
         except OSError as error:
@@ -82,7 +82,7 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
         key, separator, text = item.partition("=")
         if not separator:
             raise DsgError(f"--set {item[:200]}: expected section.key=value.")
-        _put(data, key, _parsed(text, f"--set {item[:200]}: the value is"))
+        _put(data, key, parse_yaml(text, f"--set {item[:200]}: the value is"))
     for key, value in (flags or {}).items():
         if value is not None:
             _put(data, key, value)
@@ -114,7 +114,7 @@ def values_at(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
     return {key: functools.reduce(getattr, key.split("."), recipe) for key in keys}
 
 
-def _parsed(text: str, what: str) -> Any:
+def parse_yaml(text: str, what: str) -> Any:
     """What YAML holds."""
     try:
         return yaml.safe_load(text)

@@ -21,7 +21,7 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 CODE_CACHE = tempfile.TemporaryDirectory(prefix="dsg-tests-")
 os.environ["HF_MODULES_CACHE"] = CODE_CACHE.name  # Code of exported models stays out of the user's cache.
 
-from dsg_cli.cli.app import quiet_libraries
+from dsg_cli.cli.output import quiet_libraries
 
 quiet_libraries()  # As main() does, before any library reads its environment.
 

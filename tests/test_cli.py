@@ -303,7 +303,7 @@ def written(dsg, tmp_path):
 BAR = """
 import time
 from dsg_cli.cli import output
-with output.progress(quiet=False) as tell:
+with output.Output().progress() as tell:
     output.rate_of = lambda *_: "1,234,567 tokens/s"
     tell("relearning, all, lr 0.0003, guard in loop, steps", 5, 10)
     time.sleep(0.3)
@@ -355,13 +355,13 @@ def test_no_bars_and_no_colour_off_a_terminal(written):
     ("environment", "is_shown"), [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False), ({}, False)]
 )
 def test_bars_need_a_terminal_that_can_redraw(monkeypatch, capsys, environment, is_shown):
-    from dsg_cli.cli.output import progress
+    from dsg_cli.cli.output import Output
     from dsg_cli.job import silent
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: bool(environment), raising=False)
     monkeypatch.setenv("TERM", environment.get("TERM", "xterm"))
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with progress(quiet=False) as tell:
+    with Output().progress() as tell:
         assert (tell is not silent) is is_shown
 
 
@@ -434,7 +434,6 @@ def test_the_completion_script_of_bash_works(written, tmp_path):
 
 NOISE = """
 import sys
-from dsg_cli.cli import show
 from dsg_cli.cli.app import main
 def noisy(*_):
     import logging, os, warnings
@@ -445,8 +444,8 @@ def noisy(*_):
     warnings.warn("one warned")
     sys.stderr.write(f"bars {os.environ.get('TQDM_DISABLE', 'on')}\\n")
     return []
-import dsg_cli.workspace
-dsg_cli.workspace.Workspace.ids = noisy
+import dsg_cli.workspace.store
+dsg_cli.workspace.store.Workspace.ids = noisy
 main()
 """
 
@@ -462,7 +461,7 @@ def test_libraries_are_silent_unless_verbose(tmp_path):
 
 def test_quiet_libraries_silences_this_process_too():
     with warnings.catch_warnings(record=True) as caught:
-        from dsg_cli.cli.app import quiet_libraries
+        from dsg_cli.cli.output import quiet_libraries
 
         quiet_libraries()
         warnings.warn("one", stacklevel=1)

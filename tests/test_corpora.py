@@ -115,7 +115,7 @@ def test_limit_draws_the_same_documents_from_the_same_seed():
 
 READ = """
 import json, sys
-from dsg_cli.cli.app import quiet_libraries
+from dsg_cli.cli.output import quiet_libraries
 quiet_libraries()
 from dsg_cli.corpora import load_corpora
 found = load_corpora(json.loads(sys.argv[1]), role="train")

@@ -432,13 +432,13 @@ class TestWriting:
         assert refuses_prompt([below], lab.model, lab.tokenizer, asked) is None
 
     def test_a_refused_prompt_leaves_gates_unread(self, lab):
-        from dsg_cli.cli.output import _told
+        from dsg_cli.cli.output import gate_sentence
         from dsg_cli.models.sae import read_sae
 
         guard = make_guardrail(read_sae("lab"), [1], threshold=0.5, strength=1.0, gate="window")
         found, _ = self.write(lab, HEX, keyword("hex"), guardrails=[guard], allow_mismatch=True)
         assert found.refused and [gate.statistic for gate in found.gates] == [[]]
-        assert "was not asked" in _told("guardrail-001", found.gates[0], found.tokens)
+        assert "was not asked" in gate_sentence("guardrail-001", found.gates[0], found.tokens)
 
     def test_a_prefix_needs_room(self, lab):
         long = made("prefix", text="hex " * 1100)

@@ -1,3 +1,3 @@
-"""The command line: one file a command, each parse, run, render."""
+"""The command line: commands by the panels of `dsg --help`; each is parse, run, render."""
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from dsg_cli import __version__
 from dsg_cli.cli.chain import apply_command, attack_command, calibrate_command, evaluate_command, select_command
 from dsg_cli.cli.further import describe_command, export_command, lab_app
 from dsg_cli.cli.look import generate_command, inspect_command, ls_command, report_command, show_command, verify_command
-from dsg_cli.cli.output import be_quiet_unless_first, check_shared, resume_command
+from dsg_cli.cli.output import be_quiet_unless_first, check_shared, quiet_libraries, resume_command
 from dsg_cli.cli.runs import compare_command, demo_command, run_command, study_command
 from dsg_cli.errors import DsgError, redacted
 from dsg_cli.job import launched
@@ -167,26 +167,3 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     import traceback
 
     sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
-
-
-def quiet_libraries() -> None:
-    """Other people's progress bars, logs and warnings are off; ours report the same work."""
-    if os.environ.get("DSG_DEBUG") == "1":
-        return
-    for name, value in (
-        ("TQDM_DISABLE", "1"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("HF_HUB_VERBOSITY", "error"),
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
-        ("DATASETS_VERBOSITY", "error"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
-        ("PYTHONWARNINGS", "ignore"),
-    ):
-        os.environ.setdefault(name, value)
-    import logging
-    import warnings
-
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")

@@ -1,45 +1,43 @@
-"""`dsg describe`."""
-
-from __future__ import annotations
+"""Further: describe, export, lab."""
 
 import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from dsg_cli.cli import options as opt
-from dsg_cli.cli.options import complete
-from dsg_cli.cli.output import hint, import_libraries, in_workspace, print_json, print_line, progress, running
+from dsg_cli.cli.options import (
+    COMPUTING,
+    LIMIT,
+    OTHER_MODEL,
+    QUIET,
+    RECIPE,
+    SOURCES,
+    WORKSPACE,
+    FromMany,
+    command,
+    complete,
+)
+from dsg_cli.cli.output import Output, in_workspace
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
 
 if TYPE_CHECKING:
-    from dsg_cli.stages.export import Exported
+    from dsg_cli.settings import Recipe
 
 
+@command(*SOURCES, LIMIT, *RECIPE, *COMPUTING)
 def describe_command(
-    file: Annotated[Path, typer.Argument(help="File to write: JSON lines of {index, description, n, rate}.")],
+    recipe: "Recipe",
+    out: Output,
+    /,
+    file: Annotated[Path, Argument(help="File to write: JSON lines of {index, description, n, rate}.")],
     corpus: Annotated[
         list[str],
-        typer.Option("--corpus", help="Text to describe features by; repeatable.", autocompletion=complete("corpora")),
+        Option("--corpus", help="Text to describe features by; repeatable.", autocompletion=complete("corpora")),
     ],
-    model: opt.ModelOption = None,
-    sae: opt.SaeOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file, if there is one.")] = False,
-    limit: opt.DocumentsOption = None,
-    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
-    recipe: opt.RecipeOption = None,
-    sets: opt.SetOption = None,
-    device: opt.DeviceOption = None,
-    dtype: opt.DtypeOption = None,
-    device_map: opt.DeviceMapOption = None,
-    trust_remote_code: opt.TrustOption = None,
-    seed: opt.SeedOption = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
+    force: Annotated[bool, Option("--force", help="Replace the file, if there is one.")] = False,
 ) -> None:
     """Describe the features of an SAE by the words on which they fire, for dsg select --describe.
 
@@ -47,47 +45,30 @@ def describe_command(
 
     Example: dsg describe descriptions.jsonl --corpus lab-hexes --corpus lab-retain --model lab
     """
-    resolved = opt.settings(
-        recipe,
-        sets,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        model__device_map=device_map,
-        model__trust_remote_code=trust_remote_code,
-        model__source=model,
-        sae__source=sae,
-        corpora__limit=limit,
-    )
-    with running(quiet) as options:
+    with out.session() as session:
         from dsg_cli.stages import describe
-        from dsg_cli.workspace.store import Workspace
 
-        found = describe.run(resolved, Workspace(workspace), file, corpus, is_forced=force, options=options)
-    if as_json:
-        print_json({"file": str(file), "described": len(found)})
+        described = describe.run(recipe, out.store, file, corpus, is_forced=force, options=session)
+    if out.as_json:
+        out.json({"file": str(file), "described": len(described)})
     else:
-        print_line(str(file))
-    if not quiet:
-        hint(f"{len(found)} features are described. Next: dsg select --describe WORDS --descriptions {file}")
+        out.line(str(file))
+    out.hint(f"{len(described)} features are described. Next: dsg select --describe WORDS --descriptions {file}")
 
 
+@command(*RECIPE, *OTHER_MODEL)
 def export_command(
-    to: Annotated[str, typer.Argument(help="A folder, NAME.safetensors, or hf://org/name.")],
-    sources: opt.FromManyOption = None,
+    recipe: "Recipe",
+    out: Output,
+    /,
+    to: Annotated[str, Argument(help="A folder, NAME.safetensors, or hf://org/name.")],
+    sources: FromMany = None,
     form: Annotated[
         str | None,
-        typer.Option("--form", help="light (the guardrail alone) or model; by default what TO says, on a hub light."),
+        Option("--form", help="light (the guardrail alone) or model; by default what TO says, on a hub light."),
     ] = None,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy the base's weights rather than hard-link them.")] = False,
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
-    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
-    recipe: opt.RecipeOption = None,
-    sets: opt.SetOption = None,
-    instead: opt.InsteadOption = None,
-    allow_mismatch: opt.MismatchOption = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
+    copy: Annotated[bool, Option("--copy", help="Copy the base's weights rather than hard-link them.")] = False,
+    public: Annotated[bool, Option("--public", help="Make a new repository public.")] = False,
 ) -> None:
     """Hand the guardrail, or the guarded model, to others.
 
@@ -97,60 +78,38 @@ def export_command(
 
     Example: dsg export my-guarded-model
     """
-    resolved = opt.settings(
-        recipe, sets, device=None, dtype=None, seed=None, model__instead=instead, model__allow_mismatch=allow_mismatch
-    )
-    with progress(quiet) as report:
-        import_libraries()
+    options: dict[str, Any] = {"sources": sources or [], "form": form, "links": not copy, "is_public": public}
+    with out.computing() as report:
         from dsg_cli.stages import export
-        from dsg_cli.workspace.store import Workspace
 
-        exported = export.run(
-            resolved,
-            Workspace(workspace),
-            to,
-            sources=sources or [],
-            form=form,
-            links=not copy,
-            is_public=public,
-            report=report,
-        )
-    _show(exported, sources or [], workspace, as_json=as_json, quiet=quiet)
-
-
-def _show(exported: Exported, sources: Sequence[str], workspace: Path, *, as_json: bool, quiet: bool) -> None:
-    """Where it lies, and how to load it."""
-    if as_json:
-        print_json(exported.as_json())
-    elif sys.stdout.isatty():
-        n_bytes = sum(file["bytes"] for file in exported.files)
-        n = len(exported.files)
-        print_line(f"{exported.to}: {n} file{'s' if n > 1 else ''}, {n_bytes / 1000:,.0f} kB")
+        exported = export.run(recipe, out.store, to, report=report, **options)
+    if out.as_json:
+        out.json(exported.as_json())
+    elif out.is_terminal:
+        n, n_bytes = len(exported.files), sum(file["bytes"] for file in exported.files)
+        out.line(f"{exported.to}: {n} file{'s' if n > 1 else ''}, {n_bytes / 1000:,.0f} kB")
     else:
-        print_line(exported.to)
-    if not quiet:
-        load = f'load_guardrail("{exported.to}")'
-        if exported.form == "model":
-            load = f'AutoModelForCausalLM.from_pretrained("{exported.to}", trust_remote_code=True)'
-        hint(f"Load it with: {load}")
-        if exported.to.endswith(".safetensors"):
-            again = [
-                Path(exported.to).stem,
-                "--form",
-                "light",
-                *(word for name in sources for word in ("--from", name)),
-            ]
-            hint(f"With a model card: dsg export {shlex.join(again)}{in_workspace(workspace)}")
+        out.line(exported.to)
+    if exported.form == "model":
+        out.hint(f'Load it with: AutoModelForCausalLM.from_pretrained("{exported.to}", trust_remote_code=True)')
+    else:
+        out.hint(f'Load it with: load_guardrail("{exported.to}")')
+    if exported.to.endswith(".safetensors"):
+        words = [
+            Path(exported.to).stem,
+            "--form",
+            "light",
+            *(word for name in sources or [] for word in ("--from", name)),
+        ]
+        out.hint(f"With a model card: dsg export {shlex.join(words)}{in_workspace(out.workspace)}")
 
 
 lab_app = typer.Typer(help="The embedded lab: write it out, or train it again.", no_args_is_help=True)
 
 
 @lab_app.command("export")
-def lab_export(
-    folder: Annotated[Path, typer.Argument(help="New folder to write to.")],
-    as_json: opt.JsonOption = False,
-) -> None:
+@command(without=[WORKSPACE, QUIET])
+def lab_export(out: Output, /, folder: Annotated[Path, Argument(help="New folder to write to.")]) -> None:
     """Write the lab's model, SAEs, corpora, questions and lm-eval tasks in plain formats.
 
     Others can recompute every number from it without this package.
@@ -158,30 +117,28 @@ def lab_export(
     from dsg_cli.lab.export import export_lab
 
     export_lab(folder)
-    if as_json:
+    if out.as_json:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         listed = [{"path": str(path.relative_to(folder)), "bytes": path.stat().st_size} for path in files]
-        print_json({"to": str(folder), "files": listed})
+        out.json({"to": str(folder), "files": listed})
     else:
-        print_line(str(folder))
+        out.line(str(folder))
 
 
 @lab_app.command("train")
+@command(without=[WORKSPACE])
 def lab_train(
-    folder: Annotated[Path, typer.Argument(help="New folder to write to.")] = Path("dsg-lab"),
-    seed: Annotated[int, typer.Option("--seed", help="Of the weights and the training text; the world stays.")] = 0,
+    out: Output,
+    /,
+    folder: Annotated[Path, Argument(help="New folder to write to.")] = Path("dsg-lab"),
+    seed: Annotated[int, Option("--seed", help="Of the weights and the training text; the world stays.")] = 0,
     without: Annotated[
         list[str] | None,
-        typer.Option(
-            "--without", help="Train only a model, and keep this domain from it. Repeatable.", metavar="DOMAIN"
-        ),
+        Option("--without", help="Train only a model, and keep this domain from it. Repeatable.", metavar="DOMAIN"),
     ] = None,
     layers: Annotated[
-        list[int] | None,
-        typer.Option("--layer", help="Train only an SAE, at this layer of the lab's model. Repeatable."),
+        list[int] | None, Option("--layer", help="Train only an SAE, at this layer of the lab's model. Repeatable.")
     ] = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
 ) -> None:
     """Train the lab's language model and SAEs from a seed (minutes on two cores).
 
@@ -189,31 +146,32 @@ def lab_train(
     """
     if without and layers:
         raise DsgError("--without trains a model, --layer SAEs on the lab's own.", "Leave one of them out.")
-    with progress(quiet) as report:
-        import_libraries()
+    with out.computing() as report:
         from dsg_cli.lab.export import train_and_export, train_at_layers, train_without
 
         if layers:
-            measured = train_at_layers(folder, layers, seed=seed, report=report)
+            figures = train_at_layers(folder, layers, seed=seed, report=report)
         elif without:
-            measured = train_without(folder, without, seed=seed, report=report)
+            figures = train_without(folder, without, seed=seed, report=report)
         else:
-            measured = train_and_export(folder, seed=seed, report=report)
-    if as_json:
-        print_json(measured)
+            figures = train_and_export(folder, seed=seed, report=report)
+    if out.as_json:
+        out.json(figures)
     else:
-        _say(folder, measured)
+        out.lines(_lines(folder, figures))
 
 
-def _say(folder: Path, measured: dict[str, Any]) -> None:
-    accuracy = measured.get("accuracy", {})
-    if "without" in measured:
-        said = ", ".join(f"{bench} {accuracy[bench]:.2f}" for bench in lab.BENCHES)
+def _lines(folder: Path, figures: dict[str, Any]) -> list[str]:
+    """What was trained, a line each."""
+    accuracy, saes = figures.get("accuracy", {}), figures.get("saes", [])
+    if "without" in figures:
+        result = ", ".join(f"{bench} {accuracy[bench]:.2f}" for bench in lab.BENCHES)
     elif accuracy:
-        lowest = min(accuracy.items(), key=lambda item: item[1])
-        said = f"lowest accuracy {lowest[1]:.3f} ({lowest[0]})"
+        lowest = min(accuracy, key=accuracy.__getitem__)
+        result = f"lowest accuracy {accuracy[lowest]:.3f} ({lowest})"
     else:
-        said = f"{len(measured['saes'])} SAEs"
-    print_line(f"{folder}: {said}, {measured['seconds']:.0f} s")
-    for sae in measured.get("saes", []):
-        print_line(f"{sae['name']}: variance explained {sae['variance_explained']}, L0 {sae['l0']}")
+        result = f"{len(saes)} SAEs"
+    return [
+        f"{folder}: {result}, {figures['seconds']:.0f} s",
+        *(f"{sae['name']}: variance explained {sae['variance_explained']}, L0 {sae['l0']}" for sae in saes),
+    ]

@@ -1,188 +1,222 @@
-"""`dsg ls`."""
-
-from __future__ import annotations
+"""Look: ls, show, verify, generate, inspect, report."""
 
 import dataclasses
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
-from dsg_cli.cli import options as opt
-from dsg_cli.cli.options import NAMES, complete, complete_artifact, complete_kind, ids_of
-from dsg_cli.cli.output import (
-    Screen,
-    check_new_file,
-    hint,
-    import_libraries,
-    print_json,
-    print_line,
-    print_names,
-    progress,
-    running,
-    show_stored,
+from dsg_cli.cli.options import (
+    COMPUTING,
+    DOCUMENTS,
+    NAMES,
+    OTHER_MODEL,
+    QUIET,
+    RECIPE,
+    REUSE,
+    FromMany,
+    command,
+    complete,
+    complete_artifact,
+    complete_kind,
+    ids_of,
+    setting,
 )
-from dsg_cli.data.readers import read_prompts
+from dsg_cli.cli.output import Output, Screen, check_new_file
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.settings import Recipe
 from dsg_cli.workspace.files import is_taken, write_atomically
 
+if TYPE_CHECKING:
+    from dsg_cli.settings import Recipe
 
+
+@command(without=[QUIET])
 def ls_command(
+    out: Output,
+    /,
     what: Annotated[
         str | None,
-        typer.Argument(
-            help=f"{', '.join(NAMES)}, saes/RELEASE; by default the artifacts.", autocompletion=complete_kind
-        ),
+        Argument(help=f"{', '.join(NAMES)}, saes/RELEASE; by default the artifacts.", autocompletion=complete_kind),
     ] = None,
-    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
-    as_json: opt.JsonOption = False,
 ) -> None:
     """List artifacts, or the names that options take."""
     if what is not None:
-        if what not in NAMES and what.partition("/")[0] != "saes":
-            raise DsgError(f"dsg ls knows no {what}.", nearest(what, NAMES))
-        if what == "corpora" and not as_json and sys.stdout.isatty():
-            from dsg_cli.report.rendering import console
-            from dsg_cli.report.tables import corpora_table
-
-            console().print(corpora_table())
-            return
-        print_names(NAMES[what]() if what in NAMES else ids_of(what.removeprefix("saes/")), as_json=as_json)
+        _list_names(what, out)
         return
-    from dsg_cli.workspace.store import Workspace
-
-    found = Workspace(workspace)
-    if as_json:
-        print_json([found.read(artifact_id).json for artifact_id in found.ids()])
-    elif sys.stdout.isatty() and found.ids():
-        from dsg_cli.report.rendering import console
+    ids = out.store.ids()
+    if out.as_json:
+        out.json([out.store.read(artifact_id).json for artifact_id in ids])
+    elif out.is_terminal and ids:
         from dsg_cli.report.tables import list_table
 
-        console().print(list_table(found))
+        out.print(list_table(out.store))
     else:
-        print_names(found.ids(), as_json=False)
-    if not found.ids():
-        what = "is empty" if workspace.is_dir() else "does not exist yet"
-        hint(f"{workspace} {what}. Fill it with: dsg demo -w {shlex.quote(str(workspace))}")
+        out.lines(ids)
+    if not ids:
+        state = "is empty" if out.workspace.is_dir() else "does not exist yet"
+        out.hint(f"{out.workspace} {state}. Fill it with: dsg demo -w {shlex.quote(str(out.workspace))}")
 
 
+def _list_names(kind: str, out: Output) -> None:
+    if kind not in NAMES and kind.partition("/")[0] != "saes":
+        raise DsgError(f"dsg ls knows no {kind}.", nearest(kind, NAMES))
+    if kind == "corpora" and not out.as_json and out.is_terminal:
+        from dsg_cli.report.tables import corpora_table
+
+        out.print(corpora_table())
+    else:
+        out.lines(NAMES[kind]() if kind in NAMES else ids_of(kind.removeprefix("saes/")))
+
+
+@command(without=[QUIET])
 def show_command(
+    out: Output,
+    /,
     artifact: Annotated[
-        str,
-        typer.Argument(help="Id, such as eval-001, or path of its JSON file.", autocompletion=complete_artifact()),
+        str, Argument(help="Id, such as eval-001, or path of its JSON file.", autocompletion=complete_artifact())
     ],
-    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
-    as_json: opt.JsonOption = False,
 ) -> None:
     """Show one artifact: what it found and where it came from."""
-    from dsg_cli.report.rendering import console
     from dsg_cli.report.tables import artifact_table, provenance_tree
-    from dsg_cli.workspace.store import Workspace
 
-    stored = Workspace(workspace).read(artifact)
-    if as_json:
-        print_json(stored.json)
+    stored = out.store.read(artifact)
+    if out.as_json:
+        out.json(stored.json)
     else:
-        console().print(artifact_table(stored))
-        console().print(provenance_tree(stored))
+        out.print(artifact_table(stored))
+        out.print(provenance_tree(stored))
 
 
-def verify_command(
-    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
-    as_json: opt.JsonOption = False,
-) -> None:
+@command(without=[QUIET])
+def verify_command(out: Output, /) -> None:
     """Verify every file of a workspace.
 
     Each is held against its digest, and every artifact against what it was computed from.
 
     Exits with 1 if anything is broken.
     """
-    from dsg_cli.report.rendering import console
     from dsg_cli.report.tables import verify_table
-    from dsg_cli.workspace import store as verify
-    from dsg_cli.workspace.store import Workspace
+    from dsg_cli.workspace.store import verify_all
 
-    findings = verify.verify_all(Workspace(workspace))
-    if as_json:
-        print_json([dataclasses.asdict(finding) for finding in findings])
+    findings = verify_all(out.store)
+    if out.as_json:
+        out.json([dataclasses.asdict(finding) for finding in findings])
     else:
-        console().print(verify_table(findings))
+        out.print(verify_table(findings))
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)
 
 
+@command(
+    setting("generate.side", str, "both (default), base or guarded."),
+    setting("generate.max_new_tokens", int, "Tokens to write, at most."),
+    setting("generate.temperature", float, "0 (default): likeliest token."),
+    setting("generate.chat", bool, "Ask in the tokenizer's chat template."),
+    setting("generate.on_trigger", str, "clamp (default), or refuse: end with a sentence."),
+    setting("generate.refusal", str, "That sentence."),
+    *RECIPE,
+    *COMPUTING,
+    *OTHER_MODEL,
+)
 def generate_command(
+    recipe: "Recipe",
+    out: Output,
+    /,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Text to continue; without any, stdin.")
+        list[str] | None, Argument(metavar="[PROMPT]...", help="Text to continue; without any, stdin.")
     ] = None,
     file: Annotated[
-        Path | None,
-        typer.Option("--file", help="One prompt a line, or a .jsonl of {prompt}; - reads stdin."),
+        Path | None, Option("--file", help="One prompt a line, or a .jsonl of {prompt}; - reads stdin.")
     ] = None,
-    sources: opt.FromManyOption = None,
-    side: Annotated[str | None, typer.Option("--side", help="both (default), base or guarded.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Tokens to write, at most.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="0 (default): likeliest token.")] = None,
-    chat: Annotated[bool | None, typer.Option("--chat", help="Ask in the tokenizer's chat template.")] = None,
-    on_trigger: Annotated[
-        str | None, typer.Option("--on-trigger", help="clamp (default), or refuse: end with a sentence.")
-    ] = None,
-    refusal: Annotated[str | None, typer.Option("--refusal", help="That sentence.")] = None,
-    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
-    recipe: opt.RecipeOption = None,
-    sets: opt.SetOption = None,
-    device: opt.DeviceOption = None,
-    dtype: opt.DtypeOption = None,
-    device_map: opt.DeviceMapOption = None,
-    trust_remote_code: opt.TrustOption = None,
-    seed: opt.SeedOption = None,
-    instead: opt.InsteadOption = None,
-    allow_mismatch: opt.MismatchOption = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
+    sources: FromMany = None,
 ) -> None:
     """Try prompts on the base model and on the guarded one.
 
     Example: dsg generate "Question: What is the counter of the grim hex" --on-trigger refuse
     """
-    resolved = opt.settings(
-        recipe,
-        sets,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        model__device_map=device_map,
-        model__trust_remote_code=trust_remote_code,
-        model__instead=instead,
-        model__allow_mismatch=allow_mismatch,
-        generate__side=side,
-        generate__max_new_tokens=max_new_tokens,
-        generate__temperature=temperature,
-        generate__chat=chat,
-        generate__on_trigger=on_trigger,
-        generate__refusal=refusal,
-    )
-    asked = read_prompts(prompts or [], file)
-    screen = Screen(resolved.generate.side, is_silent=as_json)  # Takes hold of stdout, which libraries do not get.
-    with progress(quiet or (sys.stdout.isatty() and not as_json)) as report:
-        import_libraries()
-        from dsg_cli.stages import prompts as generate
-        from dsg_cli.workspace.store import Workspace
+    from dsg_cli.data.readers import read_prompts
+
+    texts = read_prompts(prompts or [], file)
+    screen = Screen(out, recipe.generate.side)
+    with out.computing(has_bars=not screen.is_live) as report:
+        from dsg_cli.stages.prompts import run_prompts
 
         written = []
-        for done in generate.run_prompts(
-            resolved, Workspace(workspace), asked, sources=sources or [], write=screen.write
-        ):
-            written.append(done.as_json())
-            screen.close(done)
-            report("answers, prompts", len(written), len(asked))
-    if as_json:
-        print_json(written)
+        for answers in run_prompts(recipe, out.store, texts, sources=sources or [], write=screen.write):
+            written.append(answers.as_json())
+            screen.close(answers)
+            report("answers, prompts", len(written), len(texts))
+    if out.as_json:
+        out.json(written)
+
+
+@command(*RECIPE, *COMPUTING, *OTHER_MODEL, REUSE)
+def inspect_command(
+    recipe: "Recipe",
+    out: Output,
+    /,
+    artifact: Annotated[
+        str | None,
+        Argument(
+            metavar="[ARTIFACT]",
+            help="Guardrail or features; by default the newest guardrail, else the newest features.",
+            autocompletion=complete_artifact("guardrail", "features"),
+        ),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, Option("--prompt", help="Only show what they see of a prompt; repeatable.")
+    ] = None,
+    chat: Annotated[bool, Option("--chat", help="Prompts in the tokenizer's chat template.")] = False,
+    features: Annotated[
+        list[int] | None, Option("--feature", help="These features, any of the SAE; repeatable.")
+    ] = None,
+    is_live: Annotated[
+        bool, Option("--serve", help="Show prompts live, on a page that only this machine can open.")
+    ] = False,
+    port: Annotated[int, Option("--port", help="Of that page; 0 takes any.", min=0, max=65535)] = 8731,
+    near: Annotated[
+        list[str] | None,
+        Option("--near", help="Corpus near to what is forgotten; repeatable.", autocompletion=complete("corpora")),
+    ] = None,
+    n_contexts: Annotated[int, Option("--contexts", help="Contexts of each feature in each corpus.")] = 3,
+    samples: Annotated[bool, Option("--samples", help="Keep the text of contexts.")] = False,
+    neuronpedia: Annotated[
+        bool, Option("--neuronpedia", help="Ask neuronpedia.org what features are said to be.")
+    ] = False,
+    page: Annotated[Path | None, Option("--html", help="Write the same to an HTML file, with text.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace that file.")] = False,
+    limit: Annotated[int | None, Option("--limit", help=DOCUMENTS)] = None,
+) -> None:
+    """What are the chosen features about? With --prompt: what do they and the gate see of it, token by token?
+
+    Example: dsg inspect guardrail-001 --near lab-near, or dsg inspect --prompt "What is the counter of the grim hex"
+    """
+    for_inspection = {"--near": near, "--samples": samples, "--neuronpedia": neuronpedia, "--html": page}
+    check_modes({"--serve": is_live, "--prompt": prompts}, {**for_inspection, "--limit": limit, "--reuse": out.reuse})
+    if is_live:
+        _serve(recipe, out, artifact, port)
+    elif prompts:
+        _show_prompts(recipe, out, prompts, artifact, features or [], chat=chat)
+    elif chat:
+        raise DsgError("--chat says how to put --prompt.", "Give a prompt, or leave it out.")
+    else:
+        if page is not None:
+            check_new_file(page, "--html", force=force)
+        with out.session() as session:
+            from dsg_cli.stages import inspect
+
+            settings = inspect.InspectSettings(near or [], features or [], n_contexts, samples, neuronpedia, limit)
+            shown = inspect.run(recipe, out.store, source=artifact, settings=settings, options=session)
+            from dsg_cli.report.inspections import inspection_page, inspection_view
+
+            view = inspection_view(shown.stored, shown.rows)
+            if page is not None:
+                write_atomically(page, inspection_page(shown.stored, shown.rows).encode())
+        out.show(shown.stored, view=view)
 
 
 def check_modes(modes: Mapping[str, object], others: Mapping[str, object]) -> None:
@@ -193,174 +227,66 @@ def check_modes(modes: Mapping[str, object], others: Mapping[str, object]) -> No
         others: Flags that say how features are inspected.
     """
     chosen = [flag for flag, value in modes.items() if value]
-    given = [*chosen[1:], *([flag for flag, value in others.items() if value] if chosen else [])]
-    if given:
-        raise DsgError(f"{chosen[0]} does not go with {given[0]}.", "Leave one of the two out.")
+    clashing = [*chosen[1:], *([flag for flag, value in others.items() if value] if chosen else [])]
+    if clashing:
+        raise DsgError(f"{chosen[0]} does not go with {clashing[0]}.", "Leave one of the two out.")
 
 
-def show_prompts(
-    recipe: Recipe,
-    workspace: Path,
-    prompts: Sequence[str],
-    artifact: str | None,
-    features: Sequence[int],
-    *,
-    chat: bool,
-    as_json: bool,
-    quiet: bool,
+def _show_prompts(
+    recipe: "Recipe", out: Output, prompts: Sequence[str], artifact: str | None, features: Sequence[int], *, chat: bool
 ) -> None:
     """Prompts one after another, each with what features and gate see of it."""
-    with progress(quiet):
-        import_libraries()
-        from dsg_cli.stages import prompts as trace
-        from dsg_cli.workspace.store import Workspace
+    with out.computing():
+        from dsg_cli.stages.prompts import trace_prompts
 
-        seen = list(
-            trace.trace_prompts(recipe, Workspace(workspace), prompts, source=artifact, features=features, chat=chat)
-        )
-    if as_json:
-        print_json([one.as_json() for one in seen])
+        traces = list(trace_prompts(recipe, out.store, prompts, source=artifact, features=features, chat=chat))
+    if out.as_json:
+        out.json([trace.as_json() for trace in traces])
         return
     from dsg_cli.report.inspections import trace_view
-    from dsg_cli.report.rendering import console
 
-    for one in seen:
-        console().print(trace_view(one))
+    for trace in traces:
+        out.print(trace_view(trace))
 
 
-def serve(recipe: Recipe, workspace: Path, source: str | None, *, port: int, quiet: bool) -> None:
+def _serve(recipe: "Recipe", out: Output, source: str | None, port: int) -> None:
     """Load both models, say where the page is, and answer it until a signal comes."""
     from dsg_cli.inspection.live.server import Server
 
     with Server(port) as server:
-        with progress(quiet):
-            import_libraries()
-            from dsg_cli.stages import prompts as live
-            from dsg_cli.workspace.store import Workspace
+        with out.computing():
+            from dsg_cli.stages import prompts
 
-            looked = live.load(recipe, Workspace(workspace), [source] if source else [])
-            server.about, server.ask = looked.about(), looked.ask
-        print_line(server.url)
-        sys.stdout.flush()  # A script waits for it.
-        if not quiet:
-            hint("Open it in a browser; Ctrl-C ends it.")
+            live = prompts.load(recipe, out.store, [source] if source else [])
+            server.about, server.ask = live.about(), live.ask
+        out.line(server.url)
+        out.stdout.flush()  # A script waits for it.
+        out.hint("Open it in a browser; Ctrl-C ends it.")
         server.serve_forever()
 
 
-def inspect_command(
-    artifact: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[ARTIFACT]",
-            help="Guardrail or features; by default the newest guardrail, else the newest features.",
-            autocompletion=complete_artifact(("guardrail", "features")),
-        ),
-    ] = None,
-    prompts: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Only show what they see of a prompt; repeatable.")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Prompts in the tokenizer's chat template.")] = False,
-    features: Annotated[
-        list[int] | None, typer.Option("--feature", help="These features, any of the SAE; repeatable.")
-    ] = None,
-    is_live: Annotated[
-        bool, typer.Option("--serve", help="Show prompts live, on a page that only this machine can open.")
-    ] = False,
-    port: Annotated[int, typer.Option("--port", help="Of that page; 0 takes any.", min=0, max=65535)] = 8731,
-    near: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--near", help="Corpus near to what is forgotten; repeatable.", autocompletion=complete("corpora")
-        ),
-    ] = None,
-    n_contexts: Annotated[int, typer.Option("--contexts", help="Contexts of each feature in each corpus.")] = 3,
-    samples: Annotated[bool, typer.Option("--samples", help="Keep the text of contexts.")] = False,
-    neuronpedia: Annotated[
-        bool, typer.Option("--neuronpedia", help="Ask neuronpedia.org what features are said to be.")
-    ] = False,
-    page: Annotated[Path | None, typer.Option("--html", help="Write the same to an HTML file, with text.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace that file.")] = False,
-    limit: opt.DocumentsOption = None,
-    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
-    recipe: opt.RecipeOption = None,
-    sets: opt.SetOption = None,
-    device: opt.DeviceOption = None,
-    dtype: opt.DtypeOption = None,
-    device_map: opt.DeviceMapOption = None,
-    trust_remote_code: opt.TrustOption = None,
-    seed: opt.SeedOption = None,
-    instead: opt.InsteadOption = None,
-    allow_mismatch: opt.MismatchOption = None,
-    reuse: opt.ReuseOption = False,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
-) -> None:
-    """What are the chosen features about? With --prompt: what do they and the gate see of it, token by token?
-
-    Example: dsg inspect guardrail-001 --near lab-near, or dsg inspect --prompt "What is the counter of the grim hex"
-    """
-    resolved = opt.settings(
-        recipe,
-        sets,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        model__device_map=device_map,
-        model__trust_remote_code=trust_remote_code,
-        model__instead=instead,
-        model__allow_mismatch=allow_mismatch,
-    )
-    of_inspection = {"--near": near, "--samples": samples, "--neuronpedia": neuronpedia, "--html": page}
-    check_modes({"--serve": is_live, "--prompt": prompts}, {**of_inspection, "--limit": limit, "--reuse": reuse})
-    if is_live:
-        serve(resolved, workspace, artifact, port=port, quiet=quiet)
-        return
-    if prompts:
-        show_prompts(resolved, workspace, prompts, artifact, features or [], chat=chat, as_json=as_json, quiet=quiet)
-        return
-    if page is not None:
-        check_new_file(page, "--html", force=force)
-    if chat:
-        raise DsgError("--chat says how to put --prompt.", "Give a prompt, or leave it out.")
-    with running(quiet, reuse=reuse) as options:
-        from dsg_cli.stages import inspect
-        from dsg_cli.workspace.store import Workspace
-
-        settings = inspect.InspectSettings(near or [], features or [], n_contexts, samples, neuronpedia, limit)
-        shown = inspect.run(resolved, Workspace(workspace), source=artifact, settings=settings, options=options)
-        from dsg_cli.report.inspections import inspection_view
-
-        view = inspection_view(shown.stored, shown.rows)
-        if page is not None:
-            from dsg_cli.report.inspections import inspection_page
-
-            write_atomically(page, inspection_page(shown.stored, shown.rows).encode())
-    show_stored(shown.stored, as_json=as_json, quiet=quiet, view=view)
-
-
+@command(RECIPE[0])
 def report_command(
+    recipe: "Recipe",
+    out: Output,
+    /,
     artifacts: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="[ARTIFACT]...",
             help="What it is about. By default the newest comparison, inspection and study of each name, and the "
             "newest guardrail, model or wrapper with all its evaluations and attacks; with what these were made from.",
             autocompletion=complete_artifact(),
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("dsg-report.html"),
-    figures: Annotated[Path | None, typer.Option("--figures", help="Folder for the figures as files, too.")] = None,
-    formats: Annotated[list[str] | None, typer.Option("--format", help="svg (default), png, pdf; repeatable.")] = None,
-    title: Annotated[str, typer.Option("--title", help="Of the page.")] = "Unlearning report",
+    output: Annotated[Path, Option("--output", "-o", help="HTML file to write.")] = Path("dsg-report.html"),
+    figures: Annotated[Path | None, Option("--figures", help="Folder for the figures as files, too.")] = None,
+    formats: Annotated[list[str] | None, Option("--format", help="svg (default), png, pdf; repeatable.")] = None,
+    title: Annotated[str, Option("--title", help="Of the page.")] = "Unlearning report",
     with_text: Annotated[
-        bool,
-        typer.Option("--with-text", help="Show texts in which features fire, where dsg inspect --samples kept them."),
+        bool, Option("--with-text", help="Show texts in which features fire, where dsg inspect --samples kept them.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
-    workspace: opt.WorkspaceOption = opt.DEFAULT_WORKSPACE,
-    recipe: opt.RecipeOption = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
+    force: Annotated[bool, Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Put what was found into one HTML file that needs nothing else, with figures.
 
@@ -368,29 +294,27 @@ def report_command(
     """
     start = time.monotonic()
     kinds = list(dict.fromkeys(formats or ["svg"]))
-    _check(output, figures, kinds, force=force)
-    resolved = opt.settings(recipe, None, device=None, dtype=None, seed=None)
-    with progress(quiet) as report:
+    _check_targets(output, figures, kinds, force=force)
+    with out.progress() as progress:
         from dsg_cli.report.evaluations import beside
         from dsg_cli.report.gather import gather
         from dsg_cli.report.page import report_of, write_report
-        from dsg_cli.workspace.store import Workspace
 
-        report("reading", 0, 0)
-        gathered = gather(Workspace(workspace), artifacts or [])
-        results = {bench: sides for one in gathered.of("eval") for bench, sides in one.json["results"].items()}
-        report("drawing", 0, 0)
-        made = report_of(gathered, title, beside(resolved.published, results) if recipe else (), has_text=with_text)
-        files = write_report(made, output, figures, kinds, force=force)
-    if as_json:
-        found = {"path": str(output), "bytes": output.stat().st_size, "seconds": round(time.monotonic() - start, 2)}
+        progress("reading", 0, 0)
+        gathered = gather(out.store, artifacts or [])
+        results = {bench: sides for stored in gathered.of("eval") for bench, sides in stored.json["results"].items()}
+        progress("drawing", 0, 0)
+        page = report_of(gathered, title, beside(recipe.published, results), has_text=with_text)
+        files = write_report(page, output, figures, kinds, force=force)
+    if out.as_json:
+        written = {"path": str(output), "bytes": output.stat().st_size, "seconds": round(time.monotonic() - start, 2)}
         ids = [stored.id for stored in gathered.artifacts]
-        print_json({**found, "artifacts": ids, "figures": [str(path) for path in files]})
+        out.json({**written, "artifacts": ids, "figures": [str(path) for path in files]})
     else:
-        print_line(str(output))
+        out.line(str(output))
 
 
-def _check(output: Path, figures: Path | None, kinds: list[str], *, force: bool) -> None:
+def _check_targets(output: Path, figures: Path | None, kinds: list[str], *, force: bool) -> None:
     """Refuse bad options before anything is read."""
     unknown = [kind for kind in kinds if kind not in ("svg", "png", "pdf")]
     if unknown:

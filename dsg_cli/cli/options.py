@@ -1,36 +1,79 @@
-"""Options that several commands share, and the settings they make."""
+"""Options of the command line: those that commands share, what completes them, and the settings that they make."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
-import typer
+from typer import Context, Option
 
-from dsg_cli.attacks import ALL, ATTACKS
-from dsg_cli.data.catalogue import CATALOGUE
+from dsg_cli.cli.output import DEFAULT_WORKSPACE, Output
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.evals import known_benches
-from dsg_cli.guardrail.runtime.spec import CalibratedGate
 from dsg_cli.lab import data as lab
-from dsg_cli.methods import METHODS
-from dsg_cli.studies import STUDIES
-
-if TYPE_CHECKING:
-    from dsg_cli.settings import Recipe
 
 
-def _recipes() -> list[str]:
+def _attacks() -> Iterable[str]:
+    from dsg_cli.attacks import ALL, ATTACKS
+
+    return (*ATTACKS, ALL)
+
+
+def _benches() -> Iterable[str]:
+    from dsg_cli.evals import known_benches
+
+    return known_benches()
+
+
+def _corpora() -> Iterable[str]:
+    from dsg_cli.data.catalogue import CATALOGUE
+
+    return (*lab.CORPORA, *CATALOGUE)
+
+
+def _gates() -> Iterable[str]:
+    from dsg_cli.guardrail.runtime.spec import CalibratedGate
+
+    return get_args(CalibratedGate)
+
+
+def _methods() -> Iterable[str]:
+    from dsg_cli.methods import METHODS
+
+    return METHODS
+
+
+def _recipes() -> Iterable[str]:
     from dsg_cli.recipe import recipe_names
 
     return recipe_names()
 
 
-def _saes() -> list[str]:
+def _saes() -> Iterable[str]:
     from dsg_cli.models.releases import releases
 
-    return [*lab.SAE_DIRS, *sorted(releases())]
+    return (*lab.SAE_DIRS, *sorted(releases()))
+
+
+def _studies() -> Iterable[str]:
+    from dsg_cli.studies import STUDIES
+
+    return STUDIES
+
+
+NAMES: dict[str, Callable[[], Iterable[str]]] = {
+    "corpora": _corpora,
+    "benches": _benches,
+    "models": lambda: lab.MODEL_DIRS,
+    "saes": _saes,
+    "gates": _gates,
+    "attacks": _attacks,
+    "methods": _methods,
+    "studies": _studies,
+    "recipes": _recipes,
+}
+"""What `dsg ls` lists by name, in the order of its help."""
 
 
 def ids_of(release: str) -> list[str]:
@@ -39,27 +82,14 @@ def ids_of(release: str) -> list[str]:
 
     if release not in releases():
         raise DsgError(f"There is no SAE release {release}.", nearest(release, releases()))
-    return [f"{release}/{one['id']}" for one in releases()[release]["saes"]]
+    return [f"{release}/{sae['id']}" for sae in releases()[release]["saes"]]
 
 
-NAMES: dict[str, Callable[[], list[str]]] = {
-    "corpora": lambda: [*lab.CORPORA, *CATALOGUE],
-    "benches": known_benches,
-    "models": lambda: list(lab.MODEL_DIRS),
-    "saes": _saes,
-    "gates": lambda: list(get_args(CalibratedGate)),
-    "attacks": lambda: [*ATTACKS, ALL],
-    "methods": lambda: list(METHODS),
-    "studies": lambda: list(STUDIES),
-    "recipes": _recipes,
-}
-
-
-def complete(what: str) -> Callable[[str], list[str]]:
-    """For Typer's `autocompletion`: the names of NAMES[what] that begin as the word does."""
+def complete(kind: str) -> Callable[[str], list[str]]:
+    """For Typer's `autocompletion`: the names of NAMES[kind] that begin as the word does."""
 
     def names(incomplete: str) -> list[str]:
-        return [name for name in NAMES[what]() if name.startswith(incomplete)]
+        return [name for name in NAMES[kind]() if name.startswith(incomplete)]
 
     return names
 
@@ -69,129 +99,180 @@ def complete_kind(incomplete: str) -> list[str]:
     return [name for name in NAMES if name.startswith(incomplete)]
 
 
-def complete_artifact(kinds: Sequence[str | None] = (None,)) -> Callable[[typer.Context, str], list[str]]:
-    """For Typer's `autocompletion`: ids in the workspace that the command line names."""
+def complete_artifact(*kinds: str) -> Callable[[Context, str], list[str]]:
+    """For Typer's `autocompletion`: ids of these kinds, or of all, in the workspace that the command line names."""
 
-    def ids(context: typer.Context, incomplete: str) -> list[str]:
+    def ids(context: Context, incomplete: str) -> list[str]:
         from dsg_cli.workspace.store import Workspace
 
-        found = Workspace(context.params.get("workspace") or DEFAULT_WORKSPACE)
-        ids_of_kinds = [artifact_id for kind in kinds for artifact_id in found.ids(kind)]
+        workspace = Workspace(context.params.get("workspace") or DEFAULT_WORKSPACE)
+        ids_of_kinds = [artifact_id for kind in kinds or (None,) for artifact_id in workspace.ids(kind)]
         return [artifact_id for artifact_id in ids_of_kinds if artifact_id.startswith(incomplete)]
 
     return ids
 
 
-WorkspaceOption = Annotated[
-    Path, typer.Option("--workspace", "-w", envvar="DSG_WORKSPACE", help="Folder of artifacts.", show_default=True)
-]
+@dataclass(frozen=True)
+class Sets:
+    """Beside an option in `Annotated`: the key of the recipe that it sets."""
 
-RecipeOption = Annotated[
-    str | None,
-    typer.Option("--recipe", help="YAML file, or the name of a shipped recipe.", autocompletion=complete("recipes")),
-]
+    key: str
 
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, for any setting; repeatable.")]
 
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; a GPU if there is one.")]
+def option(name: str, kind: Any, help: str, *flags: str, default: Any = None, sets: str = "", **more: Any) -> Parameter:
+    """An option as a parameter of a command; `more` is Typer's, and `sets` a key of the recipe."""
+    annotated: Any = Annotated
+    return Parameter(
+        name,
+        Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=annotated[kind, Option(*flags, help=help, **more), *([Sets(sets)] if sets else [])],
+    )
 
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
-DeviceMapOption = Annotated[
-    str | None, typer.Option("--device-map", help="auto: spread a model over all GPUs, if it is larger than one.")
-]
+def setting(key: str, kind: Any, help: str, *flags: str, names: str | None = None, **more: Any) -> Parameter:
+    """An option that does nothing but set a key of the recipe; its flag is the last part of the key, if none is given.
 
-TrustOption = Annotated[
-    bool | None, typer.Option("--trust-remote-code", help="Run Python files that come with the model. Read them first.")
-]
+    Args:
+        names: What completes its values, of NAMES.
+    """
+    flags = flags or ("--" + key.rpartition(".")[2].replace("_", "-"),)
+    name = flags[-1].removeprefix("--").replace("-", "_")
+    if names is not None:
+        more["autocompletion"] = complete(names)
+    return option(name, kind | None, help, *flags, sets=key, **more)
 
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")]
 
-ForgetOption = Annotated[
-    list[str] | None,
-    typer.Option("--forget", help="Corpus to forget (`dsg ls corpora`).", autocompletion=complete("corpora")),
-]
-
-RetainOption = Annotated[
-    list[str] | None,
-    typer.Option("--retain", help="Corpus to retain; NAME=WEIGHT mixes.", autocompletion=complete("corpora")),
-]
-
-TrainOption = Annotated[
-    list[str] | None,
-    typer.Option("--train", help="For finetune: corpus to train on.", autocompletion=complete("corpora")),
-]
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="Hub name, folder, `lab`, or model-NNN.", autocompletion=complete("models")),
-]
-
-SaeOption = Annotated[str | None, typer.Option("--sae", help="RELEASE/ID, folder or `lab`.")]
-
-DocumentsOption = Annotated[int | None, typer.Option("--limit", help="Documents of each corpus, at most.")]
-
-FEATURES = complete_artifact(("features",))
-
-BEFORE_APPLY = complete_artifact(("threshold", "features", "model"))
+WORKSPACE = option(
+    "workspace",
+    Path,
+    "Folder of artifacts.",
+    "--workspace",
+    "-w",
+    default=DEFAULT_WORKSPACE,
+    envvar="DSG_WORKSPACE",
+    show_default=True,
+)
+JSON = option("as_json", bool, "One JSON document on stdout.", "--json", default=False)
+QUIET = option("quiet", bool, "No progress and no hints.", "--quiet", "-q", default=False)
+SUMMARY = option(
+    "summary", str | None, "Append a Markdown section on what was found to a file.", "--summary", metavar="FILE"
+)
+SETS = option("sets", list[str] | None, "section.key=value, for any setting; repeatable.", "--set")
+RECIPE = (
+    option(
+        "recipe",
+        str | None,
+        "YAML file, or the name of a shipped recipe.",
+        "--recipe",
+        autocompletion=complete("recipes"),
+    ),
+    SETS,
+)
+DEVICE = (
+    setting("model.device", str, "cpu, cuda, ...; a GPU if there is one."),
+    setting("model.dtype", str, "auto, float32, bfloat16 or float16."),
+)
+DEVICE_MAP = setting("model.device_map", str, "auto: spread a model over all GPUs, if it is larger than one.")
+TRUST = setting("model.trust_remote_code", bool, "Run Python files that come with the model. Read them first.")
+SEED = setting("seed", int, "Seed of everything that is drawn.")
+COMPUTING = (*DEVICE, DEVICE_MAP, TRUST, SEED)
+REUSE = option(
+    "reuse",
+    bool,
+    "Take an existing artifact if settings, inputs and versions all match.",
+    "--reuse",
+    default=False,
+)
+RESUME = option(
+    "resume", bool, "Go on from the checkpoint of the same command, interrupted.", "--resume", default=False
+)
+CORPORA = (
+    setting("corpora.forget", list[str], "Corpus to forget (`dsg ls corpora`).", names="corpora"),
+    setting("corpora.retain", list[str], "Corpus to retain; NAME=WEIGHT mixes.", names="corpora"),
+)
+SOURCES = (
+    setting("model.source", str, "Hub name, folder, `lab`, or model-NNN.", "--model", names="models"),
+    setting("sae.source", str, "RELEASE/ID, folder or `lab`.", "--sae"),
+)
+DOCUMENTS = "Documents of each corpus, at most."
+LIMIT = setting("corpora.limit", int, DOCUMENTS)
+OTHER_MODEL = (
+    setting("model.instead", str, "Model to put it on; by default where the guardrail's model was.", "--model"),
+    setting("model.allow_mismatch", bool, "Also on another model than the one the guardrail was made for."),
+)
+INEFFECTIVE = setting(
+    "guardrail.allow_ineffective", bool, "Even if the guardrail does nothing on what it should forget."
+)
 
 FROM_HELP = "Artifact to start from; the newest by default."
 
-FromFeaturesOption = Annotated[str | None, typer.Option("--from", help=FROM_HELP, autocompletion=FEATURES)]
+FromFeatures = Annotated[str | None, Option("--from", help=FROM_HELP, autocompletion=complete_artifact("features"))]
 
-FromThresholdOption = Annotated[str | None, typer.Option("--from", help=FROM_HELP, autocompletion=BEFORE_APPLY)]
-
-FromManyOption = Annotated[
+FromMany = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--from",
         help="Guardrail, model or wrapper, the newest by default; repeatable, they act together.",
-        autocompletion=complete_artifact(("guardrail", "model", "wrapper")),
+        autocompletion=complete_artifact("guardrail", "model", "wrapper"),
     ),
 ]
 
-InsteadOption = Annotated[
-    str | None, typer.Option("--model", help="Model to put it on; by default where the guardrail's model was.")
-]
 
-MismatchOption = Annotated[
-    bool | None,
-    typer.Option("--allow-mismatch", help="Also on another model than the one the guardrail was made for."),
-]
+def command(
+    *options: Parameter,
+    without: Sequence[Parameter] = (),
+    settings: Callable[..., Mapping[str, Any]] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn a function into a command: these options beside its own, and a recipe made from all of them.
 
-ReuseOption = Annotated[
-    bool, typer.Option("--reuse", help="Take an existing artifact if settings, inputs and versions all match.")
-]
+    Positional-only parameters of the function are what it is handed: the `Recipe`, if it takes two, and the `Output`.
+    The others are its own options and arguments. What those with `Sets` say goes on top of the file and of `--set`.
 
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on from the checkpoint of the same command, interrupted.")
-]
-
-IneffectiveOption = Annotated[
-    bool | None,
-    typer.Option("--allow-ineffective", help="Even if the guardrail does nothing on what it should forget."),
-]
-
-SummaryOption = Annotated[
-    str | None, typer.Option("--summary", metavar="FILE", help="Append a Markdown section on what was found to a file.")
-]
-
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
-
-DEFAULT_WORKSPACE = Path("dsg-workspace")
-
-
-def settings(
-    recipe: str | None, sets: list[str] | None, *, device: str | None, dtype: str | None, seed: int | None, **flags: Any
-) -> Recipe:
-    """The recipe with `--set` and flags on top; a flag's `__` stands for the dot of its key.
-
-    An empty list means that a repeatable flag was not given.
+    Args:
+        options: Such as the command does not itself look at; `--workspace`, `--json` and `--quiet` need not be named.
+        without: Of these three, those that the command lacks.
+        settings: Makes further settings, by dotted key, from values of options; its parameters that are `Annotated`
+            are options of the command, the others are named like one.
     """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = inspect.signature(function).parameters.values()
+        own = [p for p in parameters if p.kind is not Parameter.POSITIONAL_ONLY]
+        of_settings = inspect.signature(settings).parameters if settings else {}
+        annotated = [p for p in of_settings.values() if get_origin(p.annotation) is Annotated]
+        general = [p for p in (WORKSPACE, JSON, QUIET) if p not in without]
+        offered: dict[str, Parameter] = {}
+        for parameter in (*own, *annotated, *options, *general):
+            offered.setdefault(parameter.name, parameter.replace(kind=Parameter.KEYWORD_ONLY))
+        keys = {
+            name: extra.key
+            for name, parameter in offered.items()
+            for extra in getattr(parameter.annotation, "__metadata__", ())
+            if isinstance(extra, Sets)
+        }
+
+        def run(**values: Any) -> None:
+            handed: list[Any] = [Output(**{f.name: values[f.name] for f in fields(Output) if f.name in values})]
+            if len(parameters) - len(own) == 2:
+                flags = {key: values[name] for name, key in keys.items()}
+                if settings is not None:
+                    flags |= settings(**{name: values[name] for name in of_settings})
+                handed.insert(0, _recipe(values.get("recipe"), values.get("sets"), flags))
+            function(*handed, **{p.name: values[p.name] for p in own})
+
+        run.__signature__ = inspect.Signature([*offered.values()])  # type: ignore[attr-defined]  # Typer reads this,
+        run.__annotations__ = {name: parameter.annotation for name, parameter in offered.items()}  # and this.
+        run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
+        return run
+
+    return decorate
+
+
+def _recipe(name: str | None, sets: list[str] | None, flags: Mapping[str, Any]) -> Any:
     from dsg_cli.recipe import load_recipe
 
-    dotted = {key.replace("__", "."): (None if value == [] else value) for key, value in flags.items()}
-    common = {"model.device": device, "model.dtype": dtype, "seed": seed}
-    return load_recipe(recipe, sets=sets or [], flags={**common, **dotted})
+    # An empty list is a repeatable flag that was not given.
+    return load_recipe(
+        name, sets=sets or [], flags={key: None if value == [] else value for key, value in flags.items()}
+    )

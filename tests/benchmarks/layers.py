@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 
-from dsg_cli.cli.app import quiet_libraries
+from dsg_cli.cli.output import quiet_libraries
 
 N_LAYERS, LAYER, VOCABULARY, SHAPE = 26, 3, 1000, (8, 256)
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from dsg_cli.cli.app import quiet_libraries
+from dsg_cli.cli.output import quiet_libraries
 
 WIDTH, N_FEATURES, LAYERS, TEXTS = 512, 8192, 4, 512
 
