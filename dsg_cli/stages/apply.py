@@ -167,12 +167,6 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
             bos=calibrated.bos,
             forget=names,
             retain=calibrated.retain,
-            strength_trials=[],
-            effect={},
-            method="dsg",
-            clamp="all",
-            coefficients=[],
-            above=[],
         )
         if is_auto:
             trials = try_strengths(
@@ -243,10 +237,7 @@ def run_clamp(
         body = Guardrail(
             indices=clamping.indices,
             detectors=clamping.detectors,
-            bias=0.0,
-            clip=0.0,
             gate="token",
-            window=0,
             threshold=0.5,
             strength=max(map(abs, clamping.coefficients)),
             strength_setting=clamping.setting,
@@ -259,8 +250,6 @@ def run_clamp(
             bos=bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos),
             forget=forget_names,
             retain=[corpus["name"] for corpus in selected["retain"]],
-            strength_trials=[],
-            effect={},
             method=method,
             clamp=clamping.clamp,
             coefficients=clamping.coefficients,

@@ -112,10 +112,10 @@ def storm(n_kills: int, *, seed: int = 0, n_documents: int | None = None, out=sy
     Raises:
         AssertionError: Something was lost, or let through.
     """
-    import dsg_cli.stages.run  # noqa: F401
     import lm_eval.evaluator
     import lm_eval.models.huggingface  # noqa: F401
 
+    import dsg_cli.stages.run  # noqa: F401
     from dsg_cli.stages import apply as apply
     from dsg_cli.stages import attack as attack
     from dsg_cli.stages import calibrate as calibrate
