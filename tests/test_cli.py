@@ -21,12 +21,11 @@ import pytest
 from conftest import SMALL_LAB, make_sae, python
 from handmade import write
 from rich.console import Console
-from rich.table import Table
 
 from dsg_cli import __version__
 from dsg_cli.cli.output import next_command, rate_of, spoken
 from dsg_cli.errors import DsgError
-from dsg_cli.report.rendering import captioned
+from dsg_cli.report.rendering import Table
 from dsg_cli.workspace.store import Workspace
 
 ROOT = Path(__file__).parent.parent
@@ -493,10 +492,8 @@ def test_every_kind_is_shown_in_80_columns(dsg, schema, name):
 
 
 def test_a_caption_has_the_width_of_the_screen_rather_than_of_its_table():
-    table = Table("a")
-    table.caption = "words " * 20
     console = Console(width=80, file=io.StringIO())
-    console.print(captioned(table))
+    console.print(Table(["a"], [], notes=["words " * 20]))
     assert console.file.getvalue().count("words words words words words words words words words words words") == 1
 
 

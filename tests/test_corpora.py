@@ -189,8 +189,7 @@ def test_names_and_where_they_lead():
     assert wanted <= set(CATALOGUE) and "muse-books-sust-1" not in CATALOGUE
     assert str(hub_text("muse-news-scal-4")) == "hf:muse-bench/MUSE-News:scal#forget_4"
     assert str(hub_text("tofu-full")) == "hf:locuslab/TOFU:full#train"
-    table = next(one for one in corpora_table().renderables if hasattr(one, "columns"))
-    assert wanted <= {str(cell) for cell in table.columns[0].cells}
+    assert wanted <= {row[0] for row in corpora_table().rows}
 
 
 TEXTS_DOCUMENTS = [f"document number {i}, with a comma\nand a line" for i in range(9)]

@@ -594,7 +594,7 @@ def test_text_of_descriptions_is_kept_only_if_asked_for(folder, workspace, chain
     kept = select.run(small(folder, "select.samples=true"), workspace, ranked=found.append)
     texts = {row["index"]: row["description"] for row in kept.body.described["ranking"]}
     assert texts and all(text == found[0].texts[j] for j, text in texts.items())
-    assert "dire" in shown(kept) and candidates_table(found[0]).row_count == min(40, len(texts))
+    assert "dire" in shown(kept) and len(candidates_table(found[0]).rows) == min(40, len(texts))
 
 
 def test_an_embedding_model_ranks_too(folder, workspace):

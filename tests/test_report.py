@@ -24,7 +24,7 @@ from dsg_cli.report.figures.style import drawing
 from dsg_cli.report.findings import findings
 from dsg_cli.report.gather import Gathered, gather
 from dsg_cli.report.page import report_of
-from dsg_cli.report.rendering import data_table, tag
+from dsg_cli.report.rendering import Styled, Table, page_templates
 from dsg_cli.workspace.results import Inspection
 from dsg_cli.workspace.store import Workspace
 
@@ -180,11 +180,16 @@ def test_what_is_in_it_cannot_break_it(tmp_path, workspace):
     assert [one["title"] for one in shaded] == ["2"]
 
 
-def test_elements_escape_what_they_are_given():
-    made = tag("a", "<b>", [tag("i", '"'), None, "&"], href='x" onclick="y', hidden=True, class_=None)
-    assert made == '<a href="x&quot; onclick=&quot;y" hidden>&lt;b&gt;<i>&quot;</i>&amp;</a>'
-    table = data_table(["<", "n"], [["a<", "1"]], caption="<c>")
-    assert "<c>" not in table and "a&lt;" in table and 'scope="row"' in table
+def test_tables_escape_what_they_are_given():
+    parts = page_templates().get_template("parts.html.j2").module
+    table = Table(["<", "n"], [["a<\u202e", "1"], ["", "2"]], notes=["<i>", Styled("<b>", "red")], fold="<f>")
+    html = parts.table(table, 'c" onclick="x')
+    page = Page(html)
+    assert not page.open and not {"i", "b", "f"} & {name for name, _ in page.tags} and "\u202e" not in html
+    assert page.of("div")[0]["aria-label"] == 'c" onclick="x' and not any("onclick" in one for _, one in page.tags)
+    assert [one.get("class") for one in page.of("th")] == [None, "number", None]
+    assert page.of("th")[-1]["scope"] == "row" and [one["class"] for one in page.of("p")] == ["note", "failed"]
+    assert [one.get("class") for one in page.of("td")] == ["number", None, "number"]
 
 
 def test_the_command(dsg, workspace, tmp_path):
@@ -279,7 +284,7 @@ def test_a_method_that_was_not_asked_after_everything_is_not_said_to_keep_it(wor
     body = workspace.read("compare-001").body
     forget = body.benches["forget"]
     row = body.rows[0] | {"method": "npo", "results": {forget: {"acc": 0.2, "acc_low": 0.1, "acc_high": 0.3}}}
-    said = list(rivals.how_well_compared(body.replace(rows=[row])))
+    said = list(rivals.quality_compared(body.replace(rows=[row])))
     assert said[0].endswith("accuracy on every other bench: none.") and "npo (0.20)" in said[1]
 
 
@@ -317,7 +322,7 @@ def test_names_in_figures_are_text_and_nothing_else(workspace):
         attack.draw_attack("attack-001", body),
         attack.draw_all([("attack-001", body), ("attack-002", body)]),
     ):
-        page = Page(drawn.markup())
+        page = Page(drawn.svg())
         assert not page.open and not page.of("script") and len(page.of("svg")) == 1
         assert all(drawn.content(kind) for kind in ("svg", "png", "pdf"))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import finetunes
 from dsg_cli.report.evaluations import NOT_MEASURABLE, place, ranking, shown_benches, shown_metrics
-from dsg_cli.report.rendering import code, escaped, number, one_line, table
+from dsg_cli.report.rendering import Table, code, escaped, number, one_line
 from dsg_cli.report.tables import guardrail_rows
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, ModelWeights, Threshold
 from dsg_cli.workspace.files import is_file, read_bounded
@@ -174,6 +174,11 @@ class CardFacts:
             body = stored.body_as(AttackReport)
             newest[body.attack, body.bench, split_of(stored)] = stored
         return list(newest.values())
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As Markdown."""
+    return Table(columns, rows).markdown()
 
 
 def split_of(stored: Stored) -> str:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from dsg_cli.attacks import ATTACKS
 from dsg_cli.lab.data import PHRASINGS
 from dsg_cli.methods import finetunes
-from dsg_cli.report.comparison import costs_compared, how_well_compared, relearned, what_compared
-from dsg_cli.report.evaluations import NOT_MEASURABLE, place, ranking, refusals, shown_benches, shown_metrics
+from dsg_cli.report.comparison import costs_compared, quality_compared, relearning_compared, subject_compared
+from dsg_cli.report.evaluations import NOT_MEASURABLE, benches_of, place, ranking, refusals, shown_metrics
 from dsg_cli.report.gather import UNLEARNING, Gathered
-from dsg_cli.report.rendering import interval_markup as interval
-from dsg_cli.report.rendering import number, share
-from dsg_cli.report.studies import costs_varied, how_well_varied, study_headline
+from dsg_cli.report.rendering import interval, number, share
+from dsg_cli.report.studies import accuracies_studied, costs_studied, study_headline
 from dsg_cli.report.tables import clamp_line
 from dsg_cli.workspace.artifacts import Guardrail, ModelWeights, Threshold, Wrapper
 from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, StudyReport
@@ -39,22 +38,26 @@ MOST_METRICS = 4
 
 def findings(gathered: Gathered) -> dict[str, list[Finding]]:
     """Heading -> sentences."""
-    rows = [(stored.id, stored.body_as(Comparison)) for stored in gathered.of("compare")]
-    points = [(stored.id, stored.body_as(StudyReport)) for stored in gathered.of("study")]
+    comparisons = [(stored.id, stored.body_as(Comparison)) for stored in gathered.of("compare")]
+    studies = [(stored.id, stored.body_as(StudyReport)) for stored in gathered.of("study")]
 
-    def compared(said: Callable[[Comparison], Iterator[str]]) -> list[Finding]:
-        return [Finding(line, (name,)) for name, body in rows for line in said(body)]
+    def compared(sentences: Callable[[Comparison], Iterator[str]]) -> list[Finding]:
+        return [Finding(sentence, (name,)) for name, body in comparisons for sentence in sentences(body)]
 
-    def studied(said: Callable[[StudyReport], Iterator[str]]) -> list[Finding]:
-        return [Finding(line, (name,)) for name, body in points for line in said(body)]
+    def studied(sentences: Callable[[StudyReport], Iterator[str]]) -> list[Finding]:
+        return [Finding(sentence, (name,)) for name, body in studies for sentence in sentences(body)]
 
-    answers = [*_how_well(gathered), *compared(how_well_compared), *studied(how_well_varied)]
-    costs = [*_costs(gathered), *compared(costs_compared), *studied(costs_varied)]
+    quality = [*_quality(gathered), *compared(quality_compared), *studied(accuracies_studied)]
+    costs = [*_costs(gathered), *compared(costs_compared), *studied(costs_studied)]
     return {
         "What was unlearned": [*_unlearned(gathered)] or [Finding("Nothing yet: dsg apply.")],
-        "How well": answers or [Finding("No evaluation is part of this report: dsg eval.")],
+        "How well": quality or [Finding("No evaluation is part of this report: dsg eval.")],
         "At what cost": costs or [Finding("Nothing was measured.")],
-        "What it does not protect against": [*_open(gathered), *compared(relearned), Finding(STANDING)],
+        "What it does not protect against": [
+            *_attacks(gathered),
+            *compared(relearning_compared),
+            Finding(STANDING),
+        ],
     }
 
 
@@ -62,35 +65,34 @@ def _unlearned(gathered: Gathered) -> Iterator[Finding]:
     for stored in gathered.artifacts:
         body, model = stored.body, stored.header.model.source
         if isinstance(body, Guardrail | ModelWeights | Wrapper):
-            what = ", ".join(body.forget) or "what its features stand for"
+            topics = ", ".join(body.forget) or "what its features stand for"
             is_taught = isinstance(body, ModelWeights) and finetunes(body.method)
-            aim = f"{model} was taught" if is_taught else f"{model} is to stop answering about {what}"
-            yield Finding(f"{aim}: {_how(stored)}.", (stored.id,))
+            aim = f"{model} was taught" if is_taught else f"{model} is to stop answering about {topics}"
+            yield Finding(f"{aim}: {_means(stored)}.", (stored.id,))
             if isinstance(body, Guardrail) and not body.effect:
                 yield Finding("It was never tried on text that it should catch.", (stored.id,))
     ids = {stored.id for stored in gathered.artifacts}
     for stored in gathered.of("compare"):
         comparison = stored.body_as(Comparison)
-        yield Finding(what_compared(comparison, stored.header.model.source), (stored.id,))
-        detailed = [row["method"] for row in comparison.rows if ids & set(row["artifacts"])]
+        yield Finding(subject_compared(comparison, stored.header.model.source), (stored.id,))
+        detailed = dict.fromkeys(row["method"] for row in comparison.rows if ids & set(row["artifacts"]))
         if detailed:
-            yield Finding(f"Of these, {', '.join(dict.fromkeys(detailed))} is shown in detail.", (stored.id,))
+            yield Finding(f"Of these, {', '.join(detailed)} is shown in detail.", (stored.id,))
     for stored in gathered.of("study"):
         study = stored.body_as(StudyReport)
-        settings = ", ".join(study.grid)
-        yield Finding(f"Study {study_headline(study)}; varied: {settings}.", (stored.id,))
+        yield Finding(f"Study {study_headline(study)}; varied: {', '.join(study.grid)}.", (stored.id,))
 
 
-def _how(stored: Stored) -> str:
+def _means(stored: Stored) -> str:
+    """By which something is unlearned."""
     body = stored.body
     if isinstance(body, Guardrail):
-        where = f"(SAE {stored.header.sae.source if stored.header.sae else 'unknown'}, {body.hook})"
-        gate = (
-            "wherever one of them fires"
-            if body.gate == "token"
-            else f"once the {body.gate} gate exceeds {body.threshold:.4g}"
+        sae = stored.header.sae.source if stored.header.sae else "unknown"
+        gate = f"once the {body.gate} gate exceeds {body.threshold:.4g}"
+        gate = "wherever one of them fires" if body.gate == "token" else gate
+        return (
+            f"{body.method} clamps {clamp_line(body).removeprefix(f'{body.method}: ')} (SAE {sae}, {body.hook}), {gate}"
         )
-        return f"{body.method} clamps {clamp_line(body).removeprefix(f'{body.method}: ')} {where}, {gate}"
     if isinstance(body, ModelWeights):
         n = f"{body.trained['n_changed']:,} of {body.trained['n_parameters']:,} free parameters"
         return f"{body.method} changed {n} ({'an adapter' if body.form == 'adapter' else 'the whole model'})"
@@ -98,27 +100,26 @@ def _how(stored: Stored) -> str:
     return f"{body.method}, by {body.rule} on the {body.side}"
 
 
-def _how_well(gathered: Gathered) -> Iterator[Finding]:
-    forgotten = {
+def _quality(gathered: Gathered) -> Iterator[Finding]:
+    corpora_by_digest = {
         stored.json["sha256"]: stored.body.forget
         for stored in gathered.artifacts
         if isinstance(stored.body, Guardrail | ModelWeights | Wrapper)
     }
     for stored in gathered.of("eval"):
         body = stored.body_as(EvalReport)
-        forget = {name for used in stored.header.inputs for name in forgotten.get(used.sha256, [])}
-        shown = shown_benches(body, stored.header.settings.get("benches", []))
-        asked = [bench for bench in shown if "acc" in body.results[bench]["unlearned"]]
-        gone = [bench for bench in asked if _domain(bench) in forget]
-        yield from (Finding(_forgotten(gathered, stored, bench), (stored.id,)) for bench in gone)
-        kept = [_change(body, bench) for bench in asked if bench not in gone]
-        if kept:
-            yield Finding(f"{'To keep' if forget else 'Asked'}: {'; '.join(kept)}.", (stored.id,))
-        yield from (Finding(f"{_of_text(body, bench)}.", (stored.id,)) for bench in shown if bench not in asked)
-        yield from (Finding(f"{line}.", (stored.id,)) for line in refusals(body.refused))
-        missed = [one["expect"] for one in body.expected if not one["met"]]
-        if missed:
-            yield Finding(f"Expected, and not met: {', '.join(missed)}.", (stored.id,))
+        forget = {name for used in stored.header.inputs for name in corpora_by_digest.get(used.sha256, [])}
+        benches = benches_of(stored)
+        with_accuracy = [bench for bench in benches if "acc" in body.results[bench]["unlearned"]]
+        forgotten = [bench for bench in with_accuracy if _domain(bench) in forget]
+        sentences = [_forgotten(gathered, stored, bench) for bench in forgotten]
+        if kept := [_change(body, bench) for bench in with_accuracy if bench not in forgotten]:
+            sentences.append(f"{'To keep' if forget else 'Asked'}: {'; '.join(kept)}.")
+        sentences += [f"{_text_metrics(body, bench)}." for bench in benches if bench not in with_accuracy]
+        sentences += [f"{line}." for line in refusals(body.refused)]
+        if missed := [outcome["expect"] for outcome in body.expected if not outcome["met"]]:
+            sentences.append(f"Expected, and not met: {', '.join(missed)}.")
+        yield from (Finding(sentence, (stored.id,)) for sentence in sentences)
 
 
 def _domain(bench: str) -> str:
@@ -131,61 +132,64 @@ def _domain(bench: str) -> str:
 def _forgotten(gathered: Gathered, stored: Stored, bench: str) -> str:
     """Against chance, where that is known: guessing is as far down as forgetting goes."""
     body = stored.body_as(EvalReport)
-    after, chance = body.results[bench]["unlearned"], gathered.chance(stored, bench)
-    said = f"To forget: {_change(body, bench)}, {body.results[bench]['base']['n']:,} {body.split} questions"
+    unlearned, chance = body.results[bench]["unlearned"], gathered.chance(stored, bench)
+    change = f"To forget: {_change(body, bench)}, {body.results[bench]['base']['n']:,} {body.split} questions"
     if chance is None:
-        return f"{said}."
-    if "acc_low" not in after or "acc_high" not in after:
-        return f"{said}; guessing gives {chance:.2f}."
-    verdict = (
-        "more than guessing" if after["acc_low"] > chance
-        else "less than guessing" if after["acc_high"] < chance
-        else "not to be told from guessing"
-    )  # fmt: skip
-    return f"{said}: {verdict}, which gives {chance:.2f}."
+        return f"{change}."
+    if "acc_low" not in unlearned or "acc_high" not in unlearned:
+        return f"{change}; guessing gives {chance:.2f}."
+    verdict = "not to be told from guessing"
+    if unlearned["acc_low"] > chance:
+        verdict = "more than guessing"
+    elif unlearned["acc_high"] < chance:
+        verdict = "less than guessing"
+    return f"{change}: {verdict}, which gives {chance:.2f}."
 
 
 def _change(body: EvalReport, bench: str) -> str:
-    base, after = (body.results[bench][side] for side in ("base", "unlearned"))
-    bounds = interval(after, "acc")
-    return f"{bench} {share(base.get('acc'))} before, {share(after.get('acc'))} after" + (
+    base, unlearned = (body.results[bench][side] for side in ("base", "unlearned"))
+    bounds = interval(unlearned, "acc")
+    return f"{bench} {share(base.get('acc'))} before, {share(unlearned.get('acc'))} after" + (
         f" (95 %: {bounds})" if bounds != "-" else ""
     )
 
 
-def _of_text(body: EvalReport, bench: str) -> str:
+def _text_metrics(body: EvalReport, bench: str) -> str:
     sides = body.results[bench]
     metrics = shown_metrics(sides)
-    said = [
+    changes = [
         f"{metric} {number(sides['base'].get(metric))} before, {number(sides['unlearned'].get(metric))} after"
         for metric in metrics[:MOST_METRICS]
     ]
     more = len(metrics) - MOST_METRICS
-    return f"{bench}: {'; '.join(said)}" + (f"; {more} further numbers in the table" if more > 0 else "")
+    return f"{bench}: {'; '.join(changes)}" + (f"; {more} further numbers in the table" if more > 0 else "")
 
 
 def _costs(gathered: Gathered) -> Iterator[Finding]:
     for stored in gathered.of("threshold"):
         body = stored.body_as(Threshold)
         if body.false_positive_rate is not None:
-            said = f"{body.false_positive_rate:.1%} of {body.n_fresh:,} fresh pieces of retain text are gated"
+            rate = f"{body.false_positive_rate:.1%} of {body.n_fresh:,} fresh pieces of retain text are gated"
             bounds = f"95 %: {body.low:.1%} to {body.high:.1%}"
-            yield Finding(f"{said} ({bounds}); {_promise(stored, body)}.", (stored.id,))
+            yield Finding(f"{rate} ({bounds}); {_promise(stored, body)}.", (stored.id,))
     for stored in gathered.of("eval"):
-        rates = [f"{bench} {one['rate']:.2f}" for bench, one in stored.body_as(EvalReport).gate.items()]
+        rates = [f"{bench} {gate['rate']:.2f}" for bench, gate in stored.body_as(EvalReport).gate.items()]
         if rates:
             yield Finding(f"Share of questions gated: {', '.join(rates)}.", (stored.id,))
     for stored in (*gathered.of("guardrail"), *gathered.of("wrapper")):
-        yield Finding(f"{_bytes(stored) / 1000:,.0f} kB beside the model.", (stored.id,))
-    used = {one.id for kind in ("threshold", *UNLEARNING) for made in gathered.of(kind) for one in made.header.inputs}
-    candidates = [one for kind in ("features", "threshold", *UNLEARNING) for one in gathered.of(kind)]
-    made = [one for one in candidates if one.header.kind in UNLEARNING or one.id in used]
-    if made:
-        seconds = ", ".join(f"{stored.header.seconds:,.1f} s for {stored.id}" for stored in made)
-        yield Finding(
-            f"Making it took {seconds}, on {', '.join(dict.fromkeys(one.header.device for one in made))}.",
-            tuple(one.id for one in made),
-        )
+        paths = [path for path in (stored.path, stored.path.with_suffix(".safetensors")) if path.is_file()]
+        yield Finding(f"{sum(path.stat().st_size for path in paths) / 1000:,.0f} kB beside the model.", (stored.id,))
+    makers = [stored for kind in ("threshold", *UNLEARNING) for stored in gathered.of(kind)]
+    used = {one.id for stored in makers for one in stored.header.inputs}
+    steps = [
+        stored
+        for stored in (*gathered.of("features"), *makers)
+        if stored.header.kind in UNLEARNING or stored.id in used
+    ]
+    if steps:
+        seconds = ", ".join(f"{stored.header.seconds:,.1f} s for {stored.id}" for stored in steps)
+        devices = ", ".join(dict.fromkeys(stored.header.device for stored in steps))
+        yield Finding(f"Making it took {seconds}, on {devices}.", tuple(stored.id for stored in steps))
 
 
 def _promise(stored: Stored, body: Threshold) -> str:
@@ -196,36 +200,34 @@ def _promise(stored: Stored, body: Threshold) -> str:
     return f"it was set for {body.alpha:.1%}{how}"
 
 
-def _bytes(stored: Stored) -> int:
-    paths = (stored.path, stored.path.with_suffix(".safetensors"))
-    return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-def _open(gathered: Gathered) -> Iterator[Finding]:
+def _attacks(gathered: Gathered) -> Iterator[Finding]:
     """Attacks that got past it one by one, the one that brought back most first; then all others."""
-    attacks = {id(stored.body): stored for stored in gathered.of("attack")}
-    bodies = ranking([stored.body_as(AttackReport) for stored in attacks.values()])
-    held: list[tuple[str, str]] = []
+    ids = {id(stored.body): stored.id for stored in gathered.of("attack")}
+    bodies = ranking([stored.body_as(AttackReport) for stored in gathered.of("attack")])
+    resisted, unknown = [], []
     for body in bodies:
-        name, found = attacks[id(body)].id, body.summary
-        if found["n_measurable"] and found["forget_acc_worst"] > found["evades_above"]:
-            before, after = share(found["forget_acc_before"]), share(found["forget_acc_worst"])
-            said = f"accuracy on {body.bench} {before} before, {after} after ({place(body)})"
-            unguarded = f"{share(found['unguarded_at_worst'])} without the guard"
-            yield Finding(f"{body.attack} gets past it: {said}; {unguarded}. {body.threat_model}", (name,))
-        elif found["n_measurable"]:
-            held.append((f"{body.attack} {share(found['forget_acc_worst'])}", name))
-    if held:
-        yield Finding(f"These brought back at most: {', '.join(line for line, _ in held)}.", tuple(n for _, n in held))
-    unknown = [body for body in bodies if not body.summary["n_measurable"]]
+        summary = body.summary
+        if not summary["n_measurable"]:
+            unknown.append(body)
+        elif summary["forget_acc_worst"] <= summary["evades_above"]:
+            resisted.append(body)
+        else:
+            before, after = share(summary["forget_acc_before"]), share(summary["forget_acc_worst"])
+            accuracy = f"accuracy on {body.bench} {before} before, {after} after ({place(body)})"
+            unguarded = f"{share(summary['unguarded_at_worst'])} without the guard"
+            sentence = f"{body.attack} gets past it: {accuracy}; {unguarded}. {body.threat_model}"
+            yield Finding(sentence, (ids[id(body)],))
+    if resisted:
+        worst = ", ".join(f"{body.attack} {share(body.summary['forget_acc_worst'])}" for body in resisted)
+        yield Finding(f"These brought back at most: {worst}.", tuple(ids[id(body)] for body in resisted))
     if unknown:
-        names = tuple(attacks[id(body)].id for body in unknown)
-        yield Finding(f"{NOT_MEASURABLE.capitalize()}: {', '.join(body.attack for body in unknown)}.", names)
+        names = ", ".join(body.attack for body in unknown)
+        yield Finding(f"{NOT_MEASURABLE.capitalize()}: {names}.", tuple(ids[id(body)] for body in unknown))
     if bodies:
         n = sum(body.summary["n_points"] for body in bodies)
         untried = [kind for kind in ATTACKS if kind not in {body.attack for body in bodies}]
-        is_one = len({repr(body.composition) for body in bodies}) == 1
-        rest = f" Not tried: {', '.join(untried)}." if untried and is_one else ""
+        is_one_composition = len({repr(body.composition) for body in bodies}) == 1
+        rest = f" Not tried: {', '.join(untried)}." if untried and is_one_composition else ""
         yield Finding(
             f"Accuracies are the worst of {n} points tried. That one fails is no proof that none succeeds.{rest}"
         )

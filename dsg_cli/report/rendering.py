@@ -1,43 +1,118 @@
-"""Where tables are printed: in colour on a terminal that wants it, plain and 80 columns wide off one."""
+"""One table and its three renderings: for a terminal, as Markdown, as HTML.
+
+With it the one way to write each kind of number, and what makes texts of others harmless wherever they are shown.
+"""
 
 from __future__ import annotations
 
+import functools
 import html
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from html import escape
-from importlib.resources import files
-from typing import Any, TextIO
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from markupsafe import Markup
 from rich.console import Console, Group
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from dsg_cli.workspace.results import Json
 
-
-def interval_markup(side: Json, metric: str) -> str:
-    """The 95 % interval of a metric, or a dash."""
-    low, high = side.get(f"{metric}_low"), side.get(f"{metric}_high")
-    if low is None or high is None:
-        return "-"
-    first, last = (f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" for value in (low, high))
-    return f"{first}-{last}" if low >= 0 else f"{first} to {last}"
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
-def number(value: float | None) -> str:
-    """A number in a table: two or three decimals, more for what is tiny; a dash for none."""
-    if value is None:
-        return "-"
-    if 0 < abs(value) < 0.001:
-        return f"{value:.1e}"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+class Name(str):
+    """A cell that holds a name: code in Markdown."""
+
+    __slots__ = ()
+
+
+class Styled(str):
+    """A text with a style on the terminal; what is red there is marked on a page too."""
+
+    style: str
+
+    def __new__(cls, text: str, style: str) -> Self:
+        styled = super().__new__(cls, text)
+        styled.style = style
+        return styled
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under their columns. Cells may be `Name` or `Styled`; on a page, markup as well."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    """Above it on a page; a terminal and Markdown show none."""
+    notes: Sequence[str] = ()
+    """Sentences below it, on a terminal and on a page."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Column -> options of rich."""
+    has_head: bool = True
+    fold: str = ""
+    """On a page: the words under which it is folded away."""
+
+    def __rich__(self) -> Group:
+        table = RichTable(box=None, pad_edge=False, show_header=self.has_head)
+        for name in self.columns:
+            table.add_column(name, **self.options.get(name, {}))
+        for row in self.rows:
+            table.add_row(*map(styled_text, row))
+        # As running text: rich would squeeze a caption into the table's own width.
+        return Group(table, *map(styled_text, self.notes))
+
+    def markdown(self) -> str:
+        """The table alone. Cells that are no names have to be harmless."""
+        rows = [[code(cell, in_table=True) if cell and isinstance(cell, Name) else cell for cell in row]
+                for row in self.rows]  # fmt: skip
+        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, ["---"] * len(self.columns), *rows))
+
+    def kinds(self) -> list[str]:
+        """Of each column on a page: `number` if all its cells are numbers, or begin like one."""
+        columns = [[row[i] for row in self.rows] for i in range(len(self.columns))]
+        return ["number" if cells and all(map(_is_number, cells)) else "" for cells in columns]
+
+
+def _is_number(cell: str) -> bool:
+    return not isinstance(cell, Markup) and (not cell.strip() or cell.strip()[0] in "-+.<0123456789")
+
+
+View = list[Table | str]
+"""Tables, and lines of text between and below them."""
+
+
+LONG = 12
+"""Rows from which on a table that a figure shows too is folded on a page."""
+
+
+def fold(rows: Sequence[object], noun: str) -> str:
+    """Words under which long tables are folded; nothing for a short one."""
+    return f"All {len(rows)} {noun}" if len(rows) > LONG else ""
+
+
+def pairs(rows: Iterable[tuple[str, str]], caption: str = "") -> Table:
+    """A table of names and values, without a head."""
+    return Table(("", ""), list(rows), caption, has_head=False)
+
+
+def terminal(view: Iterable[Table | str]) -> Group:
+    """Tables and lines for a terminal."""
+    return Group(*(part if isinstance(part, Table) else styled_text(part) for part in view))
+
+
+def styled_text(text: str) -> Text:
+    """A cell or a line for a terminal."""
+    return Text(text, style=getattr(text, "style", ""))
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """A console on a stream, by default stdout; `NO_COLOR` means no styles at all."""
+    """A console on a stream, by default stdout: in colour on a terminal that wants it, 80 columns wide off one."""
     out = stream or sys.stdout
     return Console(
         file=out,
@@ -49,35 +124,73 @@ def console(stream: TextIO | None = None) -> Console:
     )
 
 
-def captioned(table: Table) -> Group:
-    """A table with its caption below as running text: rich would squeeze it into the table's own width."""
-    caption, table.caption = table.caption, None
-    return Group(table, *([caption if isinstance(caption, Text) else Text(str(caption))] if caption else []))
-
-
 def can_redraw() -> bool:
     """Whether stderr is a terminal on which a line can be drawn over: a progress bar needs that."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
-def share(value: float | None) -> str:
-    """A rate, or a dash."""
-    return "-" if value is None else f"{value:.2f}"
+def share(value: float | None, n_digits: int = 2) -> str:
+    """A share or an accuracy; a dash for none."""
+    return "-" if value is None else f"{value:.{n_digits}f}"
 
 
-def forget_interval(side: Json) -> str:
-    """The 95 % interval of a forget accuracy."""
-    has_interval = {"forget_low", "forget_high"} <= set(side)
-    return f"{side['forget_low']:.2f}-{side['forget_high']:.2f}" if has_interval else "-"
+def number(value: float | None) -> str:
+    """A number of any size: two or three decimals, more for what is tiny; a dash for none."""
+    if value is None:
+        return "-"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def exact(value: float | None) -> str:
+    """Five digits: enough to see on which side of a bound a share of thousands of questions lies."""
+    return "-" if value is None else f"{value:.5g}"
+
+
+def interval(row: Json, metric: str = "", digits: str = "", between: str = "") -> str:
+    """The 95 % interval of a metric, from `low` and `high` or `{metric}_low` and `{metric}_high`; a dash for none."""
+    low, high = (row.get(f"{metric}_{end}" if metric else end) for end in ("low", "high"))
+    if low is None or high is None:
+        return "-"
+    first, last = (format(value, digits or (".2f" if abs(value) < 10 else ".1f")) for value in (low, high))
+    return f"{first}{between or ('-' if low >= 0 else ' to ')}{last}"
+
+
+def spread(values: Iterable[float | None], digits: str = ".2f") -> str:
+    """From the lowest to the highest of those that are known; nothing where none is."""
+    known = [value for value in values if value is not None]
+    low, high = (format(value, digits) for value in (min(known), max(known))) if known else ("", "")
+    return low if low == high else f"{low} to {high}"
 
 
 SPECIAL = re.compile(r"[\\`*_{}\[\]#+!|~:@/=$\"^]|(?<=www)\.", re.IGNORECASE)
 """What Markdown gives a meaning to in running text, addresses included."""
 
+HIDDEN = {
+    **{number: None for number in range(32) if chr(number) not in "\t\n"},
+    **dict.fromkeys(range(0x7F, 0xA0)),
+    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\N{REPLACEMENT CHARACTER}"),
+    **dict.fromkeys((*range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\N{REPLACEMENT CHARACTER}"),
+}
+"""Control characters, those that turn the direction of text that follows, and what is no character at all."""
+
 
 def one_line(text: str) -> str:
     """A name on one line; of what cannot be printed, such as a mark that turns text around, a question mark is left."""
-    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def visible(text: str) -> str:
+    """The text with everything that is not printed (control characters, escape sequences, marks that turn the
+    direction of writing, half surrogates) in Python's spelling; a space stays one."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def short(value: object, most: int = 40) -> str:
+    """Text of others in a figure: on one line, and no longer than there is room for."""
+    text = " ".join(str(value).translate(HIDDEN).split())
+    return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def code(text: str, *, in_table: bool = False) -> str:
@@ -87,162 +200,20 @@ def code(text: str, *, in_table: bool = False) -> str:
 
 
 def escaped(text: str) -> str:
-    """Words of others as running text that says the same: no mark-up, no HTML, no links, no cells."""
+    """Words of others as running text of Markdown that says the same: no mark-up, no HTML, no links, no cells."""
     return html.escape(SPECIAL.sub(r"\\\g<0>", one_line(text)), quote=False)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; cells that hold names are `code`."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+@functools.cache
+def page_templates() -> Environment:
+    """Templates of pages. What they are given is escaped, and loses its hidden characters, unless it is markup."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-
-def visible(text: str) -> str:
-    """The text with everything that is not printed (control characters, escape sequences, marks that turn the
-    direction of writing, half surrogates) in Python's spelling; a space stays one."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-
-HIDDEN = {
-    **{number: None for number in range(32) if chr(number) not in "\t\n"},
-    **dict.fromkeys(range(0x7F, 0xA0)),
-    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\N{REPLACEMENT CHARACTER}"),
-    **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"),
-}
-"""Control characters, those that turn the direction of text that follows, and halves of surrogate pairs."""
-
-VOID = ("meta", "link", "br")
-
-
-class Markup(str):
-    """Text that is HTML already."""
-
-    __slots__ = ()
-
-
-Child = str | Iterable["Child"] | None
-
-
-def text(value: object) -> Markup:
-    """A text as HTML."""
-    return value if isinstance(value, Markup) else Markup(escape(str(value).translate(HIDDEN)))
-
-
-def tag(name: str, /, *children: Child, **attributes: Any) -> Markup:
-    """An element.
-
-    Args:
-        name: Of the element.
-        children: Texts, which are escaped, elements, or lists of them.
-        attributes: `for_` and `class_` for Python's keywords, `_` for `-`; None and False leave one out.
-    """
-    given = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items()]
-    shown = [
-        f" {key}" if value is True else f' {key}="{text(value)}"'
-        for key, value in given
-        if value is not None and value is not False
-    ]
-    if name in VOID:
-        return Markup(f"<{name}{''.join(shown)}>")
-    return Markup(f"<{name}{''.join(shown)}>{''.join(_flat(children))}</{name}>")
-
-
-def _flat(children: Iterable[Child]) -> Iterable[str]:
-    for child in children:
-        if child is None:
-            continue
-        if isinstance(child, str):
-            yield text(child)
-        else:
-            yield from _flat(child)
-
-
-def isolated(value: str, **attributes: Any) -> Markup:
-    """Text of unknown direction, which does not turn what stands beside it."""
-    return tag("bdi", value, dir="auto", **attributes) if value else Markup("")
-
-
-def folded(inner: Markup | str, name: str) -> Markup:
-    """What is there for who wants it."""
-    return tag("details", tag("summary", name), Markup(inner))
-
-
-def of_rich(shown: Any, caption: str = "") -> Markup:
-    """What a terminal shows, as HTML: tables, texts and groups of them.
-
-    Args:
-        shown: Made by another module of this package.
-        caption: Of a table without a title.
-    """
-    if isinstance(shown, Group):
-        return Markup("".join(of_rich(one, caption) for one in shown.renderables))
-    if isinstance(shown, Table):
-        return _table(shown, caption)
-    plain = str(shown)
-    failed = isinstance(shown, Text) and "red" in str(shown.style)
-    return tag("p", isolated(plain), class_="failed" if failed else "note") if plain.strip() else Markup("")
-
-
-def _table(table: Table, caption: str) -> Markup:
-    columns = [[_cell(cell) for cell in column.cells] for column in table.columns]
-    heads = [_cell(column.header) for column in table.columns]
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    numeric = [column and all(_is_number(str(cell)) for cell in column) for column in columns]
-    return data_table(
-        heads if table.show_header else [], rows, caption=caption, after=_cell(table.caption), numeric=numeric
+    return Environment(
+        loader=PackageLoader("dsg_cli.report", "."),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else str(value).translate(HIDDEN),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
-
-
-def data_table(
-    heads: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    caption: str,
-    after: str = "",
-    numeric: Sequence[object] = (),
-) -> Markup:
-    """A table in a box of its own that scrolls where the page is narrow; each row is headed by its first cell."""
-    numeric = numeric or [False] * max(map(len, [heads, *rows]), default=0)
-    kinds = ["number" if is_number else None for is_number in numeric]
-
-    def row(cells: Sequence[str]) -> Markup:
-        head = tag("th", isolated(cells[0]), scope="row", class_=kinds[0])
-        first = head if cells[0].strip() else tag("td")
-        rest = [tag("td", isolated(one), class_=kind) for one, kind in zip(cells[1:], kinds[1:], strict=False)]
-        return tag("tr", first, rest)
-
-    head = tag("tr", [tag("th", one, scope="col", class_=kind) for one, kind in zip(heads, kinds, strict=False)])
-    made = tag(
-        "table",
-        tag("caption", isolated(caption)),
-        tag("thead", head) if any(heads) else None,
-        tag("tbody", [row(cells) for cells in rows]),
-    )
-    box = tag("div", made, class_="scrolls", tabindex="0", role="region", aria_label=caption)
-    return Markup(box + (tag("p", isolated(after), class_="note") if after else ""))
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _is_number(cell: str) -> bool:
-    return not cell.strip() or cell.strip()[0] in "-+.<0123456789"
-
-
-def page(title: str, *body: Child, figures_style: str = "") -> str:
-    """A whole document that needs nothing beside it."""
-    style = files("dsg_cli.report").joinpath("page.css").read_text(encoding="utf-8") + figures_style
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("link", rel="icon", href="data:,"),
-        tag("style", Markup(style)),
-    )
-    return "<!doctype html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"

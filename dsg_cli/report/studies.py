@@ -1,16 +1,14 @@
-"""A study as a terminal table of at most 80 columns, and as Markdown: a line a point, or strengths side by side."""
+"""A study as a table and in words: a line a point, or strengths side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from dsg_cli.evals.metrics import judged
-from dsg_cli.report.rendering import code, share
-from dsg_cli.report.rendering import table as markdown_table
+from dsg_cli.report.rendering import Name, Styled, Table, View, fold, interval, share, spread, terminal
 from dsg_cli.workspace.results import Json, StudyReport
 
 HEADS = {
@@ -33,59 +31,59 @@ Point = tuple[Json, dict[tuple[str, str], Json], str]
 """Settings; bench and metric -> row; what went wrong."""
 
 
+def study_view(body: StudyReport) -> View:
+    """The table with all its columns, what they are, and which points failed."""
+    return [points_table(body), legend(body), *(Styled(line, "red") for line in failures(body))]
+
+
 def study_table(body: StudyReport) -> Group:
-    """The table, what its columns are, and which points failed."""
-    columns, rows = _narrowed(*table_of(body))
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return Group(table, Text(legend(body)), *(Text(line, style="red") for line in failures(body)))
-
-
-def study_markdown(body: StudyReport) -> str:
-    """The same as Markdown."""
-    columns, rows = table_of(body)
-    names = [number for number, column in enumerate(columns) if column in ("sae", "hook")]
-    shown = [
-        [code(cell, in_table=True) if number in names and cell else cell for number, cell in enumerate(row)]
-        for row in rows
-    ]
-    failed = [f"- {' '.join(line.split())}" for line in failures(body)]
-    return "\n\n".join([markdown_table(columns, shown), legend(body), *(["\n".join(failed)] if failed else [])])
-
-
-def study_headline(body: StudyReport) -> str:
-    """How many points, on which questions, and the best of them."""
-    n_points = f"{body.study}, {body.computed['n_points']} points"
-    scored = [(_score(body, point), point) for point in points_of(body)]
-    best = max((score for score, _ in scored if score is not None), default=None)
-    split = f", {body.split}" if body.base else ""
-    return f"{n_points}{split}" + (f", best score {best:.2f}" if best is not None else "")
-
-
-def table_of(body: StudyReport) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows."""
-    points = points_of(body)
-    if body.study == "length":
-        return _lines(body, points, ("threshold", "false pos.", "95 %", "at own", "forget gated"), _length_cells)
-    if body.study == "cost":
-        return _lines(body, points, ("plain ms", "guarded ms", "overhead", "95 %"), _cost_cells)
-    if body.study == "sequential":
-        benches = body.benches["forget"]
-        return _lines(body, points, (*benches, "rest", "gated of rest"), _sequential_cells)
-    if len(body.grid.get("strength", [])) > 1:
-        return _strengths(body, points)
-    return _lines(body, points, ("forget", "95 %", "gated", "other", "gated", "false pos.", "score"), _guard_cells)
-
-
-def _narrowed(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Without columns that are left to the CSV, as long as a terminal has no room for all."""
+    """The same for a terminal, without columns that are left to the CSV, as long as there is no room for all."""
+    table, *lines = study_view(body)
+    assert isinstance(table, Table)
+    columns, rows = list(table.columns), [list(row) for row in table.rows]
     for name in LEFT_OUT:
         widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         if sum(widths) + 2 * (len(widths) - 1) > TERMINAL_WIDTH and name in columns:
             place = columns.index(name)
             columns, *rows = [[*cells[:place], *cells[place + 1 :]] for cells in (columns, *rows)]
-    return columns, rows
+    return terminal([replace(table, columns=columns, rows=rows), *lines])
+
+
+def study_markdown(body: StudyReport) -> str:
+    """The same as Markdown."""
+    failed = [f"- {' '.join(line.split())}" for line in failures(body)]
+    return "\n\n".join([points_table(body).markdown(), legend(body), *(["\n".join(failed)] if failed else [])])
+
+
+def study_headline(body: StudyReport) -> str:
+    """How many points, on which questions, and the best of them."""
+    best = max((score for point in points_of(body) if (score := _score(body, point)) is not None), default=None)
+    split = f", {body.split}" if body.base else ""
+    return f"{body.study}, {body.computed['n_points']} points{split}" + (
+        f", best score {best:.2f}" if best is not None else ""
+    )
+
+
+def points_table(body: StudyReport) -> Table:
+    """A line a point; strengths, where several were tried, side by side."""
+    points = points_of(body)
+    if body.study == "length":
+        columns, rows = _lines(body, points, ("threshold", "false pos.", "95 %", "at own", "forget gated"), _of_length)
+    elif body.study == "cost":
+        columns, rows = _lines(body, points, ("plain ms", "guarded ms", "overhead", "95 %"), _of_cost)
+    elif body.study == "sequential":
+        benches = body.benches["forget"]
+        columns, rows = _lines(body, points, (*benches, "rest", "gated of rest"), _of_sequence)
+    elif len(body.grid.get("strength", [])) > 1:
+        columns, rows = _strengths(body, points)
+    else:
+        measures = ("forget", "95 %", "gated", "other", "gated", "false pos.", "score")
+        columns, rows = _lines(body, points, measures, _of_guardrail)
+    rows = [
+        [Name(cell) if column in ("sae", "hook") else cell for column, cell in zip(columns, row, strict=True)]
+        for row in rows
+    ]
+    return Table(columns, rows, f"study {body.study}, a line a point", fold=fold(rows, "lines"))
 
 
 def legend(body: StudyReport) -> str:
@@ -98,28 +96,30 @@ def legend(body: StudyReport) -> str:
         )
     if body.study == "cost":
         return "overhead: guarded over plain, less 1: the median of pairs of passes that took turns, and its interval."
-    other = body.benches["other"]
-    forget = _forget_bench(body)
-    first = body.base.get(forget, {})
+    other = ", ".join(body.benches["other"]) or "none"
     questions = f"Accuracy on {body.split} questions"
     if body.study == "sequential":
-        return f"{questions} after each request, chance {body.chance:.2f}; rest: mean of {', '.join(other) or 'none'}."
-    said = f"{questions}. forget: {forget} (base {share(first.get('acc'))}, chance {body.chance:.2f}); other: mean of "
-    said += f"{', '.join(other) or 'none'}. "
+        return f"{questions} after each request, chance {body.chance:.2f}; rest: mean of {other}."
+    forget = _forget_bench(body)
+    base = share(body.base.get(forget, {}).get("acc"))
+    sentences = f"{questions}. forget: {forget} (base {base}, chance {body.chance:.2f}); other: mean of {other}. "
     if len(body.grid.get("strength", [])) > 1:
-        return f"{said}Cells: forget / other, by strength."
-    return f"{said}false pos.: of fresh retain text. score: harmonic mean of forgetting and utility, as in dsg compare."
+        return f"{sentences}Cells: forget / other, by strength."
+    return (
+        f"{sentences}false pos.: of fresh retain text. score: harmonic mean of forgetting and utility, as in "
+        "dsg compare."
+    )
 
 
 def failures(body: StudyReport) -> list[str]:
     """Points, and measures of points, that could not be had: the reason, and the first of those that share it."""
-    found: dict[str, list[Json]] = {}
+    rows_by_error: dict[str, list[Json]] = {}
     for row in body.rows:
         if row["error"]:
-            found.setdefault(row["error"], []).append(row)
+            rows_by_error.setdefault(row["error"], []).append(row)
     lines = []
-    for error, rows in found.items():
-        where = ", ".join(f"{HEADS.get(name, name)} {_shown(rows[0].get(name))}" for name in body.grid)
+    for error, rows in rows_by_error.items():
+        where = ", ".join(f"{HEADS.get(name, name)} {_setting(rows[0].get(name))}" for name in body.grid)
         more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         lines.append(f"{where}{more}: {error}")
     return lines
@@ -127,46 +127,49 @@ def failures(body: StudyReport) -> list[str]:
 
 def points_of(body: StudyReport) -> list[Point]:
     """The rows of each point together, in their order."""
-    found: dict[str, Point] = {}
+    points: dict[str, Point] = {}
     for row in body.rows:
-        settings = {name: row.get(name) for name in body.grid}
-        place = found.setdefault(repr(settings), (settings | {name: row.get(name) for name in body.columns}, {}, ""))
+        key = repr({name: row.get(name) for name in body.grid})
+        settings = {name: row.get(name) for name in (*body.grid, *body.columns)}
+        point = points.setdefault(key, (settings, {}, ""))
         if row["error"] and not row["metric"]:
-            found[repr(settings)] = (*place[:2], row["error"])
+            points[key] = (*point[:2], row["error"])
         else:
-            place[1][row["bench"], row["metric"]] = row
-    return list(found.values())
+            point[1][row["bench"], row["metric"]] = row
+    return list(points.values())
+
+
+Lines = tuple[list[str], list[list[str]]]
+"""Columns and rows."""
 
 
 def _lines(
     body: StudyReport,
     points: Sequence[Point],
-    measured: Sequence[str],
+    measures: Sequence[str],
     cells_of: Callable[[StudyReport, Point], list[str]],
-) -> tuple[list[str], list[list[str]]]:
+) -> Lines:
     """A line a point; settings that do not vary are left out, unless none does."""
     columns = [name for name in body.columns if len({repr(point[0][name]) for point in points}) > 1]
     columns = columns or list(body.grid)[:1]
-    rows = [
-        [_shown(point[0][name]) for name in columns]
-        + (["failed", *[""] * (len(measured) - 1)] if point[2] else cells_of(body, point))
-        for point in points
-    ]
-    return [*(HEADS.get(name, name) for name in columns), *measured], rows
+    rows = []
+    for point in points:
+        cells = ["failed", *[""] * (len(measures) - 1)] if point[2] else cells_of(body, point)
+        rows.append([*(_setting(point[0][name]) for name in columns), *cells])
+    return [*(HEADS.get(name, name) for name in columns), *measures], rows
 
 
-def _strengths(body: StudyReport, points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+def _strengths(body: StudyReport, points: Sequence[Point]) -> Lines:
     """Strengths side by side: forget / other accuracy."""
     strengths = body.grid["strength"]
     rest = [name for name in body.grid if name != "strength" and len(body.grid[name]) > 1]
-    found: dict[str, tuple[Json, dict[str, str]]] = {}
+    lines: dict[str, tuple[list[str], dict[str, str]]] = {}
     for point in points:
-        key = repr([point[0][name] for name in rest])
-        found.setdefault(key, (point[0], {}))[1][point[0]["strength"]] = _pair(body, point)
-    rows = [
-        [*(_shown(settings[name]) for name in rest), *(cells.get(one, "") for one in strengths)]
-        for settings, cells in found.values()
-    ]
+        settings = [_setting(point[0][name]) for name in rest]
+        forget, other = _value(point, _forget_bench(body), "acc"), mean_over(point, body.benches["other"])
+        cells = lines.setdefault(repr([point[0][name] for name in rest]), (settings, {}))[1]
+        cells[point[0]["strength"]] = "failed" if point[2] else f"{share(forget)} / {share(other)}"
+    rows = [[*settings, *(cells.get(strength, "") for strength in strengths)] for settings, cells in lines.values()]
     return [*(HEADS.get(name, name) for name in rest), *strengths], rows
 
 
@@ -174,50 +177,44 @@ def _forget_bench(body: StudyReport) -> str:
     return next(iter(body.benches["forget"]), "")
 
 
-def _pair(body: StudyReport, point: Point) -> str:
-    if point[2]:
-        return "failed"
-    return f"{share(_value(point, _forget_bench(body), 'acc'))} / {share(mean_over(point, body.benches['other']))}"
-
-
-def _guard_cells(body: StudyReport, point: Point) -> list[str]:
+def _of_guardrail(body: StudyReport, point: Point) -> list[str]:
     forget = point[1].get((_forget_bench(body), "acc"), {})
     return [
         share(forget.get("value")),
-        _interval(forget),
+        interval(forget, digits=".2f"),
         share(forget.get("gate_rate")),
         share(mean_over(point, body.benches["other"])),
         share(mean_over(point, body.benches["other"], "gate_rate")),
-        _rate(_value(point, "", "false_positive_rate")),
+        share(_value(point, "", "false_positive_rate"), 3),
         share(_score(body, point)),
     ]
 
 
-def _sequential_cells(body: StudyReport, point: Point) -> list[str]:
+def _of_sequence(body: StudyReport, point: Point) -> list[str]:
     of_requests = [share(_value(point, bench, "acc")) for bench in body.benches["forget"]]
     rest = body.benches["other"]
     return [*of_requests, share(mean_over(point, rest)), share(mean_over(point, rest, "gate_rate"))]
 
 
-def _length_cells(_body: StudyReport, point: Point) -> list[str]:
-    false = point[1].get(("", "false_positive_rate"), {})
+def _of_length(_body: StudyReport, point: Point) -> list[str]:
+    false_positives = point[1].get(("", "false_positive_rate"), {})
     return [
         share(_value(point, "", "threshold")),
-        _rate(false.get("value")),
-        _interval(false, 3),
-        _rate(_value(point, "", "own_false_positive_rate")),
+        share(false_positives.get("value"), 3),
+        interval(false_positives, digits=".3f"),
+        share(_value(point, "", "own_false_positive_rate"), 3),
         share(_value(point, "", "forget_gate_rate")),
     ]
 
 
-def _cost_cells(_body: StudyReport, point: Point) -> list[str]:
+def _of_cost(_body: StudyReport, point: Point) -> list[str]:
     seconds = [_value(point, "", f"{way}_seconds") for way in ("plain", "guarded")]
     overhead = point[1].get(("", "overhead"), {})
-    value, low, high = (overhead.get(name) for name in ("value", "low", "high"))
+    value = overhead.get("value")
     return [
-        *(f"{1000 * one:.2f}" if one is not None else "-" for one in seconds),
+        *(share(None if one is None else 1000 * one) for one in seconds),
         "-" if value is None else f"{value:+.1%}",
-        "-" if low is None or high is None else f"{low:+.1%} to {high:+.1%}",
+        interval(overhead, digits="+.1%", between=" to "),
     ]
 
 
@@ -226,8 +223,8 @@ def _score(body: StudyReport, point: Point) -> float | None:
     benches = body.benches["forget"]
     if len(benches) != 1 or point[2]:
         return None
-    found = {bench: _value(point, bench, "acc") for bench in (*benches, *body.benches["other"])}
-    known = {bench: value for bench, value in found.items() if value is not None and bench in body.base}
+    values = {bench: _value(point, bench, "acc") for bench in (*benches, *body.benches["other"])}
+    known = {bench: value for bench, value in values.items() if value is not None and bench in body.base}
     if benches[0] not in known:
         return None
     base = {bench: body.base[bench]["acc"] for bench in known}
@@ -242,56 +239,36 @@ def _value(point: Point, bench: str, metric: str, column: str = "value") -> floa
 
 def mean_over(point: Point, benches: Sequence[str], column: str = "value") -> float | None:
     """Mean over the benches that were asked at a point; of a column of its rows."""
-    found = [_value(point, bench, "acc", column) for bench in benches]
-    known = [one for one in found if one is not None]
-    return sum(known) / len(known) if known else None
+    values = [value for bench in benches if (value := _value(point, bench, "acc", column)) is not None]
+    return sum(values) / len(values) if values else None
 
 
-def _interval(row: Json, digits: int = 2) -> str:
-    if row.get("low") is None or row["high"] is None:
-        return "-"
-    return f"{row['low']:.{digits}f}-{row['high']:.{digits}f}"
-
-
-def _rate(value: float | None) -> str:
-    """One that is small."""
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _shown(value: object) -> str:
+def _setting(value: object) -> str:
     if value is None:
         return ""
     text = f"{value:g}" if isinstance(value, float) else str(value).rsplit("/", 1)[-1]
     return text.replace(".hook_", ".")
 
 
-def how_well_varied(body: StudyReport) -> Iterator[str]:
+def accuracies_studied(body: StudyReport) -> Iterator[str]:
     """The range of accuracies over all points of a study that asked."""
     points = [point for point in points_of(body) if not point[2]]
-    said = []
+    parts = []
     for bench in body.benches["forget"]:
-        found = [point[1][bench, "acc"]["value"] for point in points if (bench, "acc") in point[1]]
-        base = share(body.base.get(bench, {}).get("acc"))
-        said += [f"{bench} {_range(found)} (base {base}, guessing {body.chance:.2f})"] if _range(found) else []
-    kept = _range([mean_over(point, body.benches["other"]) for point in points])
-    said += [f"mean of {', '.join(body.benches['other'])} {kept}"] if kept else []
-    if said:
-        yield f"Study {body.study}, {len(points)} points on {body.split} questions: {'; '.join(said)}."
+        if accuracies := spread(_value(point, bench, "acc") for point in points):
+            base = share(body.base.get(bench, {}).get("acc"))
+            parts.append(f"{bench} {accuracies} (base {base}, guessing {body.chance:.2f})")
+    if means := spread(mean_over(point, body.benches["other"]) for point in points):
+        parts.append(f"mean of {', '.join(body.benches['other'])} {means}")
+    if parts:
+        yield f"Study {body.study}, {len(points)} points on {body.split} questions: {'; '.join(parts)}."
 
 
-def costs_varied(body: StudyReport) -> Iterator[str]:
+def costs_studied(body: StudyReport) -> Iterator[str]:
     """The ranges of false positives and of the time that a guarded pass takes beyond a plain one."""
-    rows = [row for row in body.rows if row["value"] is not None]
     for metric, name, digits in (
         ("false_positive_rate", "fresh retain text gated", ".1%"),
         ("overhead", "time of a guarded pass over a plain one", "+.1%"),
     ):
-        found = _range([row["value"] for row in rows if row["metric"] == metric], digits)
-        if found:
-            yield f"Study {body.study}: {name} {found}."
-
-
-def _range(values: list[float | None], digits: str = ".2f") -> str:
-    known = [one for one in values if one is not None]
-    low, high = (format(one, digits) for one in (min(known), max(known))) if known else ("", "")
-    return low if low == high else f"{low} to {high}"
+        if values := spread((row["value"] for row in body.rows if row["metric"] == metric), digits):
+            yield f"Study {body.study}: {name} {values}."

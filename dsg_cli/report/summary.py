@@ -1,27 +1,23 @@
-"""What a run found as one section of Markdown, for the page of a CI job."""
+"""What a run found: as one section of Markdown for the page of a CI job, as one JSON object, and as one table."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
 from dsg_cli.report.evaluations import (
+    benches_of,
     beside,
-    percent,
+    expectation_rows,
     place,
     published_table,
     ranking,
     refusals,
-    shown_benches,
     shown_metrics,
-    verdicts,
-    verdicts_of_attack,
 )
-from dsg_cli.report.rendering import code, share, table
+from dsg_cli.report.rendering import Name, Table, View, code, interval, share, terminal
 from dsg_cli.settings import PublishedSection
 from dsg_cli.workspace.artifacts import Guardrail, Header, ModelWeights, Threshold
 from dsg_cli.workspace.results import AttackReport, EvalReport, Json
@@ -35,22 +31,20 @@ def markdown(chain: Sequence[Stored]) -> str:
         chain: Artifacts of one guardrail, or of several that were put on one model together; at least one evaluation
             or attack.
     """
-    guardrails = dict.fromkeys(_guardrails(chain))
+    evaluations = [stored for stored in chain if isinstance(stored.body, EvalReport)]
+    judged = [stored.body for stored in chain if isinstance(stored.body, EvalReport | AttackReport)]
+    attacks = [body for body in judged if isinstance(body, AttackReport)]
+    inputs = [used.id for stored in chain if stored.header.kind in ("eval", "attack") for used in stored.header.inputs]
+    guardrails = list(dict.fromkeys(inputs))
     parts = [
         f"## dsg: {', '.join(guardrails) or 'no guardrail'}",
-        _provenance(chain[-1].header, list(guardrails)),
-        *(_evaluation(stored) for stored in chain if isinstance(stored.body, EvalReport)),
-        *(_expectations(stored.body) for stored in chain if isinstance(stored.body, EvalReport | AttackReport)),
-        _attacks([stored.body for stored in chain if isinstance(stored.body, AttackReport)]),
+        _provenance(chain[-1].header, guardrails),
+        *map(_evaluation, evaluations),
+        *(_expectation_table(body).markdown() for body in judged if body.expected),
+        *([_attack_table(attacks).markdown()] if attacks else []),
         f"Artifacts: {', '.join(code(stored.id) for stored in chain)}.",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _guardrails(chain: Sequence[Stored]) -> list[str]:
-    """Ids of the guardrails that were evaluated or attacked."""
-    judged = [stored for stored in chain if stored.header.kind in ("eval", "attack")]
-    return [item.id for stored in judged for item in stored.header.inputs]
+    return "\n\n".join(parts) + "\n"
 
 
 def _provenance(header: Header, guardrails: Sequence[str]) -> str:
@@ -64,63 +58,53 @@ def _provenance(header: Header, guardrails: Sequence[str]) -> str:
 
 
 def _evaluation(stored: Stored) -> str:
-    body = stored.body_as(EvalReport)
-    shown = shown_benches(body, stored.header.settings.get("benches", []))
-    rows = [row for bench in shown for row in _bench(bench, body.results[bench], body.gate.get(bench))]
-    text = table(["bench", "base", "guarded", "95 % interval", "gated", "n"], rows)
-    n_more = len(body.results) - len(shown)
-    text += f"\n\n{n_more} parts more in {code(stored.id)}." if n_more else ""
-    return text + "".join(f"\n\n{one}." for one in refusals(body.refused))
+    body, benches = stored.body_as(EvalReport), benches_of(stored)
+    rows = [row for bench in benches for row in _bench_rows(bench, body.results[bench], body.gate.get(bench))]
+    text = Table(("bench", "base", "guarded", "95 % interval", "gated", "n"), rows).markdown()
+    if n_more := len(body.results) - len(benches):
+        text += f"\n\n{n_more} parts more in {code(stored.id)}."
+    return text + "".join(f"\n\n{sentence}." for sentence in refusals(body.refused))
 
 
-def _bench(bench: str, sides: Json, gate: Json | None) -> list[list[str]]:
+def _bench_rows(bench: str, sides: Json, gate: Json | None) -> list[list[str]]:
     """A row a metric."""
-    base, after = sides["base"], sides["unlearned"]
-    asked = base.get("n_asked")
-    rows = []
-    for metric in shown_metrics(sides):
-        low, high = after.get(f"{metric}_low"), after.get(f"{metric}_high")
-        rows.append(
-            [
-                code(bench if metric == "acc" else f"{bench}.{metric}", in_table=True),
-                _share(base.get(metric)),
-                _share(after.get(metric)),
-                f"{low:.3f} to {high:.3f}" if low is not None and high is not None else "-",
-                _share(gate["rate"] if gate else None),
-                str(after["n"]) + (f" of {asked}" if asked else ""),
-            ]
-        )
-    return rows
-
-
-def _expectations(body: EvalReport | AttackReport) -> str:
-    if not body.expected:
-        return ""
-    rows = [
-        ["✅" if one.is_met else "❌", code(one.expect, in_table=True), one.base, one.unlearned, one.bound, one.n]
-        for one in (verdicts(body) if isinstance(body, EvalReport) else verdicts_of_attack(body))
+    base, unlearned = sides["base"], sides["unlearned"]
+    n_asked = f" of {base['n_asked']}" if base.get("n_asked") else ""
+    return [
+        [
+            Name(bench if metric == "acc" else f"{bench}.{metric}"),
+            share(base.get(metric), 3),
+            share(unlearned.get(metric), 3),
+            interval(unlearned, metric, ".3f", " to "),
+            share(gate["rate"] if gate else None, 3),
+            f"{unlearned['n']}{n_asked}",
+        ]
+        for metric in shown_metrics(sides)
     ]
-    return table(["", "expected", "base", "guarded", "bound", "n"], rows)
 
 
-def _attacks(attacks: Sequence[AttackReport]) -> str:
+def _expectation_table(body: EvalReport | AttackReport) -> Table:
+    rows = [
+        ["✅" if row.is_met else "❌", Name(row.expect), row.base, row.unlearned, row.bound, row.n]
+        for row in expectation_rows(body)
+    ]
+    return Table(("", "expected", "base", "guarded", "bound", "n"), rows)
+
+
+def _attack_table(attacks: Sequence[AttackReport]) -> Table:
     """The point of each attack at which most came back."""
     rows = [
         [
-            one.attack,
-            code(one.bench, in_table=True),
-            _share(one.summary["forget_acc_before"]),
-            _share(one.summary["forget_acc_worst"]),
-            place(one),
-            _share(one.summary["unguarded_at_worst"]),
+            attack.attack,
+            Name(attack.bench),
+            share(attack.summary["forget_acc_before"], 3),
+            share(attack.summary["forget_acc_worst"], 3),
+            place(attack),
+            share(attack.summary["unguarded_at_worst"], 3),
         ]
-        for one in ranking(attacks)
+        for attack in ranking(attacks)
     ]
-    return table(["attack", "bench", "before", "worst", "at", "unguarded there"], rows) if rows else ""
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return Table(("attack", "bench", "before", "worst", "at", "unguarded there"), rows)
 
 
 def chain_summary(chain: Sequence[Stored], published: PublishedSection | None = None) -> Json:
@@ -131,11 +115,7 @@ def chain_summary(chain: Sequence[Stored], published: PublishedSection | None = 
         if isinstance(body, ModelWeights):
             summary["trained_on"] = body.trained.get("corpora", [])
         elif isinstance(body, Threshold):
-            summary |= {
-                "threshold": body.threshold,
-                "gate": body.gate,
-                "false_positive_rate": body.false_positive_rate,
-            }
+            summary |= {name: getattr(body, name) for name in ("threshold", "gate", "false_positive_rate")}
         elif isinstance(body, Guardrail):
             summary |= {"features": body.indices, "forget": body.forget}
         elif isinstance(body, EvalReport):
@@ -143,7 +123,7 @@ def chain_summary(chain: Sequence[Stored], published: PublishedSection | None = 
                 "split": body.split,
                 "benches": stored.header.settings["benches"],
                 "results": body.results,
-                "gate_rate": {bench: found["rate"] for bench, found in body.gate.items()},
+                "gate_rate": {bench: gate["rate"] for bench, gate in body.gate.items()},
                 "expected": body.expected,
             }
         elif isinstance(body, AttackReport):
@@ -159,52 +139,46 @@ def chain_summary(chain: Sequence[Stored], published: PublishedSection | None = 
 def chain_table(chain: Sequence[Stored], published: PublishedSection | None = None) -> Group:
     """One table for the whole chain, and what it means and does not mean."""
     summary = chain_summary(chain, published)
-    table = Table("", "base", "guarded", "gated", box=None, pad_edge=False)
+    rows = []
     for bench in summary.get("benches", []):
         sides = summary["results"].get(bench, {"base": {}, "unlearned": {}})
-        is_forgotten = bench.split("-novel")[0].removesuffix("-paper") in summary["forget"]
-        mark = "  (to forget)" if is_forgotten else ""
-        rate = summary["gate_rate"].get(bench)
-        table.add_row(
-            f"{bench}{mark}",
-            percent(sides, "base"),
-            percent(sides, "unlearned"),
-            "-" if rate is None else f"{rate:.2f}",
-        )
+        is_forgotten = bench.split("-novel")[0].removesuffix("-paper") in summary.get("forget", [])
+        accuracies = [share(sides[side].get("acc")) for side in ("base", "unlearned")]
+        name = f"{bench}{'  (to forget)' if is_forgotten else ''}"
+        rows.append([name, *accuracies, share(summary["gate_rate"].get(bench))])
     attacks = summary.get("attacks", {})
-    for name, label in (("relearn", "relearned, {x} steps"), ("dilution", "diluted, {x} benign tokens")):
-        if name in attacks:
-            last = attacks[name]["curve"][-1]
+    for kind, label in (("relearn", "relearned, {x} steps"), ("dilution", "diluted, {x} benign tokens")):
+        if kind in attacks:
+            last = attacks[kind]["curve"][-1]
             values = (last["base"]["forget_acc"], last["unlearned"]["forget_acc"], last["unlearned"].get("gate_rate"))
-            table.add_row(label.format(x=last["x"]), *map(share, values))
-    cut = f"Gate: {summary['gate']} > {summary['threshold']:.3f}" if "threshold" in summary else ""
-    rate = summary.get("false_positive_rate")
-    found = f"{cut}; false positives on fresh retain text {rate:.3f}." if cut and rate is not None else cut
-    theirs: list[RenderableType] = []
+            rows.append([label.format(x=last["x"]), *map(share, values)])
+    view: View = [Table(("", "base", "guarded", "gated"), rows)]
     if "published" in summary:
-        source = Text(f"Published: {summary['published']['source']}.")
-        theirs = [Text(""), source, published_table(summary["published"]["compared"])]
-    return Group(table, *theirs, Text(""), Text(found), Text(meaning(summary)))
+        source = f"Published: {summary['published']['source']}."
+        view += ["", source, published_table(summary["published"]["compared"])]
+    gate = f"Gate: {summary['gate']} > {summary['threshold']:.3f}" if "threshold" in summary else ""
+    rate = summary.get("false_positive_rate")
+    if gate and rate is not None:
+        gate += f"; false positives on fresh retain text {rate:.3f}."
+    return terminal([*view, "", gate, _meaning(summary)])
 
 
-def meaning(summary: Json) -> str:
+def _meaning(summary: Json) -> str:
     """What the numbers say, in words, and what they do not."""
-    attacks = summary.get("attacks", {})
     sentences = []
     if "results" in summary:
         sentences.append(
             "Accuracy on four-choice questions; chance is 0.25. A guarded model near chance on what it should forget, "
             "and near its base elsewhere, keeps the knowledge from being asked for plainly."
         )
-    if "dilution" in attacks:
-        found = attacks["dilution"]["summary"]
-        if (found["forget_acc_worst"] or 0) > found["forget_acc_before"] + 0.1:
-            is_mean = summary.get("gate") == "mean"
-            why = ", because the paper's gate averages over the whole sequence" if is_mean else ""
-            sentences.append(
-                f"It does not stop everyone: {found['worst_x']} harmless tokens around a question bring accuracy "
-                f"back to {found['forget_acc_worst']:.2f}{why}."
-            )
+    dilution = summary.get("attacks", {}).get("dilution", {}).get("summary")
+    if dilution and (dilution["forget_acc_worst"] or 0) > dilution["forget_acc_before"] + 0.1:
+        is_mean = summary.get("gate") == "mean"
+        why = ", because the paper's gate averages over the whole sequence" if is_mean else ""
+        sentences.append(
+            f"It does not stop everyone: {dilution['worst_x']} harmless tokens around a question bring accuracy "
+            f"back to {dilution['forget_acc_worst']:.2f}{why}."
+        )
     sentences.append(
         "The knowledge is still in the weights: whoever holds them can take the guardrail off. It protects an API, "
         "not a published model."

@@ -1,12 +1,12 @@
-"""Artifacts as terminal tables of at most 80 columns."""
+"""Every kind of artifact as a table and in a line; what a workspace holds, and what an artifact came from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
@@ -15,18 +15,22 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.spec import NEVER
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import finetunes
-from dsg_cli.report.comparison import comparison_table
-from dsg_cli.report.evaluations import attack_headline, curve_table, evaluation_table, first_metric
-from dsg_cli.report.inspections import inspection_view
-from dsg_cli.report.rendering import captioned, visible
-from dsg_cli.report.studies import study_headline, study_table
+from dsg_cli.report.comparison import comparison_view
+from dsg_cli.report.evaluations import attack_headline, curve_table, evaluation_headline, evaluation_table
+from dsg_cli.report.inspections import inspection_table, inspection_view
+from dsg_cli.report.rendering import Styled, Table, View, pairs, terminal, visible
+from dsg_cli.report.studies import study_headline, study_table, study_view
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, ModelWeights, Threshold, Wrapper
-from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Inspection, Json, StudyReport
+from dsg_cli.workspace.results import Json, StudyReport
 from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:
     from dsg_cli.inspection.descriptions import Candidates
     from dsg_cli.workspace.store import Finding
+
+SHOWN_KEYWORDS = 12
+
+SHOWN_CANDIDATES = 40
 
 
 def clamp_line(body: Guardrail) -> str:
@@ -39,38 +43,36 @@ def clamp_line(body: Guardrail) -> str:
 
 def guardrail_rows(body: Guardrail) -> list[tuple[str, str]]:
     """All that there is to say, as names and values."""
-    watched = [("watches", " ".join(map(str, body.detectors)))] if body.detectors and body.gate == "token" else []
-    return [
-        *([("method", body.method)] if body.method != "dsg" else []),
-        ("features", " ".join(map(str, body.indices))),
-        *watched,
-        ("gate", "none: every hot token is clamped" if body.gate == "token" else f"{body.gate} > {body.threshold:.4f}"),
-        (
-            "clamp",
-            f"to {_targets(body, '.4g')} ({body.strength_setting}; "
-            f"median residual norm {body.median_residual_norm:.4g})",
-        ),
-        *([("hot above", _above(body))] if body.above else []),
-        *([("sets", "each feature where it is itself above that")] if body.clamp == "each" else []),
-        ("at", body.hook),
-        ("tried on", _effect(body.effect)),
-    ]
+    rows = [("method", body.method)] if body.method != "dsg" else []
+    rows.append(("features", _listed(body.indices)))
+    if body.detectors and body.gate == "token":
+        rows.append(("watches", _listed(body.detectors)))
+    gate = "none: every hot token is clamped" if body.gate == "token" else f"{body.gate} > {body.threshold:.4f}"
+    residual = f"median residual norm {body.median_residual_norm:.4g}"
+    rows += [("gate", gate), ("clamp", f"to {_targets(body, '.4g')} ({body.strength_setting}; {residual})")]
+    if body.above:
+        # Without those that never make a token hot.
+        rows.append(("hot above", " ".join(_once_if_equal(x for x in body.above if x < NEVER)) or "nothing"))
+    if body.clamp == "each":
+        rows.append(("sets", "each feature where it is itself above that"))
+    return [*rows, ("at", body.hook), ("tried on", _effect(body.effect))]
 
 
 def _targets(body: Guardrail, digits: str = ".3g") -> str:
     """What features are set to: one number, or those of all."""
     if not body.coefficients:
         return f"-{body.strength:{digits}}"
-    different = list(dict.fromkeys(body.coefficients))
-    shown = [f"{one:{digits}}" for one in (different if len(different) == 1 else body.coefficients)]
-    return " ".join(shown) if digits == ".4g" or len(shown) <= 2 else f"{shown[0]} ... {shown[-1]}"
+    targets = _once_if_equal(body.coefficients, digits)
+    return " ".join(targets) if digits == ".4g" or len(targets) <= 2 else f"{targets[0]} ... {targets[-1]}"
 
 
-def _above(body: Guardrail) -> str:
-    """The activations above which features make a token hot, without those that never do."""
-    said = [one for one in body.above if one < NEVER]
-    different = list(dict.fromkeys(said))
-    return " ".join(f"{one:.4g}" for one in (different if len(different) == 1 else said)) or "nothing"
+def _once_if_equal(values: Iterable[float], digits: str = ".4g") -> list[str]:
+    values = list(values)
+    return [format(value, digits) for value in (values[:1] if len(set(values)) == 1 else values)]
+
+
+def _listed(indices: Iterable[int]) -> str:
+    return " ".join(map(str, indices))
 
 
 def _effect(effect: Json) -> str:
@@ -82,30 +84,29 @@ def _effect(effect: Json) -> str:
     )
 
 
-SHOWN_KEYWORDS = 12
-
-
 def model_rows(body: ModelWeights) -> list[tuple[str, str]]:
     """Of changed weights: what was trained, how the loss went, what it cost."""
-    cost = body.cost
-    rows = [
-        ("method", body.method + (", which taught it; nothing is unlearned" if finetunes(body.method) else "")),
-        *([("trained on", ", ".join(body.trained["corpora"]))] if "corpora" in body.trained else []),
+    cost, trained = body.cost, body.trained
+    rows = [("method", body.method + (", which taught it; nothing is unlearned" if finetunes(body.method) else ""))]
+    if "corpora" in trained:
+        rows.append(("trained on", ", ".join(trained["corpora"])))
+    rows += [
         ("weights", "an adapter of the base model" if body.form == "adapter" else "a whole model"),
-        ("free to change", f"{body.trained['n_parameters']:,} parameters in {len(body.trained['modules'])} modules"),
-        ("changed", f"{body.trained['n_changed']:,}"),
+        ("free to change", f"{trained['n_parameters']:,} parameters in {len(trained['modules'])} modules"),
+        ("changed", f"{trained['n_changed']:,}"),
     ]
     if body.losses:
-        first, last = body.losses[0], body.losses[-1]
-        rows += [(f"loss, step {one['step']}", _terms(one)) for one in (first, last)]
+        rows += [(f"loss, step {losses['step']}", _terms(losses)) for losses in (body.losses[0], body.losses[-1])]
     if body.diverged_at is not None:
         rows.append(("diverged", f"at step {body.diverged_at}; the weights are those of the step above"))
     passes = f"{cost['forward_passes']:,} forward, {cost['backward_passes']:,} backward"
-    tokens = f"{cost['forward_tokens']:,} and {cost['backward_tokens']:,} tokens"
-    rows.append(("passes", f"{passes}; {tokens}"))
-    if body.features:
-        rows.append(("guided by", " ".join(map(str, body.features))))
-    return rows
+    rows.append(("passes", f"{passes}; {cost['forward_tokens']:,} and {cost['backward_tokens']:,} tokens"))
+    return [*rows, ("guided by", _listed(body.features))] if body.features else rows
+
+
+def _terms(losses: Json) -> str:
+    rest = ", ".join(f"{name} {value:.3g}" for name, value in losses.items() if name not in ("step", "loss"))
+    return f"{losses['loss']:.3g}" + (f" ({rest})" if rest else "")
 
 
 def wrapper_rows(body: Wrapper) -> list[tuple[str, str]]:
@@ -119,213 +120,219 @@ def wrapper_rows(body: Wrapper) -> list[tuple[str, str]]:
     if body.layer is not None:
         rows.append(("reads", f"the residual stream after layer {body.layer}"))
     rows += [("refuses above", f"{body.threshold:.4f}"), ("with", body.refusal)]
-    return [*rows, *(rate_row(one) for one in body.rates)]
+    return [*rows, *map(_rate_row, body.rates)]
 
 
-def rate_row(rate: Json) -> tuple[str, str]:
+def _rate_row(rate: Json) -> tuple[str, str]:
     """One rate of a kind of text, with its interval."""
-    what = f"{'caught' if rate['is_forget'] else 'gated'}: {rate['what']}"
-    return what, f"{rate['rate']:.3f} of {rate['n']} (95 %: {rate['low']:.3f} to {rate['high']:.3f})"
+    name = f"{'caught' if rate['is_forget'] else 'gated'}: {rate['what']}"
+    return name, f"{rate['rate']:.3f} of {rate['n']} (95 %: {rate['low']:.3f} to {rate['high']:.3f})"
 
 
-def _terms(losses: Json) -> str:
-    rest = ", ".join(f"{name} {value:.3g}" for name, value in losses.items() if name not in ("step", "loss"))
-    return f"{losses['loss']:.3g}" + (f" ({rest})" if rest else "")
-
-
-SHOWN = 40
-"""Candidates in a table, at most."""
-
-
-def candidates_table(candidates: Candidates) -> Table:
-    """What a query found, the best first, before any text is read."""
-    table = Table("rank", "feature", "score", "description", box=None, pad_edge=False)
-    for rank, match in enumerate(candidates.ranking[:SHOWN], start=1):
-        table.add_row(str(rank), str(match.index), f"{match.score:.3f}", Text(visible(candidates.texts[match.index])))
-    n = len(candidates.ranking)
-    more = f", of which {SHOWN} are shown" if n > SHOWN else ""
-    table.caption = Text(f"{n} match {candidates.described['query']!r}{more}.")
-    return table
-
-
-def picked_table(body: FeatureSet) -> Table:
-    """What was taken, with what was measured."""
-    found = {row["index"]: row for row in body.described.get("ranking", [])}
-    measured = ["forget"] if body.forget_tokens else []
-    said = ["description"] if any("description" in row for row in found.values()) else []
-    scored = ["score"] if found else []
-    table = Table("rank", "feature", *scored, *measured, "retain", *said, box=None, pad_edge=False)
-    for rank, feature in enumerate(body.features, start=1):
-        row = found.get(feature.index, {"score": 0.0})
-        values = [row["score"]] * len(scored) + [feature.forget_score or 0.0] * len(measured) + [feature.retain_score]
-        cells = [f"{value:.4g}" for value in values]
-        table.add_row(str(rank), str(feature.index), *cells, *(Text(visible(row.get("description", ""))) for _ in said))
-    table.caption = Text(visible(_caption(body)))
-    return table
-
-
-def _caption(body: FeatureSet) -> str:
-    unread = "" if body.forget_tokens else "; no forget text was read"
-    if not body.described:
-        return f"Named by hand{unread}."
-    described = body.described
-    n = described.get("n_matched", len(described["ranking"]))
-    return (
-        f"{n} match {described['query']!r} ({described['ranker']}, {described['source']}), "
-        f"{body.n_passed} are rare enough on retain text{unread}."
-    )
-
-
-def artifact_table(stored: Stored, view: Any = None) -> Group:
-    """One artifact: what it found (`view`, where there is more to show than it holds), and where it came from."""
-    body = stored.body
-    if view is not None:
-        table: Any = view
-    elif isinstance(body, FeatureSet):
-        table = _features(body)
-    elif isinstance(body, Threshold):
-        table = _pairs(_threshold(body, stored.header.settings["lengths"]))
-    elif isinstance(body, Guardrail):
-        table = _pairs(guardrail_rows(body))
-    elif isinstance(body, EvalReport):
-        table = evaluation_table(body, stored.header.settings.get("benches", []))
-    elif isinstance(body, Comparison):
-        table = comparison_table(body)
-    elif isinstance(body, StudyReport):
-        table = study_table(body)
-    elif isinstance(body, Inspection):
-        table = inspection_view(stored)
-    elif isinstance(body, ModelWeights):
-        table = _pairs(model_rows(body))
-    elif isinstance(body, Wrapper):
-        table = _pairs(wrapper_rows(body))
-    else:
-        table = curve_table(stored.body_as(AttackReport))
-    if isinstance(table, Table):
-        table = captioned(table)
-    notes = [Text(visible(f"note: {note}")) for note in stored.header.notes]
-    return Group(Text(stored.id, style="bold"), table, *notes, Text(provenance_line(stored), style="dim"))
-
-
-def provenance_line(stored: Stored) -> str:
-    """Model, SAE, inputs, time and cost in one sentence."""
-    header = stored.header
-    made_from = ", ".join(item.id for item in header.inputs) or "corpora"
-    sae = f", SAE {header.sae.source} at {header.sae.hook}" if header.sae else ""
-    return (
-        f"model {header.model.source}{sae}; from {made_from}; {header.created}; {header.device}, {header.dtype}; "
-        f"{header.seconds:.1f} s, {header.n_tokens:,} tokens"
-    )
-
-
-def list_table(workspace: Workspace) -> Table:
-    """What a workspace holds; what cannot be read is said, not hidden."""
-    table = Table("artifact", "what it found", "made from", box=None, pad_edge=False)
-    for artifact_id in workspace.ids():
-        try:
-            stored = workspace.read(artifact_id)
-        except DsgError as error:
-            table.add_row(Text(artifact_id, style="bold"), Text(error.message, style="red"), "")
-            continue
-        made_from = ", ".join(item.id for item in stored.header.inputs) or "corpora"
-        table.add_row(Text(stored.id, style="bold"), headline(stored), made_from)
-    return table
-
-
-def verify_table(findings: Sequence[Finding]) -> Group:
-    """What was verified, and in one line whether all is well."""
-    table = Table("", "state", "", box=None, pad_edge=False, show_header=False)
-    styles = {"ok": "green", "broken": "red", "unfinished": "yellow"}
-    for finding in findings:
-        state = Text(finding.state, style=styles[finding.state])
-        table.add_row(Text(finding.name, style="bold"), state, finding.remark)
-    counts = {state: sum(finding.state == state for finding in findings) for state in styles}
-    return Group(table, Text(", ".join(f"{n} {state}" for state, n in counts.items() if n) or "nothing there"))
-
-
-def corpora_table() -> Group:
-    """Names of corpora, and where each comes from."""
-    table = Table("corpus", "from", box=None, pad_edge=False)
-    for name in lab.CORPORA:
-        table.add_row(name, "the lab")
-    for name, hub in CATALOGUE.items():
-        table.add_row(name, f"{hub}{', in the chat template' if hub.is_chat else ''}")
-    table.caption = Text("Also hf:org/name[:config][#split][@column], files and folders.")
-    return captioned(table)
-
-
-def headline(stored: Stored) -> str:
-    """The one number or two that an artifact is about."""
-    body = stored.body
-    if isinstance(body, FeatureSet):
-        return f"{len(body.features)} features of {stored.header.sae.n_features if stored.header.sae else '?'}"
-    if isinstance(body, Threshold):
-        return f"{body.gate} > {body.threshold:.3f}, alpha {body.alpha:g}"
-    if isinstance(body, Guardrail):
-        return clamp_line(body)
-    if isinstance(body, EvalReport):
-        shown = [f"{bench} {first_metric(sides)}" for bench, sides in body.results.items()]
-        return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")
-    if isinstance(body, Comparison):
-        return f"{len({row['method'] for row in body.rows})} methods, {len(body.trials)} trials"
-    if isinstance(body, StudyReport):
-        return study_headline(body)
-    if isinstance(body, Inspection):
-        return f"{len(body.features)} features of {body.inspected}"
-    if isinstance(body, ModelWeights):
-        return f"{body.method}, {body.form}, {len(body.losses)} steps"
-    if isinstance(body, Wrapper):
-        return f"{body.method}, {body.rule} on the {body.side}"
-    return attack_headline(stored.body_as(AttackReport))
-
-
-def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-def _features(body: FeatureSet) -> Table:
-    if body.percentiles_over is None:
-        return picked_table(body)
-    table = Table("rank", "feature", "forget", "retain", "ratio", box=None, pad_edge=False)
-    for rank, feature in enumerate(body.features, start=1):
-        table.add_row(
-            str(rank),
-            str(feature.index),
-            *(f"{one:.4g}" for one in (feature.forget_score or 0, feature.retain_score, feature.ratio or 0)),
-        )
-    over = "of the live features only: nearly all are dead" if body.percentiles_over == "live" else "of all features"
-    table.caption = f"{body.n_live} live; {body.n_passed} passed the percentiles {over}{_probe(body.probe)}"
-    return table
-
-
-def _probe(probe: Json) -> str:
-    """What is worth knowing of a probe; the accuracy is on the tokens that it was fitted on."""
-    if not probe:
-        return ""
-    indices = " ".join(str(one["index"]) for one in probe["features"])
-    return f"; probe over {indices}: tells {probe['path'][-1]['balanced_accuracy']:.2f} of tokens apart"
-
-
-def _threshold(body: Threshold, lengths: Sequence[int]) -> list[tuple[str, str]]:
-    if body.false_positive_rate is None:
-        rate = "not measured: no fresh piece of retain text"
-    else:
-        interval = f"95 %: {body.low:.3f} to {body.high:.3f}"
-        rate = f"{body.false_positive_rate:.3f} of {body.n_fresh} ({interval})"
-    return [
+def threshold_table(body: Threshold, lengths: Sequence[int]) -> Table:
+    """The gate, its threshold, and on which text it opens; `lengths` are those of calibration, in tokens."""
+    rate = "not measured: no fresh piece of retain text"
+    if body.false_positive_rate is not None:
+        rate = f"{body.false_positive_rate:.3f} of {body.n_fresh} (95 %: {body.low:.3f} to {body.high:.3f})"
+    rows = [
         ("gate", body.gate),
         ("threshold", f"{body.threshold:.4f}"),
         ("alpha", f"{body.alpha:g}, for {'each retain corpus' if body.guarantee == 'each' else 'all retain text'}"),
         ("set on", f"{body.n_calibration} pieces of {body.n_documents} documents"),
         ("for text of", f"{lengths[0]} to {lengths[1]} tokens"),
-        *([("the paper's percentile", f"{body.percentile:.4f}")] if body.percentile is not None else []),
-        *([("watches", " ".join(map(str, body.detectors)))] if body.detectors else []),
-        ("false positives, fresh retain text", rate),
-        *(rate_row(one) for one in body.rates),
     ]
+    if body.percentile is not None:
+        rows.append(("the paper's percentile", f"{body.percentile:.4f}"))
+    if body.detectors:
+        rows.append(("watches", _listed(body.detectors)))
+    rows += [("false positives, fresh retain text", rate), *map(_rate_row, body.rates)]
+    return pairs(rows, "the gate, and on which text it opens")
+
+
+def features_table(body: FeatureSet) -> Table:
+    """The selected features with their scores, or with what they were picked by."""
+    if body.percentiles_over is None:
+        return _picked_table(body)
+    rows = [
+        [str(rank), str(feature.index), *(f"{score:.4g}" for score in scores)]
+        for rank, feature in enumerate(body.features, start=1)
+        for scores in [(feature.forget_score or 0, feature.retain_score, feature.ratio or 0)]
+    ]
+    over = "of the live features only: nearly all are dead" if body.percentiles_over == "live" else "of all features"
+    note = f"{body.n_live} live; {body.n_passed} passed the percentiles {over}"
+    if body.probe:
+        # The accuracy is on the tokens that it was fitted on.
+        indices = _listed(feature["index"] for feature in body.probe["features"])
+        accuracy = body.probe["path"][-1]["balanced_accuracy"]
+        note += f"; probe over {indices}: tells {accuracy:.2f} of tokens apart"
+    return Table(("rank", "feature", "forget", "retain", "ratio"), rows, "the selected features", [note])
+
+
+def _picked_table(body: FeatureSet) -> Table:
+    """Features that were named by hand or by their descriptions, with what was measured."""
+    ranking = {row["index"]: row for row in body.described.get("ranking", [])}
+    has_forget, has_texts = bool(body.forget_tokens), any("description" in row for row in ranking.values())
+    columns = ["rank", "feature", *["score"] * bool(ranking), *["forget"] * has_forget, "retain"]
+    rows = []
+    for rank, feature in enumerate(body.features, start=1):
+        row = ranking.get(feature.index, {"score": 0.0})
+        scores = [row["score"]] * bool(ranking) + [feature.forget_score or 0.0] * has_forget + [feature.retain_score]
+        text = [visible(row.get("description", ""))] * has_texts
+        rows.append([str(rank), str(feature.index), *(f"{score:.4g}" for score in scores), *text])
+    unread = "" if body.forget_tokens else "; no forget text was read"
+    note = f"Named by hand{unread}."
+    if described := body.described:
+        n = described.get("n_matched", len(described["ranking"]))
+        note = f"{n} match {described['query']!r} ({described['ranker']}, {described['source']}), "
+        note += f"{body.n_passed} are rare enough on retain text{unread}."
+    return Table([*columns, *["description"] * has_texts], rows, "the selected features", [visible(note)])
+
+
+def candidates_table(candidates: Candidates) -> Table:
+    """What a query found, the best first, before any text is read."""
+    rows = [
+        [str(rank), str(match.index), f"{match.score:.3f}", visible(candidates.texts[match.index])]
+        for rank, match in enumerate(candidates.ranking[:SHOWN_CANDIDATES], start=1)
+    ]
+    n = len(candidates.ranking)
+    more = f", of which {SHOWN_CANDIDATES} are shown" if n > SHOWN_CANDIDATES else ""
+    note = f"{n} match {candidates.described['query']!r}{more}."
+    return Table(("rank", "feature", "score", "description"), rows, notes=[note])
+
+
+@dataclass(frozen=True)
+class KindView:
+    """How a kind of artifact is shown."""
+
+    heading: str
+    """Of its section of a report."""
+    headline: Callable[[Stored, Any], str]
+    """The one number or two that an artifact, with this body, is about."""
+    view: Callable[[Stored, Any], View]
+
+
+KIND_VIEWS = {
+    "compare": KindView(
+        "Methods side by side",
+        lambda _, body: f"{len({row['method'] for row in body.rows})} methods, {len(body.trials)} trials",
+        lambda _, body: comparison_view(body),
+    ),
+    "eval": KindView(
+        "What it answers",
+        lambda _, body: evaluation_headline(body),
+        lambda stored, _: [evaluation_table(stored)],
+    ),
+    "attack": KindView(
+        "Attacks",
+        lambda _, body: attack_headline(body),
+        lambda _, body: [curve_table(body)],
+    ),
+    "threshold": KindView(
+        "The gate",
+        lambda _, body: f"{body.gate} > {body.threshold:.3f}, alpha {body.alpha:g}",
+        lambda stored, body: [threshold_table(body, stored.header.settings["lengths"])],
+    ),
+    "study": KindView(
+        "Studies",
+        lambda _, body: study_headline(body),
+        lambda _, body: study_view(body),
+    ),
+    "features": KindView(
+        "Features",
+        lambda stored, body: (
+            f"{len(body.features)} features of {sae.n_features if (sae := stored.header.sae) else '?'}"
+        ),
+        lambda _, body: [features_table(body)],
+    ),
+    "guardrail": KindView(
+        "Guardrails",
+        lambda _, body: clamp_line(body),
+        lambda _, body: [pairs(guardrail_rows(body), "what it clamps, and when")],
+    ),
+    "model": KindView(
+        "Changed weights",
+        lambda _, body: f"{body.method}, {body.form}, {len(body.losses)} steps",
+        lambda _, body: [pairs(model_rows(body), "what was changed, and how")],
+    ),
+    "wrapper": KindView(
+        "Wrappers",
+        lambda _, body: f"{body.method}, {body.rule} on the {body.side}",
+        lambda _, body: [pairs(wrapper_rows(body), "its rule, and what it refuses")],
+    ),
+    "inspect": KindView(
+        "What the features are about",
+        lambda _, body: f"{len(body.features)} features of {body.inspected}",
+        lambda _, body: [inspection_table(body)],
+    ),
+}
+"""Kind -> how it is shown, in the order of a report."""
+
+
+def headline(stored: Stored) -> str:
+    """The one number or two that an artifact is about."""
+    return KIND_VIEWS[stored.header.kind].headline(stored, stored.body)
+
+
+def artifact_view(stored: Stored) -> View:
+    """What an artifact holds, and its notes."""
+    notes = [visible(f"note: {note}") for note in stored.header.notes]
+    return [*KIND_VIEWS[stored.header.kind].view(stored, stored.body), *notes]
+
+
+def artifact_table(stored: Stored, view: RenderableType | None = None) -> Group:
+    """One artifact for a terminal: what it holds (`view`, where there is more to show), and where it came from."""
+    if view is None and stored.header.kind == "study":
+        view = study_table(stored.body_as(StudyReport))
+    elif view is None and stored.header.kind == "inspect":
+        view = inspection_view(stored)
+    parts = artifact_view(stored)
+    if view is not None:
+        parts = parts[len(parts) - len(stored.header.notes) :]
+    header = stored.header
+    sae = f", SAE {header.sae.source} at {header.sae.hook}" if header.sae else ""
+    origin = (
+        f"model {header.model.source}{sae}; from {_made_from(header)}; {header.created}; {header.device}, "
+        f"{header.dtype}; {header.seconds:.1f} s, {header.n_tokens:,} tokens"
+    )
+    own = [] if view is None else [view]
+    return Group(Text(stored.id, style="bold"), *own, terminal(parts), Text(origin, style="dim"))
+
+
+def _made_from(header: Header) -> str:
+    return ", ".join(used.id for used in header.inputs) or "corpora"
+
+
+def list_table(workspace: Workspace) -> Table:
+    """What a workspace holds; what cannot be read is said, not hidden."""
+    rows = []
+    for artifact_id in workspace.ids():
+        name = Styled(artifact_id, "bold")
+        try:
+            stored = workspace.read(artifact_id)
+        except DsgError as error:
+            rows.append([name, Styled(error.message, "red"), ""])
+        else:
+            rows.append([name, headline(stored), _made_from(stored.header)])
+    return Table(("artifact", "what it found", "made from"), rows)
+
+
+def verify_table(findings: Sequence[Finding]) -> Group:
+    """What was verified, and in one line whether all is well."""
+    styles = {"ok": "green", "broken": "red", "unfinished": "yellow"}
+    rows = [
+        [Styled(finding.name, "bold"), Styled(finding.state, styles[finding.state]), finding.remark]
+        for finding in findings
+    ]
+    counts = {state: sum(finding.state == state for finding in findings) for state in styles}
+    summary = ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "nothing there"
+    return terminal([Table(("", "state", ""), rows, has_head=False), summary])
+
+
+def corpora_table() -> Table:
+    """Names of corpora, and where each comes from."""
+    rows = [[name, "the lab"] for name in lab.CORPORA]
+    rows += [[name, f"{hub}{', in the chat template' if hub.is_chat else ''}"] for name, hub in CATALOGUE.items()]
+    return Table(("corpus", "from"), rows, notes=["Also hf:org/name[:config][#split][@column], files and folders."])
 
 
 def provenance_tree(stored: Stored) -> Tree:
@@ -333,24 +340,25 @@ def provenance_tree(stored: Stored) -> Tree:
 
     What differs from the artifact above is said; what lies elsewhere, is missing or is damaged too.
     """
-    return _grown(Tree(Text(f"{stored.id}  {headline(stored)}"), guide_style="dim"), stored, None)
+    tree = Tree(Text(f"{stored.id}  {headline(stored)}"), guide_style="dim")
+    _grow(tree, stored, None)
+    return tree
 
 
-def _grown(tree: Tree, stored: Stored, above: Header | None) -> Tree:
+def _grow(tree: Tree, stored: Stored, above: Header | None) -> None:
     header = stored.header
     for line in facts(header, above):
         tree.add(Text(line, style="dim"))
-    for named in header.inputs:
-        if named.is_elsewhere:
-            tree.add(Text(f"{named.id}, which lay elsewhere ({named.sha256[:12]})"))
+    for used in header.inputs:
+        if used.is_elsewhere:
+            tree.add(Text(f"{used.id}, which lay elsewhere ({used.sha256[:12]})"))
             continue
         try:
-            below = Workspace(stored.path.parent).read(str(stored.path.with_name(f"{named.id}.json")))
+            below = Workspace(stored.path.parent).read(str(stored.path.with_name(f"{used.id}.json")))
         except DsgError as error:
-            tree.add(Text(f"{named.id}  {error.message}", style="red"))
+            tree.add(Text(f"{used.id}  {error.message}", style="red"))
             continue
-        _grown(tree.add(Text(f"{below.id}  {headline(below)}")), below, header)
-    return tree
+        _grow(tree.add(Text(f"{below.id}  {headline(below)}")), below, header)
 
 
 def facts(header: Header, above: Header | None = None) -> list[str]:
@@ -373,11 +381,13 @@ def _made_with(header: Header) -> dict[str, str]:
     }
 
 
-def _corpora(described: dict[str, str] | list[str] | list[Json]) -> str:
-    if isinstance(described, dict):
-        return ", ".join(f"{name} ({digest[:12]})" for name, digest in described.items())
-    if any(isinstance(one, str) for one in described):
-        return ", ".join(map(str, described))  # Of a method that read no text.
-    known = [one for one in described if isinstance(one, dict)]
-    counts = [f"{one['documents']} documents, " if "documents" in one else "" for one in known]
-    return ", ".join(f"{one['name']} ({n}{one['sha256'][:12]})" for one, n in zip(known, counts, strict=True))
+def _corpora(corpora: dict[str, str] | list[str] | list[Json]) -> str:
+    if isinstance(corpora, dict):
+        return ", ".join(f"{name} ({digest[:12]})" for name, digest in corpora.items())
+    if any(isinstance(corpus, str) for corpus in corpora):
+        return ", ".join(map(str, corpora))  # Of a method that read no text.
+    parts = []
+    for corpus in (corpus for corpus in corpora if isinstance(corpus, dict)):
+        n = f"{corpus['documents']} documents, " if "documents" in corpus else ""
+        parts.append(f"{corpus['name']} ({n}{corpus['sha256'][:12]})")
+    return ", ".join(parts)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsg_cli.methods import METHODS
-from dsg_cli.report.evaluations import SIDES, place, shown_benches, unit
+from dsg_cli.report.evaluations import SIDES, place, unit
 from dsg_cli.report.figures.style import (
     CYCLE,
     DASHES,
@@ -25,9 +25,8 @@ from dsg_cli.report.figures.style import (
     drawing,
     key_above,
     look,
-    short,
 )
-from dsg_cli.report.rendering import share
+from dsg_cli.report.rendering import share, short
 from dsg_cli.report.studies import Point, mean_over, points_of
 from dsg_cli.workspace.artifacts import Threshold
 from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Json, StudyReport
@@ -322,17 +321,18 @@ def mean_of(found: Json, benches: Sequence[str]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def draw_evaluation(artifact: str, body: EvalReport, named: Sequence[str], chances: dict[str, float]) -> Drawn | None:
+def draw_evaluation(
+    artifact: str, body: EvalReport, benches: Sequence[str], chances: dict[str, float | None]
+) -> Drawn | None:
     """A line a bench; nothing where no bench has an accuracy.
 
     Args:
         artifact: Its id.
         body: The evaluation.
-        named: Benches that were named, for those that have parts.
+        benches: Those that are shown.
         chances: Bench -> accuracy of guessing, where that is known.
     """
-    benches = [name for name in shown_benches(body, named) if "acc" in body.results[name]["unlearned"]]
-    benches = [name for name in benches if "acc" in body.results[name]["base"]]
+    benches = [name for name in benches if all("acc" in body.results[name][side] for side in ("unlearned", "base"))]
     if not benches:
         return None
     said = []
@@ -345,7 +345,7 @@ def draw_evaluation(artifact: str, body: EvalReport, named: Sequence[str], chanc
                 if "acc_low" in one and "acc_high" in one:
                     axes.plot([one["acc_low"], one["acc_high"]], [place + shift] * 2, color=colour, linewidth=1.2)
                 axes.plot(one["acc"], place + shift, marker, color=colour, label=label)
-            if bench in chances:
+            if chances.get(bench) is not None:
                 label = None if "guessing" in axes.get_legend_handles_labels()[1] else "guessing"
                 axes.plot(
                     [chances[bench]] * 2, [place - 0.38, place + 0.38], ":", color=INK, linewidth=1.1, label=label

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsg_cli.report.rendering import HIDDEN, Markup, tag
+from dsg_cli.report.rendering import HIDDEN
 
 COLOURS = {
     "vermilion": ("#d55e00", "#f08a3c"),
@@ -31,10 +33,17 @@ COLOURS = {
 
 CYCLE = tuple(light for light, _ in COLOURS.values())
 
-FORGET, KEPT, OTHER, PURPLE, ORANGE, GREY = CYCLE
+FORGET, KEPT, OTHER, *_, GREY = CYCLE
 
 INK, LINE = "#1a1b1c", "#c3c4c5"
 """Of text and axes, and of grids: what a page replaces by its own."""
+
+THEME = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()} | {INK: "currentColor", LINE: "var(--line)"}
+"""What a page says instead of a colour."""
+
+THEMED = re.compile("|".join(THEME))
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p")
 
@@ -84,28 +93,36 @@ class Drawn:
     """What it shows, for those who do not see it: with its numbers."""
     figure: Figure
 
-    def markup(self) -> Markup:
-        """For a page, in the colours of its theme."""
-        svg = self._content("svg", transparent=True).decode()
-        svg = re.sub(r"^.*?(?=<svg )", "", svg, flags=re.S)
-        svg = re.sub(r"<metadata>.*?</metadata>|<style [^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.S)
-        used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-        svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-        svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", svg)  # Several figures stand in one page.
-        width = float(re.findall(r'viewBox="0 0 ([0-9.]+) ', svg)[0])
-        title, text = (tag(name, said, id=f"{self.name}-{name}") for name, said in self._said())
+    def svg(self) -> Markup:
+        """For a page, in the colours of its theme; several figures stand in one page."""
+        text = self._content("svg", transparent=True).decode().translate(HIDDEN)
+        root = ElementTree.fromstring(text)
+        referred = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+        for element in root.iter():
+            for child in [child for child in element if child.tag in (f"{SVG}metadata", f"{SVG}style")]:
+                element.remove(child)
+            element.tag = element.tag.removeprefix(SVG)
+            attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+            element.attrib.clear()
+            for key, value in attributes.items():
+                if key == "id" and value in referred:
+                    element.set(key, f"{self.name}-{value}")
+                elif key == "href":
+                    element.set(key, f"#{self.name}-{value.removeprefix('#')}")
+                elif key != "id":
+                    value = value.replace("url(#", f"url(#{self.name}-")
+                    element.set(key, THEMED.sub(lambda colour: THEME[colour[0]], value))
+        view_box = root.attrib["viewBox"]
+        width = float(view_box.split()[2])
+        root.attrib.clear()
         room = f"width: {width * PIXELS:.0f}px; min-width: {min(width, NARROWEST):.0f}px"
-        head = f'role="img" aria-labelledby="{self.name}-title" aria-describedby="{self.name}-desc" style="{room}"'
-        svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" {head}>', svg, count=1)
-        svg = svg.replace(">", f">{title}{text}", 1)
-        for name, (light, _) in COLOURS.items():
-            svg = svg.replace(light, f"var(--{name})")
-        svg = svg.replace(INK, "currentColor").replace(LINE, "var(--line)").strip()
-        box = tag("div", Markup(svg), class_="scrolls", tabindex="0", role="group", aria_label=f"Figure: {self.title}")
-        return tag("figure", box, tag("figcaption", f"{self.title} ", _link(self.artifact) if self.artifact else None))
-
-    def _said(self) -> tuple[tuple[str, str], tuple[str, str]]:
-        return ("title", self.title), ("desc", self.description)
+        labels = {"aria-labelledby": f"{self.name}-title", "aria-describedby": f"{self.name}-desc"}
+        root.attrib.update({"viewBox": view_box, "role": "img", "style": room} | labels)
+        for place, (tag, words) in enumerate((("title", self.title), ("desc", self.description))):
+            label = ElementTree.Element(tag, {"id": f"{self.name}-{tag}"})
+            label.text = words.translate(HIDDEN)
+            root.insert(place, label)
+        return Markup(ElementTree.tostring(root, encoding="unicode"))
 
     def content(self, kind: str) -> bytes:
         """As a file for a paper: `svg`, whose letters are outlines and look the same anywhere, `png` or `pdf`."""
@@ -118,16 +135,6 @@ class Drawn:
         with rc_context({"svg.hashsalt": self.name, **STYLE, **letters}):
             self.figure.savefig(out, format=kind, metadata=metadata[kind], **options)
         return out.getvalue()
-
-
-def short(value: object, most: int = 40) -> str:
-    """Text of others in a figure: on one line, and no longer than there is room for."""
-    shown = " ".join(str(value).translate(HIDDEN).split())
-    return shown if len(shown) <= most else f"{shown[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def _link(artifact: str) -> Markup:
-    return tag("a", artifact, href=f"#from-{artifact}", class_="id")
 
 
 @contextmanager
