@@ -669,7 +669,7 @@ class TestNamesStayNames:
         body = report().replace(results=dict.fromkeys(HOSTILE, sides), gate={})
         judge(workspace_card, guardrail, body=body, settings={"benches": HOSTILE})
         for name in HOSTILE:
-            judge(workspace_card, guardrail, ATTACK, replace(attack(), bench=name, threat_model=name))
+            judge(workspace_card, guardrail, ATTACK, attack().replace(bench=name, threat_model=name))
         return workspace_card
 
     def test_front_matter(self, hostile, tmp_path):
