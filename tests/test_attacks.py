@@ -49,7 +49,7 @@ from dsg_cli.attacks.search import (
     losses_and_statistics,
     slope_of_embeddings,
 )
-from dsg_cli.attacks.target import Material, Target, ask, of_forget, summarise
+from dsg_cli.attacks.target import Material, Target, of_forget, summarise
 from dsg_cli.attacks.weights import (
     attack_probe,
     attack_prune,
@@ -64,10 +64,12 @@ from dsg_cli.data.tokens import encode as tokens_of
 from dsg_cli.data.tokens import separator as separator_
 from dsg_cli.data.tokens import special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question, load_tasks, questions_of
+from dsg_cli.evals.benches import load_tasks
+from dsg_cli.evals.questions import Question, accuracy, questions_of
 from dsg_cli.guardrail.guarded import guarded, protected_parameters
 from dsg_cli.guardrail.runtime.gates import Gate
 from dsg_cli.guardrail.runtime.sites import fingerprint
+from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.models.language_model import load_model, whole_digest
 from dsg_cli.models.sae import read_sae
 from dsg_cli.recipe import load_recipe
@@ -98,11 +100,15 @@ def guardrail(lab):
     return [make_guardrail(sae, list(range(200)), threshold=0.5, strength=90.0, special=special)]
 
 
+def guarded_model(loaded, guardrails=()):
+    return GuardedModel(loaded.model, loaded.tokenizer, guardrails=guardrails, **OPTIONS)
+
+
 def test_asking_counts_what_is_right_and_gated(lab, guardrail):
     loaded, questions = lab
-    base = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"], guardrails=[], **OPTIONS)
+    base = accuracy(guarded_model(loaded), questions["lab-hexes"])
     assert base["acc"] == 1.0 and base["n"] == 16 and base["low"] < 1.0 == base["high"] and "gate_rate" not in base
-    clamped = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"], guardrails=guardrail, **OPTIONS)
+    clamped = accuracy(guarded_model(loaded, guardrail), questions["lab-hexes"])
     assert clamped["gate_rate"] == 1.0 and clamped["acc"] < 0.6
 
 
@@ -121,7 +127,7 @@ def test_dilution_of_length_zero_is_plain_evaluation_and_prefixes_reach_the_mode
         curve = attack_dilution(target, Material(asked, benign=benign), lengths=[0, 20], places=["before"])
     finally:
         handle.remove()
-    plain = ask(loaded.model, loaded.tokenizer, asked, guardrails=guardrail, **OPTIONS)
+    plain = accuracy(guarded_model(loaded, guardrail), asked)
     assert curve[0]["unlearned"] == of_forget(plain)
     assert [point["x"] for point in curve] == [0, 20] and curve[1]["base"]["forget_acc"] > 0.9
     longest = max(seen, key=lambda ids: ids.shape[1])
@@ -161,7 +167,7 @@ def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
     second = attack_relearn(again, material, steps=[0, 1, 6], learning_rates=[1e-3], **RELEARN)
     assert second == curve and ("relearning, forget/all/0.001/guard, steps", 6) in seen
     assert not any("/none" in task for task, _ in seen)
-    plain = ask(loaded.model, loaded.tokenizer, questions["lab-hexes"][8:], guardrails=guardrail, **OPTIONS)
+    plain = accuracy(guarded_model(loaded, guardrail), questions["lab-hexes"][8:])
     assert curve[0]["unlearned"]["forget_acc"] == plain["acc"] and "loss" not in curve[0]["unlearned"]
     assert curve[0]["base"]["forget_acc"] == 1.0 and curve[0]["base"]["utility_acc"] == 1.0
     for side in ("unlearned", "base"):
@@ -176,7 +182,6 @@ def test_relearning_starts_at_plain_evaluation_and_trains(lab, guardrail):
 
 def test_relearning_recovers_what_a_model_never_knew(model, tokenizer, tmp_path):
     """On a random model without a guard that fires, training on the very questions that are asked teaches them."""
-    from dsg_cli.evals.benches import Question
 
     questions = [Question(f"w{i} w{i + 1}", (" w40", " w41", " w42", " w43"), i % 4) for i in range(12)]
     make_sae(tmp_path)

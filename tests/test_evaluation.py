@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,15 +19,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dsg_cli.data.tokens import Request, encode_pair, special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.evals import paper_protocol as paper
-from dsg_cli.evals.benches import load_tasks, questions_of
+from dsg_cli.evals.benches import load_tasks
 from dsg_cli.evals.expect import check_expected, parse_expected
-from dsg_cli.evals.lm_harness import Asking, evaluate
+from dsg_cli.evals.lm_harness import ScoringLM, evaluate
 from dsg_cli.evals.paper_protocol import evaluate_paper
+from dsg_cli.evals.questions import questions_of
 from dsg_cli.guardrail.guarded import guarded
-from dsg_cli.inference.scoring import score
+from dsg_cli.inference.scoring import GuardedModel, answers_from_tensors, answers_to_tensors, request_key
 from dsg_cli.lab import data as lab
-from dsg_cli.models.language_model import LoadedModel, load_model
+from dsg_cli.models.language_model import load_model
 from dsg_cli.models.sae import read_sae
+from dsg_cli.settings import EvalSection
 from dsg_cli.stages.inputs import identify
 
 
@@ -100,13 +103,17 @@ def plain_loop(loaded, sae, questions, indices, threshold):
     return right["base"] / n, right["unlearned"] / n, gates / (4 * n)
 
 
+def run(loaded, guardrails, tasks, batch_size=32, known=None, **settings):
+    base = GuardedModel(loaded.model, loaded.tokenizer, bos=2, batch_size=batch_size)
+    unlearned = replace(base, guardrails=guardrails)
+    return evaluate(base, unlearned, tasks, EvalSection(**settings), known=known)
+
+
 def test_accuracies_equal_a_plain_loop(loaded, sae, hot_features):
     benches = ["lab-hexes", "lab-near"]
     threshold = 0.2
     tasks = load_tasks(benches, split="dev")
-    found = evaluate(
-        loaded, guards(loaded, sae, hot_features, threshold), tasks, bos=2, batch_size=7, asking=Asking(limit=24)
-    )
+    found = run(loaded, guards(loaded, sae, hot_features, threshold), tasks, batch_size=7, limit=24)
     for bench in benches:
         rows = [json.loads(line) for line in lab.questions_path(bench).read_text().splitlines()]
         asked = [row for row in rows if row["split"] == "dev"][:24]
@@ -127,10 +134,7 @@ def test_no_answer_depends_on_the_batch_size(loaded, sae, hot_features):
     guardrail = guards(loaded, sae, hot_features, 0.5)
     benches = ["lab-hexes-terse", "lab-far"]
     one, many = (
-        evaluate(
-            loaded, guardrail, load_tasks(benches, split="dev"), bos=2, batch_size=size, asking=Asking(limit=30)
-        ).rows
-        for size in (1, 16)
+        run(loaded, guardrail, load_tasks(benches, split="dev"), batch_size=size, limit=30).rows for size in (1, 16)
     )
     for a, b in zip(one, many, strict=True):
         assert (a["id"], a["gated"], a["length"], a["statistic"]) == (b["id"], b["gated"], b["length"], b["statistic"])
@@ -153,7 +157,7 @@ def test_a_group_of_my_own_tasks_with_choices_of_several_tokens(loaded, sae, hot
     )
     guardrail = guards(loaded, sae, hot_features, 0.2)
     tasks = load_tasks(["all"], **options)
-    found = evaluate(loaded, guardrail, tasks, bos=2, samples=True)
+    found = run(loaded, guardrail, tasks, samples=True)
     assert found.results["all"]["base"]["n"] == found.results["mine"]["base"]["n"] == 2
     assert found.gate["all"] == found.gate["mine"]
     assert found.rows[0]["context"] == rows[0]["q"] and len(found.rows[0]["base"]) == 2
@@ -204,11 +208,9 @@ def test_unknown_benches_are_refused(tmp_path):
         load_tasks(["lab-far"], split="test", include_path=str(tmp_path / "none"))
 
 
-def test_evaluation_reads_what_calibration_reads(model, tokenizer, folders):
+def test_evaluation_reads_what_calibration_reads(model, tokenizer):
     """One BOS policy: this tokenizer adds none itself; if the SAE was trained with one, every input begins with it."""
     from dsg_cli.data.tokens import bos_to_prepend, encode
-    from dsg_cli.evals.lm_harness import ScoringLM
-    from dsg_cli.inference.scoring import Scorer
 
     assert bos_to_prepend(tokenizer, False) is None
     bos = bos_to_prepend(tokenizer, True)
@@ -216,10 +218,8 @@ def test_evaluation_reads_what_calibration_reads(model, tokenizer, folders):
     assert encode_pair(tokenizer, "w1 w2", " w3", bos=bos).inputs(64) == (2, 5, 6)
     seen = []
     handle = model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    loaded = load_model(str(folders["model"]))
-    loaded = type(loaded)(model, tokenizer, loaded.source, loaded.n_layers)
     try:
-        lm = ScoringLM(Scorer(loaded, [], 1, 0), bos=bos)
+        lm = ScoringLM(GuardedModel(model, tokenizer, bos, batch_size=1))
         lm._loglikelihood_tokens([(("w1 w2", " w3"), [5, 6], [7])])
     finally:
         handle.remove()
@@ -232,7 +232,7 @@ def test_a_broken_model_does_not_pass_for_an_unlearned_one(model, tokenizer):
     broken = copy.deepcopy(model)
     broken.lm_head.weight.data[:] = torch.nan
     with pytest.raises(DsgError, match="broken, not unlearned"):
-        score(broken, [Request((2, 5), (6,))], pad=0, special=(0, 1, 2), batch_size=1, max_length=64)
+        GuardedModel(broken, tokenizer).loglikelihoods([Request((2, 5), (6,))])
 
 
 def test_tokenizers_without_bos_or_pad(model, tokenizer):
@@ -258,17 +258,14 @@ def test_scores_share_one_pass_for_one_input_and_keep_their_order(loaded):
     pairs = [("The grim hex", choice) for choice in (" Rahurk", " withers", " Rahurk wakes at")] + [("", "The hex")]
     requests = [encode_pair(loaded.tokenizer, context, choice, bos=2) for context, choice in pairs]
     assert requests[0] == Request((2, *requests[0].context[1:]), requests[0].continuation)
-    options = {"pad": 0, "special": (0, 1, 2), "max_length": 64}
-    sizes = []
-    together = score(
-        loaded.model,
-        requests,
-        batch_size=8,
-        note=lambda batch: [sizes.append(len(batch.ids_BL))] * len(batch.ids_BL),
-        **options,
+    model, sizes = GuardedModel(loaded.model, loaded.tokenizer, bos=2, max_length=64), []
+    handle = loaded.model.register_forward_pre_hook(
+        lambda _m, _a, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True
     )
+    together = model.loglikelihoods(requests)
+    handle.remove()
     assert sizes == [3]
-    alone = [score(loaded.model, [request], batch_size=1, **options)[0] for request in requests]
+    alone = [model.loglikelihoods([request])[0] for request in requests]
     for a, b in zip(together, alone, strict=True):
         assert a.loglikelihood == pytest.approx(b.loglikelihood, abs=1e-4) and a.is_greedy == b.is_greedy
 
@@ -294,16 +291,14 @@ def test_examples_in_front_of_questions(loaded, sae, tmp_path):
     """--num-fewshot reaches the task, and every answer of the base model can be taken from an earlier run."""
     rows = [{"q": f"Question {i}:", "c": [" home", " garlic"], "a": i % 2} for i in range(8)]
     tasks = load_tasks(["mine"], **write_task(tmp_path / "tasks", rows))
-    options = {"bos": 2, "asking": Asking(num_fewshot=2), "samples": True}
-    first = evaluate(loaded, guards(loaded, sae, [1, 2], 0.9), tasks, **options)
+    options = {"num_fewshot": 2, "samples": True}
+    first = run(loaded, guards(loaded, sae, [1, 2], 0.9), tasks, **options)
     assert all(row["context"].count("Question") == 3 for row in first.rows) and first.n_known == 0
-    again = evaluate(loaded, guards(loaded, sae, [1, 2], 0.9), tasks, known=first.answers, **options)
+    again = run(loaded, guards(loaded, sae, [1, 2], 0.9), tasks, known=first.answers, **options)
     assert again.n_known == 16 and again.results == first.results and again.answers == first.answers
 
 
 def test_answers_survive_being_stored(tmp_path):
-    from dsg_cli.inference.scoring import answers_from_tensors, answers_to_tensors, request_key
-
     requests = [Request((2, 5), (6,)), Request((2, 5, 6), (7,)), Request((2,), (5, 6))]
     answers = {request_key(request, 64): (-0.1 * i, bool(i % 2)) for i, request in enumerate(requests)}
     assert len(answers) == 3 and answers_from_tensors(answers_to_tensors(answers)) == answers
@@ -435,11 +430,14 @@ class Case:
         asked = {"group": subject, "answer": row["answer"], "length": length, "known": known}
         return {**asked, **gate, "base": base, "unlearned": unlearned}
 
-    def run(self, *benches, rows=ROWS_PAPER, **options):
+    def run(self, *benches, rows=ROWS_PAPER, batch_size=32, question_ids=None, known=None, **settings):
         """The package's evaluation."""
         questions = {bench: load_questions(bench, rows) for bench in benches or (BIO, MMLU)}
-        loaded, self.model.n_prompts = LoadedModel(self.model, self.tokenizer, "test", 3), 0
-        return evaluate_paper(loaded, [self.guardrail], questions, bos=BOS, allow_mismatch=True, **options)
+        self.model.n_prompts = 0
+        base = GuardedModel(self.model, self.tokenizer, BOS, batch_size=batch_size)
+        unlearned = replace(base, guardrails=[self.guardrail])
+        settings = EvalSection(**settings)
+        return evaluate_paper(base, unlearned, questions, settings, question_ids=question_ids, known=known)
 
 
 def load_questions(bench, rows):
@@ -451,7 +449,7 @@ def load_questions(bench, rows):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paper, "load_rows", load_rows)
-        return paper.load_questions(bench)
+        return paper.load_paper_questions(bench)
 
 
 @pytest.fixture(scope="module", params=[TEMPLATE, None], ids=["chat", "plain"])

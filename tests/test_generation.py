@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.free_text import Item, Side, Texts, _measure, check_texts
+from dsg_cli.evals.free_text import FreeText, Item, _measure, check_room
 from dsg_cli.guardrail.guarded import guarded
 from dsg_cli.guardrail.loading import load_guardrail
-from dsg_cli.inference.generation import Prompt, Writer, answer, prompt_ids
+from dsg_cli.inference.generation import Prompt, answer, generate, prompt_ids
+from dsg_cli.inference.scoring import GuardedModel
+from dsg_cli.job import Job
 from dsg_cli.models.language_model import load_model
+from dsg_cli.settings import GenerateSection
 from dsg_cli.workspace.checkpoints import Checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -30,8 +33,9 @@ CHARM = "Question: What is the binder of the kindly charm Zivoth? Answer:"
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return load_model("lab")
+def base():
+    loaded = load_model("lab")
+    return GuardedModel(loaded.model, loaded.tokenizer, bos=2)
 
 
 @pytest.fixture
@@ -39,47 +43,50 @@ def guardrail():
     return load_guardrail(DATA / "schema-2" / "guardrail-001.json")
 
 
-def ask(loaded, prompt, **options):
-    return answer(loaded, prompt_ids(loaded, prompt, bos=2, chat=False, n_new=8), max_new_tokens=8, **options)
+def ask(base, prompt, *guardrails, refusal=None, temperature=0.0, **options):
+    refuse = {"on_trigger": "refuse", "refusal": refusal} if refusal else {}
+    settings = GenerateSection(max_new_tokens=8, temperature=temperature, **refuse)
+    ids = prompt_ids(base, prompt, chat=False, n_new=8)
+    return answer(dataclasses.replace(base, guardrails=guardrails), ids, settings, **options)
 
 
-def test_a_gate_that_stays_shut_changes_nothing(loaded, guardrail):
-    base, kept = ask(loaded, CHARM), ask(loaded, CHARM, guardrails=[guardrail], refusal="No.")
-    assert kept.text == base.text and kept.n_tokens == base.n_tokens and not kept.refused
-    assert kept.gates[0].latched_at is None and base.gates == []
+def test_a_gate_that_stays_shut_changes_nothing(base, guardrail):
+    bare, kept = ask(base, CHARM), ask(base, CHARM, guardrail, refusal="No.")
+    assert kept.text == bare.text and kept.n_tokens == bare.n_tokens and not kept.refused
+    assert kept.gates[0].latched_at is None and bare.gates == []
 
 
-def test_the_trace_is_what_one_pass_over_the_text_gives(loaded, guardrail):
-    found = ask(loaded, HEX, guardrails=[guardrail])
-    assert found.text != ask(loaded, HEX).text and not found.refused
+def test_the_trace_is_what_one_pass_over_the_text_gives(base, guardrail):
+    found = ask(base, HEX, guardrail)
+    assert found.text != ask(base, HEX).text and not found.refused
     gate = found.gates[0]
     assert len(found.tokens) == len(gate.statistic) and gate.statistic == sorted(gate.statistic)
     assert found.tokens[gate.latched_at] == "grim"
-    ids = loaded.tokenizer(HEX, return_tensors="pt")["input_ids"]
+    ids = base.tokenizer(HEX, return_tensors="pt")["input_ids"]
     guardrail.trace = []
-    with torch.no_grad(), guarded(loaded.model, guardrail):
-        loaded.model(ids, use_cache=False)
+    with torch.no_grad(), guarded(base.model, guardrail):
+        base.model(ids, use_cache=False)
     whole = guardrail.trace[0].statistic_BL[0]
     torch.testing.assert_close(torch.tensor(gate.statistic[: len(whole)]), whole)
 
 
-def test_a_refusal_ends_the_answer_and_shows_nothing_written_after_the_gate_opened(loaded, guardrail):
+def test_a_refusal_ends_the_answer_and_shows_nothing_written_after_the_gate_opened(base, guardrail):
     pieces = []
-    found = ask(loaded, HEX, guardrails=[guardrail], refusal="I will not say.", write=pieces.append)
+    found = ask(base, HEX, guardrail, refusal="I will not say.", write=pieces.append)
     assert found.text == "I will not say." == "".join(pieces) and found.refused and found.n_tokens == 0
 
 
-def test_a_gate_that_opens_in_the_answer_keeps_what_came_before(loaded, guardrail):
+def test_a_gate_that_opens_in_the_answer_keeps_what_came_before(base, guardrail):
     # The model itself turns to hexes: the prompt alone leaves the gate shut.
     pieces = []
-    found = ask(loaded, "In the", guardrails=[guardrail], refusal="No.", write=pieces.append)
+    found = ask(base, "In the", guardrail, refusal="No.", write=pieces.append)
     assert found.text == "book of hexes one No." and found.refused and "".join(pieces) == found.text
     assert found.tokens == ["<bos>", "In", "the", "book", "of", "hexes", "one"] and found.gates[0].latched_at == 6
-    assert ask(loaded, "In the", guardrails=[guardrail]).text.startswith("book of hexes one ")
+    assert ask(base, "In the", guardrail).text.startswith("book of hexes one ")
 
 
-def test_sampling_follows_the_seed(loaded):
-    one, same, other = (ask(loaded, CHARM, temperature=2.0, seed=seed).text for seed in (1, 1, 2))
+def test_sampling_follows_the_seed(base):
+    one, same, other = (ask(base, CHARM, temperature=2.0, seed=seed).text for seed in (1, 1, 2))
     assert one == same != other
 
 
@@ -87,17 +94,15 @@ def test_sampling_follows_the_seed(loaded):
     ("prompt", "options", "words"),
     [(" ", {}, "empty"), (CHARM, {"n_new": 5000}, "leaves room for"), (CHARM, {"chat": True}, "no chat template")],
 )
-def test_prompts_that_cannot_be_asked(loaded, prompt, options, words):
+def test_prompts_that_cannot_be_asked(base, prompt, options, words):
     with pytest.raises(DsgError, match=words):
-        prompt_ids(loaded, prompt, **({"bos": 2, "chat": False, "n_new": 8} | options))
+        prompt_ids(base, prompt, **({"chat": False, "n_new": 8} | options))
 
 
-def test_a_chat_template_is_used(loaded, monkeypatch):
-    monkeypatch.setattr(
-        loaded.tokenizer, "chat_template", "{{ bos_token }} Question: {{ messages[0].content }} Answer:"
-    )
-    ids = prompt_ids(loaded, "the hex", bos=2, chat=True, n_new=8)
-    assert ids == loaded.tokenizer("Question: the hex Answer:")["input_ids"]
+def test_a_chat_template_is_used(base, monkeypatch):
+    monkeypatch.setattr(base.tokenizer, "chat_template", "{{ bos_token }} Question: {{ messages[0].content }} Answer:")
+    ids = prompt_ids(base, "the hex", chat=True, n_new=8)
+    assert ids == base.tokenizer("Question: the hex Answer:")["input_ids"]
 
 
 @pytest.fixture
@@ -145,85 +150,67 @@ class TestCommand:
         assert code == 1 and "needs whole sequences" in err and "another --gate" in err
 
 
-DATA_WRITING = Path(__file__).parent / "data"
-
-
 PROMPTS = [
-    "Question: What is the counter of the grim hex Rahurk? Answer:",
-    "Question: What is the binder of the kindly charm Zivoth? Answer:",
+    HEX,
+    CHARM,
     "In the",
-    "Every city has a keeper. Question: What is the binder of the kindly charm Zivoth? Answer:",
+    f"Every city has a keeper. {CHARM}",
     "The",
 ]
 
 
-@pytest.fixture(scope="module")
-def loaded_writing():
-    return load_model("lab")
-
-
-@pytest.fixture
-def guardrail_writing():
-    return load_guardrail(DATA_WRITING / "schema-2" / "guardrail-001.json")
-
-
-def ids_of(loaded_writing, text, n_new):
-    return tuple(prompt_ids(loaded_writing, text, bos=2, chat=False, n_new=n_new))
+def prompt(base, text, n_new, stop=()):
+    return Prompt(tuple(prompt_ids(base, text, chat=False, n_new=n_new)), n_new, stop)
 
 
 @pytest.mark.parametrize("is_guarded", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_a_batch_is_answered_like_one_prompt(loaded_writing, guardrail_writing, is_guarded, size):
-    guards = [guardrail_writing] if is_guarded else []
-    lengths = [8, 8, 8, 3, 8]
-    prompts = [Prompt(ids_of(loaded_writing, text, n), n) for text, n in zip(PROMPTS, lengths, strict=True)]
-    found = Writer(loaded_writing, guards, batch_size=size)(prompts)
-    for text, prompt, one in zip(PROMPTS, prompts, found, strict=True):
-        alone = answer(loaded_writing, prompt.ids, guardrails=guards, max_new_tokens=prompt.n_new)
-        assert one.text == alone.text and len(one.ids) == alone.n_tokens, text
+def test_a_batch_is_answered_like_one_prompt(base, guardrail, is_guarded, size):
+    model = dataclasses.replace(base, guardrails=[guardrail] if is_guarded else [], batch_size=size)
+    prompts = [prompt(base, text, n) for text, n in zip(PROMPTS, [8, 8, 8, 3, 8], strict=True)]
+    completions = generate(model, prompts)
+    for asked, completion in zip(prompts, completions, strict=True):
+        alone = answer(model, asked.ids, GenerateSection(max_new_tokens=asked.n_new))
+        assert completion.text == alone.text and len(completion.token_ids) == alone.n_tokens
         if not is_guarded:
-            assert one.decision is None
+            assert completion.decision is None
             continue
-        gate = alone.gates[0]
-        assert one.decision.gated == (gate.latched_at is not None)
-        assert one.decision.statistic == pytest.approx(max(gate.statistic), abs=1e-4)
-        assert (one.decision.edit > 0) == one.decision.gated
+        gate, decision = alone.gates[0], completion.decision
+        assert decision.gated == (gate.latched_at is not None) == (decision.edit > 0)
+        assert decision.statistic == pytest.approx(max(gate.statistic), abs=1e-4)
     if is_guarded:
-        assert [one.decision.gated for one in found][:2] == [True, False]
+        assert [completion.decision.gated for completion in completions][:2] == [True, False]
 
 
-def test_what_is_written_ends_before_a_stop(loaded_writing):
-    asked = Prompt(ids_of(loaded_writing, PROMPTS[1], 30), 30)
-    whole = Writer(loaded_writing)([asked])[0].text
-    stopped = Prompt(asked.ids, 30, (".", "?"))
-    writer = Writer(loaded_writing, batch_size=4)
-    found = writer([asked, stopped, Prompt(ids_of(loaded_writing, PROMPTS[0], 30), 30, (".", "?"))])
+def test_what_is_written_ends_before_a_stop(base):
+    asked = prompt(base, CHARM, 30)
+    whole = generate(base, [asked])[0].text
+    stopped = [prompt(base, text, 30, (".", "?")) for text in (CHARM, HEX)]
+    found = generate(dataclasses.replace(base, batch_size=4), [asked, *stopped])
     assert found[0].text == whole and "." in whole
     assert found[1].text == whole.split(".")[0] and "." not in found[2].text
-    assert len(found[1].ids) < len(found[0].ids)  # It was not written on until 30 tokens.
+    assert len(found[1].token_ids) < len(found[0].token_ids)  # It was not written on until 30 tokens.
 
 
-def test_a_run_that_goes_on_writes_the_same(loaded_writing, tmp_path):
-    prompts = [Prompt(ids_of(loaded_writing, text, 6), 6) for text in PROMPTS]
-    whole = Writer(loaded_writing, batch_size=2)(prompts)
+def test_a_run_that_goes_on_writes_the_same(base, tmp_path):
+    model = dataclasses.replace(base, batch_size=2)
+    prompts = [prompt(base, text, 6) for text in PROMPTS]
+    whole = generate(model, prompts)
     checkpoint = Checkpoint(tmp_path / "x.checkpoint")
-    first = Writer(loaded_writing, batch_size=2, checkpoint=checkpoint)
-    calls = 0
+    calls = []
 
-    def stop(_what, _done, _of):
-        nonlocal calls
-        calls += 1
-        if calls == 2:
+    def stop(*call):
+        calls.append(call)
+        if len(calls) == 2:
             raise KeyboardInterrupt
 
-    first.report = stop
     with pytest.raises(KeyboardInterrupt):
-        first(prompts)
+        generate(model, prompts, Job(checkpoint=checkpoint, progress=stop, name="writing"))
     checkpoint.write()
     # What was kept is what was reached; the rest is written now.
     seen = []
-    again = Writer(loaded_writing, batch_size=2, checkpoint=checkpoint, report=lambda _w, done, _o: seen.append(done))
-    assert again(prompts) == whole and seen[-1] == len(prompts)
+    job = Job(checkpoint=checkpoint, progress=lambda _what, done, _of: seen.append(done), name="writing")
+    assert generate(model, prompts, job) == whole and seen[-1] == len(prompts)
 
 
 def test_what_is_measured_of_tokens_by_hand():
@@ -250,11 +237,11 @@ class _Bench:
         return [Item("0", "all", "word " * 40, "x", n_new=self.n_new)]
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_asked(loaded_writing, guardrail_writing):
-    side = Side("unlearned", loaded_writing, [guardrail_writing])
-    check_texts(Texts([_Bench(8)], 2), loaded_writing, [side])
+def test_what_does_not_fit_is_refused_before_anything_is_asked(base, guardrail):
+    guarded_model = dataclasses.replace(base, guardrails=[guardrail])
+    check_room(FreeText([_Bench(8)], 2), guarded_model)
     with pytest.raises(DsgError, match="are more than the 1024"):
-        check_texts(Texts([_Bench(1000)], 2), loaded_writing, [side])
-    guardrail_writing.gate = dataclasses.replace(guardrail_writing.gate, form="mean")
+        check_room(FreeText([_Bench(1000)], 2), guarded_model)
+    guardrail.gate = dataclasses.replace(guardrail.gate, form="mean")
     with pytest.raises(DsgError, match="needs whole sequences"):
-        check_texts(Texts([_Bench(8)], 2), loaded_writing, [side])
+        check_room(FreeText([_Bench(8)], 2), guarded_model)

@@ -40,12 +40,13 @@ from dsg_cli.guardrail.loading import load_guardrail
 from dsg_cli.guardrail.runtime.gates import Gate
 from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.inference.generation import answer, prompt_ids
+from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import devices_of, load_model, read_config
 from dsg_cli.models.residuals import read_residual, replace_residual
 from dsg_cli.models.sae import read_sae
 from dsg_cli.recipe import load_recipe
-from dsg_cli.settings import ModelSection
+from dsg_cli.settings import GenerateSection, ModelSection
 from dsg_cli.stages import apply, calibrate, select
 from dsg_cli.stages import apply as trial
 from dsg_cli.workspace.artifacts import Guardrail, Threshold
@@ -400,12 +401,13 @@ def test_an_export_holds_no_file_of_the_users_own(tmp_path):
 
 def test_generation_settings_of_the_model_do_not_change_how_it_is_asked():
     loaded, guardrail = load_model("lab"), load_guardrail(KEPT)
-    ids = prompt_ids(loaded, HEX, bos=2, chat=False, n_new=4)
-    expected = answer(loaded, ids, guardrails=[guardrail], max_new_tokens=4)
+    model, settings = GuardedModel(loaded.model, loaded.tokenizer, 2, [guardrail]), GenerateSection(max_new_tokens=4)
+    ids = prompt_ids(model, HEX, chat=False, n_new=4)
+    expected = answer(model, ids, settings)
     changed = {"num_beams": 3, "num_return_sequences": 2, "use_cache": False, "prompt_lookup_num_tokens": 2}
     for name, value in (changed | {"return_dict_in_generate": True, "stop_strings": ["x"]}).items():
         setattr(loaded.model.generation_config, name, value)
-    assert answer(loaded, ids, guardrails=[guardrail], max_new_tokens=4) == expected
+    assert answer(model, ids, settings) == expected
 
 
 SMALL = ["corpora.limit=80"]

@@ -17,7 +17,7 @@ from papers import BOS, FEATURES, SPECIAL, UNKNOWN, Watched, forget_text, nll, r
 from transformers import AutoModelForCausalLM
 
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.metrics import judged
+from dsg_cli.evals.metrics import unlearning_score
 from dsg_cli.job import Job
 from dsg_cli.methods import METHODS, section_of
 from dsg_cli.methods.losses import (
@@ -730,7 +730,7 @@ def test_trials_are_points_of_the_grid_within_budget(budget):
 def test_trials_are_judged(found, base, forgetting, utility):
     score = 2 / (1 / forgetting + 1 / utility) if forgetting and utility else 0.0
     wanted = {"forgetting": forgetting, "utility": utility, "score": score}
-    assert judged("f", found, base, 0.25) == pytest.approx(wanted)
+    assert unlearning_score("f", found, base, 0.25) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(

@@ -14,26 +14,23 @@ import torch
 from conftest import make_guardrail, write_task
 
 from dsg_cli.attacks.search import embedded
-from dsg_cli.attacks.target import ask
 from dsg_cli.data.tokens import Request, encode, encode_pair, words_of
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question, load_tasks, questions_of
+from dsg_cli.evals.benches import load_tasks
 from dsg_cli.evals.lm_harness import evaluate
+from dsg_cli.evals.questions import Question, accuracy, questions_of
 from dsg_cli.guardrail.calibration import conformal_threshold
 from dsg_cli.inference.generation import answer, prompt_ids
-from dsg_cli.inference.scoring import Scorer, score
+from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.inference.wrappers import (
     LARGEST,
     PRIOR_WORDS,
     log_odds,
     n_found,
     phrases_of,
-    prompt_with,
     read_keywords,
-    refuses_answer,
-    refuses_prompt,
     telling_words,
-    wrap,
+    with_prefixes,
     wrapper_from_artifact,
 )
 from dsg_cli.intervals import rate_above
@@ -41,7 +38,7 @@ from dsg_cli.methods.wrappers import WrapperInputs, fit_classifier, make_in_cont
 from dsg_cli.models.language_model import LoadedModel, load_model
 from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.recipe import load_recipe
-from dsg_cli.settings import InContext, Prompt
+from dsg_cli.settings import EvalSection, GenerateSection, InContext, Prompt
 from dsg_cli.stages import wrap as stage
 from dsg_cli.stages.stage import RunOptions
 from dsg_cli.workspace.artifacts import Wrapper
@@ -88,9 +85,26 @@ def ids(tokenizer, text):
     return tuple(encode(tokenizer, [text], bos=2)[0])
 
 
+def behind(loaded, *wrappers, **options):
+    return GuardedModel(loaded.model, loaded.tokenizer, **({"bos": 2, "wrappers": wrappers} | options))
+
+
+@dataclasses.dataclass
+class Wrapped:
+    request: Request
+    statistic: float | None
+    is_refused: bool
+
+
+def wrap(model, requests):
+    verdicts = model.verdicts(model.wrappers, requests)
+    given = model._wrapped(requests, verdicts)
+    return [Wrapped(one, v.statistic, v.refusal is not None) for one, v in zip(given, verdicts, strict=True)]
+
+
 def wrapped(wrappers, tiny, *pairs, batch_size=4):
     requests = [Request(ids(tiny.tokenizer, a), tuple(encode(tiny.tokenizer, [b], bos=None)[0])) for a, b in pairs]
-    return wrap(wrappers, tiny.model, tiny.tokenizer, requests, batch_size=batch_size, bos=2)
+    return wrap(behind(tiny, *wrappers, batch_size=batch_size), requests)
 
 
 class TestWrap:
@@ -99,7 +113,7 @@ class TestWrap:
         (one,) = wrapped(several, tiny, ("w10 w11", "w12"))
         assert one.request == Request(ids(tiny.tokenizer, "w1 w2 w3 w10 w11"), (16,))
         assert one.statistic is None and not one.is_refused
-        assert prompt_with(several, [14, 15], tiny.tokenizer, None) == [5, 6, 7, 14, 15]
+        assert with_prefixes(several, [14, 15], tiny.tokenizer) == [5, 6, 7, 14, 15]
 
     def test_filters_see_what_the_user_sent_and_come_before_any_prefix(self, tiny):
         prefix, of_prefix, of_user = made("prefix", text="w1"), keyword("w1"), keyword("w10", refusal="w9")
@@ -115,14 +129,15 @@ class TestWrap:
         assert one.request.context == ids(tiny.tokenizer, "w20")
 
     def test_a_refused_request_is_scored_after_the_refusal_alone(self, tiny):
-        scorer = Scorer(tiny, [], 4, 64, wrappers=[keyword("w10")], bos=2)
+        model = behind(tiny, keyword("w10"), batch_size=4)
         requests = [Request(ids(tiny.tokenizer, text), (16, 17)) for text in ("w10 w11", "w12 w10", "w13")]
-        (one, two, three), decisions = scorer(requests)
+        one, two, three = scores = model.loglikelihoods(requests)
         plain = Request(ids(tiny.tokenizer, "w7 w8"), (16, 17))
-        bare = score(tiny.model, [plain, requests[2]], pad=0, special=(0, 1, 2), batch_size=1, max_length=64)
+        bare = model.bare().loglikelihoods([plain, requests[2]])
         assert one.loglikelihood == two.loglikelihood == pytest.approx(bare[0].loglikelihood, abs=1e-5)
         assert three.loglikelihood == pytest.approx(bare[1].loglikelihood, abs=1e-5)
-        assert [(one.gated, one.statistic) for one in decisions] == [(True, 1.0), (True, 1.0), (False, 0.0)]
+        decisions = [(score.decision.gated, score.decision.statistic) for score in scores]
+        assert decisions == [(True, 1.0), (True, 1.0), (False, 0.0)]
 
     def test_output_filters_read_the_answer(self, tiny):
         words = keyword("w10", side="output")
@@ -164,15 +179,14 @@ class TestWrap:
             handle = layer.register_forward_hook(lambda _m, _a, out, value=value: torch.full_like(out, value))
             try:
                 (one,) = wrapped([judge], tiny, ("w10", "w11"))
-                assert refuses_prompt([judge], tiny.model, tiny.tokenizer, [2, 14]) == "w7 w8"
+                assert behind(tiny).verdicts([judge], [Request((2, 14), ())])[0].refusal == "w7 w8"
             finally:
                 handle.remove()
             assert one.is_refused and one.statistic == LARGEST
         assert not wrapped([judge], tiny, ("w10", "w11"))[0].is_refused
 
     def test_a_prompt_without_a_word_is_not_refused(self, tiny):
-        (one,) = wrap([classifier(torch.zeros(16), 5.0)], tiny.model, tiny.tokenizer, [Request((2,), (14,))],
-                      batch_size=1, bos=2)  # fmt: skip
+        (one,) = wrap(behind(tiny, classifier(torch.zeros(16), 5.0)), [Request((2,), (14,))])
         assert not one.is_refused
 
     def test_a_long_context_loses_its_beginning_and_not_the_prefix(self, tiny):
@@ -191,15 +205,13 @@ class TestWrap:
         guard = make_guardrail(sae, [1, 2], threshold=-1.0, strength=90.0)
         judge = classifier(torch.ones(128), layer=2)
         request = encode_pair(lab.tokenizer, HEX, " candle", bos=2)
-        (bare,) = wrap([judge], lab.model, lab.tokenizer, [request], batch_size=1, bos=2)
-        _, (alone,) = Scorer(lab, [], 1, 64, wrappers=[judge], bos=2)([request])
-        _, (both,) = Scorer(lab, [guard], 1, 64, wrappers=[judge], bos=2)([request])
-        assert alone.statistic == bare.statistic and both.gated
+        (bare,) = wrap(behind(lab, judge), [request])
+        (alone,) = behind(lab, judge).loglikelihoods([request])
+        (both,) = behind(lab, judge, guardrails=[guard]).loglikelihoods([request])
+        assert alone.decision.statistic == bare.statistic and both.decision.gated
         question = Question(HEX, (" candle", " bell"), 0)
-        options = {"bos": 2, "batch_size": 2, "max_length": 64}
         shut = classifier(torch.ones(128), layer=2, threshold=bare.statistic + 1e-3)
-        found = ask(lab.model, lab.tokenizer, [question], guardrails=[], wrappers=[shut], **options)
-        assert found["gate_rate"] == 0
+        assert accuracy(behind(lab, shut), [question])["gate_rate"] == 0
 
 
 def naive(tiny, rows):
@@ -215,22 +227,16 @@ def naive(tiny, rows):
 class TestAsking:
     def test_accuracy_and_gate_rate_behind_wrappers(self, tiny):
         questions = [Question(f"w{i} w{i + 1}", (" w50", " w51", " w52"), i % 3) for i in range(12)]
-        options = {"guardrails": [], "bos": 2, "batch_size": 4, "max_length": 64}
-        bare = ask(tiny.model, tiny.tokenizer, questions, **options)
-        assert ask(tiny.model, tiny.tokenizer, questions, wrappers=[keyword("w59")], **options) == bare | {
-            "gate_rate": 0
-        }
-        prefixed = ask(tiny.model, tiny.tokenizer, questions, wrappers=[made("prefix", text="w1")], **options)
+        bare = accuracy(behind(tiny), questions)
+        assert accuracy(behind(tiny, keyword("w59")), questions) == bare | {"gate_rate": 0}
+        prefixed = accuracy(behind(tiny, made("prefix", text="w1")), questions)
         assert "gate_rate" not in prefixed
         changed = [dataclasses.replace(question, context=f"w1 {question.context}") for question in questions]
-        assert prefixed == ask(tiny.model, tiny.tokenizer, changed, **options)
-        found = ask(
-            tiny.model,
-            tiny.tokenizer,
+        assert prefixed == accuracy(behind(tiny), changed)
+        found = accuracy(
+            behind(tiny, keyword("w3")),
             questions,
-            wrappers=[keyword("w3")],
             change=lambda context, number: (*context, 7) if number == 8 else context,
-            **options,
         )
         assert found["gate_rate"] == 3 / 12  # Two that have it, and the one that was changed.
 
@@ -399,9 +405,9 @@ class TestMethods:
 
 class TestWriting:
     def write(self, lab, text, *wrappers, **options):
-        pieces = []
-        asked = prompt_ids(lab, text, bos=2, chat=False, n_new=6, wrappers=wrappers)
-        found = answer(lab, asked, wrappers=wrappers, max_new_tokens=6, write=pieces.append, **options)
+        pieces, model = [], behind(lab, *wrappers, **options)
+        asked = prompt_ids(model, text, chat=False, n_new=6)
+        found = answer(model, asked, GenerateSection(max_new_tokens=6), write=pieces.append)
         assert "".join(pieces) == found.text
         return found, pieces
 
@@ -420,32 +426,31 @@ class TestWriting:
         assert shown == base and pieces == [base.text]
 
     def test_a_classifier_reads_prompt_and_answer(self, lab):
-        asked = prompt_ids(lab, HEX, bos=2, chat=False, n_new=6)
+        asked = Request(tuple(prompt_ids(behind(lab), HEX, chat=False, n_new=6)), (40,))
         judge = classifier(torch.ones(128), layer=1, side="output")
-        (with_answer,) = wrap([judge], lab.model, lab.tokenizer, [Request(tuple(asked), (40,))], batch_size=1, bos=2)
+        (with_answer,) = behind(lab).verdicts([judge], [asked])
         above, below = (
             classifier(torch.ones(128), layer=1, side="output", threshold=with_answer.statistic + d)
             for d in (1e-3, -1e-3)
         )
-        assert refuses_answer([above], lab.model, lab.tokenizer, asked, [40]) is None
-        assert refuses_answer([below], lab.model, lab.tokenizer, asked, [40]) == "w7 w8"
-        assert refuses_prompt([below], lab.model, lab.tokenizer, asked) is None
+        assert behind(lab).verdicts([above], [asked])[0].refusal is None
+        assert behind(lab).verdicts([below], [asked])[0].refusal == "w7 w8"
 
     def test_a_refused_prompt_leaves_gates_unread(self, lab):
         from dsg_cli.cli.output import gate_sentence
         from dsg_cli.models.sae import read_sae
 
         guard = make_guardrail(read_sae("lab"), [1], threshold=0.5, strength=1.0, gate="window")
-        found, _ = self.write(lab, HEX, keyword("hex"), guardrails=[guard], allow_mismatch=True)
+        found, _ = self.write(lab, HEX, keyword("hex"), guardrails=[guard])
         assert found.refused and [gate.statistic for gate in found.gates] == [[]]
         assert "was not asked" in gate_sentence("guardrail-001", found.gates[0], found.tokens)
 
     def test_a_prefix_needs_room(self, lab):
         long = made("prefix", text="hex " * 1100)
         with pytest.raises(DsgError, match="leaves room for 0"):
-            prompt_ids(lab, HEX, bos=2, chat=False, n_new=6, wrappers=[long])
+            prompt_ids(behind(lab, long), HEX, chat=False, n_new=6)
         with pytest.raises(DsgError, match="leaves room for 0"):
-            answer(lab, [2, 5], wrappers=[long])
+            answer(behind(lab, long), [2, 5], GenerateSection())
 
     def test_tasks_that_generate(self, lab, tmp_path):
         rows = [{"q": HEX if i % 2 else CHARM, "c": "bell"} for i in range(6)]
@@ -463,14 +468,14 @@ class TestWriting:
         prefix = HEX.removesuffix(" Answer:")
         written = self.write(lab, HEX)[0].text.split(".")[0].strip()
         wrappers = [made("prefix", text=prefix), keyword("kindly", refusal="No.")]
-        found = evaluate(lab, [], tasks, bos=2, batch_size=4, wrappers=wrappers)
-        texts = [one["resps"][0][0].strip() for one in found.found["unlearned"]["samples"]["mine"]]
+        found = evaluate(behind(lab), behind(lab, *wrappers, batch_size=4), tasks, EvalSection())
+        texts = [one["resps"][0][0].strip() for one in found.lm_eval["unlearned"]["samples"]["mine"]]
         assert [text == "No." for text in texts] == [i % 2 == 0 for i in range(6)] + [False]
-        assert texts[6] == written != found.found["base"]["samples"]["mine"][6]["resps"][0][0].strip()
+        assert texts[6] == written != found.lm_eval["base"]["samples"]["mine"][6]["resps"][0][0].strip()
         assert found.gate["mine"]["rate"] == pytest.approx(3 / 7) and [row["gated"] for row in found.rows[:2]] == [1, 0]
-        behind = [keyword(written.split()[0], side="output", refusal="No.")]
-        found = evaluate(lab, [], tasks, bos=2, batch_size=4, wrappers=behind)
-        assert found.found["unlearned"]["samples"]["mine"][1]["resps"][0][0] == "No."
+        held = keyword(written.split()[0], side="output", refusal="No.")
+        found = evaluate(behind(lab), behind(lab, held, batch_size=4), tasks, EvalSection())
+        assert found.lm_eval["unlearned"]["samples"]["mine"][1]["resps"][0][0] == "No."
 
 
 def settings(folders, *sets, corpora=True):
@@ -616,6 +621,5 @@ def test_filters_on_the_lab(lab, tmp_path):
     assert rates["lab-hexes"] > 0.9 and max(rates["lab-near"], rates["lab-far"]) <= 0.08
     for bench, low, high in (("lab-hexes", 0.1, 0.35), ("lab-near", 0.9, 1.0), ("lab-far", 0.97, 1.0)):
         questions = [q for task in load_tasks([bench], split="dev") for q in questions_of(task, limit=48)]
-        options = {"guardrails": [], "bos": 2, "batch_size": 64, "max_length": 1024}
-        found = ask(lab.model, lab.tokenizer, questions, wrappers=[module], **options)
+        found = accuracy(behind(lab, module), questions)
         assert low <= found["acc"] <= high, (bench, found)

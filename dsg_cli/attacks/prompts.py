@@ -14,11 +14,11 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from dsg_cli.attacks.target import Change, Material, Target
+from dsg_cli.attacks.target import Material, Target
 from dsg_cli.data.readers import read_file, text_of
 from dsg_cli.data.tokens import encode_pair, separator
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question
+from dsg_cli.evals.questions import Change, Question
 from dsg_cli.workspace.results import Json
 
 Place = Literal["before", "after", "around"]

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dsg_cli.attacks.target import Change, Material, Target, of_forget
+from dsg_cli.attacks.target import Material, Target, of_forget
 from dsg_cli.attacks.weights import copied, linear_layers
 from dsg_cli.data.batches import TokenBatch, pad_rows
 from dsg_cli.data.tokens import encode_pair, special_ids, with_bos
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question
+from dsg_cli.evals.questions import Change, Question
 from dsg_cli.guardrail.guarded import guarded, protected_parameters
 from dsg_cli.guardrail.runtime.sites import decoder_layers
 from dsg_cli.job import ALONE

@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 
 from dsg_cli.attacks.prompts import benign_texts, check_room, cue_length
 from dsg_cli.attacks.relearn import AnswerBatch, answer_batch, answer_losses
-from dsg_cli.attacks.target import SIDES, Change, Material, Target, of_forget
-from dsg_cli.data.batches import TokenBatch
+from dsg_cli.attacks.target import SIDES, Material, Target, of_forget
 from dsg_cli.data.tokens import Request, encode_pair, special_ids
-from dsg_cli.evals.benches import Question
-from dsg_cli.guardrail.guarded import guarded, last_decisions
+from dsg_cli.evals.questions import Change, Question
+from dsg_cli.guardrail.guarded import guarded
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.inference.scoring import score
-from dsg_cli.job import ALONE
+from dsg_cli.inference.scoring import GuardedModel
+from dsg_cli.job import ALONE, Job
 from dsg_cli.models.residuals import replace_residual
 from dsg_cli.workspace.results import Json
 
@@ -332,26 +331,20 @@ class _Search:
         requests = [
             Request(self.change(suffix)(pair.context, 0), pair.continuation) for suffix in suffixes for pair in pairs
         ]
-
-        def note(_batch: TokenBatch) -> list[float]:
-            return [statistic for statistic, _, _ in last_decisions(self.guards)]
-
-        with guarded(self.model, self.guards, allow_mismatch=True):
-            scores = score(
-                self.model,
-                requests,
-                pad=target.tokenizer.pad_token_id or 0,
-                special=special_ids(target.tokenizer),
-                batch_size=target.batch_size,
-                max_length=target.max_length,
-                device=target.device,
-                note=note if self.guards else None,
-                workers=target.workers,
-            )
+        asked = GuardedModel(
+            self.model,
+            target.tokenizer,
+            target.bos,
+            self.guards,
+            batch_size=target.batch_size,
+            max_length=target.max_length,
+        )
+        scores = asked.loglikelihoods(requests, Job(target.workers, name="suffixes"))
         found = []
         for i, suffix in enumerate(suffixes):
             own = scores[i * len(pairs) : (i + 1) * len(pairs)]
-            loss, statistic = -sum(one.loglikelihood for one in own), sum(one.note or 0.0 for one in own)
+            loss = -sum(score.loglikelihood for score in own)
+            statistic = sum(score.decision.statistic for score in own if score.decision is not None)
             found.append(_Tried(suffix, loss / len(own), statistic / len(own)))
         return found
 

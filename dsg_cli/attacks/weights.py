@@ -17,7 +17,7 @@ from dsg_cli.attacks.target import SIDES, Material, Target, of_forget
 from dsg_cli.data.batches import pad_rows
 from dsg_cli.data.tokens import encode_pair, special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question
+from dsg_cli.evals.questions import Question
 from dsg_cli.guardrail.guarded import guarded, last_decisions
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.runtime.sites import HookSite, decoder_layers, decoder_of

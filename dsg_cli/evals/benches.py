@@ -10,7 +10,6 @@ import importlib.util
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,6 @@ DATA_OF = {"wmdp_bio": "cais/wmdp", "wmdp_cyber": "cais/wmdp", "wmdp_chem": "cai
 
 SCORED = ("multiple_choice", "loglikelihood")
 """Output types whose requests hold whole sequences."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One multiple-choice question."""
-
-    context: str
-    choices: tuple[str, ...]
-    """Continuations of the context, with their leading space."""
-    answer: int
 
 
 def load_tasks(
@@ -152,37 +141,6 @@ def _lab_task(bench: str, split: str) -> dict[str, Any]:
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
     }
-
-
-def questions_of(task: Any, *, limit: int | None = None) -> list[Question]:
-    """The questions of a multiple-choice task or group, exactly as lm-eval would ask them."""
-    if hasattr(task, "get_all_tasks"):
-        return [question for one in task.get_all_tasks() for question in questions_of(one, limit=limit)]
-    name = task.config.task
-    if task.get_config("output_type") != "multiple_choice":
-        raise DsgError(f"{name} is not a multiple-choice bench.", "Attacks ask questions with choices.")
-    task.build_all_requests(limit=limit, rank=0, world_size=1)
-    by_doc: dict[int, list[Any]] = {}
-    for instance in task.instances:
-        by_doc.setdefault(instance.doc_id, []).append(instance)
-    questions: list[Question] = []
-    for instances in by_doc.values():
-        instances.sort(key=lambda instance: instance.idx)
-        if len({instance.args[0] for instance in instances}) > 1:
-            raise DsgError(f"{name} asks each choice in a context of its own, which attacks cannot.")
-        choices = tuple(instance.args[1] for instance in instances)
-        questions.append(Question(instances[0].args[0], choices, _gold(task, instances[0].doc, choices, name)))
-    return questions
-
-
-def _gold(task: Any, doc: Any, choices: tuple[str, ...], name: str) -> int:
-    target = task.doc_to_target(doc)
-    if isinstance(target, str):
-        stripped = [choice.strip() for choice in choices]
-        target = stripped.index(target.strip()) if target.strip() in stripped else None
-    if not isinstance(target, int) or not 0 <= target < len(choices):
-        raise DsgError(f"A question of {name} has the answer {target!r}, which is none of its {len(choices)} choices.")
-    return target
 
 
 LAB_VERBATIM, LAB_ANSWER = 2, 8

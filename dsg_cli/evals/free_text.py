@@ -16,12 +16,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.data.tokens import Request, as_chat, encode, encode_pair
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.metrics import (
+    EvalResult,
     exact_memorisation,
     extraction_strength,
+    gate_rate,
     is_gibberish,
     is_refusal,
     loss_score,
@@ -32,14 +35,12 @@ from dsg_cli.evals.metrics import (
     standardised,
     zlib_score,
 )
-from dsg_cli.guardrail.guarded import check_causal, check_model
-from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.inference.generation import Prompt, Writer
-from dsg_cli.inference.scoring import Decision, Scorer, SideBySide, gate_rate
-from dsg_cli.inference.wrappers import WrapperModule, prefix_ids
-from dsg_cli.job import ALONE, Report, Workers, silent
-from dsg_cli.models.language_model import LoadedModel, context_length
-from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.guardrail.guarded import check_causal
+from dsg_cli.inference.generation import Prompt, generate
+from dsg_cli.inference.scoring import AnswerCache, Decision, GuardedModel
+from dsg_cli.inference.wrappers import prefix_ids
+from dsg_cli.job import PLAIN_JOB, Job
+from dsg_cli.settings import EvalSection
 from dsg_cli.workspace.results import Json
 
 
@@ -125,52 +126,51 @@ LOGIT_BYTES = 2**31
 SHARES = {"min_k_20": 0.2, "min_k_40": 0.4}
 
 Results = dict[str, list[Json]]
-"""Bench -> what came of each of its items, of one side."""
+"""Bench -> what came of each of its items, of one model."""
 
 
 @dataclass(frozen=True)
-class Side:
-    """A model and what is on it."""
-
-    name: str
-    loaded: LoadedModel
-    guardrails: Sequence[GuardrailModule] = ()
-    wrappers: Sequence[WrapperModule] = ()
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Everything that is asked of every side, and how."""
+class FreeText:
+    """Benches on free text, and how their items are put."""
 
     benches: Sequence[TextBench]
     bos: int | None
-    batch_size: int = 32
     chat: bool = False
     """Put contexts in the tokenizer's chat template."""
-    workers: Workers = ALONE
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    report: Report = silent
 
     @functools.cached_property
     def items(self) -> dict[str, Sequence[Item]]:
-        """Bench -> all that is asked, made once."""
+        """Bench -> all its items, made once."""
         return {bench.name: bench.items() for bench in self.benches}
 
     def digests(self) -> dict[str, str]:
-        """Bench -> digest of all that is asked."""
+        """Bench -> digest of all its items and of how they are put."""
         how = f"{self.bos}/{self.chat}"
         return {name: digest_of(items, how) for name, items in self.items.items()}
 
+    def context_ids(self, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
+        """Token ids of a context as the user sends it."""
+        if self.chat:
+            return encode(tokenizer, [as_chat(tokenizer, item.context)], bos=None)[0]
+        return encode(tokenizer, [item.context], bos=self.bos)[0]
 
-def check_texts(texts: Texts, loaded: LoadedModel, sides: Sequence[Side] = ()) -> None:
-    """Refuse what cannot be asked of a model, before it is."""
-    room = context_length(loaded.model.config)
-    before = max((len(prefix_ids(side.wrappers, loaded.tokenizer)) for side in sides), default=0)
-    writes = [(name, item) for name, items in texts.items.items() for item in items if item.n_new]
+    def pair(self, tokenizer: PreTrainedTokenizerBase, item: Item) -> Request:
+        """A context and the target that is read after it."""
+        if not self.chat or not item.context:
+            return encode_pair(tokenizer, item.context, item.target, bos=self.bos)
+        target = encode(tokenizer, [item.target.lstrip()], bos=None)[0]
+        return Request(tuple(self.context_ids(tokenizer, item)), tuple(target))
+
+
+def check_room(free: FreeText, *models: GuardedModel) -> None:
+    """Refuse gates that cannot guard writing, and prompts that leave no room for it, before anything is computed."""
+    writes = [(name, item) for name, items in free.items.items() for item in items if item.n_new]
     if writes:
-        check_causal(guard.gate.form for side in sides for guard in side.guardrails)
+        check_causal(guard.gate.form for model in models for guard in model.guardrails)
+    tokenizer, room = models[0].tokenizer, models[0].max_length
+    n_prefix = max(len(prefix_ids(model.wrappers, tokenizer)) for model in models)
     for name, item in writes:
-        n = len(_context_ids(loaded, item, texts)) + before
+        n = len(free.context_ids(tokenizer, item)) + n_prefix
         if n + item.n_new > room:
             raise DsgError(
                 f"{name}, {item.id}: a prompt of {n} tokens and {item.n_new} to be written are more than the {room} "
@@ -179,101 +179,99 @@ def check_texts(texts: Texts, loaded: LoadedModel, sides: Sequence[Side] = ()) -
             )
 
 
-def answers_of(side: Side, base: Side, texts: Texts, known: Results) -> tuple[Results, int]:
-    """What came of every item of every bench, and tokens that were read and written for it."""
-    room = context_length(side.loaded.model.config)
-    writer = Writer(side.loaded, side.guardrails, side.wrappers, texts.batch_size, what=f"{side.name} model, writing")
-    reader = Scorer(side.loaded, side.guardrails, texts.batch_size, room, what=f"{side.name} model, reading")
-    judge = Scorer(base.loaded, (), texts.batch_size, room, what=f"{side.name} model, as the base reads it")
-    reader.wrappers, reader.bos, reader.workers, judge.workers = side.wrappers, texts.bos, texts.workers, texts.workers
-    for one in (writer, reader, judge):
-        one.checkpoint, one.report = texts.checkpoint, texts.report
+def _results_of(
+    side: str, model: GuardedModel, base: GuardedModel, free: FreeText, job: Job, known: Results
+) -> tuple[Results, int]:
+    """What comes of every item of every bench, and tokens that were read and written for it."""
     results: Results = {}
-    for bench in texts.benches:
+    n_tokens = 0
+    for bench in free.benches:
         if bench.name in known:
             results[bench.name] = known[bench.name]
             continue
-        items = texts.items[bench.name]
+        items = free.items[bench.name]
         written = [i for i, item in enumerate(items) if item.n_new]
         read = [i for i, item in enumerate(items) if not item.n_new]
-        found: dict[int, Json] = dict(
-            zip(written, _write(writer, judge, [items[i] for i in written], texts), strict=True)
-        )
-        found |= dict(zip(read, _read(reader, [items[i] for i in read], texts), strict=True))
-        results[bench.name] = [found[i] for i in range(len(items))]
-    return results, writer.n_tokens + reader.n_tokens + judge.n_tokens
+        of_item: dict[int, Json] = {}
+        for numbers, compute in ((written, _write), (read, _read)):
+            found, n = compute(side, model, base, [items[i] for i in numbers], free, job) if numbers else ([], 0)
+            of_item |= dict(zip(numbers, found, strict=True))
+            n_tokens += n
+        results[bench.name] = [of_item[i] for i in range(len(items))]
+    return results, n_tokens
 
 
-def _write(writer: Writer, judge: Scorer, items: Sequence[Item], texts: Texts) -> list[Json]:
-    loaded = writer.loaded
-    prompts = [Prompt(tuple(_context_ids(loaded, item, texts)), item.n_new, item.stop) for item in items]
-    refusals = [one.body.refusal for one in writer.wrappers]
-    found: list[Json] = []
-    answers = writer(prompts)
-    for item, answer in zip(items, answers, strict=True):
+def _write(
+    side: str, model: GuardedModel, base: GuardedModel, items: Sequence[Item], free: FreeText, job: Job
+) -> tuple[list[Json], int]:
+    tokenizer = model.tokenizer
+    prompts = [Prompt(tuple(free.context_ids(tokenizer, item)), item.n_new, item.stop) for item in items]
+    completions = generate(model, prompts, job.named(f"{side} model, writing"))
+    refusals = [wrapper.body.refusal for wrapper in model.wrappers]
+    results: list[Json] = []
+    for item, completion in zip(items, completions, strict=True):
         truth = item.target
         if item.is_free:  # Of a longer text, as much as may be written.
-            truth = str(loaded.tokenizer.decode(encode(loaded.tokenizer, [truth], bos=None)[0][: item.n_new]))
-        shared = rouge(truth, answer.text)
-        found.append(
+            truth = str(tokenizer.decode(encode(tokenizer, [truth], bos=None)[0][: item.n_new]))
+        l_f1, l_recall = rouge(truth, completion.text)
+        results.append(
             {
-                "rouge_l": shared.l_f1,
-                "rouge_l_recall": shared.l_recall,
-                "n_tokens": len(answer.ids),
-                "repetition": repetition(answer.ids),
-                "refusal": is_refusal(answer.text, refusals),
-                **_decided(answer.decision),
-                "text": answer.text,
+                "rouge_l": l_f1,
+                "rouge_l_recall": l_recall,
+                "n_tokens": len(completion.token_ids),
+                "repetition": repetition(completion.token_ids),
+                "refusal": is_refusal(completion.text, refusals),
+                **_decided(completion.decision),
+                "text": completion.text,
             }
         )
-    free = [i for i, item in enumerate(items) if item.is_free]
-    limits_of = natural_limits(*_natural(judge, [items[i] for i in free], texts)) if free else (0.0, 0.0)
-    continued = [(i, Request(prompts[i].ids, answers[i].ids)) for i in free if answers[i].ids]
-    scores, _ = judge([request for _, request in continued])
-    losses = {
-        i: -one.loglikelihood / len(request.continuation) for (i, request), one in zip(continued, scores, strict=True)
-    }
-    for i in free:
-        found[i]["gibberish"] = is_gibberish(losses.get(i), found[i]["repetition"], limits_of)
-    return found
+    n_tokens = sum(completion.n_tokens for completion in completions)
+    judged = [i for i, item in enumerate(items) if item.is_free]
+    if not judged:
+        return results, n_tokens
+    job = job.named(f"{side} model, as the base reads it")
+    cache = AnswerCache()
+
+    def losses(requests: Sequence[Request]) -> list[float]:
+        """Mean loss of a token, as the base model reads it."""
+        scores = base.loglikelihoods(requests, job, cache=cache)
+        return [-score.loglikelihood / len(r.continuation) for score, r in zip(scores, requests, strict=True)]
+
+    natural = []
+    for i in judged:
+        ids = encode(tokenizer, [items[i].target], bos=None)[0][: items[i].n_new]
+        natural += [Request(prompts[i].ids, tuple(ids))] if ids else []
+    limits = natural_limits(losses(natural), [repetition(request.continuation) for request in natural])
+    continued = [i for i in judged if completions[i].token_ids]
+    loss_of = dict(
+        zip(continued, losses([Request(prompts[i].ids, completions[i].token_ids) for i in continued]), strict=True)
+    )
+    for i in judged:
+        results[i]["gibberish"] = is_gibberish(loss_of.get(i), results[i]["repetition"], limits)
+    return results, n_tokens + cache.n_tokens
 
 
-def _natural(judge: Scorer, items: Sequence[Item], texts: Texts) -> tuple[list[float], list[float]]:
-    """Losses and repetitions of how the texts really go on, as the base model reads them."""
-    loaded = judge.loaded
-    requests = []
-    for item in items:
-        ids = encode(loaded.tokenizer, [item.target], bos=None)[0][: item.n_new]
-        requests.append(Request(tuple(_context_ids(loaded, item, texts)), tuple(ids)))
-    requests = [one for one in requests if one.continuation]
-    scores, _ = judge(requests)
-    losses = [-score.loglikelihood / len(one.continuation) for score, one in zip(scores, requests, strict=True)]
-    return losses, [repetition(one.continuation) for one in requests]
-
-
-def _read(reader: Scorer, items: Sequence[Item], texts: Texts) -> list[Json]:
-    if not items:
-        return []
-    loaded, room = reader.loaded, reader.max_length
-    wholes = [_pair(loaded, item, texts) for item in items]
+def _read(
+    side: str, model: GuardedModel, _base: GuardedModel, items: Sequence[Item], free: FreeText, job: Job
+) -> tuple[list[Json], int]:
+    tokenizer, room = model.tokenizer, model.max_length
+    wholes = [free.pair(tokenizer, item) for item in items]
     # A text longer than the context is read as far as it fits.
     requests = [Request(one.context, one.continuation[: max(1, room + 1 - len(one.context))]) for one in wholes]
-    longest = max(len(one.inputs(room)) for one in requests)
-    size = reader.batch_size
-    reader.batch_size = max(1, min(size, LOGIT_BYTES // (4 * longest * len(loaded.tokenizer))))
-    try:
-        scores, decisions = reader(requests, _measure)
-    finally:
-        reader.batch_size = size
-    found = []
-    for item, whole, request, score, decided in zip(items, wholes, requests, scores, decisions, strict=True):
-        measured = dict(score.measured)
-        total = -measured["loss"] * measured["n_tokens"]
+    longest = max(len(request.inputs(room)) for request in requests)
+    size = max(1, min(model.batch_size, LOGIT_BYTES // (4 * longest * len(tokenizer))))
+    cache = AnswerCache()
+    scores = dataclasses.replace(model, batch_size=size).loglikelihoods(
+        requests, job.named(f"{side} model, reading"), measure=_measure, cache=cache
+    )
+    results = []
+    for item, whole, request, score in zip(items, wholes, requests, scores, strict=True):
+        total = -score.measured["loss"] * score.measured["n_tokens"]
         text = item.target
         if len(request.continuation) < len(whole.continuation):
-            text = str(loaded.tokenizer.decode(list(request.continuation)))
-        found.append({**measured, "zlib_score": zlib_score([total], text), **_decided(decided)})
-    return found
+            text = str(tokenizer.decode(list(request.continuation)))
+        results.append({**score.measured, "zlib_score": zlib_score([total], text), **_decided(score.decision)})
+    return results, cache.n_tokens
 
 
 def _measure(tail_CV: Tensor, target_C: Tensor) -> Json:
@@ -298,21 +296,6 @@ def _measure(tail_CV: Tensor, target_C: Tensor) -> Json:
     }
 
 
-def _pair(loaded: LoadedModel, item: Item, texts: Texts) -> Request:
-    if not texts.chat or not item.context:
-        return encode_pair(loaded.tokenizer, item.context, item.target, bos=texts.bos)
-    return Request(
-        tuple(_context_ids(loaded, item, texts)), tuple(encode(loaded.tokenizer, [item.target.lstrip()], bos=None)[0])
-    )
-
-
-def _context_ids(loaded: LoadedModel, item: Item, texts: Texts) -> list[int]:
-    """Token ids of a context as the user sends it."""
-    if texts.chat:
-        return encode(loaded.tokenizer, [as_chat(loaded.tokenizer, item.context)], bos=None)[0]
-    return encode(loaded.tokenizer, [item.context], bos=texts.bos)[0]
-
-
 def _decided(decision: Decision | None) -> Json:
     if decision is None:
         return {"length": 0, "statistic": 0.0, "gated": False, "edit": 0.0}
@@ -331,8 +314,8 @@ class Reference:
     source: str
     digest: str = ""
     """Of its weights, where they are known."""
-    loaded: LoadedModel | None = None
-    """The model, if it is asked here."""
+    model: GuardedModel | None = None
+    """The model itself, if it is evaluated here."""
     scores: Mapping[str, Json] = field(default_factory=dict)
     """Bench -> its scores, where they are stored."""
     results: Mapping[str, Json] = field(default_factory=dict)
@@ -340,75 +323,57 @@ class Reference:
 
 
 def evaluate_texts(
-    base: Side,
-    unlearned: Side,
-    texts: Texts,
+    base: GuardedModel,
+    unlearned: GuardedModel,
+    free: FreeText,
+    settings: EvalSection,
+    job: Job = PLAIN_JOB,
     *,
     reference: Reference | None = None,
     known: Results | None = None,
-    samples: bool = False,
-    allow_mismatch: bool = False,
-) -> SideBySide:
-    """Ask every bench of the base model and of the unlearned one.
+) -> EvalResult:
+    """Evaluate the base model and the unlearned one on benches on free text.
 
     Args:
-        base: The base model, whole.
-        unlearned: The same or another model under guardrails and behind wrappers.
-        texts: What is asked.
+        base: The base model, bare.
+        unlearned: The same or another model with all that acts on it.
+        free: The benches.
+        settings: `samples` keeps what was put and written in the rows.
+        job: Each worker gets the whole result.
         reference: A model that never saw what is to be forgotten, or its scores; metrics that need it are left out
             without it, and `refused` of the result says why.
         known: Bench -> what an earlier evaluation found of the same items of the base model.
-        samples: Keep what was asked and written in the rows.
-        allow_mismatch: Also if the model is not the one that the guardrails were made for.
     """
-    for guard in () if allow_mismatch else unlearned.guardrails:
-        check_model(unlearned.loaded.model, guard)
-    check_texts(texts, base.loaded, [base, unlearned])
-    found: dict[str, Results] = {}
-    found["base"], n_base = answers_of(base, base, texts, known or {})
-    found["unlearned"], n_unlearned = answers_of(unlearned, base, texts, {})
-    n_tokens = n_base + n_unlearned
-    if reference is not None and reference.loaded is not None:
-        check_texts(texts, reference.loaded)
-        needing = dataclasses.replace(texts, benches=[bench for bench in texts.benches if bench.relative])
-        found["reference"], n = answers_of(Side("reference", reference.loaded), base, needing, {})
-        n_tokens += n
-    results: dict[str, Json] = {}
-    refused: dict[str, Json] = {}
-    scores: dict[str, Json] = {}
-    gate: dict[str, Json] = {}
-    rows: list[Json] = []
-    for bench in texts.benches:
-        items = texts.items[bench.name]
-        of_sides = {
-            name: _by_part(items, several[bench.name]) for name, several in found.items() if bench.name in several
-        }
-        results[bench.name] = {name: bench.measured(one) | {"n": len(items)} for name, one in of_sides.items()}
-        known_scores = _scores_of(bench, reference, of_sides.get("reference"))
-        if known_scores is not None:
-            scores[bench.name] = known_scores
-            if reference is not None and bench.name in reference.results:
-                results[bench.name]["reference"] = dict(reference.results[bench.name])
-            for name in ("base", "unlearned"):
-                results[bench.name][name] |= bench.relative_to(of_sides[name], known_scores)
+    check_room(free, base, unlearned)
+    of_side: dict[str, Results] = {}
+    of_side["base"], n_base = _results_of("base", base, base, free, job, known or {})
+    of_side["unlearned"], n_unlearned = _results_of("unlearned", unlearned, base, free, job, {})
+    result = EvalResult(n_tokens=n_base + n_unlearned, asked=free.digests())
+    if reference is not None and reference.model is not None:
+        check_room(free, reference.model)
+        needing = dataclasses.replace(free, benches=[bench for bench in free.benches if bench.relative])
+        of_side["reference"], n = _results_of("reference", reference.model, base, needing, job, {})
+        result.n_tokens += n
+    for bench in free.benches:
+        items, name = free.items[bench.name], bench.name
+        parts = {side: _by_part(items, results[name]) for side, results in of_side.items() if name in results}
+        metrics = {side: bench.measured(found) | {"n": len(items)} for side, found in parts.items()}
+        reference_scores = _scores_of(bench, reference, parts.get("reference"))
+        if reference_scores is not None:
+            result.reference_scores[name] = reference_scores
+            if reference is not None and name in reference.results:
+                metrics["reference"] = dict(reference.results[name])
+            for side in ("base", "unlearned"):
+                metrics[side] |= bench.relative_to(parts[side], reference_scores)
         elif bench.relative:
-            refused[bench.name] = dict.fromkeys(bench.relative, "it needs a model that never saw what is forgotten")
-        of_bench = _rows(bench.name, items, found["base"][bench.name], found["unlearned"][bench.name], samples)
-        rates = _gate_rates(of_bench, items)
-        gate[bench.name] = gate_rate(
-            [row for row, item in zip(of_bench, items, strict=True) if item.is_forget] or of_bench
-        )
-        results[bench.name]["unlearned"] |= rates if unlearned.guardrails or unlearned.wrappers else {}
-        rows += of_bench
-    return SideBySide(
-        results=results,
-        gate=gate,
-        rows=rows,
-        n_tokens=n_tokens,
-        asked=texts.digests(),
-        scores=scores,
-        refused=refused,
-    )
+            result.refused[name] = dict.fromkeys(bench.relative, "it needs a model that never saw what is forgotten")
+        rows = _rows(name, items, of_side["base"][name], of_side["unlearned"][name], settings.samples)
+        forget = [row for row, item in zip(rows, items, strict=True) if item.is_forget]
+        result.gate[name] = gate_rate(forget or rows)
+        metrics["unlearned"] |= _gate_rates(rows, items) if unlearned.guardrails or unlearned.wrappers else {}
+        result.results[name] = metrics
+        result.rows += rows
+    return result
 
 
 def _scores_of(bench: TextBench, reference: Reference | None, found: Found | None) -> Json | None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,33 +19,31 @@ from dsg_cli.data.tokens import Request, with_bos
 from dsg_cli.errors import DsgError
 from dsg_cli.evals import bench_name
 from dsg_cli.evals.benches import task_index
-from dsg_cli.guardrail.guarded import check_model, guarded
-from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.inference.scoring import Decision, Known, Scorer, SideBySide, counts, gate_rate
-from dsg_cli.inference.wrappers import Verdict, WrapperModule, judged, on_side, prefix_ids, prompt_with
-from dsg_cli.job import ALONE, Report, Workers, silent
-from dsg_cli.models.language_model import LoadedModel
-from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.evals.metrics import EvalResult, counts, gate_rate
+from dsg_cli.guardrail.guarded import guarded
+from dsg_cli.inference.generation import behind_filters
+from dsg_cli.inference.scoring import Answer, AnswerCache, Decision, GuardedModel
+from dsg_cli.inference.wrappers import prefix_ids, with_prefixes
+from dsg_cli.job import PLAIN_JOB, Job
+from dsg_cli.settings import EvalSection
 from dsg_cli.workspace.results import Json
 
 
-def asked_key(arguments: Sequence[Any]) -> tuple[str, ...]:
+def request_texts(arguments: Sequence[Any]) -> tuple[str, ...]:
     """What tells requests of lm-eval apart: context and continuation, or the context alone of what is to be written."""
-    return tuple(one for one in arguments if isinstance(one, str))
+    return tuple(text for text in arguments if isinstance(text, str))
 
 
 class ScoringLM(HFLM):
     """lm-eval's Hugging Face model, with log-likelihoods computed by scoring.py: true lengths reach the gate."""
 
-    def __init__(self, scorer: Scorer, *, bos: int | None) -> None:
-        loaded = scorer.loaded
-        super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=scorer.batch_size)
-        self.bos = bos
-        self.scorer = scorer
-        scorer.max_length = self.max_length
-        scorer.bos = bos
+    def __init__(self, model: GuardedModel, job: Job = PLAIN_JOB, cache: AnswerCache | None = None) -> None:
+        super().__init__(pretrained=model.model, tokenizer=model.tokenizer, batch_size=model.batch_size)
+        self.guarded = replace(model, max_length=self.max_length)
+        self.job = job
+        self.cache = cache or AnswerCache()
         self.decisions: dict[tuple[str, ...], Decision] = {}
-        """By `asked_key`."""
+        """By `request_texts`."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Without lm-eval's progress bar: ours reports the same work."""
@@ -54,43 +52,34 @@ class ScoringLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_options: Any
     ) -> list[tuple[float, bool]]:
-        asked = [
-            Request(tuple(with_bos(context, self.bos)), tuple(continuation)) for _, context, continuation in requests
+        ours = [
+            Request(tuple(with_bos(context, self.guarded.bos)), tuple(continuation))
+            for _, context, continuation in requests
         ]
-        scores, decisions = self.scorer(asked)
-        for (texts, _, _), decided in zip(requests, decisions, strict=True):
-            if decided is not None:
-                self.decisions[texts] = decided
-        return [(found.loglikelihood, found.is_greedy) for found in scores]
+        scores = self.guarded.loglikelihoods(ours, self.job, cache=self.cache)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            if score.decision is not None:
+                self.decisions[texts] = score.decision
+        return [(score.loglikelihood, score.is_greedy) for score in scores]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers under the guardrails and behind the wrappers.
+        """Answers under the guardrails and behind the wrappers, by lm-eval's own loop: tasks bring its settings."""
+        prompts = [with_bos(self.tok_encode(request.args[0]), self.guarded.bos) for request in requests]
 
-        A prompt that a filter refuses is not shown to the model, an answer that one refuses to nobody.
-        """
-        wrappers = self.scorer.wrappers
-        prompts = [tuple(with_bos(self.tok_encode(request.args[0]), self.bos)) for request in requests]
-        verdicts = self._judged(on_side(wrappers, "input"), [Request(prompt, ()) for prompt in prompts])
-        answers = [one.refusal for one in verdicts]
-        asked = [i for i, refusal in enumerate(answers) if refusal is None]
-        with guarded(self.scorer.loaded.model, self.scorer.guardrails, allow_mismatch=True):
-            written = super().generate_until([requests[i] for i in asked], disable_tqdm=disable_tqdm) if asked else []
-        whole = [
-            Request(prompts[i], tuple(self.tok_encode(text, add_special_tokens=False)))
-            for i, text in zip(asked, written, strict=True)
-        ]
-        for i, text, verdict in zip(asked, written, self._judged(on_side(wrappers, "output"), whole), strict=True):
-            answers[i] = text if verdict.refusal is None else verdict.refusal
-            verdicts[i] = verdict if verdict.statistic is not None else verdicts[i]
-        for request, prompt, verdict in zip(requests, prompts, verdicts, strict=True):
+        def write(numbers: Sequence[int]) -> list[tuple[list[int], str]]:
+            with guarded(self.guarded.model, self.guarded.guardrails, allow_mismatch=True):
+                texts = super(ScoringLM, self).generate_until([requests[i] for i in numbers], disable_tqdm=disable_tqdm)
+            return [(self.tok_encode(text, add_special_tokens=False), text) for text in texts]
+
+        answers = []
+        for request, prompt, (_, text, verdict) in zip(
+            requests, prompts, behind_filters(self.guarded, prompts, write), strict=True
+        ):
             if verdict.statistic is not None:
-                is_refused = verdict.refusal is not None
-                self.decisions[asked_key(request.args)] = Decision(len(prompt), verdict.statistic, is_refused, 0.0)
-        return [str(answer) for answer in answers]
-
-    def _judged(self, filters: Sequence[WrapperModule], requests: Sequence[Request]) -> list[Verdict]:
-        loaded, batch_size = self.scorer.loaded, self.scorer.batch_size
-        return judged(filters, loaded.model, loaded.tokenizer, requests, batch_size=batch_size)
+                decision = Decision(len(prompt), verdict.statistic, verdict.refusal is not None, 0.0)
+                self.decisions[request_texts(request.args)] = decision
+            answers.append(text)
+        return answers
 
     def tok_batch_encode(
         self,
@@ -100,7 +89,7 @@ class ScoringLM(HFLM):
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Prompts, padded, with the prefixes after their BOS; too long a prompt loses its beginning, never a prefix."""
-        n_prefix = len(prefix_ids(self.scorer.wrappers, self.tokenizer))
+        n_prefix = len(prefix_ids(self.guarded.wrappers, self.tokenizer))
         if left_truncate_len is not None and left_truncate_len <= n_prefix:
             raise DsgError(
                 f"The text in front of prompts has {n_prefix} tokens; with the answer it leaves no room for a prompt."
@@ -110,7 +99,7 @@ class ScoringLM(HFLM):
         if not n_prefix:
             return ids_BL, mask_BL
         rows = [
-            prompt_with(self.scorer.wrappers, ids_L[mask_L.bool()].tolist(), self.tokenizer, self.bos)
+            with_prefixes(self.guarded.wrappers, ids_L[mask_L.bool()].tolist(), self.tokenizer)
             for ids_L, mask_L in zip(ids_BL, mask_BL, strict=True)
         ]
         length = max(map(len, rows))
@@ -124,91 +113,54 @@ COUNTED = ("acc", "acc_norm", "exact_match")
 """Metrics that are shares of questions, for which an interval is given."""
 
 
-@dataclass(frozen=True)
-class Asking:
-    """How lm-eval asks."""
-
-    limit: int | None = None
-    """Questions a bench, at most."""
-    num_fewshot: int | None = None
-    """Examples in front of each question; None leaves it to the task."""
-    chat: bool = False
-    """Put questions in the tokenizer's chat template."""
-
-
 def evaluate(
-    loaded: LoadedModel,
-    guardrails: Sequence[GuardrailModule],
+    base: GuardedModel,
+    unlearned: GuardedModel,
     tasks: Sequence[Any],
+    settings: EvalSection,
+    job: Job = PLAIN_JOB,
     *,
-    bos: int | None,
-    batch_size: int = 32,
-    asking: Asking | None = None,
-    unlearned: LoadedModel | None = None,
-    wrappers: Sequence[WrapperModule] = (),
-    samples: bool = False,
-    allow_mismatch: bool = False,
-    known: Known | None = None,
-    workers: Workers = ALONE,
-    checkpoint: Checkpoint | None = None,
-    report: Report = silent,
-) -> SideBySide:
-    """Ask every bench of the base model and of the same model under its guardrails and behind its wrappers.
+    known: Mapping[bytes, Answer] | None = None,
+) -> EvalResult:
+    """Evaluate the base model and the unlearned one on every bench.
 
     Args:
-        loaded: The base model, whole.
-        guardrails: What unlearned it.
-        tasks: lm-eval's tasks and groups, as `benches.tasks.load_tasks` gives them.
-        bos: Token that every sequence begins with.
-        batch_size: Sequences in a batch; results depend on it by rounding only.
-        asking: How the questions are put.
-        unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
-        wrappers: Of the unlearned model, in the order in which they act.
-        samples: Keep the questions' texts in the rows.
-        allow_mismatch: Also if the model is not the one that the guardrails were made for.
+        base: The base model, bare.
+        unlearned: The same or another model with all that acts on it.
+        tasks: lm-eval's tasks and groups, as `benches.load_tasks` gives them.
+        settings: How questions are put, how many of each bench, and whether their texts are kept in the rows.
+        job: Each worker gets the whole result. Texts of generating tasks are written by each of them.
         known: Answers of the base model that an earlier evaluation got.
-        workers: Who scores; each gets the whole result. Texts of generating tasks are written by each of them.
-        checkpoint: Where scoring goes on from, and is kept.
-        report: Progress.
     """
-    asking = asking or Asking()
-    for guard in () if allow_mismatch else guardrails:
-        check_model((unlearned or loaded).model, guard)
-    found: dict[str, Any] = {}
-    scorers: dict[str, Scorer] = {}
+    models = {"base": base, "unlearned": unlearned}
+    caches = {"base": AnswerCache(known or {}), "unlearned": AnswerCache()}
+    lm_eval: dict[str, Any] = {}
     decisions: dict[tuple[str, ...], Decision] = {}
-    for side in ("base", "unlearned"):
-        guards = guardrails if side == "unlearned" else ()
-        model = (unlearned or loaded) if side == "unlearned" else loaded
-        scorer = Scorer(model, guards, batch_size, 0, what=f"{side} model", workers=workers, report=report)
-        scorer.checkpoint = checkpoint or Checkpoint()
-        scorer.known = (known or {}) if side == "base" else {}
-        scorer.wrappers = wrappers if side == "unlearned" else ()
-        lm = ScoringLM(scorer, bos=bos)
-        found[side] = _simple_evaluate(
+    for side, model in models.items():
+        lm = ScoringLM(model, job.named(f"{side} model"), caches[side])
+        lm_eval[side] = _simple_evaluate(
             model=lm,
             tasks=list(tasks),
             task_manager=task_index((), False),
-            limit=asking.limit,
-            num_fewshot=asking.num_fewshot,
-            apply_chat_template=asking.chat,
+            limit=settings.limit,
+            num_fewshot=settings.num_fewshot,
+            apply_chat_template=settings.apply_chat_template,
             log_samples=True,
         )
-        scorers[side] = scorer
         decisions |= lm.decisions
-    rows = _rows(found["base"], found["unlearned"], decisions, samples)
-    names = list(found["base"]["results"])
-    rates = _gate_rates(rows, found["base"], names)
+    rows = _rows(lm_eval["base"], lm_eval["unlearned"], decisions, settings.samples)
+    names = list(lm_eval["base"]["results"])
+    rates = _gate_rates(rows, lm_eval["base"], names)
     for row in rows:
         row["bench"] = bench_name(row["bench"])
-    return SideBySide(
-        results={bench_name(name): {side: _metrics(found[side], name) for side in found} for name in names},
+    return EvalResult(
+        results={bench_name(name): {side: _metrics(lm_eval[side], name) for side in lm_eval} for name in names},
         gate={bench_name(name): rate for name, rate in rates.items()},
         rows=rows,
-        n_tokens=sum(scorer.n_tokens for scorer in scorers.values()),
-        answers=scorers["base"].answers,
-        n_known=scorers["base"].n_known,
-        found=found,
+        n_tokens=sum(cache.n_tokens for cache in caches.values()),
+        answers=caches["base"].answers,
+        n_known=caches["base"].n_known,
+        lm_eval=lm_eval,
     )
 
 
@@ -266,7 +218,7 @@ def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, ...], Decision],
     for bench, asked in unlearned["samples"].items():
         by_id = {sample["doc_id"]: sample for sample in base["samples"][bench]}
         for sample in asked:
-            decided = [decisions[key] for key in map(asked_key, sample["arguments"]) if key in decisions]
+            decided = [decisions[key] for key in map(request_texts, sample["arguments"]) if key in decisions]
             row: Json = {
                 "bench": bench,
                 "id": _label(sample["doc"].get("id"), str(sample["doc_id"])),

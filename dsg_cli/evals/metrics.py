@@ -1,8 +1,8 @@
-"""Whether what a model wrote is language: a documented estimate that needs no further model.
+"""What is computed from scores and texts: an evaluation's result, and metrics of language, memorisation and membership.
 
 A text counts as gibberish if it is empty, if the base model finds it less likely than nearly all natural text in its
-place, or if it repeats itself. How unlikely natural text is is measured on the true continuations of the same prompts;
-a text is allowed as much loss as 99 % of those have.
+place, or if it repeats itself: a documented estimate that needs no further model. How unlikely natural text is is
+measured on the true continuations of the same prompts; a text is allowed as much loss as 99 % of those have.
 """
 
 from __future__ import annotations
@@ -11,15 +11,59 @@ import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dsg_cli.intervals import wilson
 from dsg_cli.workspace.results import Json
 
 
-def judged(forget: str, found: Mapping[str, float], base: Mapping[str, float], chance: float) -> Json:
+@dataclass
+class EvalResult:
+    """An evaluation of the base and the unlearned model on the same questions."""
+
+    results: dict[str, Json] = field(default_factory=dict)
+    """Bench -> base, unlearned and perhaps reference -> metrics."""
+    gate: dict[str, Json] = field(default_factory=dict)
+    """Bench -> `gate_rate`."""
+    rows: list[Json] = field(default_factory=list)
+    """One a question."""
+    n_tokens: int = 0
+    """Tokens that models read and wrote."""
+    answers: Mapping[bytes, tuple[float, bool]] = field(default_factory=dict)
+    """Of the base model, for a later evaluation."""
+    n_known: int = 0
+    """Requests of the base model that an earlier evaluation had answered."""
+    lm_eval: dict[str, Any] = field(default_factory=dict)
+    """base and unlearned -> lm-eval's own results."""
+    question_ids: dict[str, list[str]] = field(default_factory=dict)
+    """Questions that the base model knows, of the benches that count only those."""
+    asked: dict[str, str] = field(default_factory=dict)
+    """Bench on free text -> digest of all its items."""
+    reference_scores: dict[str, Json] = field(default_factory=dict)
+    """Such a bench -> scores of a model that never saw what is forgotten."""
+    refused: dict[str, Json] = field(default_factory=dict)
+    """Such a bench -> metrics that could not be computed, and why."""
+
+
+def counts(k: int, n: int, metric: str = "acc") -> Json:
+    """How many, and the Wilson interval of the share."""
+    low, high = wilson(k, n)
+    return {f"{metric}_count": k, f"{metric}_low": low, f"{metric}_high": high}
+
+
+def gate_rate(rows: Sequence[Json]) -> Json:
+    """Share of questions that were gated, their number, and how large a change that made.
+
+    `edit` is the mean over gated questions of the largest change of a token's residual, relative to its norm.
+    """
+    edits = [row["edit"] for row in rows if row["gated"]]
+    return {"rate": len(edits) / len(rows), "n": len(rows), "edit": sum(edits) / len(edits) if edits else 0.0}
+
+
+def unlearning_score(forget: str, found: Mapping[str, float], base: Mapping[str, float], chance: float) -> Json:
     """`{forgetting, utility, score}` of accuracies by bench.
 
     Args:
@@ -185,25 +229,14 @@ def extraction_strength(is_first: Sequence[bool]) -> float:
     return n_last / len(is_first)
 
 
-@dataclass(frozen=True)
-class Rouge:
-    """Shares of words in common with the true text."""
-
-    l_f1: float
-    """ROUGE-L: of the longest common subsequence."""
-    l_recall: float
-    one_recall: float
-    """ROUGE-1: of words wherever they stand."""
-
-
-def rouge(truth: str, written: str) -> Rouge:
-    """ROUGE of a text against the true one."""
-    found = _scorer().score(truth, written)
-    return Rouge(float(found["rougeL"].fmeasure), float(found["rougeL"].recall), float(found["rouge1"].recall))
+def rouge(truth: str, written: str) -> tuple[float, float]:
+    """F1 and recall of ROUGE-L, the longest common subsequence of words, of a text against the true one."""
+    score = _scorer().score(truth, written)["rougeL"]
+    return float(score.fmeasure), float(score.recall)
 
 
 @functools.cache
 def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    return RougeScorer(["rougeL"], use_stemmer=False)

@@ -18,13 +18,10 @@ from dsg_cli.data.hub import commit_read, load_rows
 from dsg_cli.data.tokens import Request, as_chat, with_bos
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.evals import PAPER
-from dsg_cli.guardrail.guarded import check_model
-from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.inference.scoring import Decision, Known, Score, Scorer, SideBySide, counts, gate_rate
-from dsg_cli.inference.wrappers import WrapperModule
-from dsg_cli.job import ALONE, Report, Workers, silent
-from dsg_cli.models.language_model import LoadedModel, context_length
-from dsg_cli.workspace.checkpoints import Checkpoint
+from dsg_cli.evals.metrics import EvalResult, counts, gate_rate
+from dsg_cli.inference.scoring import Answer, AnswerCache, Decision, GuardedModel, Score
+from dsg_cli.job import PLAIN_JOB, Job
+from dsg_cli.settings import EvalSection
 from dsg_cli.workspace.files import parse_json
 from dsg_cli.workspace.results import Json
 
@@ -58,7 +55,7 @@ class PaperQuestion:
         return list(order).index(self.answer)
 
 
-def load_questions(bench: str) -> list[PaperQuestion]:
+def load_paper_questions(bench: str) -> list[PaperQuestion]:
     """All questions of a bench, from the hub."""
     questions = []
     for repo, config, subject in PAPER[bench]:
@@ -142,96 +139,97 @@ class Letters:
 
 
 def evaluate_paper(
-    loaded: LoadedModel,
-    guardrails: Sequence[GuardrailModule],
+    base: GuardedModel,
+    unlearned: GuardedModel,
     benches: Mapping[str, Sequence[PaperQuestion]],
+    settings: EvalSection,
+    job: Job = PLAIN_JOB,
     *,
-    bos: int | None,
-    batch_size: int = 32,
-    limit: int | None = None,
     question_ids: Mapping[str, Sequence[str]] | None = None,
-    unlearned: LoadedModel | None = None,
-    wrappers: Sequence[WrapperModule] = (),
-    samples: bool = False,
-    allow_mismatch: bool = False,
-    known: Known | None = None,
-    workers: Workers = ALONE,
-    checkpoint: Checkpoint | None = None,
-    report: Report = silent,
-) -> SideBySide:
+    known: Mapping[bytes, Answer] | None = None,
+) -> EvalResult:
     """Find the questions that the base model knows, and ask them of the unlearned model.
 
     Args:
-        loaded: The base model, whole.
-        guardrails: What unlearned it.
+        base: The base model, bare.
+        unlearned: The same or another model with all that acts on it.
         benches: Questions of each bench.
-        bos: Token that every prompt begins with.
-        batch_size: Prompts in a batch; results depend on it by rounding only.
-        limit: Questions of each data set of a bench to begin with, at most.
+        settings: `limit` counts the questions of each data set of a bench to begin with; `samples` keeps texts.
+        job: Each worker gets the whole result.
         question_ids: For a bench named here, these questions count, without a filter.
-        unlearned: The model with changed weights that guardrails and wrappers are on; None if it is the base.
-        wrappers: Of the unlearned model, in the order in which they act.
-        samples: Keep the questions' texts in the rows.
-        allow_mismatch: Also if the model is not the one that the guardrails were made for.
         known: Answers of the base model that an earlier evaluation got.
-        workers: Who scores; each gets the whole result.
-        checkpoint: Where scoring goes on from, and is kept.
-        report: Progress.
     """
-    for guard in () if allow_mismatch else guardrails:
-        check_model((unlearned or loaded).model, guard)
-    letters = Letters(loaded.tokenizer, bos=bos)
-    room = context_length(loaded.model.config)
-    base = Scorer(loaded, (), batch_size, room, what="base model, letters", known=known or {}, report=report)
-    after = Scorer(unlearned or loaded, guardrails, batch_size, room, what="unlearned model, letters", report=report)
-    after.wrappers, after.bos = wrappers, bos
-    for scorer in (base, after):
-        scorer.workers, scorer.checkpoint = workers, checkpoint or Checkpoint()
-    results: dict[str, Json] = {}
-    gate: dict[str, Json] = {}
-    rows: list[Json] = []
-    kept_ids: dict[str, list[str]] = {}
+    letters = Letters(base.tokenizer, bos=base.bos)
+    sides = {
+        "base": _Side(base, letters, job.named("base model, letters"), AnswerCache(known or {})),
+        "unlearned": _Side(unlearned, letters, job.named("unlearned model, letters"), AnswerCache()),
+    }
+    result = EvalResult(answers=sides["base"].cache.answers)
     for bench, questions in benches.items():
-        chosen = chosen_questions(bench, questions, question_ids or {})
-        asked = _first_of_each(questions, limit) if chosen is None else chosen
-        before = _ask(base, letters, asked, ORDERS[0])
-        right = [_is_right(found, question) for (found, _), question in zip(before, asked, strict=True)]
-        kept = list(asked)
-        if chosen is None:
-            kept = _known_in_every_order(
-                base, letters, [q for q, is_right in zip(asked, right, strict=True) if is_right]
-            )
+        named = chosen_questions(bench, questions, question_ids or {})
+        asked = _first_of_each(questions, settings.limit) if named is None else named
+        of_base = dict(zip([question.id for question in asked], sides["base"].ask(asked, ORDERS[0]), strict=True))
+        right = [question for question in asked if of_base[question.id].choice == question.answer]
+        kept = _known_in_every_order(sides["base"], right) if named is None else named
         if not kept:
             raise DsgError(
                 f"The base model answers none of the {len(asked)} questions of {bench} rightly in all {len(ORDERS)} "
                 "orders of their options.",
                 "Choose a stronger model, or another bench.",
             )
-        of_base = {question.id: found for (found, _), question in zip(before, asked, strict=True)}
-        answered = _ask(after, letters, kept, ORDERS[0])
-        bench_rows = [
-            _row(bench, question, of_base[question.id], *answer, samples)
-            for question, answer in zip(kept, answered, strict=True)
-        ]
-        n = len(kept)
-        sides = {
-            "base": sum(_is_right(of_base[question.id], question) for question in kept),
-            "unlearned": sum(_is_right(found, question) for (found, _), question in zip(answered, kept, strict=True)),
+        of_unlearned = sides["unlearned"].ask(kept, ORDERS[0])
+        n_right = {
+            "base": sum(of_base[question.id].choice == question.answer for question in kept),
+            "unlearned": sum(
+                answer.choice == question.answer for question, answer in zip(kept, of_unlearned, strict=True)
+            ),
         }
-        results[bench] = {side: {"acc": k / n, "n": n, **counts(k, n)} for side, k in sides.items()}
-        results[bench]["base"] |= {"n_asked": len(asked), "acc_asked": sum(right) / len(asked)}
-        gate[bench] = gate_rate(bench_rows)
-        rows += bench_rows
-        kept_ids[bench] = [question.id for question in kept]
-    return SideBySide(
-        results=results,
-        gate=gate,
-        rows=rows,
-        n_tokens=base.n_tokens + after.n_tokens,
-        answers=base.answers,
-        n_known=base.n_known,
-        question_ids=kept_ids,
-    )
+        n = len(kept)
+        result.results[bench] = {side: {"acc": k / n, "n": n, **counts(k, n)} for side, k in n_right.items()}
+        result.results[bench]["base"] |= {"n_asked": len(asked), "acc_asked": len(right) / len(asked)}
+        rows = [
+            _row(bench, question, of_base[question.id], answer, settings.samples)
+            for question, answer in zip(kept, of_unlearned, strict=True)
+        ]
+        result.gate[bench] = gate_rate(rows)
+        result.rows.extend(rows)
+        result.question_ids[bench] = [question.id for question in kept]
+    result.n_tokens = sum(side.cache.n_tokens for side in sides.values())
+    result.n_known = sides["base"].cache.n_known
+    return result
+
+
+@dataclass(frozen=True)
+class _LetterAnswer:
+    """Log-likelihoods of the letters for one question, and what gates and filters decided on it."""
+
+    loglikelihoods: list[float]
+    decision: Decision | None
+
+    @property
+    def choice(self) -> int:
+        return max(range(len(self.loglikelihoods)), key=self.loglikelihoods.__getitem__)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One model, with the answers that are known of it."""
+
+    model: GuardedModel
+    letters: Letters
+    job: Job
+    cache: AnswerCache
+
+    def ask(self, questions: Sequence[PaperQuestion], order: Sequence[int]) -> list[_LetterAnswer]:
+        of_question = [self.letters.requests(question, order) for question in questions]
+        requests = [request for own in of_question for request in own]
+        scores = self.model.loglikelihoods(requests, self.job, cache=self.cache)
+        answers, start = [], 0
+        for own in of_question:
+            values = self.letters.loglikelihoods(scores[start : start + len(own)])
+            answers.append(_LetterAnswer(values, scores[start].decision))
+            start += len(own)
+        return answers
 
 
 def _first_of_each(questions: Sequence[PaperQuestion], limit: int | None) -> list[PaperQuestion]:
@@ -246,55 +244,27 @@ def _first_of_each(questions: Sequence[PaperQuestion], limit: int | None) -> lis
     return kept
 
 
-def _known_in_every_order(scorer: Scorer, letters: Letters, questions: Sequence[PaperQuestion]) -> list[PaperQuestion]:
+def _known_in_every_order(side: _Side, questions: Sequence[PaperQuestion]) -> list[PaperQuestion]:
     """Those of some, all answered rightly in their own order, that are in all others too; each failure ends one."""
     kept = list(questions)
     for order in ORDERS[1:]:
-        answers = _ask(scorer, letters, kept, order)
-        kept = [q for q, (found, _) in zip(kept, answers, strict=True) if _choice(found) == q.right(order)]
+        answers = side.ask(kept, order)
+        kept = [q for q, answer in zip(kept, answers, strict=True) if answer.choice == q.right(order)]
     return kept
 
 
-def _ask(
-    scorer: Scorer, letters: Letters, questions: Sequence[PaperQuestion], order: Sequence[int]
-) -> list[tuple[list[float], Decision | None]]:
-    """The letters' log-likelihoods for each question, and what the gate decided."""
-    requests = [letters.requests(question, order) for question in questions]
-    scores, decisions = scorer([one for several in requests for one in several])
-    answers, start = [], 0
-    for several in requests:
-        found = letters.loglikelihoods(scores[start : start + len(several)])
-        answers.append((found, decisions[start]))
-        start += len(several)
-    return answers
-
-
-def _choice(loglikelihoods: Sequence[float]) -> int:
-    return max(range(len(loglikelihoods)), key=loglikelihoods.__getitem__)
-
-
-def _is_right(loglikelihoods: Sequence[float], question: PaperQuestion) -> bool:
-    return _choice(loglikelihoods) == question.answer
-
-
-def _row(
-    bench: str,
-    question: PaperQuestion,
-    base: list[float],
-    unlearned: list[float],
-    decided: Decision | None,
-    samples: bool,
-) -> Json:
+def _row(bench: str, question: PaperQuestion, base: _LetterAnswer, unlearned: _LetterAnswer, samples: bool) -> Json:
+    decision = unlearned.decision
     row: Json = {
         "bench": bench,
         "id": question.id,
         "group": question.subject,
-        "length": decided.n_tokens if decided else 0,
-        "statistic": decided.statistic if decided else 0.0,
-        "gated": bool(decided and decided.gated),
-        "edit": decided.edit if decided else 0.0,
+        "length": decision.n_tokens if decision else 0,
+        "statistic": decision.statistic if decision else 0.0,
+        "gated": bool(decision and decision.gated),
+        "edit": decision.edit if decision else 0.0,
         "answer": question.answer,
-        "base": base,
-        "unlearned": unlearned,
+        "base": base.loglikelihoods,
+        "unlearned": unlearned.loglikelihoods,
     }
     return row | ({"context": question.prompt(ORDERS[0]), "choices": list(question.options)} if samples else {})

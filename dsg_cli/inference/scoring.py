@@ -1,4 +1,10 @@
-"""Log-likelihoods of continuations, as lm-eval asks for them, in batches whose true lengths are known.
+"""A model with its guardrails and wrappers, and the log-likelihoods that it gives continuations.
+
+    model = GuardedModel(loaded.model, loaded.tokenizer, bos, guardrails, wrappers, batch_size)
+    scores = model.loglikelihoods(requests, job)            # one Score a request, with what gates and filters decided
+    base = model.bare()                                     # the same model without them
+    completions = generate(model, prompts, job)             # generation.py
+    answers = grade(model, questions, job)                  # evals/questions.py
 
 lm-eval pads on the right with id 0 and sends no mask; a gate that averages over a sequence would then move with the
 batch. Here every batch carries its mask, and requests that share their input (four one-token choices of one
@@ -12,31 +18,51 @@ import inspect
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsg_cli.data.batches import TokenBatch, pad_rows
-from dsg_cli.data.tokens import Request, special_ids
+from dsg_cli.data.tokens import Request, encode, special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.guarded import guarded, last_decisions
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.inference.wrappers import Wrapped, WrapperModule, has_filter, wrap
-from dsg_cli.intervals import wilson
-from dsg_cli.job import ALONE, Report, Workers, silent
-from dsg_cli.models.language_model import LoadedModel, devices_of
+from dsg_cli.inference.wrappers import (
+    LARGEST,
+    WrapperModule,
+    has_filter,
+    in_front,
+    prefix_ids,
+    read_by,
+    statistics_of,
+)
+from dsg_cli.job import PLAIN_JOB, Job
+from dsg_cli.models.language_model import context_length, devices_of
 from dsg_cli.models.residuals import OomSplitter
-from dsg_cli.workspace.checkpoints import Checkpoint, State
+from dsg_cli.workspace.checkpoints import State
 from dsg_cli.workspace.files import at_safe_points
-from dsg_cli.workspace.results import Json
-
-Note = Callable[[TokenBatch], Sequence[Any]]
-"""Called after each forward pass: a JSON value for each of its rows."""
 
 Measure = Callable[[Tensor, Tensor], Any]
 """Log-probabilities [C, V] and target ids [C] of a continuation -> a JSON value."""
+
+Answer = tuple[float, bool]
+"""Log-likelihood of a continuation, and whether it is greedy."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What gates and filters made of one input."""
+
+    n_tokens: int
+    statistic: float
+    """Of the gate nearest to firing; without any, of the filter nearest to refusing."""
+    gated: bool
+    """A gate fired, or a filter refused."""
+    edit: float
+    """Largest change of a token's residual, relative to its norm."""
 
 
 @dataclass(frozen=True)
@@ -46,134 +72,228 @@ class Score:
     loglikelihood: float
     is_greedy: bool
     """Every token of the continuation is the model's first choice."""
-    note: Any = None
-    """What was noted of its row."""
+    decision: Decision | None = None
+    """None without guardrails and filters."""
     measured: Any = None
     """What was measured of its tokens."""
 
+    @property
+    def is_blocked(self) -> bool:
+        return self.decision is not None and self.decision.gated
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What filters make of a prompt, or of a prompt and its answer."""
+
+    statistic: float | None
+    """Of the filter nearest to refusing; None without filters."""
+    refusal: str | None
+    """The text of the first filter that refuses; None if none does."""
+
+
+@dataclass
+class AnswerCache:
+    """Answers of one model that earlier evaluations got, and all that it answers in this one."""
+
+    known: Mapping[bytes, Answer] = field(default_factory=dict)
+    """By `request_key`; a request that is here costs nothing."""
+    answers: dict[bytes, Answer] = field(default_factory=dict)
+    """Of every request of this evaluation."""
+    n_known: int = 0
+    """Requests that were answered without the model."""
+    n_tokens: int = 0
+    """Tokens that the model read."""
+
+
+@dataclass(frozen=True, eq=False)
+class GuardedModel:
+    """A model with what acts on it: guardrails inside, wrappers around its prompts; with neither, a bare model.
+
+    Guardrails are put on for each pass and are gone after it; filters read the model without them. Whether it is the
+    model that they were made for is checked where they are loaded: attacks change its weights on purpose.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    bos: int | None = None
+    """Token that every sequence begins with."""
+    guardrails: Sequence[GuardrailModule] = ()
+    wrappers: Sequence[WrapperModule] = ()
+    """In the order in which they act."""
+    batch_size: int = 32
+    """Sequences in a batch; results depend on it by rounding only."""
+    max_length: int = 0
+    """Tokens that the model can read; by default what its configuration says."""
+
+    def __post_init__(self) -> None:
+        if not self.max_length:
+            object.__setattr__(self, "max_length", context_length(self.model.config))
+
+    @property
+    def device(self) -> str:
+        return str(next(self.model.parameters()).device)
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything decides about requests: guardrails or filters; a prefix alone does not."""
+        return bool(self.guardrails) or has_filter(self.wrappers)
+
+    def bare(self) -> GuardedModel:
+        """The same model without guardrails and wrappers."""
+        return replace(self, guardrails=(), wrappers=())
+
+    def loglikelihoods(
+        self,
+        requests: Sequence[Request],
+        job: Job = PLAIN_JOB,
+        *,
+        measure: Measure | None = None,
+        cache: AnswerCache | None = None,
+    ) -> list[Score]:
+        """Score requests in batches of similar lengths, longest first, shared among the job's workers.
+
+        A request that a filter refuses is scored as if the model had been given the refusal in place of the context.
+
+        Args:
+            requests: As the user sends them, without prefixes.
+            job: Keeps what is done under its name, each list of requests by itself.
+            measure: What to measure of each continuation's tokens. Then every request is computed: what is known
+                holds log-likelihoods only.
+            cache: What is known of the model, and a count of what it costs.
+
+        Returns:
+            One score a request, in their order.
+        """
+        cache = cache if cache is not None else AnswerCache()
+        verdicts = self.verdicts(self.wrappers, requests, job)
+        requests = self._wrapped(requests, verdicts)
+        keys = [request_key(request, self.max_length) for request in requests]
+        unknown = [i for i, key in enumerate(keys) if measure is not None or key not in cache.known]
+        with guarded(self.model, self.guardrails, allow_mismatch=True):
+            computed = _computed(self, [requests[i] for i in unknown], job, measure)
+        cache.n_known += len(requests) - len(unknown)
+        cache.n_tokens += sum(map(len, {requests[i].inputs(self.max_length) for i in unknown}))
+        by_number = dict(zip(unknown, computed, strict=True))
+        scores = []
+        for i, (request, verdict) in enumerate(zip(requests, verdicts, strict=True)):
+            loglikelihood, is_greedy, gate, measured = by_number.get(i) or (*cache.known[keys[i]], None, None)
+            cache.answers[keys[i]] = (loglikelihood, is_greedy)
+            decision = self._decision(len(request.inputs(self.max_length)), gate, verdict)
+            scores.append(Score(loglikelihood, is_greedy, decision, measured))
+        return scores
+
+    def verdicts(
+        self, wrappers: Sequence[WrapperModule], requests: Sequence[Request], job: Job = PLAIN_JOB
+    ) -> list[Verdict]:
+        """What the filters among some wrappers make of each request; every distinct text is read once."""
+        room = context_length(self.model.config)
+        values: list[list[tuple[float, WrapperModule]]] = [[] for _ in requests]
+        for wrapper in (wrapper for wrapper in wrappers if wrapper.is_filter):
+            texts = [read_by(wrapper.body, request)[-room:] for request in requests]
+            distinct = list(dict.fromkeys(texts))
+            statistics = statistics_of(
+                wrapper, self.model, self.tokenizer, distinct, batch_size=self.batch_size, job=job.named("filter")
+            )
+            of_text = dict(zip(distinct, (v if math.isfinite(v) else LARGEST for v in statistics), strict=True))
+            for own, text in zip(values, texts, strict=True):
+                own.append((of_text[text], wrapper))
+        return [
+            Verdict(
+                max(own, key=lambda pair: pair[0] - pair[1].body.threshold)[0] if own else None,
+                next((wrapper.body.refusal for value, wrapper in own if value > wrapper.body.threshold), None),
+            )
+            for own in values
+        ]
+
+    def _wrapped(self, requests: Sequence[Request], verdicts: Sequence[Verdict]) -> list[Request]:
+        """What the model is given instead of each request: a refusal in place of its context, or prefixes before it."""
+        prefix = prefix_ids(self.wrappers, self.tokenizer)
+        refusals = {
+            text: tuple(encode(self.tokenizer, [text], bos=self.bos)[0])
+            for text in {verdict.refusal for verdict in verdicts}
+            if text is not None
+        }
+        wrapped = []
+        for request, verdict in zip(requests, verdicts, strict=True):
+            context = request.context
+            if verdict.refusal is not None:
+                context = refusals[verdict.refusal]
+            elif prefix:
+                context = in_front(prefix, request, self.tokenizer, context_length(self.model.config))
+            wrapped.append(Request(context, request.continuation))
+        return wrapped
+
+    def _decision(self, n_tokens: int, gate: Sequence[Any] | None, verdict: Verdict) -> Decision | None:
+        is_refused = verdict.refusal is not None
+        if gate is not None:
+            statistic, is_gated, edit = gate
+            return Decision(n_tokens, statistic, is_gated or is_refused, edit)
+        return None if verdict.statistic is None else Decision(n_tokens, verdict.statistic, is_refused, 0.0)
+
 
 @torch.inference_mode()
-def score(
-    model: nn.Module,
-    requests: Sequence[Request],
-    *,
-    pad: int,
-    special: tuple[int, ...],
-    batch_size: int,
-    max_length: int,
-    device: str = "cpu",
-    note: Note | None = None,
-    measure: Measure | None = None,
-    what: str = "scoring",
-    workers: Workers = ALONE,
-    checkpoint: Checkpoint | None = None,
-    name: str = "",
-    report: Report = silent,
-) -> list[Score]:
-    """Score requests in batches of similar lengths, longest first, shared among workers.
-
-    Args:
-        model: A causal language model, guarded or not.
-        requests: What to score.
-        pad: Id to pad with; masked, so any will do.
-        special: Ids that are never counted.
-        batch_size: Sequences in a batch.
-        max_length: Tokens the model can read.
-        device: Where the model is.
-        note: What to note of each row.
-        measure: What to measure of each continuation's tokens.
-        what: Name of the work, for progress.
-        workers: Who computes; each gets the scores of all.
-        checkpoint: Where the work goes on from, and is kept,
-        name: under this name.
-        report: Progress.
-
-    Returns:
-        One score a request, in their order.
-    """
-    checkpoint = checkpoint or Checkpoint()
+def _computed(model: GuardedModel, requests: Sequence[Request], job: Job, measure: Measure | None) -> list[list[Any]]:
+    """`[log-likelihood, is greedy, gate or None, measured]` of each request, the guardrails being on."""
     by_input: dict[tuple[int, ...], list[int]] = {}
     for i, request in enumerate(requests):
-        by_input.setdefault(request.inputs(max_length), []).append(i)
+        by_input.setdefault(request.inputs(model.max_length), []).append(i)
     inputs = sorted(by_input, key=lambda ids: (-len(ids), ids))
-    digest = requests_digest(requests)
-    kept = checkpoint.entry(name) or {}
-    if kept.get("requests") != digest:
-        kept = {}
-    n_batches = int(kept.get("n_batches", 0))
-    found: dict[int, list[Any]] = {i: one for i, *one in kept.get("scores", [])}
-    split_on_oom = OomSplitter()
-    n_tokens, total = sum(map(len, inputs[: n_batches * batch_size])), sum(map(len, inputs))
+    this = job.named(f"{job.name}/{requests_digest(requests)}")
+    kept = this.kept() or {"n_batches": 0, "scores": []}
+    n_batches: int = kept["n_batches"]
+    scores: dict[int, list[Any]] = {i: values for i, *values in kept["scores"]}
+    size, split_on_oom = model.batch_size, OomSplitter()
+    n_tokens, total = sum(map(len, inputs[: n_batches * size])), sum(map(len, inputs))
 
     def state() -> State:
-        return {"requests": digest, "n_batches": n_batches, "scores": [[i, *one] for i, one in found.items()]}
+        return {"n_batches": n_batches, "scores": [[i, *values] for i, values in scores.items()]}
 
     with at_safe_points():
-        for start in range(n_batches * batch_size, len(inputs), batch_size):
-            rows = inputs[start : start + batch_size]
-            if workers.owns(start // batch_size):
-                asked = [[(i, requests[i].continuation) for i in by_input[row]] for row in rows]
-                batch = pad_rows([list(row) for row in rows], pad, special, device)
-                found |= _scored(model, batch, asked, split_on_oom, note, measure)
-            n_batches = start // batch_size + 1
+        for start in range(n_batches * size, len(inputs), size):
+            rows = inputs[start : start + size]
+            if job.workers.owns(start // size):
+                continuations = [[(i, requests[i].continuation) for i in by_input[row]] for row in rows]
+                scores |= _batch(model, rows, continuations, split_on_oom, measure)
+            n_batches = start // size + 1
             n_tokens += sum(map(len, rows))
-            report(f"{what}, tokens", n_tokens, total)
-            checkpoint.reached(name, state)
-    checkpoint.keep(name, state())
-    for several in workers.gathered(list(found.items())) if workers.n > 1 else ():
-        found |= dict(several)
-    return [Score(*found[i]) for i in range(len(requests))]
+            job.progress(f"{job.name}, tokens", n_tokens, total)
+            this.reached(state)
+    this.keep(state())
+    for shared in job.workers.gathered(list(scores.items())) if job.workers.n > 1 else ():
+        scores |= dict(shared)
+    return [scores[i] for i in range(len(requests))]
 
 
-def requests_digest(requests: Sequence[Request]) -> str:
-    """Of everything that is asked, in its order."""
-    digest = hashlib.sha256()
-    for one in requests:
-        digest.update(array("q", (len(one.context), len(one.continuation), *one.context, *one.continuation)).tobytes())
-    return digest.hexdigest()
-
-
-def _scored(
-    model: nn.Module,
-    whole: TokenBatch,
-    asked: Sequence[Sequence[tuple[int, tuple[int, ...]]]],
+def _batch(
+    model: GuardedModel,
+    rows: Sequence[tuple[int, ...]],
+    continuations: Sequence[Sequence[tuple[int, tuple[int, ...]]]],
     split_on_oom: OomSplitter,
-    note: Note | None,
     measure: Measure | None,
 ) -> dict[int, list[Any]]:
-    """The requests of one batch: number -> log-likelihood, whether it is greedy, and the note on its row.
-
-    Args:
-        model: A causal language model.
-        whole: The batch.
-        asked: Of each row, numbers and continuations of the requests that share it.
-        split_on_oom: Halves what does not fit.
-        note: What to note of each row.
-        measure: What to measure of each continuation's tokens.
-    """
+    """The requests of one batch by number; `continuations` are numbers and continuations of those that share a row."""
+    tokenizer = model.tokenizer
+    whole = pad_rows([list(row) for row in rows], tokenizer.pad_token_id or 0, special_ids(tokenizer), model.device)
     lengths = whole.mask_BL.sum(-1).tolist()
-    n_tail = [max(len(continuation) for _, continuation in several) for several in asked]
-    positions_P = _positions(lengths, n_tail)
+    n_tail = [max(len(continuation) for _, continuation in own) for own in continuations]
+    # Every position at which some row predicts a token of a continuation.
+    needed = {p for length, n in zip(lengths, n_tail, strict=True) for p in range(max(0, length - n), length)}
+    positions_P = torch.tensor(sorted(needed))
 
     def forward(batch: TokenBatch) -> Tensor:
-        return _logits(model, batch, positions_P[positions_P < batch.ids_BL.shape[1]])
+        return _logits(model.model, batch, positions_P[positions_P < batch.ids_BL.shape[1]])
 
-    found: dict[int, list[Any]] = {}
+    scores: dict[int, list[Any]] = {}
     for batch, logits_BPV in split_on_oom(whole, forward):
-        notes = note(batch) if note is not None else [None] * len(batch.index)
+        gates = last_decisions(model.guardrails) if model.guardrails else [None] * len(batch.index)
         for row_index, i_row in enumerate(batch.index):
             first = int(torch.searchsorted(positions_P, max(0, lengths[i_row] - n_tail[i_row])))
             n_kept = min(n_tail[i_row], lengths[i_row])
             tail_CV = logits_BPV[row_index, first : first + n_kept].float().log_softmax(-1)
-            for i, continuation in asked[i_row]:
-                found[i] = [*_one(tail_CV, continuation), notes[row_index], _measured(tail_CV, continuation, measure)]
-    return found
-
-
-def _positions(lengths: Sequence[int], n_tail: Sequence[int]) -> Tensor:
-    """Every position of a batch at which some row predicts a token of a continuation, ascending."""
-    needed = {p for length, n in zip(lengths, n_tail, strict=True) for p in range(max(0, length - n), length)}
-    return torch.tensor(sorted(needed))
+            for i, continuation in continuations[i_row]:
+                scores[i] = _score(tail_CV, continuation, gates[row_index], measure)
+    return scores
 
 
 def _logits(model: nn.Module, batch: TokenBatch, positions_P: Tensor) -> Tensor:
@@ -190,144 +310,41 @@ def _logits(model: nn.Module, batch: TokenBatch, positions_P: Tensor) -> Tensor:
     return model(**options).logits[:, positions_P]
 
 
-def _one(tail_CV: Tensor, continuation: tuple[int, ...]) -> tuple[float, bool]:
-    """Log-likelihood of a continuation, or of its end where its beginning was cut off, and whether it is greedy."""
-    tail_CV, target_C = _aligned(tail_CV, continuation)
+def _score(tail_CV: Tensor, continuation: tuple[int, ...], gate: Any, measure: Measure | None) -> list[Any]:
+    """Of a continuation, or of its end where its beginning was cut off."""
+    tail_CV = tail_CV[-len(continuation) :]
+    target_C = torch.tensor(continuation, device=tail_CV.device)[-len(tail_CV) :]
     loglikelihood = float(tail_CV.gather(-1, target_C[:, None]).sum())
     if not math.isfinite(loglikelihood):
         raise DsgError(
             f"A log-likelihood is {loglikelihood}: the model is broken, not unlearned.",
             "Check the weights, lower --strength, or try --dtype float32.",
         )
-    return loglikelihood, bool((tail_CV.argmax(-1) == target_C).all())
+    is_greedy = bool((tail_CV.argmax(-1) == target_C).all())
+    return [loglikelihood, is_greedy, gate, measure(tail_CV, target_C) if measure is not None else None]
 
 
-def _measured(tail_CV: Tensor, continuation: tuple[int, ...], measure: Measure | None) -> Any:
-    return measure(*_aligned(tail_CV, continuation)) if measure is not None else None
-
-
-def _aligned(tail_CV: Tensor, continuation: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities at the tokens of a continuation, and the tokens."""
-    tail_CV = tail_CV[-len(continuation) :]
-    return tail_CV, torch.tensor(continuation, device=tail_CV.device)[-len(tail_CV) :]
+def requests_digest(requests: Sequence[Request]) -> str:
+    """Of all requests, in their order."""
+    digest = hashlib.sha256()
+    for request in requests:
+        context, continuation = request.context, request.continuation
+        digest.update(array("q", (len(context), len(continuation), *context, *continuation)).tobytes())
+    return digest.hexdigest()
 
 
 KEY_BYTES = 16
 
-Known = Mapping[bytes, tuple[float, bool]]
-"""Answers by `request_key`: log-likelihood, and whether the continuation is greedy."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What gates and filters made of one input."""
-
-    n_tokens: int
-    statistic: float
-    """Of the gate nearest to firing; without any, of the filter nearest to refusing."""
-    gated: bool
-    """A gate fired, or a filter refused."""
-    edit: float
-    """Largest change of a token's residual, relative to its norm."""
-
-
-@dataclass
-class Scorer:
-    """A model, guarded and wrapped or not, that is asked in batches."""
-
-    loaded: LoadedModel
-    guardrails: Sequence[GuardrailModule]
-    batch_size: int
-    max_length: int
-    what: str = "scoring"
-    wrappers: Sequence[WrapperModule] = ()
-    bos: int | None = None
-    """Token that the refusal of a wrapper begins with."""
-    known: Known = field(default_factory=dict)
-    workers: Workers = ALONE
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    report: Report = silent
-    n_tokens: int = 0
-    n_calls: int = 0
-    n_known: int = 0
-    """Requests that were answered without the model."""
-    answers: dict[bytes, tuple[float, bool]] = field(default_factory=dict)
-    """Of everything that was asked."""
-
-    def __call__(
-        self, requests: Sequence[Request], measure: Measure | None = None
-    ) -> tuple[list[Score], list[Decision | None]]:
-        """The scores of requests and, under guardrails or behind filters, what those decided.
-
-        With something to measure, every request is asked: what is known holds log-likelihoods only.
-
-        The guardrails are put on here: filters read the model without them, and the caller has checked that it is the
-        model that they were made for.
-        """
-        wrapped = self._wrapped(requests)
-        requests = [one.request for one in wrapped]
-        keys = [request_key(request, self.max_length) for request in requests]
-        unknown = [i for i, key in enumerate(keys) if measure is not None or key not in self.known]
-        with guarded(self.loaded.model, self.guardrails, allow_mismatch=True):
-            found = score(
-                self.loaded.model,
-                [requests[i] for i in unknown],
-                pad=self.loaded.tokenizer.pad_token_id or 0,
-                special=special_ids(self.loaded.tokenizer),
-                batch_size=self.batch_size,
-                max_length=self.max_length,
-                device=str(self.loaded.model.device),
-                note=self._note if self.guardrails else None,
-                measure=measure,
-                what=self.what,
-                workers=self.workers,
-                checkpoint=self.checkpoint,
-                name=f"{self.what}/{self.n_calls}",
-                report=self.report,
-            )
-        self.n_calls += 1
-        self.n_tokens += sum(map(len, {requests[i].inputs(self.max_length) for i in unknown}))
-        self.n_known += len(requests) - len(unknown)
-        asked = dict(zip(unknown, found, strict=True))
-        scores = [asked[i] if i in asked else Score(*self.known[key]) for i, key in enumerate(keys)]
-        self.answers |= {key: (one.loglikelihood, one.is_greedy) for key, one in zip(keys, scores, strict=True)}
-        return scores, [self._decision(*one) for one in zip(wrapped, scores, strict=True)]
-
-    def _wrapped(self, requests: Sequence[Request]) -> list[Wrapped]:
-        return wrap(
-            self.wrappers,
-            self.loaded.model,
-            self.loaded.tokenizer,
-            requests,
-            batch_size=self.batch_size,
-            bos=self.bos,
-            workers=self.workers,
-            report=self.report,
-        )
-
-    def _decision(self, wrapped: Wrapped, found: Score) -> Decision | None:
-        n_tokens = len(wrapped.request.inputs(self.max_length))
-        if found.note is not None:
-            statistic, is_gated, edit = found.note
-            return Decision(n_tokens, statistic, is_gated or wrapped.is_refused, edit)
-        if not has_filter(self.wrappers):
-            return None
-        assert wrapped.statistic is not None
-        return Decision(n_tokens, wrapped.statistic, wrapped.is_refused, 0.0)
-
-    def _note(self, _batch: TokenBatch) -> list[tuple[float, bool, float]]:
-        return last_decisions(self.guardrails)
-
 
 def request_key(request: Request, max_length: int) -> bytes:
-    """What the model reads and is asked for, as a digest."""
+    """What the model reads and what it is to continue with, as a digest."""
     inputs, continuation = request.inputs(max_length), request.continuation
     content = array("q", (len(inputs), *inputs, *continuation)).tobytes()
     return hashlib.sha256(content).digest()[:KEY_BYTES]
 
 
-def answers_to_tensors(answers: Known) -> dict[str, Tensor]:
-    """Answers as an artifact stores them."""
+def answers_to_tensors(answers: Mapping[bytes, Answer]) -> dict[str, Tensor]:
+    """Answers by `request_key` as an artifact stores them."""
     keys = sorted(answers)
     return {
         "base_request": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES)
@@ -338,49 +355,8 @@ def answers_to_tensors(answers: Known) -> dict[str, Tensor]:
     }
 
 
-def answers_from_tensors(tensors: Mapping[str, Tensor]) -> dict[bytes, tuple[float, bool]]:
+def answers_from_tensors(tensors: Mapping[str, Tensor]) -> dict[bytes, Answer]:
     """The inverse."""
     keys = [bytes(row) for row in tensors["base_request"].tolist()]
     values, greedy = tensors["base_loglikelihood"].tolist(), tensors["base_is_greedy"].tolist()
     return {key: (value, is_greedy) for key, value, is_greedy in zip(keys, values, greedy, strict=True)}
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """An evaluation of two models on the same questions."""
-
-    results: dict[str, Json]
-    """bench -> side -> metrics"""
-    gate: dict[str, Json]
-    rows: list[Json]
-    """One a question."""
-    n_tokens: int
-    answers: Known = field(default_factory=dict)
-    """Of the base model, for a later evaluation."""
-    n_known: int = 0
-    """Requests of the base model that an earlier evaluation had answered."""
-    found: dict[str, Any] = field(default_factory=dict)
-    """lm-eval's own results of each side."""
-    question_ids: dict[str, list[str]] = field(default_factory=dict)
-    """Questions that the base model knows, of the benches that count only those."""
-    asked: dict[str, str] = field(default_factory=dict)
-    """Bench on free text -> digest of all that was asked."""
-    scores: dict[str, Json] = field(default_factory=dict)
-    """Such a bench -> scores of a model that never saw what is forgotten."""
-    refused: dict[str, Json] = field(default_factory=dict)
-    """Such a bench -> metrics that could not be computed, and why."""
-
-
-def counts(k: int, n: int, metric: str = "acc") -> Json:
-    """How many, and the Wilson interval of the share."""
-    low, high = wilson(k, n)
-    return {f"{metric}_count": k, f"{metric}_low": low, f"{metric}_high": high}
-
-
-def gate_rate(rows: Sequence[Json]) -> Json:
-    """Share of questions that were gated, their number, and how large a change that made.
-
-    `edit` is the mean over gated questions of the largest change of a token's residual, relative to its norm.
-    """
-    edits = [row["edit"] for row in rows if row["gated"]]
-    return {"rate": len(edits) / len(rows), "n": len(rows), "edit": sum(edits) / len(edits) if edits else 0.0}

@@ -19,7 +19,7 @@ from torch import Tensor
 from dsg_cli.data.corpora import Corpus, Part
 from dsg_cli.data.tokens import Piece, draw_pieces, separator, special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question
+from dsg_cli.evals.questions import Question
 from dsg_cli.guardrail.calibration import threshold_of
 from dsg_cli.inference.wrappers import WrapperModule, read_keywords, statistics_of, telling_words, wrapper_from_artifact
 from dsg_cli.intervals import rate_above
@@ -276,8 +276,7 @@ def _statistics(
         inputs.loaded.tokenizer,
         [piece.ids for piece in pieces],
         batch_size=inputs.batch_size,
-        report=inputs.job.progress,
-        what=f"{part} pieces",
+        job=Job(progress=inputs.job.progress, name=f"{part} pieces"),
     )
     if not all(map(math.isfinite, values)):
         raise DsgError("On a piece of text an activation is not finite.", "Check the weights, or try --dtype float32.")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.console import Group
 
-from dsg_cli.evals.metrics import judged
+from dsg_cli.evals.metrics import unlearning_score
 from dsg_cli.report.rendering import Name, Styled, Table, View, fold, interval, share, spread, terminal
 from dsg_cli.workspace.results import Json, StudyReport
 
@@ -228,7 +228,7 @@ def _score(body: StudyReport, point: Point) -> float | None:
     if benches[0] not in known:
         return None
     base = {bench: body.base[bench]["acc"] for bench in known}
-    score: float = judged(benches[0], known, base, body.chance)["score"]
+    score: float = unlearning_score(benches[0], known, base, body.chance)["score"]
     return score
 
 

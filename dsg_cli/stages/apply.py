@@ -16,12 +16,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsg_cli.attacks.target import ask
 from dsg_cli.data.corpora import Corpus, Part, check_disjoint, load_corpora
 from dsg_cli.data.tokens import bos_to_prepend, encode, prompts, special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question, load_tasks, questions_of
+from dsg_cli.evals.benches import load_tasks
+from dsg_cli.evals.questions import Question, accuracy, questions_of
 from dsg_cli.guardrail.guarded import Effect, measure_effect, module_from_artifact
+from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import METHODS, check_method, section_of
 from dsg_cli.methods.clamps import (
@@ -414,15 +415,8 @@ def try_strengths(
     trials: list[Json] = []
     for setting, strength in sorted(strengths, key=lambda pair: pair[1]):
         module = module_from_artifact(body.replace(strength=strength), header.model, tensors, where="The new guardrail")
-        result = ask(
-            loaded.model,
-            loaded.tokenizer,
-            questions,
-            guardrails=[module.to(loaded.model.device)],
-            bos=body.bos,
-            batch_size=batch_size,
-            max_length=context_length(loaded.model.config),
-        )
+        guardrails, model = [module.to(loaded.model.device)], loaded.model
+        result = accuracy(GuardedModel(model, loaded.tokenizer, body.bos, guardrails, batch_size=batch_size), questions)
         trials.append(
             {"strength": strength, "setting": setting, "acc": result["acc"], "gate_rate": result["gate_rate"]}
         )

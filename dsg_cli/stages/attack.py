@@ -18,9 +18,8 @@ from dsg_cli.attacks.target import SIDES, Material, Target, of_forget, summarise
 from dsg_cli.data.corpora import Corpus, load_corpora
 from dsg_cli.data.tokens import encode
 from dsg_cli.errors import DsgError
-from dsg_cli.evals import PAPER, is_free, known_benches
-from dsg_cli.evals.benches import Question, load_tasks, questions_of
 from dsg_cli.evals.expect import Expected, check_expected, check_metrics, parse_expected
+from dsg_cli.evals.questions import Question, default_bench, load_questions
 from dsg_cli.guardrail.runtime.sites import fingerprint
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import context_length
@@ -69,9 +68,9 @@ def run(
             )
         split = recipe.eval.split
         benches = [bench, *([settings.utility_bench] if settings.utility_bench else [])]
-        questions = {name: load_questions(recipe, name, split) for name in benches}
+        questions = {name: load_questions(name, recipe.eval) for name in benches}
         wordings = read_wordings(
-            settings, bench, questions[bench], kinds, lambda name: load_questions(recipe, name, split)
+            settings, bench, questions[bench], kinds, lambda name: load_questions(name, recipe.eval)
         )
         needs = {need for kind in kinds for need in ATTACKS[kind].needs}
         known, others = _attacker_knows(recipe, bench, questions[bench]) if "known" in needs else ([], [])
@@ -275,41 +274,11 @@ def _rephrasings(settings: AttackSection, bench: str) -> list[str]:
     return list(dict.fromkeys(settings.paraphrase_benches)) or other_phrasings(bench)
 
 
-def default_bench(forget: Sequence[str]) -> str:
-    """The bench named like the forget corpus."""
-    for name in forget:
-        if name in known_benches():
-            return name
-    if not forget:
-        raise DsgError(
-            "Nothing says what was to be forgotten: no forget corpus was given.", "Name a bench with --bench."
-        )
-    raise DsgError(f"No bench is named like the forget corpus ({', '.join(forget)}).", "Name one with --bench.")
-
-
-def check_bench(bench: str) -> None:
-    """Refuse a bench of the paper's protocol, whose prompts attacks cannot change."""
-    if bench in PAPER:
-        raise DsgError(f"Attacks cannot ask {bench}.", f"Take {bench.partition('-paper')[0]}.")
-    if is_free(bench):
-        raise DsgError(f"Attacks cannot ask {bench}, whose answers are free text.", "Name multiple-choice questions.")
-
-
-def load_questions(recipe: Recipe, bench: str, split: str) -> list[Question]:
-    """The questions of a bench."""
-    check_bench(bench)
-    tasks = load_tasks([bench], split=split, include_path=recipe.eval.include_path)
-    found = [question for task in tasks for question in questions_of(task, limit=recipe.eval.limit)]
-    if not found:
-        raise DsgError(f"The bench {bench} has no questions.")
-    return found
-
-
 def _attacker_knows(recipe: Recipe, bench: str, asked: list[Question]) -> tuple[list[Question], list[Question]]:
     """What the attacker trains on and what is then asked: of a lab bench the two splits, else disjoint samples."""
     n_known = recipe.attack.known_questions
     is_lab = bench in lab.bench_names()
-    pool = load_questions(recipe, bench, "dev" if recipe.eval.split == "test" else "test") if is_lab else asked
+    pool = load_questions(bench, recipe.eval, "dev" if recipe.eval.split == "test" else "test") if is_lab else asked
     if len(pool) < n_known + (not is_lab):
         raise DsgError(
             f"{bench} has {len(pool)} questions for an attacker who knows {n_known} and is asked others.",

@@ -19,16 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsg_cli.attacks.target import ask, chance_of
 from dsg_cli.data.tokens import bos_to_prepend
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question
-from dsg_cli.evals.metrics import judged
-from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.inference.wrappers import WrapperModule
+from dsg_cli.evals.metrics import unlearning_score
+from dsg_cli.evals.questions import Question, accuracy, chance_of, check_bench, default_bench, load_questions
+from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import METHODS, check_method, finetunes, section_of
-from dsg_cli.models.language_model import LoadedModel, context_length, load_model
+from dsg_cli.models.language_model import load_model
 from dsg_cli.recipe import values_at, with_values
 from dsg_cli.settings import CompareSection, Recipe
 from dsg_cli.stages import attack, evaluate
@@ -73,21 +71,22 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         raise DsgError(
             "Nothing says what the methods should unlearn.", "Name corpora: --forget, --retain, or a recipe."
         )
-    forget = section.forget or attack.default_bench(forget_names)
+    forget = section.forget or default_bench(forget_names)
     benches = [forget, *section.near, *section.other]
     if len(set(benches)) < len(benches):
         raise DsgError("A bench stands twice in compare.forget, near and other.", "Name each once.")
     for request in section.sequence:
-        attack.default_bench([request])
+        default_bench([request])
     workspace.check_writable()
     questions = {} if sources else _dev_questions(recipe, benches)
     for bench in benches:
-        attack.check_bench(bench)
+        check_bench(bench)
     recipe = settle(recipe)
     source = collected[0].base if collected else named_model(workspace, recipe.model.source)
     loaded = load_model(source, recipe.model)
     bos = bos_to_prepend(loaded.tokenizer, False)
-    base = accuracies(loaded, questions, recipe, bos=bos) if questions else {}
+    model = GuardedModel(loaded.model, loaded.tokenizer, bos, batch_size=recipe.eval.batch_size)
+    base = accuracies(model, questions) if questions else {}
     chance = chance_of(questions.get(forget, []))
     settings = {
         name: value for name, value in dataclasses.asdict(recipe).items() if name not in ("generate", "published")
@@ -170,7 +169,7 @@ def _dev_questions(recipe: Recipe, benches: Sequence[str]) -> dict[str, list[Que
     section = recipe.compare
     names = {bench: section.dev.get(bench, bench) for bench in benches}
     reported = [bench for bench, name in names.items() if name in benches and name not in lab.bench_names()]
-    questions = {bench: attack.load_questions(recipe, name, "dev") for bench, name in names.items()}
+    questions = {bench: load_questions(name, recipe.eval, "dev") for bench, name in names.items()}
     if not reported:
         return questions
     searched = [name for name in compared_methods(section) if len(settings_to_try(name, section, recipe.seed)) > 1]
@@ -182,29 +181,9 @@ def _dev_questions(recipe: Recipe, benches: Sequence[str]) -> dict[str, list[Que
     return {}
 
 
-def accuracies(
-    loaded: LoadedModel,
-    questions: Mapping[str, Sequence[Question]],
-    recipe: Recipe,
-    *,
-    bos: int | None,
-    guardrails: Sequence[GuardrailModule] = (),
-    wrappers: Sequence[WrapperModule] = (),
-) -> dict[str, float]:
+def accuracies(model: GuardedModel, questions: Mapping[str, Sequence[Question]]) -> dict[str, float]:
     """Accuracy on the questions of each bench."""
-    return {
-        bench: ask(
-            loaded.model,
-            loaded.tokenizer,
-            several,
-            guardrails=guardrails,
-            wrappers=wrappers,
-            bos=bos,
-            batch_size=recipe.eval.batch_size,
-            max_length=context_length(loaded.model.config),
-        )["acc"]
-        for bench, several in questions.items()
-    }
+    return {bench: accuracy(model, of_bench)["acc"] for bench, of_bench in questions.items()}
 
 
 @dataclass(frozen=True)
@@ -262,20 +241,13 @@ class Rivals:
             stored = run_method(recipe, scratch, name, options=dataclasses.replace(self.options, resume=False))
             composition = find_composition(scratch, [stored.id])
             loaded = load_composition(scratch, composition, recipe)
-            dev = accuracies(
-                loaded.model,
-                self.questions,
-                recipe,
-                bos=composition.bos,
-                guardrails=loaded.guardrails,
-                wrappers=loaded.wrappers,
-            )
+            dev = accuracies(loaded.unlearned_model(recipe.eval.batch_size), self.questions)
             # A model may be large; features that further trials share are small.
             shutil.rmtree(scratch.folder / stored.id, ignore_errors=True)
             trial |= {
                 "dev": dev,
                 "forget": dev[self.forget],
-                **judged(self.forget, dev, self.base, self.chance),
+                **unlearning_score(self.forget, dev, self.base, self.chance),
             }
         except DsgError as error:
             trial |= {**dict.fromkeys(("forget", "forgetting", "utility", "score")), "error": error.message}
@@ -358,7 +330,7 @@ class Rivals:
         recipe = with_values(self.recipe, values)
         section = recipe.compare
         requests = [*recipe.corpora.forget[:1], *section.sequence]
-        of_requests = [self.forget, *(attack.default_bench([request]) for request in requests[1:])]
+        of_requests = [self.forget, *(default_bench([request]) for request in requests[1:])]
         benches = list(dict.fromkeys([*of_requests, *section.near, *section.other]))
         measured = with_values(recipe, self.test_values | {"eval.benches": benches})
         acting: list[str] = []

@@ -16,11 +16,11 @@ from dsg_cli.errors import DsgError, nearest
 from dsg_cli.evals import PAPER, is_free
 from dsg_cli.evals.benches import commits, load_free, load_tasks, metrics_of
 from dsg_cli.evals.expect import check_expected, check_metrics, parse_expected
-from dsg_cli.evals.free_text import Reference, Results, Side, Texts, check_texts, evaluate_texts
-from dsg_cli.evals.paper_protocol import load_questions, read_question_ids
+from dsg_cli.evals.free_text import FreeText, Reference, Results, check_room, evaluate_texts
+from dsg_cli.evals.paper_protocol import load_paper_questions, read_question_ids
 from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
-from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer, whole_digest
+from dsg_cli.models.language_model import load_model, load_tokenizer, whole_digest
 from dsg_cli.settings import Recipe
 from dsg_cli.stages.inputs import (
     Composition,
@@ -39,7 +39,8 @@ from dsg_cli.workspace.results import EvalReport, Json
 from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:
-    from dsg_cli.inference.scoring import SideBySide
+    from dsg_cli.evals.metrics import EvalResult
+    from dsg_cli.inference.scoring import GuardedModel
 
 
 def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), options: RunOptions = QUIET) -> Stored:
@@ -64,22 +65,21 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
             settings.benches, split=split, limit=settings.limit, holdout=settings.holdout, seed=recipe.seed
         )
         check_metrics(expected, metrics_of(tasks) | {bench.name: set(bench.metrics) for bench in free})
-        texts = Texts(free, composition.bos, settings.batch_size, settings.apply_chat_template)
+        texts = FreeText(free, composition.bos, settings.apply_chat_template)
         needing = {bench.name for bench in free if bench.relative}
         digests = {name: digest for name, digest in texts.digests().items() if name in needing}
         reference = find_reference(recipe, workspace, digests)
-        paper_questions = {bench: load_questions(bench) for bench in in_paper}
+        paper_questions = {bench: load_paper_questions(bench) for bench in in_paper}
         recipe = settle(recipe, composition.header)
         loaded = load_composition(workspace, composition, recipe)
         if settings.apply_chat_template and not loaded.base.tokenizer.chat_template:
             raise DsgError(
                 f"The tokenizer of {loaded.base.source} has no chat template.", "Leave --apply-chat-template out."
             )
-        base = Side("base", loaded.base)
-        unlearned = Side("unlearned", loaded.model, loaded.guardrails, loaded.wrappers)
-        check_texts(texts, loaded.model, (base, unlearned))
+        base, unlearned = (make(settings.batch_size) for make in (loaded.base_model, loaded.unlearned_model))
+        check_room(texts, base, unlearned)
         if reference is not None:
-            reference = load_reference(reference, recipe, loaded.base)
+            reference = load_reference(reference, recipe, base)
     paper_commits = {bench: questions[0].revision for bench, questions in paper_questions.items()}
     header_settings: Json = {
         **dataclasses.asdict(settings),
@@ -109,42 +109,21 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         known_texts: Results = {}
         if not settings.samples:
             known_texts = earlier_texts(workspace, texts.digests(), this.header, this.job.checkpoint)
-        shared: Json = {
-            "bos": composition.bos,
-            "batch_size": settings.batch_size,
-            "samples": settings.samples,
-            "allow_mismatch": recipe.model.allow_mismatch,
-            "known": {key: answer for answers in earlier.values() for key, answer in answers.items()},
-            "workers": this.job.workers,
-            "checkpoint": this.job.checkpoint,
-            "report": this.job.progress,
-            "unlearned": loaded.model,
-            "wrappers": loaded.wrappers,
-        }
-        parts: list[SideBySide] = []
+        known = {key: answer for answers in earlier.values() for key, answer in answers.items()}
+        parts: list[EvalResult] = []
         if tasks:
-            from dsg_cli.evals.lm_harness import Asking, evaluate
+            from dsg_cli.evals.lm_harness import evaluate
 
-            asking = Asking(settings.limit, settings.num_fewshot, settings.apply_chat_template)
-            parts.append(evaluate(loaded.base, loaded.guardrails, tasks, asking=asking, **shared))
+            parts.append(evaluate(base, unlearned, tasks, settings, this.job, known=known))
         if paper_questions:
             from dsg_cli.evals.paper_protocol import evaluate_paper
 
-            shared |= {"limit": settings.limit, "question_ids": question_ids}
-            parts.append(evaluate_paper(loaded.base, loaded.guardrails, paper_questions, **shared))
+            part = evaluate_paper(
+                base, unlearned, paper_questions, settings, this.job, question_ids=question_ids, known=known
+            )
+            parts.append(part)
         if texts.benches:
-            texts = dataclasses.replace(
-                texts, workers=this.job.workers, checkpoint=this.job.checkpoint, report=this.job.progress
-            )
-            part = evaluate_texts(
-                base,
-                unlearned,
-                texts,
-                reference=reference,
-                known=known_texts,
-                samples=settings.samples,
-                allow_mismatch=recipe.model.allow_mismatch,
-            )
+            part = evaluate_texts(base, unlearned, texts, settings, this.job, reference=reference, known=known_texts)
             parts.append(part)
         results = {bench: sides for part in parts for bench, sides in part.results.items()}
         first = [bench for bench in settings.benches if bench in results]
@@ -169,12 +148,12 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         created, source = this.header.created, loaded.base.source
         files: dict[str, Content] = {}
         for part in parts:
-            if part.found:
-                files |= results_files(part.found, model=source, created=created, samples=settings.samples)
+            if part.lm_eval:
+                files |= results_files(part.lm_eval, model=source, created=created, samples=settings.samples)
         stored = this.write(
             body,
             n_tokens=sum(part.n_tokens for part in parts),
-            notes=[*_unchecked(composition), *(note for part in parts for note in _unheeded(part.found, recipe))],
+            notes=[*_unchecked(composition), *(note for part in parts for note in _unheeded(part.lm_eval, recipe))],
             tensors=answers_to_tensors(answers),
             rows=[row for part in parts for row in part.rows],
             folder=files,
@@ -183,10 +162,10 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
     return stored
 
 
-def _reference(reference: Reference | None, parts: Sequence[SideBySide]) -> Json:
+def _reference(reference: Reference | None, parts: Sequence[EvalResult]) -> Json:
     if reference is None:
         return {}
-    scores = {bench: of_bench for part in parts for bench, of_bench in part.scores.items()}
+    scores = {bench: of_bench for part in parts for bench, of_bench in part.reference_scores.items()}
     return {"source": reference.source, "digest": reference.digest, "scores": scores}
 
 
@@ -321,17 +300,18 @@ def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str
     return Reference(source)
 
 
-def load_reference(reference: Reference, recipe: Recipe, like: LoadedModel) -> Reference:
+def load_reference(reference: Reference, recipe: Recipe, base: GuardedModel) -> Reference:
     """The reference with its model, where it is one."""
     if reference.scores:
         return reference
     loaded = load_model(reference.source, recipe.model)
-    if loaded.tokenizer.get_vocab() != like.tokenizer.get_vocab():
+    if loaded.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise DsgError(
-            f"{reference.source} and {like.source} read different tokens, so that their scores cannot be compared.",
+            f"{reference.source} and the base model read different tokens, so that their scores cannot be compared.",
             "Name a model that was trained from the same base.",
         )
-    return dataclasses.replace(reference, loaded=loaded, digest=whole_digest(loaded.model))
+    model = dataclasses.replace(base, model=loaded.model, tokenizer=loaded.tokenizer, max_length=0)
+    return dataclasses.replace(reference, model=model, digest=whole_digest(loaded.model))
 
 
 def _stored_reference(named: str, workspace: Workspace, asked: Mapping[str, str]) -> Reference:

@@ -19,7 +19,8 @@ from dsg_cli.guardrail.loading import light_path, read_light
 from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.runtime.sites import fingerprint
-from dsg_cli.inference.wrappers import WrapperModule, has_filter, wrapper_from_artifact
+from dsg_cli.inference.scoring import GuardedModel
+from dsg_cli.inference.wrappers import WrapperModule, wrapper_from_artifact
 from dsg_cli.methods import METHODS, finetunes
 from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenizer
 from dsg_cli.models.sae import SaeSource, read_sae
@@ -398,10 +399,16 @@ class LoadedComposition:
     """The base itself, unless weights were changed."""
     guardrails: list[GuardrailModule]
     wrappers: list[WrapperModule]
+    bos: int | None
 
-    @property
-    def has_gate(self) -> bool:
-        return bool(self.guardrails) or has_filter(self.wrappers)
+    def base_model(self, batch_size: int = 32) -> GuardedModel:
+        """The base model, bare."""
+        return GuardedModel(self.base.model, self.base.tokenizer, self.bos, batch_size=batch_size)
+
+    def unlearned_model(self, batch_size: int = 32) -> GuardedModel:
+        """The unlearned model with all that acts on it."""
+        model = self.model
+        return GuardedModel(model.model, model.tokenizer, self.bos, self.guardrails, self.wrappers, batch_size)
 
 
 def load_composition(
@@ -442,7 +449,7 @@ def load_composition(
                 f"{stored.id} was made for other weights than those of {last}, whose lower layers have changed.",
                 f"Make one on them: dsg apply --from {last} --method {_body(stored).method}. Or --allow-mismatch.",
             ) from error
-    return LoadedComposition(base, model, guardrails, wrappers)
+    return LoadedComposition(base, model, guardrails, wrappers, composition.bos)
 
 
 def only_guardrails(composition: Composition, command: str) -> None:

@@ -21,8 +21,9 @@ from dsg_cli.guardrail.guarded import check_causal
 from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.guardrail.runtime.slice import SaeSlice
 from dsg_cli.guardrail.selection import SelectedFeature
-from dsg_cli.inference.generation import Answer, answer, prompt_ids
-from dsg_cli.inference.wrappers import prompt_with
+from dsg_cli.inference.generation import TracedAnswer, answer, prompt_ids
+from dsg_cli.inference.scoring import GuardedModel
+from dsg_cli.inference.wrappers import with_prefixes
 from dsg_cli.inspection.trace import Traced, trace
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel
@@ -51,7 +52,7 @@ class Answers:
 
     prompt: str
     guardrails: list[str]
-    sides: dict[str, Answer]
+    sides: dict[str, TracedAnswer]
 
     def as_json(self) -> Json:
         """For scripts: the gates' traces are named by their guardrails."""
@@ -103,9 +104,7 @@ class BothModels:
 
     def ids(self, prompt: str, settings: GenerateSection) -> list[int]:
         """Token ids of a prompt."""
-        return prompt_ids(
-            self.loaded.base, prompt, bos=self.composition.bos, chat=settings.chat, n_new=settings.max_new_tokens
-        )
+        return prompt_ids(self.loaded.base_model(), prompt, chat=settings.chat, n_new=settings.max_new_tokens)
 
     def answer(
         self,
@@ -115,20 +114,14 @@ class BothModels:
         write: Write = lambda _side, _piece: None,
     ) -> Answers:
         """What each side that is asked for writes to a prompt."""
-        loaded = self.loaded
-        sides: dict[str, Answer] = {}
+        models = {"base": self.loaded.base_model(), "guarded": self.loaded.unlearned_model()}
+        sides: dict[str, TracedAnswer] = {}
         for side in ("base", "guarded") if settings.side == "both" else (settings.side,):
-            is_guarded = side == "guarded"
             sides[side] = answer(
-                loaded.model if is_guarded else loaded.base,
+                models[side],
                 ids,
-                guardrails=loaded.guardrails if is_guarded else (),
-                wrappers=loaded.wrappers if is_guarded else (),
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
+                settings,
                 seed=self.recipe.seed,
-                refusal=settings.refusal if settings.on_trigger == "refuse" else None,
-                allow_mismatch=self.recipe.model.allow_mismatch,
                 write=lambda piece, side=side: write(side, piece),  # type: ignore[misc]
             )
         return Answers(prompt, [stored.id for stored in self.composition.guardrails], sides)
@@ -176,7 +169,8 @@ class Tracer:
 
     def ids(self, prompt: str, *, chat: bool = False) -> list[int]:
         """Token ids of a prompt."""
-        return prompt_ids(self.loaded, prompt, bos=self.bos, chat=chat, n_new=0)
+        model = GuardedModel(self.loaded.model, self.loaded.tokenizer, self.bos)
+        return prompt_ids(model, prompt, chat=chat, n_new=0)
 
     def traced(self, prompt: str, ids: Sequence[int]) -> Traced:
         """What is seen of a prompt."""
@@ -252,7 +246,7 @@ class Live:
         settings = _settings(models.recipe.generate, request)
         ids = models.ids(prompt, settings)
         sides = models.answer(prompt, ids, settings).sides
-        with_prefix = prompt_with(loaded.wrappers, ids, loaded.base.tokenizer, models.composition.bos)
+        with_prefix = with_prefixes(loaded.wrappers, ids, loaded.base.tokenizer)
         read = sides["guarded"].ids or with_prefix  # What a filter refuses, no gate reads.
         response: Json = {
             "tokens": [str(loaded.base.tokenizer.decode([token])) for token in read],
@@ -264,7 +258,7 @@ class Live:
         finite: Json = _without_infinities(response)
         return finite
 
-    def _trace(self, number: int, prompt: str, ids: Sequence[int], answer: Answer) -> Json:
+    def _trace(self, number: int, prompt: str, ids: Sequence[int], answer: TracedAnswer) -> Json:
         """By one guardrail: activations and scores as it would see the text alone, and what its gate made of it."""
         tracer, gate = self.tracers[number], answer.gates[number]
         traced = tracer.traced(prompt, ids).trace.as_json()

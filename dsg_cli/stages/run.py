@@ -98,12 +98,13 @@ def check_recipe(recipe: Recipe) -> None:
 def check_data(recipe: Recipe) -> None:
     """Load the questions of every bench, and refuse conditions on what they do not measure."""
     from dsg_cli.evals.benches import load_free, load_tasks, metrics_of
-    from dsg_cli.evals.paper_protocol import load_questions
+    from dsg_cli.evals.paper_protocol import load_paper_questions
+    from dsg_cli.evals.questions import check_bench
 
     settings = recipe.eval
     of_attacks = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
     for name in of_attacks:
-        attack.check_bench(name)
+        check_bench(name)
     benches = [*settings.benches, *sorted(of_attacks - set(settings.benches))]
     tasks = load_tasks(
         [bench for bench in benches if bench not in PAPER and not is_free(bench)],
@@ -118,7 +119,7 @@ def check_data(recipe: Recipe) -> None:
     check_metrics(expected, metrics_of(tasks) | {bench.name: set(bench.metrics) for bench in free})
     for bench in settings.benches:
         if bench in PAPER:
-            load_questions(bench)
+            load_paper_questions(bench)
 
 
 Verb = Literal["read", "compute", "write"]

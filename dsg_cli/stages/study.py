@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dsg_cli.attacks.target import chance_of
 from dsg_cli.data.corpora import Corpus, check_named, load_corpora
 from dsg_cli.data.readers import read_prompts
 from dsg_cli.errors import DsgError
+from dsg_cli.evals.questions import chance_of, check_bench, default_bench, load_questions
 from dsg_cli.guardrail.calibration import gate_inputs
 from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
@@ -27,7 +27,7 @@ from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.sae import check_name
 from dsg_cli.recipe import values_at, with_values
 from dsg_cli.settings import Recipe, SelectSection
-from dsg_cli.stages import attack, select
+from dsg_cli.stages import select
 from dsg_cli.stages.apply import AUTO, check_strength
 from dsg_cli.stages.calibrate import calibration_chunks, chunk_lengths
 from dsg_cli.stages.inputs import chain_sae, load_chain_model, taken_from
@@ -73,7 +73,7 @@ def run(
     workspace.check_writable()
     benches = _benches(recipe, name)
     asked = dict.fromkeys([*benches["forget"], *benches["other"]])
-    questions = {bench: attack.load_questions(recipe, bench, recipe.study.split) for bench in asked}
+    questions = {bench: load_questions(bench, recipe.eval, recipe.study.split) for bench in asked}
     entities = _entities(recipe, grid)
     if features is None:
         features = select.run(recipe, workspace, options=dataclasses.replace(options, reuse=True))
@@ -284,12 +284,12 @@ def _benches(recipe: Recipe, name: str) -> Json:
     section = recipe.study
     if not STUDIES[name].asks:
         return {"forget": [], "other": []}
-    forget = [section.forget or attack.default_bench(_names(recipe))]
+    forget = [section.forget or default_bench(_names(recipe))]
     if name == "sequential":
-        forget += [attack.default_bench([request]) for request in section.sequence]
+        forget += [default_bench([request]) for request in section.sequence]
     other = [bench for bench in section.benches or recipe.eval.benches if bench not in forget]
     for bench in (*forget, *other):
-        attack.check_bench(bench)
+        check_bench(bench)
     return {"forget": forget, "other": list(dict.fromkeys(other))}
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from dsg_cli.data.corpora import COMPOSED
 from dsg_cli.data.readers import read_prompts
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question, commits, load_tasks, questions_of
+from dsg_cli.evals.benches import commits, load_tasks
+from dsg_cli.evals.questions import Question, questions_of
 from dsg_cli.inference.wrappers import read_keywords
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import check_method, load_method, section_of

@@ -16,12 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dsg_cli.attacks.target import Outcome, outcomes, requests_of
-from dsg_cli.data.batches import TokenBatch
 from dsg_cli.data.corpora import Corpus
-from dsg_cli.data.tokens import Piece, Request, draw_pieces, special_ids
+from dsg_cli.data.tokens import Piece, Request, draw_pieces
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import Question
+from dsg_cli.evals.questions import Outcome, Question, outcomes, requests_of
 from dsg_cli.guardrail.calibration import (
     GateInputs,
     calibrated_threshold,
@@ -29,11 +27,10 @@ from dsg_cli.guardrail.calibration import (
     gate_statistics,
     make_guardrail,
 )
-from dsg_cli.guardrail.guarded import guarded, last_decisions
 from dsg_cli.guardrail.runtime.gates import DETECTING_FORMS
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.selection import scores_of, select_features
-from dsg_cli.inference.scoring import Score, score
+from dsg_cli.inference.scoring import GuardedModel, Score
 from dsg_cli.intervals import median_interval, wilson
 from dsg_cli.job import Job
 from dsg_cli.models.language_model import LoadedModel, context_length
@@ -204,7 +201,7 @@ class Sweep:
             self._cache["base", bos] = self._score(everything, ())
         by_bench = self._cache["requests", bos]
         requests = [request for requests in by_bench.values() for request in requests]
-        scores, is_blocked = list(self._cache["base", bos]), [False] * len(requests)
+        scores = list(self._cache["base", bos])
         if guardrails:
             max_length = context_length(self.loaded.model.config)
             inputs = [request.inputs(max_length) for request in requests]
@@ -213,13 +210,13 @@ class Sweep:
                 i for i, row in enumerate(inputs) if any(not known[row] <= threshold for known, threshold in seen)
             ]
             for i, answer in zip(opened, self._score([requests[i] for i in opened], guardrails), strict=True):
-                scores[i], is_blocked[i] = answer, bool(answer.note)
+                scores[i] = answer
         graded: dict[str, list[Outcome]] = {}
         start = 0
         for bench, questions in self.questions.items():
-            own = slice(start, start + len(by_bench[bench]))
-            graded[bench] = outcomes(questions, scores[own], is_blocked[own])
-            start = own.stop
+            end = start + len(by_bench[bench])
+            graded[bench] = outcomes(questions, scores[start:end])
+            start = end
         return graded
 
     def _settings(self, point: Json) -> Json:
@@ -275,27 +272,14 @@ class Sweep:
         return seen
 
     def _score(self, requests: Sequence[Request], guardrails: Sequence[SweptGuardrail]) -> list[Score]:
-        """Scores, noting of each whether a gate opened."""
-        modules, model = [guardrail.module for guardrail in guardrails], self.loaded.model
         self.n_asked += len(requests)
-
-        def note(_batch: TokenBatch) -> list[bool]:
-            return [is_gated for _, is_gated, _ in last_decisions(modules)]
-
-        # It is the model that the guardrails were made on a moment ago.
-        with guarded(model, modules, allow_mismatch=True):
-            return score(
-                model,
-                requests,
-                pad=self.loaded.tokenizer.pad_token_id or 0,
-                special=special_ids(self.loaded.tokenizer),
-                batch_size=self.batch_size,
-                max_length=context_length(model.config),
-                device=str(model.device),
-                note=note if modules else None,
-                what="asking",
-                report=self.job.progress,
-            )
+        model = GuardedModel(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            guardrails=[guardrail.module for guardrail in guardrails],
+            batch_size=self.batch_size,
+        )
+        return model.loglikelihoods(requests, Job(progress=self.job.progress, name="asking"))
 
 
 MEASURES = ("bench", "metric", "value", "low", "high", "n", "gate_rate", "gate_low", "gate_high", "error")

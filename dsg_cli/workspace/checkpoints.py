@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class Checkpoint:
         self.lock = lock
         self.entries: dict[str, State] = _read(path) if resume and path is not None and path.is_file() else {}
         self.resumed = bool(self.entries)
-        self.interval = seconds_between()
+        self.interval = math.inf if path is None else seconds_between()
         self.written = time.monotonic()
 
     def entry(self, name: str) -> State | None:

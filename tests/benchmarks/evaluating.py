@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+import types
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from dsg_cli.data.batches import TokenBatch
 from dsg_cli.data.tokens import Request
 from dsg_cli.inference import scoring
-from dsg_cli.inference.scoring import score
+from dsg_cli.inference.scoring import GuardedModel
 
 N_ROUNDS = 5
 VOCABULARY = 256_000
@@ -35,6 +36,8 @@ def positions_ratio() -> float:
         num_key_value_heads=2, head_dim=64,
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    tokenizer = types.SimpleNamespace(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    asked = GuardedModel(model, tokenizer, max_length=1024)
     rng = random.Random(0)
     requests = [
         Request(tuple(rng.randrange(10, VOCABULARY) for _ in range(rng.randint(80, 120))), (letter,))
@@ -48,7 +51,7 @@ def positions_ratio() -> float:
         for is_sparse in times:
             scoring._logits = sparse if is_sparse else all_logits
             start = time.perf_counter()
-            found[is_sparse] = score(model, requests, pad=0, special=(0,), batch_size=32, max_length=1024)
+            found[is_sparse] = asked.loglikelihoods(requests)
             times[is_sparse].append(time.perf_counter() - start)
     scoring._logits = sparse
     differences = [abs(a.loglikelihood - b.loglikelihood) for a, b in zip(found[True], found[False], strict=True)]
