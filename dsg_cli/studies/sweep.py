@@ -12,7 +12,8 @@ import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -40,6 +41,8 @@ from dsg_cli.settings import CalibrateSection, parse_strength
 from dsg_cli.studies import OF_A_GUARDRAIL
 from dsg_cli.workspace.artifacts import FeatureSet
 from dsg_cli.workspace.results import Json
+
+T = TypeVar("T")
 
 Statistics = list[tuple[str, float]]
 """Corpus and gate statistic of each calibration chunk."""
@@ -156,35 +159,32 @@ class Sweep:
     def statistics(self, point: Json, part: str, length: int) -> Statistics:
         """What the gate of a point sees in chunks of so many tokens, on the recipe's own base."""
         base, chunks = self.base_at({}), self.chunks(part, length, is_packed=False)
-        indices = self._indices(point, base)
-        key = ("seen", self._watches(indices, base), part, length)
-        if key not in self._cache:
-            what = f"{part}, {length} tokens"
-            module = self._module(indices, base)
-            self._cache[key] = self._see([module], chunks, what, f"{what} of {key[1]}")[0] if chunks else []
-        seen: Statistics = self._cache[key]
-        return seen
+        indices, what = self._indices(point, base), f"{part}, {length} tokens"
+        watches = self._watches(indices, base)
+
+        def see() -> Statistics:
+            return self._see([self._module(indices, base)], chunks, what, f"{what} of {watches}")[0] if chunks else []
+
+        return self._once(("seen", watches, part, length), see)
 
     def chunks(self, part: str, length: int, *, is_packed: bool) -> list[Piece]:
         """Chunks of so many tokens, BOS not counted, of `calibrate` or `fresh` retain text or of `forget` text.
 
         What a user says in a chat has its own length, and is none.
         """
-        key = ("chunks", part, length, is_packed)
-        if key not in self._cache:
-            base, corpora = self.base_at({}), self.forget if part == "forget" else self.retain
-            self._cache[key] = draw_pieces(
-                self.loaded.tokenizer,
-                [replace(corpus, weight=None) for corpus in corpora if not corpus.is_chat],
-                "calibrate" if part == "calibrate" else "fresh",
-                bos=base.bos,
-                lengths=[length],
-                is_packed=is_packed or base.gate.rows == "packed",
-                at_most=base.gate.max_pieces,
-                seed=self.seed,
-            )
-        chunks: list[Piece] = self._cache[key]
-        return chunks
+        base, corpora = self.base_at({}), self.forget if part == "forget" else self.retain
+        draw = partial(
+            draw_pieces,
+            self.loaded.tokenizer,
+            [replace(corpus, weight=None) for corpus in corpora if not corpus.is_chat],
+            "calibrate" if part == "calibrate" else "fresh",
+            bos=base.bos,
+            lengths=[length],
+            is_packed=is_packed or base.gate.rows == "packed",
+            at_most=base.gate.max_pieces,
+            seed=self.seed,
+        )
+        return self._once(("chunks", part, length, is_packed), draw)
 
     def accuracy(self, guardrails: Sequence[SweptGuardrail], bos: int | None) -> dict[str, list[Outcome]]:
         """Outcome of every question by bench, under guardrails that act together or of the base model.
@@ -219,19 +219,24 @@ class Sweep:
             start = end
         return graded
 
+    def _once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        if key not in self._cache:
+            self._cache[key] = compute()
+        value: T = self._cache[key]
+        return value
+
     def _settings(self, point: Json) -> Json:
         return self.defaults | {name: point[name] for name in OF_A_GUARDRAIL if name in point}
 
     def _indices(self, point: Json, base: SweepBase) -> list[int]:
         """The features that are clamped, in rank order."""
-        settings = self._settings(point)
-        key = ("indices", base.key, settings["n_features"], settings["ratio_percentile"])
-        if key not in self._cache:
-            scores = scores_of(base.features.score, base.tensors)
-            selection = select_features(*scores, n_features=key[2], ratio_percentile=key[3])
-            self._cache[key] = [feature.index for feature in selection.features]
-        indices: list[int] = self._cache[key]
-        return indices
+        settings = {name: self._settings(point)[name] for name in ("n_features", "ratio_percentile")}
+
+        def choose() -> list[int]:
+            selection = select_features(*scores_of(base.features.score, base.tensors), **settings)
+            return [feature.index for feature in selection.features]
+
+        return self._once(("indices", base.key, *settings.values()), choose)
 
     def _watches(self, indices: Sequence[int], base: SweepBase) -> str:
         if base.gate.gate in DETECTING_FORMS:
@@ -239,10 +244,9 @@ class Sweep:
         return f"{base.key} {' '.join(map(str, sorted(indices)))}"
 
     def _module(self, indices: Sequence[int], base: SweepBase, **values: float) -> GuardrailModule:
-        key = ("slice", base.key, *indices)
-        if key not in self._cache:
-            self._cache[key] = slice_sae(base.sae, indices, base.watched.detectors, base.watched.weights)
-        return make_guardrail(base.watched, self.loaded, base.sae, self._cache[key], **values)
+        cut = partial(slice_sae, base.sae, indices, base.watched.detectors, base.watched.weights)
+        sae_slice = self._once(("slice", base.key, *indices), cut)
+        return make_guardrail(base.watched, self.loaded, base.sae, sae_slice, **values)
 
     def _see(
         self, modules: Sequence[GuardrailModule], chunks: Sequence[Piece], what: str, name: str
@@ -260,16 +264,16 @@ class Sweep:
         self, guardrail: SweptGuardrail, inputs: Sequence[tuple[int, ...]], bos: int | None
     ) -> dict[tuple[int, ...], float]:
         """What a gate sees of each input."""
-        key = ("questions", guardrail.watches, bos)
-        if key not in self._cache:
+
+        def see() -> dict[tuple[int, ...], float]:
             rows = list(dict.fromkeys(inputs))
             pieces = [Piece(str(i), "", list(row)) for i, row in enumerate(rows)]
             job = Job(progress=self.job.progress, name="questions")
-            found = gate_statistics(self.loaded, [guardrail.module], pieces, job)
-            check_finite([statistic for _, _, (statistic,) in found])
-            self._cache[key] = {rows[i]: statistic for i, _, (statistic,) in found}
-        seen: dict[tuple[int, ...], float] = self._cache[key]
-        return seen
+            statistics = gate_statistics(self.loaded, [guardrail.module], pieces, job)
+            check_finite([statistic for _, _, (statistic,) in statistics])
+            return {rows[i]: statistic for i, _, (statistic,) in statistics}
+
+        return self._once(("questions", guardrail.watches, bos), see)
 
     def _score(self, requests: Sequence[Request], guardrails: Sequence[SweptGuardrail]) -> list[Score]:
         self.n_asked += len(requests)
