@@ -1,11 +1,14 @@
-"""Texts to batches on the device, a little ahead of whoever computes on them: a GPU never waits for the tokenizer."""
+"""Token ids to padded batches, and texts to batches on the device, a little ahead of whoever computes on them.
+
+A GPU never waits for the tokenizer.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -35,20 +38,19 @@ class TokenBatch:
         mask_BL = self.mask_BL[start:stop]
         length = int(mask_BL.sum(-1).max())
         ids_BL = self.ids_BL[start:stop, :length]
-        return TokenBatch(ids_BL, mask_BL[:, :length], self.special, self.index[start:stop])
+        return replace(self, ids_BL=ids_BL, mask_BL=mask_BL[:, :length], index=self.index[start:stop])
 
     def pinned(self) -> TokenBatch:
         """In memory that an accelerator reads while the processor goes on."""
-        return TokenBatch(self.ids_BL.pin_memory(), self.mask_BL.pin_memory(), self.special, self.index)
+        return replace(self, ids_BL=self.ids_BL.pin_memory(), mask_BL=self.mask_BL.pin_memory())
 
     def to(self, device: str) -> TokenBatch:
         """On a device."""
         ids_BL, mask_BL = (tensor.to(device, non_blocking=True) for tensor in (self.ids_BL, self.mask_BL))
-        return TokenBatch(ids_BL, mask_BL, self.special, self.index)
+        return replace(self, ids_BL=ids_BL, mask_BL=mask_BL)
 
     @property
     def counted_BL(self) -> Tensor:
-        """True where a token is counted."""
         return counted_tokens(self.ids_BL, self.mask_BL, self.special)
 
 
@@ -63,9 +65,8 @@ def batches(
     special = special_ids(tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     listed = list(rows)
-    order = sorted(range(len(listed)), key=lambda i: -len(listed[i]))
     group: list[int] = []
-    for i in order:
+    for i in sorted(range(len(listed)), key=lambda i: -len(listed[i])):
         if group and len(listed[group[0]]) * (len(group) + 1) > batch_tokens:
             yield pad_rows([listed[j] for j in group], pad, special, device, index=group)
             group = []
@@ -147,18 +148,16 @@ def _rows(
         for start in range(0, len(texts), TEXTS_AT_ONCE)
         for ids in encode(tokenizer, texts[start : start + TEXTS_AT_ONCE], bos=bos)
     )
-    if is_packed:
-        n_rows = 0
-        for row in packed(documents, seq_len, bos=bos, eos=tokenizer.eos_token_id):
-            n_rows += 1
-            yield row
-        if not n_rows:
-            raise DsgError(
-                f"The text does not fill one row of {seq_len} tokens.", "Give more, or lower select.seq_len."
-            )
+    if not is_packed:
+        for ids in documents:
+            yield from chunks(ids, seq_len, bos=bos)
         return
-    for ids in documents:
-        yield from chunks(ids, seq_len, bos=bos)
+    is_empty = True
+    for row in packed(documents, seq_len, bos=bos, eos=tokenizer.eos_token_id):
+        is_empty = False
+        yield row
+    if is_empty:
+        raise DsgError(f"The text does not fill one row of {seq_len} tokens.", "Give more, or lower select.seq_len.")
 
 
 def _buckets(rows: Iterable[list[int]], max_tokens: int | None) -> Iterator[list[list[int]]]:
@@ -168,11 +167,12 @@ def _buckets(rows: Iterable[list[int]], max_tokens: int | None) -> Iterator[list
         bucket.append(row)
         n_bucket += len(row)
         n_all += len(row)
-        if n_bucket >= BUCKET_TOKENS or (max_tokens is not None and n_all >= max_tokens):
+        is_enough = max_tokens is not None and n_all >= max_tokens
+        if is_enough or n_bucket >= BUCKET_TOKENS:
             yield bucket
             bucket, n_bucket = [], 0
-            if max_tokens is not None and n_all >= max_tokens:
-                return
+        if is_enough:
+            return
     if bucket:
         yield bucket
 

@@ -1,4 +1,4 @@
-"""Texts to token batches: the one policy for BOS, padding and EOS.
+"""Texts to token ids: the one policy for BOS, padding and EOS; requests, pieces of documents, and words.
 
 Shape suffixes used throughout the package: B batch, L position, T tokens of several sequences in a row,
 D model width, F features of the SAE, K chosen features, V vocabulary.
@@ -7,19 +7,18 @@ BOS comes first wherever the tokenizer has one and either puts it there by itsel
 selection, calibration, evaluation and attacks alike (`bos_to_prepend`).
 
 A token is *counted* if it is neither padding nor BOS, EOS or pad: only counted tokens enter a statistic, can be
-hot, or are edited.
+active, or are edited.
 """
 
 from __future__ import annotations
 
-import functools
 import random
 import re
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import regex
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -66,12 +65,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, bos: int
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of each token as it stands after the one before it: with the space that a tokenizer hides in it."""
-    alone = [str(tokenizer.decode([one])) for one in ids]
-    found = alone[:1]
+    alone = [str(tokenizer.decode([token])) for token in ids]
+    texts = alone[:1]
     for i in range(1, len(alone)):
         both = str(tokenizer.decode(list(ids[i - 1 : i + 1])))
-        found.append(both.removeprefix(alone[i - 1]) if both.startswith(alone[i - 1]) else alone[i])
-    return found
+        texts.append(both.removeprefix(alone[i - 1]) if both.startswith(alone[i - 1]) else alone[i])
+    return texts
 
 
 def chunks(ids: list[int], seq_len: int, *, bos: int | None) -> Iterator[list[int]]:
@@ -85,10 +84,9 @@ def chunks(ids: list[int], seq_len: int, *, bos: int | None) -> Iterator[list[in
 def packed(documents: Iterable[list[int]], seq_len: int, *, bos: int | None, eos: int | None) -> Iterator[list[int]]:
     """Documents joined with EOS and cut into rows of `seq_len` tokens, BOS first; what fills no row is left out."""
     head = [] if bos is None else [bos]
-    tail = [] if eos is None else [eos]
     body: list[int] = []
     for ids in documents:
-        body += ids[len(head) :] + tail
+        body += ids[len(head) :] + ([] if eos is None else [eos])
         while len(body) >= seq_len - len(head):
             yield head + body[: seq_len - len(head)]
             body = body[seq_len - len(head) :]
@@ -97,8 +95,8 @@ def packed(documents: Iterable[list[int]], seq_len: int, *, bos: int | None, eos
 def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """What a user says, in the tokenizer's chat template, up to where the answer begins."""
     turns = [{"role": "user", "content": text}]
-    made: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return made
+    prompt: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return prompt
 
 
 @dataclass(frozen=True)
@@ -131,40 +129,25 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     return Request(tuple(head), tuple(whole[len(head) :]))
 
 
-MARKS_AT_MOST = 30
-"""On one letter: putting an endless run of them in order takes the square of its length."""
-
 ASCII_WORD = re.compile(r"\w+", re.ASCII)
 
-FIRST_PLANE = 0xFFFF
+WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+")
+
+TOO_MANY_MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
+"""On one letter: putting an endless run of them in order takes the square of its length."""
+
+INVISIBLE = regex.compile(r"\p{Cf}+")
+"""Such as a soft hyphen."""
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, in order."""
+    """The words of a text in any script, in order, without case and without the styles of letters."""
     if text.isascii():
         return ASCII_WORD.findall(text.lower())
-    # A class of characters that reaches beyond the first plane takes a hundred times longer to look through.
-    words, marks, invisible = _patterns(FIRST_PLANE if max(text) <= chr(FIRST_PLANE) else sys.maxunicode)
-    text = marks.sub(lambda run: run[0][:MARKS_AT_MOST], text.translate(invisible))
+    text = TOO_MANY_MARKS.sub(r"\1", INVISIBLE.sub("", text))
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return words.findall(text)
-
-
-@functools.cache
-def _patterns(last: int) -> tuple[re.Pattern[str], re.Pattern[str], dict[int, None]]:
-    """Of a word, of too many marks, and the characters that are not seen, such as a soft hyphen; all up to a last."""
-    kinds: dict[str, list[str]] = {"M": [], "Cf": []}
-    for character in map(chr, range(last + 1)):
-        category = unicodedata.category(character)
-        for kind, several in kinds.items():
-            if category.startswith(kind):
-                several.append(character)
-    marks = "".join(kinds["M"])
-    return (
-        re.compile(rf"[\w{marks}]+"),
-        re.compile(rf"[{marks}]{{{MARKS_AT_MOST},}}"),
-        dict.fromkeys(map(ord, kinds["Cf"])),
-    )
+    words: list[str] = WORD.findall(text)
+    return words
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -174,19 +157,19 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def cut_pieces(row: list[int], rng: random.Random, *, lengths: Sequence[int], n_head: int) -> list[list[int]]:
-    """Cut a document into consecutive pieces of random lengths.
+    """Cut a document into consecutive pieces of random lengths; a rest shorter than all of them is dropped.
 
     A threshold holds for texts of the lengths it was set on: rows of 1024 tokens say little about a question of 30.
 
     Args:
         row: Token ids of a document.
         rng: Where lengths come from.
-        lengths: Of pieces, `n_head` not counted, each as likely as the others; a rest shorter than all is dropped.
+        lengths: Of pieces, `n_head` not counted, each as likely as the others.
         n_head: Leading tokens (BOS) that every piece repeats.
     """
     head, body = row[:n_head], row[n_head:]
-    pieces, start, shortest = [], 0, min(lengths)
-    while len(body) - start >= shortest:
+    pieces, start = [], 0
+    while len(body) - start >= min(lengths):
         length = rng.choice(lengths)
         pieces.append(head + body[start : start + length])
         start += length
@@ -244,7 +227,8 @@ def draw_pieces(
     """
     rng = random.Random(f"{seed}/{part}")
     n_head = int(bos is not None)
-    found: list[list[Piece]] = []
+    pieces: list[list[Piece]] = []
+    """Of each corpus."""
     for corpus in corpora:
         texts = prompts(tokenizer, corpus, part)
         kept = _sampled(texts, rng, corpus, lengths=lengths, at_most=at_most // len(corpora))
@@ -253,15 +237,21 @@ def draw_pieces(
             eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             joined = [token for _, ids in documents for token in (*ids[n_head:], *eos)]
             documents = [(0, ([] if bos is None else [bos]) + joined)]
-        pieces: list[Piece] = []
+        of_corpus: list[Piece] = []
         for i, ids in documents:
-            cut = [ids] if corpus.is_chat else cut_pieces(ids, rng, lengths=lengths, n_head=n_head)
-            pieces += [Piece(f"{corpus.name}/{part}/{i}/{j}", corpus.name, piece) for j, piece in enumerate(cut)]
-        if not pieces and corpus.weight is not None:
+            rows = [ids] if corpus.is_chat else cut_pieces(ids, rng, lengths=lengths, n_head=n_head)
+            of_corpus += [Piece(f"{corpus.name}/{part}/{i}/{j}", corpus.name, row) for j, row in enumerate(rows)]
+        if not of_corpus and corpus.weight is not None:
             reason = f"The {part} part of {corpus.name} has no {min(lengths)} tokens in a row."
             raise DsgError(reason, "Give more text.")
-        found.append(pieces)
-    return [piece for pieces in _in_proportion(found, corpora, rng) for piece in pieces]
+        pieces.append(of_corpus)
+    if any(corpus.weight is not None for corpus in corpora):
+        weights = [1.0 if corpus.weight is None else corpus.weight for corpus in corpora]
+        unit = min(len(of_corpus) / weight for of_corpus, weight in zip(pieces, weights, strict=True))
+        for c, (of_corpus, weight) in enumerate(zip(pieces, weights, strict=True)):
+            n = min(len(of_corpus), round(unit * weight))
+            pieces[c] = [of_corpus[i] for i in sorted(rng.sample(range(len(of_corpus)), n))]
+    return [piece for of_corpus in pieces for piece in of_corpus]
 
 
 def _sampled(
@@ -274,14 +264,3 @@ def _sampled(
         return list(range(len(texts)))
     n_kept = max(1, round(len(texts) * at_most / expected))
     return sorted(rng.sample(range(len(texts)), n_kept))
-
-
-def _in_proportion(found: Sequence[list[Piece]], corpora: Sequence[Corpus], rng: random.Random) -> list[list[Piece]]:
-    if all(corpus.weight is None for corpus in corpora):
-        return list(found)
-    weights = [1.0 if corpus.weight is None else corpus.weight for corpus in corpora]
-    unit = min(len(pieces) / weight for pieces, weight in zip(found, weights, strict=True))
-    counts = [min(len(pieces), round(unit * weight)) for pieces, weight in zip(found, weights, strict=True)]
-    return [
-        [pieces[i] for i in sorted(rng.sample(range(len(pieces)), n))] for pieces, n in zip(found, counts, strict=True)
-    ]

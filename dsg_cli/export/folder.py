@@ -222,10 +222,10 @@ class DsgConfig(SealedConfig, {config_class}):
 from transformers import {architecture}
 
 from .configuration_dsg import DsgConfig
-from .exported import GuardedModel
+from .exported import GuardrailMixin
 
 
-class Dsg{architecture}(GuardedModel, {architecture}):
+class Dsg{architecture}(GuardrailMixin, {architecture}):
     config_class = DsgConfig
 '''
     )

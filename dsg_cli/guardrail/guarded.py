@@ -21,31 +21,18 @@ from dsg_cli.models.residuals import OomSplitter
 from dsg_cli.workspace.artifacts import Guardrail, ModelIdentity
 
 
-def spec_of(body: Guardrail, model: ModelIdentity) -> GuardrailSpec:
-    """What the runtime needs of an artifact."""
-    return GuardrailSpec(
-        gate=body.gate,
-        threshold=body.threshold,
-        window=body.window,
-        strength=body.strength,
-        read=body.hook,
-        write=body.hook_out,
-        slice=body.slice,
-        special_ids=body.special_ids,
-        bias=body.bias,
-        clip=body.clip,
-        clamp=body.clamp,
-        coefficients=body.coefficients,
-        above=body.above,
-        model=model.model_dump(exclude={"source"}),
-    )
-
-
 def module_from_artifact(
     body: Guardrail, model: ModelIdentity, tensors: Mapping[str, Tensor], *, where: str
 ) -> GuardrailModule:
     """The guardrail of an artifact as a module."""
-    return build_guardrail(spec_of(body, model), tensors, where=where)
+    same = ("gate", "threshold", "window", "strength", "slice", "special_ids", "bias", "clip", "clamp", "coefficients")
+    spec = GuardrailSpec(
+        **{name: getattr(body, name) for name in (*same, "above")},
+        read=body.hook,
+        write=body.hook_out,
+        model=model.model_dump(exclude={"source"}),
+    )
+    return build_guardrail(spec, tensors, where=where)
 
 
 @contextmanager
@@ -107,19 +94,21 @@ def check_causal(forms: Iterable[str]) -> None:
 
 def check_model(model: nn.Module, guard: GuardrailModule) -> None:
     """Refuse a model that is not the one the guardrail was made for."""
-    wanted = guard.spec.model
+    expected = guard.spec.model
     config = text_config(model.config)
-    names = {cls.__name__ for cls in type(model).__mro__}
-    found = {
-        "architecture": wanted["architecture"] if wanted["architecture"] in names else type(model).__name__,
+    is_architecture = expected["architecture"] in {cls.__name__ for cls in type(model).__mro__}
+    actual = {
+        "architecture": expected["architecture"] if is_architecture else type(model).__name__,
         "width": int(config.hidden_size),
         "n_layers": len(decoder_layers(model)),
     }
     hint = "Use the model it was made for; allow_mismatch=True (--allow-mismatch) puts it on this one all the same."
-    for key, value in found.items():
-        if value != wanted[key]:
-            raise DsgError(f"The guardrail was made for a model with {key} {wanted[key]}; this one has {value}.", hint)
-    if fingerprint(model, wanted["last_layer"]) != wanted["fingerprint"]:
+    for key, value in actual.items():
+        if value != expected[key]:
+            raise DsgError(
+                f"The guardrail was made for a model with {key} {expected[key]}; this one has {value}.", hint
+            )
+    if fingerprint(model, expected["last_layer"]) != expected["fingerprint"]:
         raise DsgError("The guardrail was made for a model with other weights.", hint)
 
 
@@ -145,15 +134,11 @@ def protected_parameters(
         find_module(model, guard.read)
     n_frozen = max(guard.read.layer + (guard.read.point != "resid_pre") for guard in guards)
     get_head = getattr(model, "get_output_embeddings", lambda: None)
-    after = [*decoder_layers(model)[n_frozen:], final_norm(model), get_head()]
-    free = tuple(
-        f"{name}."
-        for name, module in model.named_modules(remove_duplicate=False)
-        if any(module is one for one in after)
-    )
+    after = {id(module) for module in (*decoder_layers(model)[n_frozen:], final_norm(model), get_head())}
+    free = tuple(f"{name}." for name, module in model.named_modules(remove_duplicate=False) if id(module) in after)
     # By identity: a parameter that is used both below and above has several names, of which one may look free.
-    frozen = {id(one) for name, one in model.named_parameters(remove_duplicate=False) if not name.startswith(free)}
-    return [(name, one) for name, one in model.named_parameters() if id(one) in frozen]
+    frozen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not name.startswith(free)}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in frozen]
 
 
 @dataclass(frozen=True)
@@ -173,13 +158,7 @@ class Effect:
 
 @torch.inference_mode()
 def measure_effect(loaded: LoadedModel, guard: GuardrailModule, rows: Sequence[list[int]]) -> Effect:
-    """Run rows with and without the guardrail.
-
-    Args:
-        loaded: The model it was made for, whole or cut after the layer that it writes to.
-        guard: The guardrail.
-        rows: Token ids, BOS included; at least one.
-    """
+    """Run at least one row of token ids with and without the guardrail, on its model, whole or cut after its layer."""
     decoder = decoder_of(loaded.model)
     n_gated = n_changed = 0
     before = guard.counters()["n_clamped"]

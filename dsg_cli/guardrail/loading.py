@@ -1,4 +1,4 @@
-"""A guardrail by its name: the first of the two lines by which one is put on a model."""
+"""`load_guardrail`, the first of the two lines by which one is put on a model; how a light file is written and read."""
 
 from __future__ import annotations
 

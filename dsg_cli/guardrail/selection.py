@@ -1,4 +1,4 @@
-"""Statistics to the features that carry the knowledge (METHOD, steps 3 and 4)."""
+"""Statistics to the features that carry the knowledge (arXiv 2504.08192), and the roles of those in a guardrail."""
 
 from __future__ import annotations
 
@@ -114,18 +114,17 @@ def picked_features(
     """
     limit = 1.0 if max_retain_rate is None else max_retain_rate
     frequent = [j for j in ranking if retain_rate_F[j] > limit]
-    left = [j for j in ranking if n_features is None or retain_rate_F[j] <= limit]
-    if not left:
+    candidates = [j for j in ranking if n_features is None or retain_rate_F[j] <= limit]
+    if not candidates:
         raise DsgError(
             f"All {len(ranking)} features that match are active on more than {limit:g} of retain tokens.",
             "Raise select.max_retain_rate (--set), or describe in other words.",
         )
-    taken = left[:n_features]
+    taken = candidates[:n_features]
     live_F = retain_F > 0 if forget_F is None else (retain_F > 0) | (forget_F > 0)
     features = []
     for j in taken:
-        retain = float(retain_F[j])
-        forget = None if forget_F is None else float(forget_F[j])
+        forget, retain = None if forget_F is None else float(forget_F[j]), float(retain_F[j])
         ratio = None if forget is None else forget / (retain + EPSILON)
         features.append(Feature(index=j, forget_score=forget, retain_score=retain, ratio=ratio))
     # Of those dropped only the ones that would have been taken are worth a word.
@@ -137,7 +136,7 @@ def picked_features(
         forget_cut=None,
         percentiles_over=None,
         n_live=int(live_F.sum()),
-        n_passed=len(left),
+        n_passed=len(candidates),
         notes=tuple(_picking_notes(len(taken), passed_over, n_features, limit)),
     )
 
@@ -154,12 +153,7 @@ def _picking_notes(n_taken: int, frequent: Sequence[int], n_features: int | None
 
 
 def scores_of(score: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Forget and retain score of every feature, each [F], from the statistics that select wrote.
-
-    Args:
-        score: `mean-square` or `squared-mean`.
-        tensors: Beside a features artifact.
-    """
+    """Forget and retain score of every feature, each [F], from the statistics beside a features artifact."""
     check_measured(tensors)
     return score_of(score, tensors, "forget"), score_of(score, tensors, "retain")
 
@@ -212,23 +206,22 @@ class SelectedFeature:
 def selected_features(body: Guardrail | FeatureSet, detect_K: Tensor | None = None) -> list[SelectedFeature]:
     """What a guardrail clamps, then what its gate only watches; or what a selection would.
 
-    Args:
-        body: The artifact's.
-        detect_K: Of a guardrail: weights of its columns in the gate's token score.
+    `detect_K` are weights of a guardrail's columns in the gate's token score.
     """
+    weights: dict[int, float] = {}
     if isinstance(body, FeatureSet):
-        weights = {int(one["index"]): float(one["weight"]) for one in body.probe.get("features", [])}
+        weights = {int(feature["index"]): float(feature["weight"]) for feature in body.probe.get("features", [])}
         clamped, watched = [feature.index for feature in body.features], list(weights)
     else:
         clamped, watched = body.indices, body.detectors or body.indices
-        columns = slice_columns(body.indices, body.detectors)
-        has_weights = body.gate in DETECTING_FORMS and detect_K is not None
-        weights = dict(zip(columns, detect_K.tolist(), strict=True)) if has_weights and detect_K is not None else {}
+        if body.gate in DETECTING_FORMS and detect_K is not None:
+            weights = dict(zip(slice_columns(body.indices, body.detectors), detect_K.tolist(), strict=True))
+    sides = (("clamped", clamped), ("watched", watched))
     return [
-        SelectedFeature(index, _roles(index, clamped, watched), weights.get(index) if index in watched else None)
+        SelectedFeature(
+            index,
+            roles=[role for role, indices in sides if index in indices],
+            weight=weights.get(index) if index in watched else None,
+        )
         for index in slice_columns(clamped, watched)
     ]
-
-
-def _roles(index: int, clamped: Sequence[int], watched: Sequence[int]) -> list[str]:
-    return [role for role, of_role in (("clamped", clamped), ("watched", watched)) if index in of_role]

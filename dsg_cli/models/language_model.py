@@ -23,86 +23,6 @@ from dsg_cli.lab import data as lab
 from dsg_cli.settings import ModelSection
 from dsg_cli.workspace.files import is_folder, parse_json
 
-CONFIG_FILE = "adapter_config.json"
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-
-
-def check_peft() -> None:
-    """Refuse to go on without PEFT."""
-    if importlib.util.find_spec("peft") is None:
-        raise DsgError("Adapters need PEFT, which is not installed.", "pip install 'dsg-cli[lora]'")
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter rather than a whole model."""
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
-
-
-def base_of(folder: Path) -> str:
-    """The model that an adapter belongs to, as `--model` takes it."""
-    path = folder / CONFIG_FILE
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-        base, revision = config["base_model_name_or_path"], config.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DsgError(f"{path} does not name the model that the adapter belongs to.") from error
-    if not isinstance(base, str) or not base:
-        raise DsgError(f"{path} does not name the model that the adapter belongs to.", "Set base_model_name_or_path.")
-    return f"{base}@{revision}" if revision and "@" not in base and not Path(base).is_dir() else base
-
-
-def merged(model: PreTrainedModel, folder: Path, *, n_layers: int) -> PreTrainedModel:
-    """The model with an adapter's product added to its weights.
-
-    Args:
-        model: The adapter's base, whole or cut, in float32; it is changed.
-        folder: Of the adapter.
-        n_layers: Layers that the model has; what an adapter adds above them is left out.
-    """
-    check_peft()
-    from peft import PeftModel
-
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            layers = [int(match[1]) for match in map(LAYER.search, file.keys()) if match]
-        if layers and min(layers) >= n_layers:
-            return model
-        wrapped: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-        whole: PreTrainedModel = wrapped.merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise DsgError(f"The adapter in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    return whole.requires_grad_(False).eval()
-
-
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
-    """The linear layers of the decoder, so without the head, by their names in the model."""
-    of_decoder = set(map(id, decoder_of(model).modules()))
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module) in of_decoder
-    }
-
-
-def add_adapters(model: PreTrainedModel, names: Sequence[str], *, rank: int, alpha: float, seed: int) -> Any:
-    """Put low-rank adapters on linear layers, in place; PEFT's model around the given one.
-
-    To the output of a layer alpha / rank x A B is added; B begins as 0, so that nothing is changed yet. The seed is
-    that of A.
-    """
-    check_peft()
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(names))
-    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return get_peft_model(model, config)
-
-
 SMALL_FILES = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken",
     "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
@@ -139,10 +59,7 @@ class LoadedModel:
 def model_folder(source: str, *, weights: bool = True, with_code: bool = False) -> Path:
     """The folder of a model of the lab, of a local model, or of a repository on the hub, which is downloaded as needed.
 
-    Args:
-        source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision.
-        weights: Without them only configuration and tokenizer are fetched.
-        with_code: Fetch the repository's Python files too.
+    Without `weights` only configuration and tokenizer are fetched; `with_code` the repository's Python files too.
     """
     if source in lab.MODEL_DIRS:
         folder = lab.MODEL_DIRS[source]
@@ -241,7 +158,8 @@ def load_model(
             folder,
             config=config,
             dtype=torch_dtype,
-            attn_implementation=_attention(decoder),
+            # Gemma 2 caps its attention scores, which sdpa cannot do.
+            attn_implementation="eager" if getattr(decoder, "attn_logit_softcapping", None) else None,
             device_map=settings.device_map,
             local_files_only=True,
             trust_remote_code=settings.trust_remote_code,
@@ -258,14 +176,20 @@ def load_model(
     if settings.device_map is None:
         model = model.to(settings.device)
     else:
-        _check_spread(model)
+        devices = devices_of(model)
+        if len(devices) > 1 and {"cpu", "disk"} & set(devices):
+            raise DsgError(
+                f"The model does not fit on the GPUs that are there ({', '.join(devices)}).",
+                "Use more or larger ones, or --dtype bfloat16; "
+                "what lies on the processor or on disk cannot be checked.",
+            )
     return LoadedModel(model=model, tokenizer=tokenizer, source=pinned(source, folder), n_layers=n_layers)
 
 
 def final_norm(model: Any) -> torch.nn.Module | None:
     """The norm between the last layer and the head; None where it goes by a name that is not known."""
     decoder = decoder_of(model)
-    return next((found for name in FINAL_NORMS if (found := getattr(decoder, name, None)) is not None), None)
+    return next((norm for name in FINAL_NORMS if (norm := getattr(decoder, name, None)) is not None), None)
 
 
 def devices_of(model: Any) -> list[str]:
@@ -274,19 +198,11 @@ def devices_of(model: Any) -> list[str]:
     return sorted({str(torch.device(where)) if where != "disk" else "disk" for where in placed.values()})
 
 
-def _check_spread(model: Any) -> None:
-    found = devices_of(model)
-    if len(found) > 1 and {"cpu", "disk"} & set(found):
-        raise DsgError(
-            f"The model does not fit on the GPUs that are there ({', '.join(found)}).",
-            "Use more or larger ones, or --dtype bfloat16; what lies on the processor or on disk cannot be checked.",
-        )
-
-
 def _unreadable(what: str, done: str, error: Exception) -> DsgError:
     needs_code = "trust_remote_code" in str(error)
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     hint = "It brings Python files of its own. Read them; --trust-remote-code runs them." if needs_code else ""
-    return DsgError(f"{what} cannot be {done}: {_one_line(error)}", hint)
+    return DsgError(f"{what} cannot be {done}: {reason}", hint)
 
 
 def whole_digest(model: PreTrainedModel) -> str:
@@ -303,10 +219,78 @@ def whole_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+CONFIG_FILE = "adapter_config.json"
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
-def _attention(decoder: Any) -> str | None:
-    # Gemma 2 caps its attention scores, which sdpa cannot do.
-    return "eager" if getattr(decoder, "attn_logit_softcapping", None) else None
+def check_peft() -> None:
+    """Refuse to go on without PEFT."""
+    if importlib.util.find_spec("peft") is None:
+        raise DsgError("Adapters need PEFT, which is not installed.", "pip install 'dsg-cli[lora]'")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter rather than a whole model."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The model that an adapter belongs to, as `--model` takes it."""
+    path = folder / CONFIG_FILE
+    try:
+        config = parse_json(path.read_text(encoding="utf-8"))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DsgError(f"{path} does not name the model that the adapter belongs to.") from error
+    if not isinstance(base, str) or not base:
+        raise DsgError(f"{path} does not name the model that the adapter belongs to.", "Set base_model_name_or_path.")
+    return f"{base}@{revision}" if revision and "@" not in base and not Path(base).is_dir() else base
+
+
+def merged(model: PreTrainedModel, folder: Path, *, n_layers: int) -> PreTrainedModel:
+    """The model, in float32 and whole or cut to `n_layers`, with the product of an adapter for it added to its weights.
+
+    What the adapter adds above those layers is left out.
+    """
+    check_peft()
+    from peft import PeftModel
+
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            layers = [int(match[1]) for match in map(LAYER.search, file.keys()) if match]
+        if layers and min(layers) >= n_layers:
+            return model
+        wrapped: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        whole: PreTrainedModel = wrapped.merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise DsgError(f"The adapter in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return whole.requires_grad_(False).eval()
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers of the decoder, so without the head, by their names in the model."""
+    of_decoder = set(map(id, decoder_of(model).modules()))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in of_decoder
+    }
+
+
+def add_adapters(model: PreTrainedModel, names: Sequence[str], *, rank: int, alpha: float, seed: int) -> Any:
+    """Put low-rank adapters on linear layers, in place; PEFT's model around the given one.
+
+    To the output of a layer alpha / rank x A B is added; B begins as 0, so that nothing is changed yet. The seed is
+    that of A.
+    """
+    check_peft()
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(names))
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)

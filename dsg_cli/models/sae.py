@@ -1,6 +1,6 @@
-"""Read an SAE, prove that it fits the model, and run its whole encoder.
+"""Read an SAE, check that it can be sliced and fits the model, and run its whole encoder.
 
-sae-lens is imported only to run a whole encoder (`select`); everything after works on a slice (slicing.py).
+sae-lens is imported only to run a whole encoder (`select`); everything after works on a slice (sae_slice.py).
 """
 
 from __future__ import annotations
@@ -74,16 +74,15 @@ class SaeSource:
 
     @property
     def is_centred(self) -> bool:
-        """Trained on activations minus their mean over the width, as TransformerLens's `center_writing_weights` makes.
-
-        A Hugging Face model has them with the mean, which no layer norm sees.
-        """
         return _is_centred(self.config)
 
 
 def _is_centred(config: dict[str, Any]) -> bool:
-    settings = config | (config.get("metadata") or {})
-    loaded_with = settings.get("model_from_pretrained_kwargs")
+    """Trained on activations minus their mean over the width, as TransformerLens's `center_writing_weights` makes.
+
+    A Hugging Face model has them with the mean, which no layer norm sees.
+    """
+    loaded_with = (config | (config.get("metadata") or {})).get("model_from_pretrained_kwargs")
     return isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights"))
 
 
@@ -94,32 +93,31 @@ def read_sae(source: str) -> SaeSource:
         source: `lab`, `lab-1`, `lab-2`; a folder in sae-lens's format; a release of sae-lens with an id; or such a
             folder on the hub (`org/name[@revision][/folder]`).
     """
-    found = _locate(source)
-    folder = found.folder
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise DsgError(f"{source} is not an SAE in sae-lens's format: it has no {name}.")
-    config, metadata = _read_config(folder / CONFIG_FILE)
-    _check_numbers(config, str(folder / CONFIG_FILE))
-    _check_sliceable(config, source)
-    site = _site({**config, **metadata}, "", where=str(folder / CONFIG_FILE))
-    is_transcoder = "transcoder" in config["architecture"]
-    write = _site({**config, **metadata}, "_out", where=str(folder / CONFIG_FILE)) if is_transcoder else site
+    located = _locate(source)
+    config_path, weights_path = located.folder / CONFIG_FILE, located.folder / WEIGHTS_FILE
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise DsgError(f"{source} is not an SAE in sae-lens's format: it has no {path.name}.")
+    config, metadata = _read_config(config_path)
     width, n_features = config["d_in"], config["d_sae"]
-    _check_weights(folder / WEIGHTS_FILE, config["architecture"], width, n_features, config.get("d_out", width))
+    _check_sliceable(config, source)
+    site = _site({**config, **metadata}, "", where=str(config_path))
+    is_transcoder = "transcoder" in config["architecture"]
+    write = _site({**config, **metadata}, "_out", where=str(config_path)) if is_transcoder else site
+    _check_weights(weights_path, config["architecture"], width, n_features, config.get("d_out", width))
     identity = SaeIdentity(
-        source=found.source,
-        revision=found.revision,
+        source=located.source,
+        revision=located.revision,
         architecture=config["architecture"],
         hook=site.name,
         width=width,
         n_features=n_features,
         prepend_bos=bool(metadata.get("prepend_bos", config.get("prepend_bos", True))),
-        config_sha256=file_digest(folder / CONFIG_FILE),
-        sha256=file_digest(folder / WEIGHTS_FILE),
+        config_sha256=file_digest(config_path),
+        sha256=file_digest(weights_path),
         hook_out=write.name if write != site else "",
     )
-    return SaeSource(folder=folder, config=config, identity=identity, site=site, write=write)
+    return SaeSource(folder=located.folder, config=config, identity=identity, site=site, write=write)
 
 
 def check_name(source: str) -> None:
@@ -140,20 +138,7 @@ def _locate(source: str) -> SaeFolder:
     check_name(source)
     if source in lab.SAE_DIRS:
         return SaeFolder(lab.SAE_DIRS[source], source)
-    if is_folder(Path(source)):
-        return SaeFolder(Path(source), str(Path(source).resolve()))
-    return find_sae(source)
-
-
-def _site(settings: dict[str, Any], suffix: str, *, where: str) -> HookSite:
-    """The hook of a configuration, in the TransformerLens spelling or else in that of Hugging Face modules."""
-    names = [settings.get(f"hook_name{suffix}"), settings.get(f"hf_hook_name{suffix}")]
-    if isinstance(names[0], str) and isinstance(names[1], str):
-        try:
-            return parse_hook_site(names[0], where=where)
-        except DsgError:
-            return parse_hook_site(names[1], where=where)
-    return parse_hook_site(names[0] if names[0] is not None else names[1], where=where)
+    return SaeFolder(Path(source), str(Path(source).resolve())) if is_folder(Path(source)) else find_sae(source)
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,13 +150,21 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     metadata = (config.get("metadata") or {}) if isinstance(config, dict) else None
     if not isinstance(metadata, dict):
         raise DsgError(f"{path} is not the configuration of an SAE: it, and its metadata, must be JSON objects.")
+    width, n_features = config.get("d_in"), config.get("d_sae")
+    if type(width) is not int or type(n_features) is not int:
+        raise DsgError(f"{path}: d_in and d_sae must be whole numbers, not {width!r} and {n_features!r}.")
     return config, metadata
 
 
-def _check_numbers(config: dict[str, Any], where: str) -> None:
-    width, n_features = config.get("d_in"), config.get("d_sae")
-    if type(width) is not int or type(n_features) is not int:
-        raise DsgError(f"{where}: d_in and d_sae must be whole numbers, not {width!r} and {n_features!r}.")
+def _site(settings: dict[str, Any], suffix: str, *, where: str) -> HookSite:
+    """The hook of a configuration, in the TransformerLens spelling or else in that of Hugging Face modules."""
+    name, hf_name = settings.get(f"hook_name{suffix}"), settings.get(f"hf_hook_name{suffix}")
+    try:
+        return parse_hook_site(hf_name if name is None else name, where=where)
+    except DsgError:
+        if not (isinstance(name, str) and isinstance(hf_name, str)):
+            raise
+        return parse_hook_site(hf_name, where=where)
 
 
 def _check_weights(path: Path, architecture: str, width: int, n_features: int, width_out: int) -> None:
@@ -194,9 +187,9 @@ def _check_weights(path: Path, architecture: str, width: int, n_features: int, w
 
 def _check_sliceable(config: dict[str, Any], source: str) -> None:
     architecture, normalization = config.get("architecture"), config.get("normalize_activations") or "none"
-    for found in (architecture, normalization):
-        if isinstance(found, str) and found in REFUSED:
-            raise DsgError(f"The SAE {source} is {found} and cannot be sliced: {REFUSED[found]}.")
+    for kind in (architecture, normalization):
+        if isinstance(kind, str) and kind in REFUSED:
+            raise DsgError(f"The SAE {source} is {kind} and cannot be sliced: {REFUSED[kind]}.")
     if not isinstance(architecture, str) or architecture not in WEIGHTS:
         raise DsgError(
             f"The SAE {source} has the architecture {architecture!r}, which this version cannot slice exactly.",
@@ -238,22 +231,11 @@ def load_encoder(sae: SaeSource, *, device: str) -> Callable[[Tensor], Tensor]:
 
 
 FAMILIES = (
-    ("gemma-2b", "gemma"),
-    ("gemma-7b", "gemma"),
-    ("gemma-2", "gemma2"),
-    ("gemma-3", "gemma3"),
-    ("gpt2", "gpt2"),
-    ("gpt-oss", "gpt_oss"),
-    ("pythia", "gpt_neox"),
-    ("mistral", "mistral"),
-    ("deepseek-r1-distill-llama", "llama"),
-    ("deepseek-r1-distill-qwen", "qwen2"),
-    ("llama", "llama"),
-    ("qwen3.5", "qwen3_5"),
-    ("qwen3", "qwen3"),
-    ("qwen2.5", "qwen2"),
-    ("qwen2", "qwen2"),
-)
+    ("gemma-2b", "gemma"), ("gemma-7b", "gemma"), ("gemma-2", "gemma2"), ("gemma-3", "gemma3"),
+    ("gpt2", "gpt2"), ("gpt-oss", "gpt_oss"), ("pythia", "gpt_neox"), ("mistral", "mistral"),
+    ("deepseek-r1-distill-llama", "llama"), ("deepseek-r1-distill-qwen", "qwen2"), ("llama", "llama"),
+    ("qwen3.5", "qwen3_5"), ("qwen3", "qwen3"), ("qwen2.5", "qwen2"), ("qwen2", "qwen2"),
+)  # fmt: skip
 """Beginning of a model's name and the model type that transformers gives it; the first that fits counts."""
 
 TUNED = re.compile(r"-(it|instruct|chat|base|pt|deduped|hf)$")
@@ -297,29 +279,28 @@ def _check_shapes(sae: SaeSource, model_config: Any, model_source: str) -> None:
 
 
 def _compare_names(sae: SaeSource, model_config: Any, model_source: str) -> list[str]:
-    named = sae.metadata.get("model_name")
-    if not isinstance(named, str) or not named:
+    trained_on = sae.metadata.get("model_name")
+    if not isinstance(trained_on, str) or not trained_on:
         return ["The SAE does not say which model it was trained on; width and layer fit."]
-    theirs = _bare(named)
+    theirs, ours = _bare(trained_on), _bare(model_source)
     family = next((kind for start, kind in FAMILIES if theirs.startswith(start)), None)
     # A multimodal model's decoder has a type of its own, such as gemma3_text.
     kind = str(model_config.model_type).removesuffix("_text").removesuffix("_moe")
-    if family is not None and kind != family and theirs != _bare(model_source):
+    if family is not None and kind != family and theirs != ours:
         raise DsgError(
-            f"The SAE {sae.identity.source} was trained on {named}, a model of another family than {model_source} "
+            f"The SAE {sae.identity.source} was trained on {trained_on}, a model of another family than {model_source} "
             f"({model_config.model_type}).",
             "Choose an SAE that was trained on this model.",
         )
     if model_source == "lab" or Path(model_source).is_dir():
         # A folder's name says nothing about what lies in it.
         is_known = family is not None or (model_source == "lab" and theirs == "dsg-lab")
-        return [] if is_known else [f"The SAE was trained on {named}, which is not a name known here."]
-    ours = _bare(model_source)
+        return [] if is_known else [f"The SAE was trained on {trained_on}, which is not a name known here."]
     if ours == theirs:
         return []
     if _untuned(ours) == _untuned(theirs):
-        return [f"The SAE was trained on {named}, not on {ours}: the same model before or after tuning."]
-    return [f"The SAE was trained on {named}; that it fits {ours} is not known. Width and layer do."]
+        return [f"The SAE was trained on {trained_on}, not on {ours}: the same model before or after tuning."]
+    return [f"The SAE was trained on {trained_on}; that it fits {ours} is not known. Width and layer do."]
 
 
 def _bare(name: str) -> str:

@@ -1,7 +1,7 @@
 """A causal language model of transformers that carries its guardrails in its own weights and configuration.
 
-`dsg export` writes a class that has `GuardedModel` in front of the model's own class. Such a model fails closed: until
-its guardrails are loaded and are the ones that its configuration names, it answers nothing.
+`dsg export` writes a class that has `GuardrailMixin` in front of the model's own class. Such a model fails closed:
+until its guardrails are loaded and are the ones that its configuration names, it answers nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ALLOW_MISMATCH = "dsg_allow_mismatch"
 """Key of the configuration: also on other base weights, such as fine-tuned ones."""
 
 
-class GuardedModel(nn.Module):
+class GuardrailMixin(nn.Module):
     """To stand before a `...ForCausalLM` of transformers among the bases of a class.
 
     `model.dsg_guardrails[i].counters()` says how many sequences were seen and gated.
@@ -61,7 +61,7 @@ class GuardedModel(nn.Module):
 
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
-        self.dsg_guardrails = nn.ModuleList([empty_guardrail(one) for one in getattr(config, PREFIX)])
+        self.dsg_guardrails = nn.ModuleList([empty_guardrail(described) for described in getattr(config, PREFIX)])
         # Stays in float32 when the model is loaded in another dtype.
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), PREFIX}
         self.dsg_attached: Attached | None = None
@@ -81,17 +81,15 @@ class GuardedModel(nn.Module):
         """As transformers does it; then the guardrails are checked and put on."""
         wants_info = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
+        again = "Export the model again, or download it again."
         orphans = [name for name in info["unexpected_keys"] if name.startswith(f"{PREFIX}.")]
         if orphans or not len(model.dsg_guardrails):
             raise DsgError(
                 f"The configuration names other guardrails than the weights hold ({len(orphans)} tensors left over).",
-                "Export the model again, or download it again.",
+                again,
             )
-        if info["missing_keys"]:
-            raise DsgError(
-                f"The weights lack {len(info['missing_keys'])} tensors, among them {min(info['missing_keys'])}.",
-                "Export the model again, or download it again.",
-            )
+        if missing := info["missing_keys"]:
+            raise DsgError(f"The weights lack {len(missing)} tensors, among them {min(missing)}.", again)
         model.arm_guardrails()
         return (model, info) if wants_info else model
 
@@ -127,8 +125,8 @@ class GuardedModel(nn.Module):
         if self.dtype not in (torch.float32, torch.bfloat16):
             return
         for guard in guards:
-            wanted = guard.spec.model
-            if wanted and fingerprint(self, wanted["last_layer"]) != wanted["fingerprint"]:
+            base = guard.spec.model
+            if base and fingerprint(self, base["last_layer"]) != base["fingerprint"]:
                 raise DsgError(
                     "The weights of the base model are others than the guardrails were made for.",
                     f"Export the model again; or, if that is wanted, load it with {ALLOW_MISMATCH}=True.",
