@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -59,13 +59,14 @@ class Corpus:
 
     def described(self) -> Json:
         """What an artifact says of it."""
-        said: Json = {"name": self.name, "sha256": self.sha256, "documents": len(self.texts)}
-        extra = {"revision": self.revision, "weight": self.weight}
-        return said | {key: value for key, value in extra.items() if value}
+        optional = {"revision": self.revision, "weight": self.weight}
+        return {"name": self.name, "sha256": self.sha256, "documents": len(self.texts)} | {
+            key: value for key, value in optional.items() if value
+        }
 
 
 @dataclass(frozen=True)
-class Named:
+class CorpusName:
     """A corpus as it was named: `NAME`, `NAME=WEIGHT`, `PATH@column`, `FOLDER#split`."""
 
     name: str
@@ -103,8 +104,8 @@ def load_corpora(
     check_named(names, role=role)
     if limit is not None and limit < MIN_DOCUMENTS:
         raise DsgError(f"--limit {limit} is too small; at least {MIN_DOCUMENTS} documents are needed.")
-    named = [parse_name(name) for name in names]
-    return [_load(one, limit=limit, seed=seed, revision=(revisions or {}).get(one.name)) for one in named]
+    revisions = revisions or {}
+    return [_load(name, limit, seed, revisions.get(name.name)) for name in map(parse_name, names)]
 
 
 def load_corpus(name: str) -> Corpus:
@@ -112,7 +113,7 @@ def load_corpus(name: str) -> Corpus:
     return load_corpora([name], role="retain")[0]
 
 
-def parse_name(name: str) -> Named:
+def parse_name(name: str) -> CorpusName:
     """A corpus by its name; nothing is read."""
     if (known := _known(name)) is not None:
         return known
@@ -124,7 +125,7 @@ def parse_name(name: str) -> Named:
             value = math.nan
         if not 0 < value < math.inf:
             raise DsgError(f"{name}: the weight {weight!r} is no positive number.", f"Write {stem}=0.5, for example.")
-        return Named(known.name, value, known.hub, known.path, known.column, known.split)
+        return replace(known, weight=value)
     raise DsgError(
         f"There is no corpus or file named {name[:200]}.",
         f"{nearest(name[:200], [*lab.CORPORA, *CATALOGUE])} Or give a file ({', '.join(READERS)}), a folder, or "
@@ -132,17 +133,19 @@ def parse_name(name: str) -> Named:
     )
 
 
-def _known(name: str) -> Named | None:
+def _known(name: str) -> CorpusName | None:
     """A name of ours before a file that happens to be called so: `./wikitext` is the file."""
     if name in lab.CORPORA:
-        return Named(name, path=lab.corpus_path(name))
+        return CorpusName(name, path=lab.corpus_path(name))
     if name in CATALOGUE or (name.startswith("hf:") and "=" not in name):
-        return Named(name, hub=hub_text(name))
+        return CorpusName(name, hub=hub_text(name))
     if (path := _existing(name)) is not None:
-        return Named(str(path), path=path)
+        return CorpusName(str(path), path=path)
     match = re.fullmatch(r"(?P<path>.+?)(?:#(?P<split>[^#@]+))?(?:@(?P<column>[^#@]+))?", name, flags=re.DOTALL)
     if match is not None and (path := _existing(match["path"])) is not None:
-        return Named(f"{path}{name[len(match['path']) :]}", path=path, column=match["column"], split=match["split"])
+        return CorpusName(
+            f"{path}{name[len(match['path']) :]}", path=path, column=match["column"], split=match["split"]
+        )
     return None
 
 
@@ -155,21 +158,21 @@ def _existing(name: str) -> Path | None:
         return None
 
 
-def _load(named: Named, *, limit: int | None, seed: int, revision: str | None) -> Corpus:
-    if named.hub is not None:
-        documents = read_hub(named.hub, revision=revision)
+def _load(named: CorpusName, limit: int | None, seed: int, revision: str | None) -> Corpus:
+    hub = named.hub
+    if hub is not None:
+        documents = read_hub(hub, revision=revision)
     else:
         assert named.path is not None
-        is_folder = named.path.is_dir()
-        if named.split and not is_folder:
+        if named.path.is_dir():
+            documents = read_folder(named.path, named.column, named.split)
+        elif named.split:
             raise DsgError(f"{named.name}: a file has no splits.", "Leave out what follows the #.")
-        documents = (
-            read_folder(named.path, named.column, named.split) if is_folder else read_file(named.path, named.column)
-        )
-    min_chars = named.hub.min_chars if named.hub else 0
-    texts = _draw(documents, limit, seed, min_chars=min_chars)
-    if named.hub is not None and named.hub.passage_chars:
-        texts = [passage for text in texts for passage in passages(text, named.hub.passage_chars)]
+        else:
+            documents = read_file(named.path, named.column)
+    texts = _draw(documents, limit, seed, min_chars=hub.min_chars if hub else 0)
+    if hub is not None and hub.passage_chars:
+        texts = [passage for text in texts for passage in passages(text, hub.passage_chars)]
         texts = _draw(listed(texts), limit, seed, min_chars=0)
     if not texts:
         raise DsgError(f"The corpus {named.name} is empty.")
@@ -178,28 +181,20 @@ def _load(named: Named, *, limit: int | None, seed: int, revision: str | None) -
             f"The corpus {named.name} has {len(set(texts))} different documents; at least {MIN_DOCUMENTS} are needed.",
             "In a .txt file, documents are separated by blank lines.",
         )
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return Corpus(
-        name=named.name,
-        texts=texts,
-        sha256=digest.hexdigest(),
-        revision=documents.revision,
-        weight=named.weight,
-        is_chat=named.hub is not None and named.hub.is_chat,
-    )
+    digest = hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()
+    is_chat = hub is not None and hub.is_chat
+    return Corpus(named.name, texts, digest, documents.revision, named.weight, is_chat)
 
 
 def passages(text: str, n_chars: int) -> list[str]:
     """A book in passages of about so many characters, cut at white space."""
-    found = []
+    parts = []
     while len(text) > n_chars:
         cut = text.rfind(" ", n_chars // 2, n_chars)
         cut = cut if cut > 0 else n_chars
-        found.append(text[:cut].strip())
+        parts.append(text[:cut].strip())
         text = text[cut:]
-    return [*found, text.strip()]
+    return [*parts, text.strip()]
 
 
 def _draw(documents: Documents, limit: int | None, seed: int, *, min_chars: int) -> list[str]:
@@ -215,8 +210,8 @@ def _draw(documents: Documents, limit: int | None, seed: int, *, min_chars: int)
                 kept[i] = text
         if limit is not None and len(kept) >= limit:
             break
-    chosen = [i for i in order if i in kept][:limit]
-    return [kept[i] for i in sorted(chosen)]
+    drawn = [i for i in order if i in kept][:limit]
+    return [kept[i] for i in sorted(drawn)]
 
 
 def check_disjoint(forget: Sequence[str], retain: Sequence[str]) -> None:
@@ -244,17 +239,14 @@ def check_no_shared_texts(forget: Sequence[Corpus], retain: Sequence[Corpus]) ->
 
 def _expanded(names: Sequence[str]) -> set[str]:
     """What each name stands for: a data set on the hub under all its names, the parts of a composed corpus."""
-    named = [_or_as_it_is(name) for name in names]
-    parts = {part for one in named for part in COMPOSED.get(one.name, ())}
-    return parts | {str(one.hub) if one.hub else one.name for one in named}
-
-
-def _or_as_it_is(name: str) -> Named:
-    """A later stage compares with names whose files may be gone by then."""
-    try:
-        return parse_name(name)
-    except DsgError:
-        return Named(name)
+    stands_for: set[str] = set()
+    for name in names:
+        try:
+            corpus = parse_name(name)
+        except DsgError:  # A later stage compares with names whose files may be gone by then.
+            corpus = CorpusName(name)
+        stands_for |= {str(corpus.hub) if corpus.hub else corpus.name, *COMPOSED.get(corpus.name, ())}
+    return stands_for
 
 
 def check_named(names: Sequence[str], *, role: str) -> None:

@@ -55,12 +55,9 @@ def fetch_file(address: HubAddress, name: str) -> Path:
 
 
 def fetch_snapshot(text: str, patterns: Sequence[str], *, kind: str = "model") -> Path:
-    """The folder of a repository's files in the local cache, downloaded as needed; its name is the commit.
+    """The folder of org/name or org/name@revision in the local cache, named after the commit; downloaded as needed.
 
-    Args:
-        text: org/name or org/name@revision.
-        patterns: Files to fetch, as shell patterns.
-        kind: `model` or `dataset`.
+    Only files that match one of the shell patterns are fetched; `kind` is `model` or `dataset`.
     """
     from huggingface_hub import snapshot_download
 
@@ -94,9 +91,8 @@ def download_size(text: str, patterns: Sequence[str], *, kind: str = "model") ->
     repo, revision = _split(text)
     with hub_errors(repo):
         info = HfApi().repo_info(repo, repo_type=kind, revision=revision, files_metadata=True)
-    listed = getattr(info, "siblings", None) or []
-    wanted = [file for file in listed if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
-    return sum(file.size or 0 for file in wanted)
+    files = getattr(info, "siblings", None) or []
+    return sum(file.size or 0 for file in files if any(fnmatch(file.rfilename, pattern) for pattern in patterns))
 
 
 def cached_commit(repo: str, *, kind: str = "model") -> str:
@@ -112,18 +108,14 @@ def cached_file(text: str, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     repo, revision = _split(text)
-    found = try_to_load_from_cache(repo, name, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(repo, name, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def push_folder(address: HubAddress, folder: Path, *, marker: str, is_public: bool) -> str:
-    """Commit a folder's files to a repository, which is made if need be; returns the commit's address.
+    """Commit a folder's files to the main branch of a repository, which is made if need be; the commit's address.
 
-    Args:
-        address: Which repository; new files go to its main branch.
-        folder: What to commit.
-        marker: A file by which a repository is known as one of ours.
-        is_public: Whether a new repository is public.
+    A repository that holds other files is refused unless `marker`, by which it is known as one of ours, is among them.
     """
     from huggingface_hub import HfApi
 
@@ -194,15 +186,10 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def read_hub(wanted: HubText, *, revision: str | None = None) -> Documents:
-    """The texts of a data set on the hub.
-
-    Args:
-        wanted: Which.
-        revision: The commit that an earlier stage read; the newest otherwise.
-    """
-    dataset = load_rows(wanted.repo, wanted.config, wanted.split, revision=revision)
-    return of_dataset(dataset, wanted, where=str(wanted), revision=commit_read(dataset))
+def read_hub(hub_text: HubText, *, revision: str | None = None) -> Documents:
+    """The texts of a data set on the hub, at the commit that an earlier stage read or else the newest."""
+    dataset = load_rows(hub_text.repo, hub_text.config, hub_text.split, revision=revision)
+    return of_dataset(dataset, hub_text, where=str(hub_text), revision=commit_read(dataset))
 
 
 def load_rows(repo: str, config: str | None, split: str, *, revision: str | None = None) -> Any:
@@ -232,12 +219,20 @@ def data_errors(repo: str) -> Iterator[None]:
         with hub_errors(repo):
             yield
     except exceptions.DatasetNotFoundError as error:
-        raise _missing(repo, str(error)) from error
-    except exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise DsgError(f"The data set {repo} cannot be read: {_line(cause)}") from error
+        if "gated" in str(error):
+            raise DsgError(
+                f"The data set {repo} is gated, and this account has no access.",
+                f"Ask for access at https://huggingface.co/datasets/{repo}, then set HF_TOKEN or run `hf auth login`; "
+                "or give a local copy by its path (.jsonl, .csv, .parquet, ...).",
+            ) from error
+        raise DsgError(
+            f"There is no data set {repo} on the hub, or it is private and this account has no access.",
+            "Check the name; for a private one, set HF_TOKEN or run `hf auth login`.",
+        ) from error
     except exceptions.DatasetsError as error:
-        raise DsgError(f"The data set {repo} cannot be read: {_line(error)}") from error
+        is_generated = isinstance(error, exceptions.DatasetGenerationError)
+        cause = (error.__cause__ if is_generated else None) or error
+        raise DsgError(f"The data set {repo} cannot be read: {_line(cause)}") from error
     except ConnectionError as error:
         raise DsgError(
             f"The hub cannot be reached, and the data set {repo} is not in the local cache.",
@@ -252,10 +247,7 @@ def data_errors(repo: str) -> Iterator[None]:
         if not re.search("BuilderConfig|split|[Cc]onfig name", str(error)):
             raise
         # An unknown configuration or split: the message lists what there is.
-        raise DsgError(
-            f"In the data set {repo}: {_line(error)}",
-            "Write hf:org/name:config#split.",
-        ) from error
+        raise DsgError(f"In the data set {repo}: {_line(error)}", "Write hf:org/name:config#split.") from error
 
 
 def commit_read(dataset: Any) -> str:
@@ -264,19 +256,6 @@ def commit_read(dataset: Any) -> str:
         if match := re.fullmatch(r"[0-9a-f]{40}", Path(file["filename"]).parent.name):
             return match[0]
     return ""
-
-
-def _missing(repo: str, reason: str) -> DsgError:
-    if "gated" in reason:
-        return DsgError(
-            f"The data set {repo} is gated, and this account has no access.",
-            f"Ask for access at https://huggingface.co/datasets/{repo}, then set HF_TOKEN or run `hf auth login`; "
-            "or give a local copy by its path (.jsonl, .csv, .parquet, ...).",
-        )
-    return DsgError(
-        f"There is no data set {repo} on the hub, or it is private and this account has no access.",
-        "Check the name; for a private one, set HF_TOKEN or run `hf auth login`.",
-    )
 
 
 def _line(error: BaseException) -> str:

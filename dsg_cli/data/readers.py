@@ -1,4 +1,4 @@
-"""Local files, folders and data sets on the hub as documents: texts that can be counted before any is read."""
+"""Files, folders and data sets as documents: texts that are counted before any is read; and prompts of a user."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import io
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -42,11 +43,8 @@ class Documents:
 def read_file(path: Path, column: str | None = None) -> Documents:
     """A .jsonl, .json, .csv, .tsv, .parquet file, or a text file whose documents are parted by blank lines.
 
-    Of .jsonl and .parquet only what is taken is in memory; others are read whole.
-
-    Args:
-        path: Of the file.
-        column: Which field holds the text; found by its name otherwise.
+    Of .jsonl and .parquet only what is taken is in memory; others are read whole. The column that holds the text is
+    found by its name where none is given.
     """
     kind = path.suffix.lower()
     if kind and kind not in READERS:
@@ -57,14 +55,10 @@ def read_file(path: Path, column: str | None = None) -> Documents:
         return _lines(path, column)
     content = text_of(path)
     if kind not in TABLES:
-        texts = content.split("\n\n")
-    elif kind in (".csv", ".tsv"):
-        texts = _csv(path, content, column)
-    elif _is_json_lines(content):
-        return _lines(path, column)
-    else:
-        texts = _json(path, content, column)
-    return listed(texts)
+        return listed(content.split("\n\n"))
+    if kind in (".csv", ".tsv"):
+        return listed(_csv(path, content, column))
+    return _lines(path, column) if _is_json_lines(content) else listed(_json(path, content, column))
 
 
 def read_folder(folder: Path, column: str | None = None, split: str | None = None) -> Documents:
@@ -76,8 +70,8 @@ def read_folder(folder: Path, column: str | None = None, split: str | None = Non
     files = _files_of(folder)
     if not files:
         raise DsgError(f"The folder {folder} holds no corpus.", f"Known files: {', '.join(READERS)}.")
-    read = [read_file(path, column) for path in files]
-    return listed([text for one in read for text in one.take(range(one.n))])
+    tables = [read_file(path, column) for path in files]
+    return listed([text for table in tables for text in table.take(range(table.n))])
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -89,22 +83,13 @@ def _files_of(folder: Path) -> list[Path]:
     return tables or [path for path in known if path.stem.upper() not in ("README", "LICENSE", "LICENCE", "NOTICE")]
 
 
-def of_dataset(dataset: Any, wanted: HubText, *, where: str, revision: str = "") -> Documents:
+def of_dataset(dataset: Any, hub_text: HubText, *, where: str, revision: str = "") -> Documents:
     """The texts of a `datasets.Dataset`, which stays on disk."""
-    if wanted.template is not None:
-        template = wanted.template
-
-        def render(indices: Sequence[int]) -> list[str]:
-            return [template.format(**row) for row in dataset.select(indices)]
-
-        return Documents(len(dataset), render, revision)
+    if (template := hub_text.template) is not None:
+        return Documents(len(dataset), lambda at: [template.format(**row) for row in dataset.select(at)], revision)
     strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in STRINGS]
-    column = _find_column(wanted.column, strings, where)
-
-    def take(indices: Sequence[int]) -> list[str]:
-        return [text or "" for text in dataset.select(indices)[column]]
-
-    return Documents(len(dataset), take, revision)
+    column = _find_column(hub_text.column, strings, where)
+    return Documents(len(dataset), lambda at: [text or "" for text in dataset.select(at)[column]], revision)
 
 
 def listed(texts: Sequence[str]) -> Documents:
@@ -112,15 +97,15 @@ def listed(texts: Sequence[str]) -> Documents:
     return Documents(len(texts), lambda indices: [texts[i] for i in indices])
 
 
-def _find_column(wanted: str | None, strings: Sequence[str], where: str) -> str:
+def _find_column(name: str | None, strings: Sequence[str], where: str) -> str:
     """The column that was named, the first of `COLUMNS` that is there, or the only one that holds text."""
-    if wanted is not None:
-        if wanted in strings:
-            return wanted
-        raise DsgError(f"{where} has no text column {wanted}.", nearest(wanted, strings))
-    found = [name for name in COLUMNS if name in strings] or list(strings)
-    if found and (found[0] in COLUMNS or len(found) == 1):
-        return found[0]
+    if name is not None:
+        if name in strings:
+            return name
+        raise DsgError(f"{where} has no text column {name}.", nearest(name, strings))
+    likely = [known for known in COLUMNS if known in strings] or list(strings)
+    if likely and (likely[0] in COLUMNS or len(likely) == 1):
+        return likely[0]
     raise DsgError(
         f"{where} has no column that is known to hold the text; found: {', '.join(strings) or 'none with text'}.",
         "Name it after an @, as in FILE@column.",
@@ -177,7 +162,11 @@ def _lines(path: Path, column: str | None) -> Documents:
             for i in indices:
                 file.seek(starts[i])
                 where = f"{path}, line {numbers[i]}"
-                row = _row(path, file.readline(), starts[i], where)
+                text = _decoded(path, file.readline(), starts[i])
+                try:
+                    row = parse_json(text)
+                except ValueError as error:
+                    raise DsgError(f"{where} is not JSON: {getattr(error, 'msg', error)}.") from error
                 if i == 0:
                     column = _column_of(row, column, where)
                 texts.append(_field(row, column, where))
@@ -186,14 +175,6 @@ def _lines(path: Path, column: str | None) -> Documents:
     if starts:
         take([0])  # The first line says which column holds the text.
     return Documents(len(starts), take)
-
-
-def _row(path: Path, line: bytes, start: int, where: str) -> Any:
-    text = _decoded(path, line, start)
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise DsgError(f"{where} is not JSON: {getattr(error, 'msg', error)}.") from error
 
 
 def _json(path: Path, content: str, column: str | None) -> list[str]:
@@ -228,25 +209,20 @@ def _parquet(path: Path, column: str | None) -> Documents:
     import pyarrow
     from pyarrow import parquet
 
-    try:
+    with _readable(path):
         file = parquet.ParquetFile(path)
         schema = file.schema_arrow
         strings = [field.name for field in schema if pyarrow.types.is_string(field.type) or str(field.type) in STRINGS]
         column = _find_column(column, strings, str(path))
         ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
-    except (OSError, LookupError, ValueError, pyarrow.ArrowException) as error:
-        raise DsgError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
     def take(indices: Sequence[int]) -> list[str]:
         texts: dict[int, str] = {}
-        for group, several in groupby(sorted(indices), key=lambda i: bisect_right(ends, i)):
-            rows, first = list(several), ends[group - 1] if group else 0
-            try:
-                values = file.read_row_group(group, columns=[column])[column]
-                found = values.take([i - first for i in rows]).to_pylist()
-            except (OSError, LookupError, ValueError, pyarrow.ArrowException) as error:
-                raise DsgError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-            texts |= {i: text or "" for i, text in zip(rows, found, strict=True)}
+        for group, in_group in groupby(sorted(indices), key=lambda i: bisect_right(ends, i)):
+            rows, first = list(in_group), ends[group - 1] if group else 0
+            with _readable(path):
+                values = file.read_row_group(group, columns=[column])[column].take([i - first for i in rows])
+                texts |= {i: text or "" for i, text in zip(rows, values.to_pylist(), strict=True)}
         return [texts[i] for i in indices]
 
     return Documents(ends[-1] if ends else 0, take)
@@ -255,33 +231,42 @@ def _parquet(path: Path, column: str | None) -> Documents:
 def _saved(folder: Path, column: str | None, split: str | None) -> Documents:
     from datasets import DatasetDict, load_from_disk
 
-    try:
+    with _readable(folder):
         dataset = load_from_disk(str(folder))
-    except Exception as error:  # A folder of the user's: the library raises anything on a bad one.
-        raise DsgError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if isinstance(dataset, DatasetDict):
         names = list(dataset)
-        chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
-        if chosen not in names:
+        name = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
+        if name not in names:
             raise DsgError(
                 f"{folder} has {f'no split {split}' if split else 'several splits'}: {', '.join(names)}.",
                 f"Name one after a #, as in {folder}#{names[0]}.",
             )
-        dataset = dataset[chosen]
+        dataset = dataset[name]
     return of_dataset(dataset, HubText(str(folder), column=column), where=str(folder))
 
 
-def _column_of(row: Any, wanted: str | None, where: str) -> str:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """The block reads a file or folder of the user's, on which a library raises anything if it is a bad one."""
+    try:
+        yield
+    except DsgError:
+        raise
+    except Exception as error:
+        raise DsgError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _column_of(row: Any, name: str | None, where: str) -> str:
     if not isinstance(row, Mapping):
         raise DsgError(f"{where} is no object with a text; found: {type(row).__name__}.")
-    return _find_column(wanted, [str(name) for name, value in row.items() if isinstance(value, str)], where)
+    return _find_column(name, [str(key) for key, value in row.items() if isinstance(value, str)], where)
 
 
 def _field(row: Any, column: str | None, where: str) -> str:
     text = row.get(column, 0) if isinstance(row, Mapping) else 0
     if not isinstance(text, str | None):
-        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise DsgError(f'{where} has no "{column}" string; found: {found}.')
+        keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise DsgError(f'{where} has no "{column}" string; found: {keys}.')
     return _clean(text or "", where)  # Nothing may be there, as in a table of Parquet.
 
 
@@ -293,12 +278,12 @@ def _clean(text: str, where: str) -> str:
     return text
 
 
-def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     """Prompts from the command line, from a file, or from stdin."""
-    if given and file is not None:
+    if prompts and file is not None:
         raise DsgError("Prompts are given both on the command line and in a file.", "Give one of them.")
-    if given:
-        return list(given)
+    if prompts:
+        return list(prompts)
     if file is None and sys.stdin.isatty():
         raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
     try:
