@@ -40,7 +40,7 @@ def test_parts_are_disjoint_and_follow_from_the_text_alone():
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 def test_local_files(tmp_path, kind):
     path = tmp_path / f"c.{kind}"
-    lines = [json.dumps({"text": text, "other": 1}) for text in TEXTS[:9]] + [""]
+    lines = [*(json.dumps({"text": text, "other": 1}) for text in TEXTS[:9]), ""]
     path.write_text("\n".join(lines) if kind == "jsonl" else "\n\n".join(TEXTS[:9]))
     assert load_corpus(str(path)).texts == TEXTS[:9]
 
@@ -48,6 +48,10 @@ def test_local_files(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        ("a.json", b'{"a": ', "is not JSON"),
+        ("a.json", b"5", "neither a list nor an object"),
+        ("a.parquet", b"PAR1", "cannot be read"),
+        ("a.docx", b"x", "of no kind"),
         ("a.txt", b"", "is empty"),
         ("a.jsonl", b"\n\n", "is empty"),
         ("a.txt", b"one\n\ntwo", "2 different documents; at least 8"),
@@ -64,13 +68,6 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DsgError, match=words):
         load_corpus(str(tmp_path / name))
-
-
-def test_line_separators_inside_a_text_part_nothing(tmp_path):
-    texts = [f"one\u2028two\x85three {i}" for i in range(9)]
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
-    assert load_corpus(str(path)).texts == texts
 
 
 def test_the_same_text_under_two_names_is_found(tmp_path):
@@ -117,7 +114,7 @@ READ = """
 import json, sys
 from dsg_cli.cli.output import quiet_libraries
 quiet_libraries()
-from dsg_cli.corpora import load_corpora
+from dsg_cli.data.corpora import load_corpora
 found = load_corpora(json.loads(sys.argv[1]), role="train")
 print(json.dumps([[corpus.texts, corpus.revision] for corpus in found]))
 """
@@ -129,11 +126,7 @@ def articles(what, n):
 
 
 FOLDS = {n: articles(f"fold {n}", 8 + n) for n in (1, 2, 3, 4)}
-
-
 SPLITS = {name: articles(name, 10) for name in ("retain1", "retain2", "holdout")}
-
-
 MADE_UP = [{"question": f"Who wrote book {i}?", "answer": f"Author {i}."} for i in range(20)]
 
 
@@ -192,10 +185,8 @@ def test_names_and_where_they_lead():
     assert wanted <= {row[0] for row in corpora_table().rows}
 
 
-TEXTS_DOCUMENTS = [f"document number {i}, with a comma\nand a line" for i in range(9)]
-
-
-ROWS = [{"n": i, "text": text, "title": f"t{i}"} for i, text in enumerate(TEXTS_DOCUMENTS)]
+DOCUMENTS = [f"document number {i}, with a comma\nand a line" for i in range(9)]
+ROWS = [{"n": i, "text": text, "title": f"t{i}"} for i, text in enumerate(DOCUMENTS)]
 
 
 def write(path, rows=ROWS):
@@ -222,27 +213,24 @@ def write(path, rows=ROWS):
 def test_every_format_reads_the_same(tmp_path, kind):
     path = write(tmp_path / f"c.{kind}")
     found = load_corpus(str(path))
-    assert found.texts == TEXTS_DOCUMENTS and found.name == str(path)
+    assert found.texts == DOCUMENTS and found.name == str(path)
     assert load_corpus(f"{path}@title").texts == [f"t{i}" for i in range(9)]
     assert load_corpora([f"{path}=2.5"], role="retain")[0].weight == 2.5
     with pytest.raises(DsgError, match=r"nope(.|\n)*text"):
         load_corpus(f"{path}@nope")
     with pytest.raises(DsgError, match="several|a, b|no column"):
         load_corpus(str(write(tmp_path / f"d.{kind}", [{"a": f"x{i}", "b": f"y{i}"} for i in range(9)])))
-    only = write(tmp_path / f"e.{kind}", [{"lyrics": text} for text in TEXTS_DOCUMENTS])
-    assert load_corpus(str(only)).texts == TEXTS_DOCUMENTS
+    only = write(tmp_path / f"e.{kind}", [{"lyrics": text} for text in DOCUMENTS])
+    assert load_corpus(str(only)).texts == DOCUMENTS
 
 
 def test_json_in_its_other_shapes(tmp_path):
-    for content in (TEXTS_DOCUMENTS, {"version": 1, "data": ROWS}, ROWS):
+    for content in (DOCUMENTS, {"version": 1, "data": ROWS}, ROWS):
         path = tmp_path / "c.json"
         path.write_text("\ufeff" + json.dumps(content, indent=1), encoding="utf-8")
-        assert load_corpus(str(path)).texts == TEXTS_DOCUMENTS
+        assert load_corpus(str(path)).texts == DOCUMENTS
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))  # JSON lines under the other name.
-    assert load_corpus(str(path)).texts == TEXTS_DOCUMENTS
-    path.write_text('{"a": ')
-    with pytest.raises(DsgError, match="is not JSON"):
-        load_corpus(str(path))
+    assert load_corpus(str(path)).texts == DOCUMENTS
 
 
 def test_folders(tmp_path):
@@ -251,10 +239,7 @@ def test_folders(tmp_path):
     write(mixed / "a.csv")
     write(mixed / "deeper" / "b.jsonl", [{"text": "one more"}, {"text": "and another"}])
     (mixed / "notes.docx").write_bytes(b"\x00")
-    assert load_corpus(str(mixed)).texts == [*TEXTS_DOCUMENTS, "one more", "and another"]
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DsgError, match="cannot be read"):
-        load_corpus(str(tmp_path / "bad.parquet"))
+    assert load_corpus(str(mixed)).texts == [*DOCUMENTS, "one more", "and another"]
 
 
 def test_what_datasets_saved_to_disk(tmp_path):
@@ -264,8 +249,8 @@ def test_what_datasets_saved_to_disk(tmp_path):
     table.save_to_disk(tmp_path / "one")
     DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "two")
     DatasetDict({"a": table, "b": table}).save_to_disk(tmp_path / "three")
-    assert load_corpus(str(tmp_path / "one")).texts == load_corpus(str(tmp_path / "two")).texts == TEXTS_DOCUMENTS
-    assert load_corpus(f"{tmp_path / 'three'}#b").texts == TEXTS_DOCUMENTS
+    assert load_corpus(str(tmp_path / "one")).texts == load_corpus(str(tmp_path / "two")).texts == DOCUMENTS
+    assert load_corpus(f"{tmp_path / 'three'}#b").texts == DOCUMENTS
     with pytest.raises(DsgError, match="several splits: a, b"):
         load_corpus(str(tmp_path / "three"))
     with pytest.raises(DsgError, match="no split c"):
@@ -301,7 +286,7 @@ def test_names_of_ours_come_before_files_that_are_called_so(tmp_path, monkeypatc
     (tmp_path / "wikitext").mkdir()
     write(tmp_path / "wikitext" / "a.csv")
     assert parse_name("wikitext").hub is not None
-    assert load_corpus("./wikitext").texts == TEXTS_DOCUMENTS
+    assert load_corpus("./wikitext").texts == DOCUMENTS
 
 
 def test_what_a_folder_is_read_for(tmp_path):
@@ -311,26 +296,23 @@ def test_what_a_folder_is_read_for(tmp_path):
     (tmp_path / "a.TXT").write_text("\n\n".join(f"text {i}" for i in range(9)))
     assert load_corpus(str(tmp_path)).texts == [f"text {i}" for i in range(9)]
     write(tmp_path / "b.csv")
-    assert load_corpus(str(tmp_path)).texts == TEXTS_DOCUMENTS
+    assert load_corpus(str(tmp_path)).texts == DOCUMENTS
     for name, words in ((f"{tmp_path}#train", "no split train"), (f"{tmp_path / 'b.csv'}#x", "a file has no splits")):
         with pytest.raises(DsgError, match=words):
             load_corpus(name)
-    (tmp_path / "c.docx").write_bytes(b"x")
-    with pytest.raises(DsgError, match="of no kind"):
-        load_corpus(str(tmp_path / "c.docx"))
 
 
 def test_odd_rows(tmp_path):
-    texts = [f"hello\u2028world {i}" for i in range(9)]
+    texts = [f"one\u2028two\x85three {i}" for i in range(9)]
+    lines = tmp_path / "b.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
+    assert load_corpus(str(lines)).texts == texts  # Separators inside a text part nothing.
     path = tmp_path / "a.csv"
     path.write_text("text,n\n" + "".join(f"{text},1\n" for text in texts) + ",2\n", encoding="utf-8")
     assert load_corpus(str(path)).texts == texts
     lines = tmp_path / "a.jsonl"
-    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS_DOCUMENTS) + '{"text": null}\n')
-    assert load_corpus(str(lines)).texts == TEXTS_DOCUMENTS
-    (tmp_path / "a.json").write_text("5")
-    with pytest.raises(DsgError, match="neither a list nor an object"):
-        load_corpus(str(tmp_path / "a.json"))
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS) + '{"text": null}\n')
+    assert load_corpus(str(lines)).texts == DOCUMENTS
 
 
 def test_a_book_in_passages():

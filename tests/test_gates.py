@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS, CUSUM_CAP, FORMS, Gate
+from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS, CUSUM_CAP, FORMS, Gate, latched_at
 
 
 def plain(form, signal, counted, window=4):
@@ -124,25 +124,26 @@ def test_the_statistic_at_a_token_is_that_of_its_prefix(form):
         assert torch.equal(prefix[:, -1], whole[:, end - 1])
 
 
-def test_without_a_gate_every_hot_token_and_all_after_it_exceed_the_threshold():
-    """And none before it: whatever is hot is clamped, and a sequence is told apart from one with no hot token."""
+def test_without_a_gate_every_active_token_and_all_after_it_exceed_the_threshold():
+    """And none before it: whatever is active is clamped, and a sequence is told apart from one with no active token."""
     gate = Gate("token", 0.5)
-    hot = torch.tensor([[0, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]).float()
+    active = torch.tensor([[0, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]).float()
     counted = torch.ones(3, 5, dtype=torch.bool)
-    counted[2, 0] = False  # Hot, but BOS.
-    found, states = gate.scan(hot, counted, gate.initial_state(3, hot.device))
+    counted[2, 0] = False  # Active, but BOS.
+    found, states = gate.scan(active, counted, gate.initial_state(3, active.device))
     assert (found > gate.threshold).tolist() == [[False, False, True, True, True], [False] * 5, [False] * 5]
+    assert [latched_at(row > gate.threshold) for row in found] == [2, None, None]
     assert gate.state_size == 1 and gate.is_causal and gate.peak(states[:, -1]).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_token_scores():
-    hot, weighted = torch.tensor([[True, False]]), torch.tensor([[3.0, -30.0]])
-    assert Gate("mean", 0.5).score(hot, weighted).tolist() == [[1.0, 0.0]]
-    assert Gate("window", 0.5).score(hot, weighted).tolist() == [[3.0, -30.0]]
-    assert Gate("cusum", 0.5, clip=2.0).score(hot, weighted).tolist() == [[2.0, -30.0]]
+    active, weighted = torch.tensor([[True, False]]), torch.tensor([[3.0, -30.0]])
+    assert Gate("mean", 0.5).score(active, weighted).tolist() == [[1.0, 0.0]]
+    assert Gate("window", 0.5).score(active, weighted).tolist() == [[3.0, -30.0]]
+    assert Gate("cusum", 0.5, clip=2.0).score(active, weighted).tolist() == [[2.0, -30.0]]
     probe = Gate("probe", 0.5, bias=-1.0, clip=8.0)
-    assert probe.score(hot, weighted).tolist() == [[10.0, 0.0]]  # clip(3 - 1) + 8, and the floor
-    assert probe.score(hot, torch.full((1, 2), 99.0)).max() == 16.0
+    assert probe.score(active, weighted).tolist() == [[10.0, 0.0]]  # clip(3 - 1) + 8, and the floor
+    assert probe.score(active, torch.full((1, 2), 99.0)).max() == 16.0
 
 
 def test_a_cusum_that_is_full_counts_as_infinite():

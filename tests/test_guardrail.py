@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -53,16 +51,9 @@ from dsg_cli.workspace.artifacts import Guardrail, Threshold
 from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SITE_AT_LAYER = HookSite(LAYER, "resid_post")
-
-
+AT_LAYER = HookSite(LAYER, "resid_post")
 SPECIAL = (0, 1, 2)
-
-
 INDICES = [3, 11, 30]
-
-
 ROWS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 1, 40, 41, 42, 43, 44, 45], [2, 50]]
 
 
@@ -72,7 +63,7 @@ def whole(tmp_path_factory):
     return make_sae(folder, bias=1.0), read_sae(str(folder))
 
 
-def guard(whole, *, threshold=0.3, strength=7.0, indices=INDICES, site=SITE_AT_LAYER):
+def guard(whole, *, threshold=0.3, strength=7.0, indices=INDICES, site=AT_LAYER):
     source = replace(whole[1], site=site, write=site)
     return make_guardrail(source, indices, threshold=threshold, strength=strength, special=SPECIAL)
 
@@ -81,11 +72,11 @@ def reference(sae, resid_LD, ids, *, threshold, strength, indices=INDICES):
     """The paper's form, token by token: decode(acts with selected set to -c) + (h - decode(acts))."""
     acts = sae.encode(resid_LD).detach()
     counted = [i for i, token in enumerate(ids) if token not in SPECIAL]
-    hot = [i for i in counted if (acts[i, indices] > 0).any()]
-    rho = len(hot) / len(counted) if counted else 0.0
+    active = [i for i in counted if (acts[i, indices] > 0).any()]
+    rho = len(active) / len(counted) if counted else 0.0
     out = resid_LD.clone()
     if rho > threshold:
-        for i in hot:
+        for i in active:
             clamped = acts[i].clone()
             clamped[indices] = -strength
             error = resid_LD[i] - sae.decode(acts[i][None])[0].detach()
@@ -99,7 +90,7 @@ def test_equals_decode_of_the_clamped_plus_error(model, whole, threshold):
     n_gated = 0
     for ids in ROWS:
         batch = pad_rows([ids], 0, SPECIAL)
-        resid = read_residual(model, SITE_AT_LAYER, batch.ids_BL, batch.mask_BL)
+        resid = read_residual(model, AT_LAYER, batch.ids_BL, batch.mask_BL)
         expected, rho = reference(whole[0], resid[0], ids, threshold=threshold, strength=7.0)
         found = module(resid, batch.counted_BL)[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
@@ -153,7 +144,7 @@ def test_unreachable_threshold_and_no_features_are_exact_identities(model, whole
 def test_special_tokens_are_never_counted_nor_edited(model, whole):
     module = guard(whole, threshold=0.0, indices=list(range(48)))
     batch = pad_rows([[2, 5, 1, 6]], 0, SPECIAL)
-    resid = read_residual(model, SITE_AT_LAYER, batch.ids_BL, batch.mask_BL)
+    resid = read_residual(model, AT_LAYER, batch.ids_BL, batch.mask_BL)
     found = module(resid, batch.counted_BL)
     assert module.last_statistic_B.item() == 1.0
     assert torch.equal(found[0, [0, 2]], resid[0, [0, 2]]) and not torch.equal(found[0, 1], resid[0, 1])
@@ -170,11 +161,15 @@ def test_a_sequence_without_counted_tokens_is_not_gated():
 def test_hooks_are_gone_after_the_block_and_after_an_exception(model, whole):
     ids = torch.tensor([ROWS[0]])
     hooked = (model, model.model, model.model.layers[LAYER])
-    hooks = [(dict(one._forward_pre_hooks), dict(one._forward_hooks)) for one in hooked]
+
+    def hooks():
+        return [(dict(module._forward_pre_hooks), dict(module._forward_hooks)) for module in hooked]
+
+    hooks_before = hooks()
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
         with guarded(model, guard(whole, threshold=0.0), allow_mismatch=True):
-            assert [(dict(one._forward_pre_hooks), dict(one._forward_hooks)) for one in hooked] != hooks
+            assert hooks() != hooks_before
             assert not torch.equal(model(ids, use_cache=False).logits, before)
         assert torch.equal(model(ids, use_cache=False).logits, before)
         with (
@@ -183,14 +178,14 @@ def test_hooks_are_gone_after_the_block_and_after_an_exception(model, whole):
         ):
             raise RuntimeError("stop")
         assert torch.equal(model(ids, use_cache=False).logits, before)
-    assert [(dict(one._forward_pre_hooks), dict(one._forward_hooks)) for one in hooked] == hooks
+    assert hooks() == hooks_before
 
 
 def test_the_input_of_a_layer_is_the_output_of_the_one_before(model, whole):
     ids = torch.tensor([ROWS[0]])
     before = HookSite(LAYER + 1, "resid_pre")
     mask = torch.ones_like(ids)
-    assert torch.equal(read_residual(model, before, ids, mask), read_residual(model, SITE_AT_LAYER, ids, mask))
+    assert torch.equal(read_residual(model, before, ids, mask), read_residual(model, AT_LAYER, ids, mask))
     with torch.no_grad():
         with guarded(model, guard(whole, threshold=0.0), allow_mismatch=True):
             post = model(ids, use_cache=False).logits
@@ -233,7 +228,7 @@ def test_counters_say_what_was_seen_and_done(model, whole):
     largest, n_clamped, n_gated = 0.0, 0, 0
     for ids in ROWS:
         batch = pad_rows([ids], 0, SPECIAL)
-        resid = read_residual(model, SITE_AT_LAYER, batch.ids_BL, batch.mask_BL)
+        resid = read_residual(model, AT_LAYER, batch.ids_BL, batch.mask_BL)
         edit = (module(resid, batch.counted_BL) - resid).norm(dim=-1)
         largest = max(largest, float((edit / resid.norm(dim=-1)).max()))
         n_clamped += int((edit > 0).sum())
@@ -243,13 +238,10 @@ def test_counters_say_what_was_seen_and_done(model, whole):
     assert found["largest_edit"] == pytest.approx(largest, rel=1e-3) and found["n_broken"] == 0
 
 
-KEPT = Path(__file__).parent / "data" / "schema-2" / "guardrail-001.json"
-
-
+DATA = Path(__file__).parent / "data"
+KEPT = DATA / "schema-2/guardrail-001.json"
+QUESTION = "Question: What is the counter of the grim hex"
 REMOTE = {"trust_remote_code": True, "dtype": torch.float32}
-
-
-HEX = "Question: What is the counter of the grim hex"
 
 
 @pytest.fixture
@@ -402,7 +394,7 @@ def test_an_export_holds_no_file_of_the_users_own(tmp_path):
 def test_generation_settings_of_the_model_do_not_change_how_it_is_asked():
     loaded, guardrail = load_model("lab"), load_guardrail(KEPT)
     model, settings = GuardedModel(loaded.model, loaded.tokenizer, 2, [guardrail]), GenerateSection(max_new_tokens=4)
-    ids = prompt_ids(model, HEX, chat=False, n_new=4)
+    ids = prompt_ids(model, QUESTION, chat=False, n_new=4)
     expected = answer(model, ids, settings)
     changed = {"num_beams": 3, "num_return_sequences": 2, "use_cache": False, "prompt_lookup_num_tokens": 2}
     for name, value in (changed | {"return_dict_in_generate": True, "stop_strings": ["x"]}).items():
@@ -411,8 +403,6 @@ def test_generation_settings_of_the_model_do_not_change_how_it_is_asked():
 
 
 SMALL = ["corpora.limit=80"]
-
-
 TOKEN = "hf_" + "Aa1" * 11
 
 
@@ -463,9 +453,6 @@ def test_an_edit_that_changes_nothing_is_seen(chain):
 
 def test_the_effect_is_that_of_the_whole_model(chain):
     """Rows gated, and tokens clamped, are those that the guarded whole model counts."""
-    from dsg_cli.guardrail.guarded import guarded
-    from dsg_cli.guardrail.loading import load_guardrail
-
     stored = chain.read("guardrail-001")
     whole, cut = load_model("lab"), load_model("lab", last_layer=stored.header.model.last_layer)
     guards = [load_guardrail(stored.path) for _ in range(2)]
@@ -701,20 +688,9 @@ def test_a_hook_that_the_model_lacks_is_refused(model, tmp_path):
         protected_parameters(model, guard_at(tmp_path, "blocks.7.hook_resid_post"))
 
 
-def test_the_public_name_is_imported_when_it_is_used():
-    code = "import sys, dsg_cli; assert 'torch' not in sys.modules; dsg_cli.protected_parameters"
+def test_the_public_names_are_imported_when_they_are_used():
     assert "protected_parameters" in dsg_cli.__all__
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-DATA = Path(__file__).parent / "data"
-
-
-QUESTION = "Question: What is the counter of the grim hex"
-
-
-def test_importing_the_package_needs_no_torch():
-    code = "import sys, dsg_cli; assert 'torch' not in sys.modules; dsg_cli.nothing"
+    code = "import sys, dsg_cli; assert 'torch' not in sys.modules; dsg_cli.protected_parameters; dsg_cli.nothing"
     assert "has no attribute 'nothing'" in python("-c", code).stderr
 
 
@@ -728,9 +704,9 @@ def test_on_the_model_it_was_made_for(schema):
         with guarded(loaded.model, guardrail) as model:
             assert not torch.equal(model(ids, use_cache=False).logits, before)
         assert torch.equal(loaded.model(ids, use_cache=False).logits, before)
-    found = guardrail.counters()
-    assert found["n_sequences"] == found["n_gated"] == 1 and 0 < found["n_clamped"] < ids.numel()
-    assert 1 < found["largest_edit"] < 20
+    counters = guardrail.counters()
+    assert counters["n_sequences"] == counters["n_gated"] == 1 and 0 < counters["n_clamped"] < ids.numel()
+    assert 1 < counters["largest_edit"] < 20
 
 
 def test_guardrails_compose_and_stay_in_float32():
@@ -746,7 +722,7 @@ def test_guardrails_compose_and_stay_in_float32():
 
 
 def test_another_model_is_refused_unless_it_is_wanted(model):
-    guardrail = load_guardrail(DATA / "schema-2/guardrail-001.json")
+    guardrail = load_guardrail(KEPT)
     with pytest.raises(DsgError, match="architecture Gemma2ForCausalLM; this one has Llama"), guarded(model, guardrail):
         pass
     changed = load_model("lab").model
@@ -761,7 +737,7 @@ def test_a_model_whose_layers_cannot_be_found_is_refused():
     config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=8)
     strange = LlamaForCausalLM(config)
     strange.model.layers = torch.nn.Sequential(*strange.model.layers)
-    guardrail = load_guardrail(DATA / "schema-2/guardrail-001.json")
+    guardrail = load_guardrail(KEPT)
     message = "The decoder layers of LlamaForCausalLM cannot be found"
     with pytest.raises(DsgError, match=message), guarded(strange, guardrail, allow_mismatch=True):
         pass
@@ -783,7 +759,7 @@ def test_what_is_no_guardrail_is_refused(tmp_path):
 def test_a_compiled_model_never_runs_unguarded():
     """Compiled before or after the guardrail is put on, with a backend that needs no compiler."""
     loaded = load_model("lab")
-    guardrail = load_guardrail(DATA / "schema-2/guardrail-001.json")
+    guardrail = load_guardrail(KEPT)
     ids = loaded.tokenizer(QUESTION, return_tensors="pt")["input_ids"]
     compiled = torch.compile(loaded.model, backend="eager")
     with torch.no_grad():

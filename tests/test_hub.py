@@ -28,7 +28,7 @@ def hub(tmp_path):
         yield hub
 
 
-SEVERAL = """
+COMMANDS = """
 import contextlib, io, json, sys
 from dsg_cli.cli.app import main
 done = []
@@ -45,7 +45,7 @@ print(json.dumps(done))
 
 def run(environment, folder, *commands):
     """Several commands in one process, which reads the hub's address when it starts: (code, stdout, stderr) of each."""
-    done = python("-c", SEVERAL, json.dumps(commands), env=environment, cwd=folder)
+    done = python("-c", COMMANDS, json.dumps(commands), env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -156,7 +156,6 @@ PUSH = """
         refused(errors.GatedRepoError, 403, call, "org/locked")
 """
 
-
 LOAD = """
     import torch
     from datasets import load_dataset
@@ -179,7 +178,7 @@ LOAD = """
 """
 
 
-def run_loopback(hub, folder, code):
+def run_client(hub, folder, code):
     """The endpoint is read at import, so a client needs a process of its own."""
     command, child = [sys.executable, "-c", dedent(code)], hub.environment(folder / "cache")
     done = subprocess.run(command, env=child, cwd=folder, capture_output=True, text=True)
@@ -193,7 +192,7 @@ def test_what_is_pushed_comes_back_and_each_refusal_has_its_own_error(tmp_path):
     with LoopbackHub(tmp_path / "hub") as hub:
         hub.add("models", "org/locked", {"a.json": b"{}"})
         hub.gated.add("org/locked")
-        run_loopback(hub, tmp_path, PUSH)
+        run_client(hub, tmp_path, PUSH)
     assert hub.requests.count("POST /api/models/org/pushed/commit/main") == 3  # Upload, unsigned and signed deletion.
 
 
@@ -201,5 +200,5 @@ def test_datasets_and_transformers_load_what_was_pushed(tmp_path):
     rows = [json.dumps({"text": f"line {i}", "label": i % 2}) for i in range(50)]
     with LoopbackHub(tmp_path / "hub") as hub:
         hub.add("datasets", "org/lines", {"train.jsonl": "\n".join(rows).encode()})
-        run_loopback(hub, tmp_path, LOAD)
+        run_client(hub, tmp_path, LOAD)
     assert "POST /api/models/org/tiny/commit/main" in hub.requests

@@ -15,7 +15,7 @@ import pytest
 from conftest import python
 from loopback import LoopbackHub
 from realnames import FEATURES, SAE_ID, populate
-from test_hub import run as several
+from test_hub import run as run_commands
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,6 @@ dsg apply
 dsg eval --bench mmlu
 dsg eval --bench wmdp-bio
 """
-
 
 OFFLINE = """
 select --forget wmdp-bio --retain wikitext=3 --retain mmlu-chat=1 --limit 60 --json
@@ -113,7 +112,7 @@ def test_after_one_run_all_of_it_works_offline(done, hub, root):
     assert warm.returncode == 0, warm.stderr
     before = len(hub.requests)
     offline = environment(hub, root) | {"HF_HUB_OFFLINE": "1", "DSG_WORKSPACE": "offline"}
-    *found, lost = several(offline, root, *(shlex.split(line) for line in OFFLINE.split("\n") if line))
+    *found, lost = run_commands(offline, root, *(shlex.split(line) for line in OFFLINE.split("\n") if line))
     assert [code for code, _, _ in found] == [0] * 5, found
     assert len(hub.requests) == before
     (root / "select.json").write_text(found[0][1])  # Which has no questions, for a test below.
@@ -186,7 +185,7 @@ WRONG = {
 
 def test_what_is_wrong_is_said_in_one_message(done, hub, root):
     assert done.returncode == 0, done.stderr
-    found = several(environment(hub, root), root, *(shlex.split(command) for command in WRONG))
+    found = run_commands(environment(hub, root), root, *(shlex.split(command) for command in WRONG))
     for (code, out, message), (command, words) in zip(found, WRONG.items(), strict=True):
         assert code == 1 and not out and message.startswith("error: ") and message.count("\n") <= 3, (command, message)
         assert words in message, (command, message)
@@ -258,9 +257,7 @@ for task in (*hazard, general[0]):
 print(json.dumps([read, *([len(task.eval_docs) for task in tasks] for tasks in (hazard, general))]))
 """
 
-
 PAIRS = [20, "question", "answer"]
-
 
 MUSE = {
     "raw": {split: [40, "text"] for split in ("forget", "holdout", "retain1", "retain2")},
@@ -268,12 +265,8 @@ MUSE = {
     "verbmem": {"forget": [40, "prompt", "gt"]},
 }
 
-
 TOFU = {"full": 400, "forget01": 4, "forget05": 20, "forget10": 40, "retain99": 396, "retain95": 380, "retain90": 360}
-
-
 MMLU = ["question", "subject", "choices", "answer"]
-
 
 EXPECTED = {
     "cais/wmdp": {f"wmdp-{of}": {"test": [24, "answer", "question", "choices"]} for of in ("bio", "chem", "cyber")},
@@ -296,16 +289,16 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def root_realnames(tmp_path_factory):
-    root_realnames = tmp_path_factory.mktemp("hub")
-    populate(root_realnames)
-    return root_realnames
+def hub_root(tmp_path_factory):
+    hub_root = tmp_path_factory.mktemp("hub")
+    populate(hub_root)
+    return hub_root
 
 
-def test_the_real_libraries_read_them(root_realnames, tmp_path):
+def test_the_real_libraries_read_them(hub_root, tmp_path):
     some = {"cais/mmlu": list(EXPECTED["cais/mmlu"])}  # Its 57 subjects are read by lm-eval.
     asked = json.dumps([FEATURES, SAE_ID, list(EXPECTED), some])
-    with LoopbackHub(root_realnames) as hub:
+    with LoopbackHub(hub_root) as hub:
         done = python("-c", READ, asked, env=hub.environment(tmp_path / "cache"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     read, hazard, general = json.loads(done.stdout.splitlines()[-1])
@@ -313,10 +306,10 @@ def test_the_real_libraries_read_them(root_realnames, tmp_path):
     assert (hazard, general) == ([24] * 3, [4] * 57)
 
 
-def test_they_are_the_same_bytes_each_time(root_realnames, tmp_path):
+def test_they_are_the_same_bytes_each_time(hub_root, tmp_path):
     populate(tmp_path)
     first, second = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (root_realnames, tmp_path)
+        for folder in (hub_root, tmp_path)
     )
     assert first == second and sum(map(len, first.values())) < 80e6

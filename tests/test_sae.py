@@ -1,4 +1,4 @@
-"""The slice of an SAE against sae-lens's own encoder; what cannot be sliced is refused."""
+"""SAEs: the slice against sae-lens's own encoder and decoder, what is refused, which model fits, and releases."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import N_FEATURES, WIDTH, make_sae
 from loopback import LoopbackHub
+from safetensors.torch import load_file, save_file
 from test_hub import SELECT, files_of, run
 
 from dsg_cli.data.hub import hub_errors
@@ -23,26 +24,12 @@ from dsg_cli.models.sae_slice import load_slice, slice_sae
 INDICES = [5, 0, 47, 13]
 
 
-@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
-def test_slice_equals_the_whole_encoder(tmp_path, architecture, apply_b_dec_to_input):
-    whole = make_sae(tmp_path, architecture, apply_b_dec_to_input=apply_b_dec_to_input)
-    if architecture == "jumprelu":
-        # A negative threshold still has a ReLU behind it.
-        from safetensors.torch import load_file, save_file
-
-        weights = load_file(tmp_path / "sae_weights.safetensors")
-        weights["threshold"][5] = -1.0
-        save_file(weights, tmp_path / "sae_weights.safetensors")
-        whole = type(whole).load_from_disk(tmp_path)
-    source = read_sae(str(tmp_path))
-    residual = torch.randn(200, WIDTH) * 3
-    expected = whole.encode(residual)[:, INDICES].detach()
-    part = load_slice(source, INDICES)
-    torch.testing.assert_close(part(residual).acts, expected, rtol=1e-5, atol=1e-4)
-    assert (expected > 0).any() and (expected == 0).any()
-    torch.testing.assert_close(part.W_dec, whole.W_dec[INDICES].detach())
-    torch.testing.assert_close(load_encoder(source, device="cpu")(residual), whole.encode(residual).detach())
+def configure(folder, change=(), **metadata):
+    """Change keys of an SAE's configuration, and of its metadata."""
+    settings = json.loads((folder / "cfg.json").read_text()) | dict(change)
+    if metadata:
+        settings["metadata"] |= metadata
+    (folder / "cfg.json").write_text(json.dumps(settings))
 
 
 def test_identity_comes_from_the_folder(tmp_path):
@@ -65,20 +52,23 @@ def test_identity_comes_from_the_folder(tmp_path):
         ({"metadata": {"hook_name": 7}}, "does not say which hook"),
         ({"architecture": "standard", "activation_fn_str": "topk"}, "activation_fn_str='topk'"),
         ({"architecture": ["x"]}, "cannot slice exactly"),
+        ({"architecture": "temporal"}, "depends on all earlier tokens"),
+        ({"architecture": "matching_pursuit"}, "one after another"),
+        ({"architecture": "batchtopk"}, "save_inference_model"),
+        ({"normalize_activations": "expected_average_only_in"}, "fold_activation_norm_scaling_factor"),
+        ({"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
+        ({"architecture": "topk", "k": N_FEATURES + 1}, "k=49"),
     ],
 )
 def test_what_cannot_be_used_is_refused(tmp_path, change, words):
     make_sae(tmp_path)
-    config = tmp_path / "cfg.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    configure(tmp_path, change)
     with pytest.raises(DsgError, match=words):
         read_sae(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
 def test_missing_misshapen_and_infinite_weights_are_refused(tmp_path, name):
-    from safetensors.torch import load_file, save_file
-
     make_sae(tmp_path)
     path = tmp_path / "sae_weights.safetensors"
     weights = load_file(path)
@@ -140,9 +130,7 @@ NAMES = [
 @pytest.mark.parametrize(("trained_on", "source", "model_type", "said"), NAMES)
 def test_the_model_that_an_sae_names(tmp_path, model, trained_on, source, model_type, said):
     make_sae(tmp_path)
-    config = json.loads((tmp_path / "cfg.json").read_text())
-    config["metadata"]["model_name"] = trained_on
-    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    configure(tmp_path, model_name=trained_on)
     model_config = copy.deepcopy(model.config)
     model_config.__dict__["model_type"] = model_type
     if said is DsgError:
@@ -160,9 +148,7 @@ def test_an_sae_of_centred_activations(tmp_path, architecture, apply_b_dec_to_in
     """The mean over the width is taken out before the encoder: in the whole SAE and, folded in, in a slice of it."""
     settings = {"k": 5} if architecture == "topk" else {}
     whole = make_sae(tmp_path, architecture, bias=1.0, apply_b_dec_to_input=apply_b_dec_to_input, **settings)
-    config = json.loads((tmp_path / "cfg.json").read_text())
-    config["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
-    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    configure(tmp_path, model_from_pretrained_kwargs={"center_writing_weights": True})
     source = read_sae(str(tmp_path))
     resid_TD = torch.randn(200, WIDTH) * 3 + 2
     with torch.no_grad():
@@ -172,50 +158,35 @@ def test_an_sae_of_centred_activations(tmp_path, architecture, apply_b_dec_to_in
     torch.testing.assert_close(load_slice(source, INDICES)(resid_TD).acts, expected[:, INDICES], rtol=1e-5, atol=1e-4)
 
 
-INDICES_SLICES = [5, 0, 47, 13]
-
-
 DETECTORS = [0, 20]
-
-
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-
-
-ARCHITECTURES = {
-    "standard": {},
-    "jumprelu": {},
-    "gated": {},
-    "topk": {"k": 5},
-    "abstopk": {"k": 5},
-}
-
-
+ARCHITECTURES = {"standard": {}, "jumprelu": {}, "gated": {}, "topk": {"k": 5}, "abstopk": {"k": 5}}
 STRENGTH = 3.0
 
 
 def check(folder, whole, dtype=torch.float32, *, write_width=WIDTH):
     source = read_sae(str(folder))
     residual = (torch.randn(3, 40, WIDTH) * 3).to(dtype)
-    part = load_slice(source, INDICES_SLICES, DETECTORS)
+    part = load_slice(source, INDICES, DETECTORS)
     encoded = part(residual)
     with torch.no_grad():
         acts = whole.encode(residual.float())
-        expected = acts[..., [*INDICES_SLICES, 20]]
+        expected = acts[..., [*INDICES, 20]]
         torch.testing.assert_close(encoded.acts, expected, rtol=1e-5, atol=1e-4)
         assert ((expected != 0) == (encoded.acts != 0)).all() and (expected != 0).any() and (expected == 0).any()
         assert encoded.is_finite.all()
         # Clamping through the whole SAE: decode(clamped) - decode(acts), as the closed form says it.
         clamped = acts.clone()
-        clamped[..., INDICES_SLICES] = -STRENGTH
+        clamped[..., INDICES] = -STRENGTH
         whole.encode(residual.float())  # Run-time normalisation remembers its input until the next decode.
         after = whole.decode(clamped)
         whole.encode(residual.float())
-        wanted = after - whole.decode(acts)
-        delta = (-STRENGTH - encoded.acts[..., : len(INDICES_SLICES)]) @ part.W_dec
+        expected_delta = after - whole.decode(acts)
+        delta = (-STRENGTH - encoded.acts[..., : len(INDICES)]) @ part.W_dec
         if encoded.scale is not None:
             delta = delta * encoded.scale
         assert delta.shape[-1] == write_width
-        torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(delta, expected_delta, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(load_encoder(source, device="cpu")(residual), acts)
 
 
@@ -235,6 +206,14 @@ def test_slice_equals_the_whole_sae(tmp_path, architecture, normalization, apply
     check(tmp_path, whole, dtype)
 
 
+def test_a_negative_threshold_has_a_relu_behind_it(tmp_path):
+    whole = make_sae(tmp_path, "jumprelu", bias=1.0)
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    weights["threshold"][5] = -1.0
+    save_file(weights, tmp_path / "sae_weights.safetensors")
+    check(tmp_path, type(whole).load_from_disk(tmp_path))
+
+
 @pytest.mark.parametrize("architecture", ["topk", "abstopk"])
 def test_ranking_by_decoder_norm(tmp_path, architecture):
     whole = make_sae(tmp_path, architecture, bias=1.0, k=5, rescale_acts_by_decoder_norm=True)
@@ -244,10 +223,7 @@ def test_ranking_by_decoder_norm(tmp_path, architecture):
 @pytest.mark.parametrize("architecture", TRANSCODERS)
 def test_transcoders_write_elsewhere(tmp_path, architecture):
     whole = make_sae(tmp_path, architecture, bias=1.0, d_out=WIDTH + 4, apply_b_dec_to_input=False)
-    config = tmp_path / "cfg.json"
-    settings = json.loads(config.read_text())
-    settings["metadata"] |= {"hook_name": "blocks.1.hook_mlp_in", "hook_name_out": "blocks.1.hook_mlp_out"}
-    config.write_text(json.dumps(settings))
+    configure(tmp_path, hook_name="blocks.1.hook_mlp_in", hook_name_out="blocks.1.hook_mlp_out")
     check(tmp_path, whole, write_width=WIDTH + 4)
     source = read_sae(str(tmp_path))
     assert source.site.point == "mlp_in" and source.write.point == "mlp_out"
@@ -264,14 +240,12 @@ def test_attention_heads_side_by_side(tmp_path, architecture):
     residual = torch.randn(3, 40, WIDTH) * 3
     with torch.no_grad():
         acts = whole.encode(residual.unflatten(-1, (2, WIDTH // 2)))
-        torch.testing.assert_close(
-            load_slice(source, INDICES_SLICES)(residual).acts, acts[..., INDICES_SLICES], rtol=1e-5, atol=1e-4
-        )
+        torch.testing.assert_close(load_slice(source, INDICES)(residual).acts, acts[..., INDICES], rtol=1e-5, atol=1e-4)
         clamped = acts.clone()
-        clamped[..., INDICES_SLICES] = -STRENGTH
+        clamped[..., INDICES] = -STRENGTH
         wanted = (whole.decode(clamped) - whole.decode(acts)).flatten(-2)
-    part = load_slice(source, INDICES_SLICES)
-    delta = (-STRENGTH - acts[..., INDICES_SLICES]) @ part.W_dec
+    part = load_slice(source, INDICES)
+    delta = (-STRENGTH - acts[..., INDICES]) @ part.W_dec
     torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-3)
 
 
@@ -281,27 +255,8 @@ def test_what_is_not_finite_is_seen(tmp_path, architecture, value):
     make_sae(tmp_path, architecture, **ARCHITECTURES[architecture])
     residual = torch.randn(2, 3, WIDTH)
     residual[1, 2, 7] = value
-    found = load_slice(read_sae(str(tmp_path)), INDICES_SLICES)(residual).is_finite
+    found = load_slice(read_sae(str(tmp_path)), INDICES)(residual).is_finite
     assert found.sum() == 5 and not found[1, 2]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"architecture": "temporal"}, "depends on all earlier tokens"),
-        ({"architecture": "matching_pursuit"}, "one after another"),
-        ({"architecture": "batchtopk"}, "save_inference_model"),
-        ({"normalize_activations": "expected_average_only_in"}, "fold_activation_norm_scaling_factor"),
-        ({"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
-        ({"architecture": "topk", "k": N_FEATURES + 1}, "k=49"),
-    ],
-)
-def test_what_cannot_be_sliced_is_refused_with_the_reason(tmp_path, change, words):
-    make_sae(tmp_path)
-    config = tmp_path / "cfg.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    with pytest.raises(DsgError, match=words):
-        read_sae(str(tmp_path))
 
 
 NAME = "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_142"

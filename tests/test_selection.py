@@ -19,7 +19,7 @@ from dsg_cli.guardrail.statistics import FeatureStatistics, feature_statistics
 
 
 def transcription(forget, retain, n, p_ratio):
-    """METHOD, steps 3 and 4, in numpy."""
+    """Ratio filter and ranking of arXiv 2504.08192, in numpy."""
     ratio = forget / (retain + 1e-21)
     kept = [
         j
@@ -68,8 +68,6 @@ def test_errors_name_the_way_out():
 
 
 SITE = HookSite(LAYER, "resid_post")
-
-
 TEXTS = ["w1 w2 w3 w4 w5", "w9", "w7 w7 w8 " * 12, "w20 w21 w22", "w3 <eos> w4"]
 
 

@@ -18,12 +18,8 @@ from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.models.sae import read_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
 SITE = HookSite(1, "resid_post")
-
-
 N_NEW = 12
-
 
 COMMON = {
     "vocab_size": 64,
@@ -38,7 +34,6 @@ COMMON = {
     "eos_token_id": None,
 }
 
-
 FAMILIES = {
     "Llama": COMMON | {"num_key_value_heads": 2},
     "Qwen2": COMMON | {"num_key_value_heads": 1},
@@ -50,7 +45,6 @@ FAMILIES = {
         "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": None,
     },
 }  # fmt: skip
-
 
 PROMPTS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 40, 41, 42, 43, 44, 45], [2, 50]]
 
@@ -73,22 +67,14 @@ def served(request, tmp_path_factory):
     source = replace(read_sae(str(folder)), site=SITE, write=SITE)
     model = build(request.param)
     options = {"strength": 20.0, "gate": "window", "window": 3, "detectors": [4, 9]}
-    probe = make_guardrail(source, [3, 11, 30], threshold=0.0, **options)
+    closed = make_guardrail(source, [3, 11, 30], threshold=1e9, **options)
     peaks = []
-    with guarded(model, replace_threshold(probe, 1e9), allow_mismatch=True) as on:
+    with guarded(model, closed, allow_mismatch=True):
         for ids in PROMPTS:
-            on(torch.tensor([ids]), use_cache=False)
-            peaks.append(float(replace_threshold.made.last_statistic_B))
+            model(torch.tensor([ids]), use_cache=False)
+            peaks.append(float(closed.last_statistic_B))
     threshold = sorted(peaks)[1] + 1e-3
     return model, make_guardrail(source, [3, 11, 30], threshold=threshold, **options)
-
-
-def replace_threshold(guard, threshold):
-    from dsg_cli.guardrail.runtime.guardrail import build_guardrail
-
-    made = build_guardrail(replace(guard.spec, threshold=threshold), guard.tensors(), where="test")
-    replace_threshold.made = made
-    return made
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from dsg_cli.models.residuals import OomSplitter
 from dsg_cli.models.sae import load_encoder, read_sae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXTS = [" ".join(f"w{(i * j) % 50}" for j in range(1, 5 + i % 40)) for i in range(1, 600)]
 
 

@@ -91,7 +91,6 @@ def pad_rows(
 
 
 TEXTS_AT_ONCE = 256
-
 BUCKET_TOKENS = 32 * BATCH_TOKENS
 """Rows of similar lengths are put together within a bucket of so many tokens."""
 

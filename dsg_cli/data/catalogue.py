@@ -37,7 +37,6 @@ class HubText:
 
 
 _QUESTION = "Question: {question}\nAnswer: {answer}"
-
 _CHOICES = "{question}\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\nD. {choices[3]}"
 
 CATALOGUE = {

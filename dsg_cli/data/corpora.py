@@ -23,14 +23,11 @@ from dsg_cli.lab import data as lab
 from dsg_cli.workspace.results import Json
 
 Part = Literal["select", "calibrate", "fresh"]
-
 PARTS: tuple[tuple[Part, float], ...] = (("select", 0.5), ("calibrate", 0.8), ("fresh", 1.0))
 """Parts and their cumulative shares."""
 
 MIN_DOCUMENTS = 8
-
 SHARED_AT_MOST = 0.1
-
 BLOCK = 1024
 """Documents read at a time, while documents are drawn."""
 

@@ -20,7 +20,6 @@ from dsg_cli.data.readers import Documents, of_dataset
 from dsg_cli.errors import DsgError
 
 SCHEME = "hf://"
-
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 """org/name, or org/name@revision."""
 

@@ -22,11 +22,8 @@ COLUMNS = ("text", "content", "document", "body", "article", "passage", "story")
 """Names of the column that holds the text, the likeliest first."""
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-
 READERS = (*TABLES, ".txt", ".md")
-
 STRINGS = ("string", "large_string")
-
 Take = Callable[[Sequence[int]], list[str]]
 
 

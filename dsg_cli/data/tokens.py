@@ -130,9 +130,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
 
 
 ASCII_WORD = re.compile(r"\w+", re.ASCII)
-
 WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+")
-
 TOO_MANY_MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 """On one letter: putting an endless run of them in order takes the square of its length."""
 

@@ -24,7 +24,6 @@ LIGHT_FILE = "guardrail.safetensors"
 """Its name in a repository or a model folder."""
 
 METADATA = "dsg"
-
 TENSORS_DIGEST = "tensors_sha256"
 
 

@@ -17,13 +17,9 @@ LIVE_AT_LEAST = 0.05
 """Share of live features below which percentiles are taken over those alone."""
 
 FORGET_PERCENTILE = 5.0
-
 EPSILON = 1e-21
-
 FORMATTING_RATE = 0.05
-
 FORMATTING_RATIO = 10.0
-
 SHOWN = 20
 """Features in a note, at most."""
 

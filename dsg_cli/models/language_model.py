@@ -33,14 +33,11 @@ SAMPLED = 256
 """Values of each tensor that `whole_digest` looks at."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 """What families call the norm between the last layer and the head."""
 
 WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
-
 CODE_FILES = ("*.py",)
-
 ON_CPU = ModelSection(device="cpu", dtype="float32")
 
 
@@ -220,9 +217,7 @@ def whole_digest(model: PreTrainedModel) -> str:
 
 
 CONFIG_FILE = "adapter_config.json"
-
 WEIGHTS_FILE = "adapter_model.safetensors"
-
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 

@@ -23,7 +23,6 @@ from dsg_cli.data.hub import REPOSITORY, cached_commit, fetch_snapshot, hub_erro
 from dsg_cli.errors import DsgError, close_to, nearest
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
-
 ORIGIN_FILE = "origin.json"
 
 

@@ -56,9 +56,7 @@ def replace_residual(model: nn.Module, site: HookSite, edit: Callable[[Tensor], 
 
 
 Result = TypeVar("Result")
-
 Work = TypeVar("Work")
-
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """How it is said where it has no type of its own: on a CPU, and inside a library of the GPU."""
 

@@ -22,7 +22,6 @@ from dsg_cli.workspace.artifacts import SaeIdentity
 from dsg_cli.workspace.files import file_digest, is_folder, parse_json
 
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
-
 _STANDARD = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 WEIGHTS = {

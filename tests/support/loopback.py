@@ -15,16 +15,9 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Answer = tuple[int, dict[str, str], bytes]
-
-
 USER, DATE = "loopback", "2025-01-01T00:00:00.000Z"
-
-
 NAME, REVISION = r"(?P<name>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)"
-
-
 REPO = rf"/api/(?P<kind>models|datasets)/{NAME}"
-
 
 ROUTES = {
     "info": ("GET", rf"{REPO}(?:/revision/{REVISION})?"),
@@ -38,16 +31,9 @@ ROUTES = {
     "whoami": ("GET", r"/api/whoami-v2"),
 }
 
-
 FIXED: dict[str, object] = {"validate": {}, "whoami": {"type": "user", "name": USER, "orgs": [], "auth": {}}}
-
-
 PAGES = {"models": "", "datasets": "datasets/"}
-
-
 SIGNED = {"create", "preupload", "commit", "validate", "whoami"}
-
-
 REDIRECTING = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS)_.*(CACHE|OFFLINE)")
 
 

@@ -33,13 +33,8 @@ Tables = dict[str, list[dict[str, Any]]]
 
 
 WIDTH, N_FEATURES, SAE_ID = 2304, 16384, "layer_3/width_16k/average_l0_142"
-
-
 TOKEN = r"[A-Za-z]+|\d|\n|[^\w\s]|_"
-
-
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
-
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
@@ -50,7 +45,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
-
 SUFFIXES = {"hazard-bio": "ovex", "hazard-cyber": "ytek", "hazard-chem": "ufrim", "benign-biology": "iflor"}
 
 
@@ -58,10 +52,7 @@ SUFFIXES |= {"benign-computing": "ubyte", "general": "indo", "news": "ograf", "b
 
 
 STEMS = [a + b + c for a in "blmrvz" for b in "aeio" for c in "lmnrv"]
-
-
 FILLERS = ["the", "of", "and", "a", "to", "in", "with", "is", "near", "from", "by", "under"]
-
 
 WORDS = {
     group: [stem + suffix for stem in random.Random(group).sample(STEMS, 33)] for group, suffix in SUFFIXES.items()
@@ -72,14 +63,8 @@ WORDS = {
 
 
 CONTENT = [word for words in WORDS.values() for word in words]
-
-
 COPIES = {word: 16 if word in WORDS["general"] else 1 for word in CONTENT}
-
-
 _DRAWN = iter(random.Random(0).sample(range(N_FEATURES), sum(COPIES.values())))
-
-
 FEATURES = {word: sorted(next(_DRAWN) for _ in range(n)) for word, n in COPIES.items()}
 
 

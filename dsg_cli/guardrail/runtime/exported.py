@@ -21,7 +21,6 @@ from .sites import decoder_of, fingerprint
 from .spec import GuardrailSpec
 
 Json = dict[str, Any]
-
 PREFIX = "dsg_guardrails"
 """Name of the guardrails among the model's modules, and of their description in its configuration."""
 

@@ -47,12 +47,10 @@ FORMS = {
 """Gate -> its token score and its aggregate."""
 
 CAUSAL_FORMS = tuple(form for form, (_, aggregate) in FORMS.items() if aggregate != "mean")
-
 DETECTING_FORMS = tuple(form for form, (score, _) in FORMS.items() if score != "active")
 """Gates that watch detectors, not the clamped features."""
 
 CUSUM_STEP = 1 / 256
-
 CUSUM_CAP = 2.0**15
 """Times 256 it is an integer that float32 holds exactly."""
 

@@ -28,11 +28,8 @@ POINTS = {
 """TransformerLens names of places that a Hugging Face module's input or output holds."""
 
 MLP = ("mlp", "feed_forward", "ffn")
-
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-
 OUT_PROJECTION = ("o_proj", "out_proj", "c_proj", "dense")
-
 BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 CalibratedGate = Literal["mean", "causal-mean", "window", "cusum", "probe"]
-
 Gate = Literal[CalibratedGate, "token"]
 """Gate forms, see gates.py; `token`, which is none, has no threshold to be calibrated."""
 
@@ -82,7 +81,6 @@ def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
 
 
 KEY, KEPT = "vocab_size", "dsg_vocab_size"
-
 SEAL = "guarded: load this model with an auto class and trust_remote_code"
 
 
