@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.settings import CompareSection
+
+if TYPE_CHECKING:
+    from dsg_cli.settings import CompareSection
 
 Form = Literal["guardrail", "model", "wrapper"]
 """What a method makes, and the kind of its artifact: features that are clamped while the model runs; other weights;

@@ -19,7 +19,6 @@ from torch import Tensor
 from dsg_cli.data.corpora import Corpus, Part, check_disjoint, load_corpora
 from dsg_cli.data.tokens import bos_to_prepend, encode, prompts, special_ids
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.benches import load_tasks
 from dsg_cli.evals.questions import Question, accuracy, questions_of
 from dsg_cli.guardrail.guarded import Effect, measure_effect, module_from_artifact
 from dsg_cli.inference.scoring import GuardedModel
@@ -38,8 +37,6 @@ from dsg_cli.methods.clamps import (
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import GuardrailSection, ModelSection, Recipe, SaeSection, parse_strength
-from dsg_cli.stages import calibrate, select, unlearn, wrap
-from dsg_cli.stages.calibrate import dev_questions
 from dsg_cli.stages.inputs import chain_sae, check_tokens, load_chain_model, reload_corpora, taken_from
 from dsg_cli.stages.stage import QUIET, RunOptions, Stage, settle, stage
 from dsg_cli.workspace.artifacts import KINDS, FeatureSet, Guardrail, Header, Threshold
@@ -62,6 +59,8 @@ def run_method(
         source: Artifact to go on from; without it what the recipe names, or else the newest features (for `dsg` the
             newest threshold).
     """
+    from dsg_cli.stages import calibrate, select, unlearn, wrap
+
     kind = check_method(method)
     origin = _origin(recipe, workspace, method, source, options)
     if method == "dsg":
@@ -313,6 +312,8 @@ def forget_instead(recipe: Recipe, threshold: Stored) -> tuple[list[Corpus], lis
     if recipe.guardrail.tuning_bench is not None:
         texts = {recipe.guardrail.tuning_bench: [question.context for question in tuning_questions(recipe, [])]}
     elif settings.get("questions"):
+        from dsg_cli.stages.calibrate import dev_questions
+
         texts = dev_questions(dataclasses.replace(recipe.calibrate, questions=settings["questions"]), [])
     if not texts:
         return [], [UNSEEN]
@@ -381,6 +382,8 @@ def check_strength(settings: GuardrailSection) -> None:
 
 def tuning_questions(recipe: Recipe, forget: Sequence[str]) -> list[Question]:
     """The questions that a strength is chosen on: the lab's dev questions, or those of a bench that is named."""
+    from dsg_cli.evals.benches import load_tasks
+
     bench = recipe.guardrail.tuning_bench or next((name for name in forget if name in lab.bench_names()), None)
     if bench is None:
         about = ", ".join(forget) or "what nobody names"

@@ -7,10 +7,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.settings import WHOLE_NUMBERS, StudySection, shown, strength_of
+
+if TYPE_CHECKING:
+    from dsg_cli.settings import StudySection
+
+
+def _is_strength(text: str) -> bool:
+    from dsg_cli.settings import strength_of
+
+    return strength_of(text, 1.0) is not None
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,7 @@ class Axis:
 
 AXES = {
     "n_features": Axis(int, "a whole number, at least 1", lambda n: n >= 1, "select.n_features"),
-    "strength": Axis(
-        str, "a number or a multiple such as 16r", lambda c: strength_of(c, 1.0) is not None, "guardrail.strength"
-    ),
+    "strength": Axis(str, "a number or a multiple such as 16r", _is_strength, "guardrail.strength"),
     "ratio_percentile": Axis(
         float, "a number, at least 0 and below 100", lambda p: 0 <= p < 100, "select.ratio_percentile"
     ),
@@ -131,6 +137,8 @@ _WRONG = object()
 
 def study_checks(section: StudySection) -> Iterator[tuple[bool, str]]:
     """What has the right type and still makes no sense."""
+    from dsg_cli.settings import shown
+
     yield section.repeats >= 3, f"study.repeats is {section.repeats}; time at least 3 pairs."
     for name, grid in section.grids.items():
         where = f"study.grids.{name}"
@@ -192,6 +200,8 @@ def _converted(axis: Axis, value: Any) -> Any:
         return _WRONG
     if axis.kind is str and isinstance(value, str | int | float):
         value = str(value)
+    from dsg_cli.settings import WHOLE_NUMBERS
+
     if axis.kind is float and isinstance(value, str | int):
         try:  # YAML 1.1 reads 1e-5, without a dot, as text.
             value = float(value)
