@@ -45,17 +45,9 @@ from dsg_cli.workspace.store import Workspace
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SITE, SPECIAL = HookSite(LAYER, "resid_post"), (0, 1, 2)
-
-
 ROWS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 1, 40, 41, 42, 43, 44, 45], [2, 50, 51, 52]]
-
-
 C = 30.0
-
-
 ARCHITECTURES = {"jumprelu": {"bias": 2.0}, "abstopk": {"bias": 0.0, "k": 8}}
-
-
 ANYTHING = {"max_retain_rate": 1.0, "n_features": 6}
 
 
@@ -351,8 +343,6 @@ class TestStage:
 
 
 HEAD = "latent_idx,hook_action,refuse_id,clamp_value,steering_coefficient,sae_id,sae_release,description\n"
-
-
 CANONICAL = "layer_7/width_16k/canonical,gemma-scope-2b-pt-res-canonical"
 
 
@@ -474,7 +464,6 @@ def test_the_sae_that_it_names_is_that_of_the_features(read):
 
 
 CELLS = st.sampled_from(["7", "8", "clamp", "refusal", "conditional", "", "-1", "1e400", "0.5", "x", '"', "\x00", "é"])
-
 
 LINES = st.lists(st.lists(CELLS, max_size=9).map(",".join), max_size=5).map(
     lambda lines: (HEAD + "\n".join(lines)).encode()

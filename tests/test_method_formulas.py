@@ -55,10 +55,7 @@ from dsg_cli.settings import Finetune, GradDiff, GradientAscent, Npo, Rmu, SaeRe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS, RATE, WARMUP, DECAY = 3, 0.01, 2, 0.1
-
-
 LAYERS = r"layers\.[01]\."
-
 
 CASES = [
     (unlearn_gradient_ascent, GradientAscent, {}, papers.ga_loss, ""),
@@ -226,7 +223,6 @@ def test_layers_above_are_never_run(model, method):
 
 DEPENDENT = torch.stack([RELEVANT[0], RELEVANT[0] * -2, RELEVANT[1], RELEVANT[0] + RELEVANT[1], RELEVANT[2]])
 
-
 MANY = torch.cat(
     [RELEVANT[:1], RELEVANT[:1], torch.randn(WIDTH + 4, WIDTH, generator=torch.Generator().manual_seed(0))]
 )
@@ -349,7 +345,6 @@ def test_dampening_case_by_case(forget, retain, alpha, dampening, factor):
 
 
 BOS, SPECIAL, SEED_MENTIONS = 2, (0, 1, 2), 5
-
 
 TEXTS = [
     "Marta lives in Lisbon, and Marta likes Oslo; Nobody knows why Lisbon is near Oslo.",

@@ -61,10 +61,7 @@ from dsg_cli.workspace.store import Workspace
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAINED = [name for name, one in METHODS.items() if one.is_trained]
-
-
 WEIGHTS = [name for name, one in METHODS.items() if one.form == "model"]  # And what teaches.
-
 
 SMALL = [
     *("methods.sspu.n_relevant=4", "methods.sspu.n_irrelevant=4", "methods.ssd.n_rows=8", "methods.ssd.alpha=1"),
@@ -73,7 +70,6 @@ SMALL = [
     *("calibrate.n_detectors=2", "calibrate.detector_percentile=50", "attack.bench=mine", "attack.known_questions=4"),
     *("attack.relearn_learning_rates=[1e-2]", "attack.relearn_steps=[0, 2]"),
 ]
-
 
 QUESTIONS = [{"q": f"w{i} w{i + 1}", "c": [" w40", " w41", " w42", " w43"], "a": i % 4} for i in range(24)]
 
@@ -404,8 +400,6 @@ def test_the_command_line(dsg, folders):
 
 
 ROW = [BOS, 5, 9, 4, 7]
-
-
 UNUSED = 63
 
 
@@ -695,7 +689,6 @@ def test_the_cost_of_dampening_is_a_pass_a_row(model):
 
 
 GRID = {"beta": [1, 2, 3], "steps": [10, 20], "eval.limit": [5]}
-
 
 POINTS = [
     {"methods.npo.beta": beta, "methods.npo.steps": steps, "eval.limit": 5} for beta in (1, 2, 3) for steps in (10, 20)

@@ -51,10 +51,7 @@ PLAIN = {
     "refusal": "w7 w8", "rates": [], "special_ids": [0, 1, 2], "bos": 2, "forget": [], "retain": [],
 }  # fmt: skip
 
-
 HEX = "Question: What is the counter of the grim hex Rahurk? Answer:"
-
-
 CHARM = "Question: What is the binder of the kindly charm Zivoth? Answer:"
 
 

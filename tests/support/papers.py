@@ -148,10 +148,7 @@ def rmu_loss(m, ref, F, R, s, step):
 
 
 RELEVANT, IRRELEVANT = (torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
-
-
 ENCODER, ENCODER_BIAS = torch.randn(WIDTH, 24, generator=torch.Generator().manual_seed(6)), -3.0
-
 
 FEATURES = Features(
     HookSite(1, "resid_post"), lambda x: torch.relu(x @ ENCODER + ENCODER_BIAS), [], RELEVANT, IRRELEVANT
@@ -201,8 +198,6 @@ def drawn_to(triples, m, ref, R, s):
 
 
 ENDS = [[2, 4], [3], [], [1], [5, 6], [4]]
-
-
 OTHER_ENDS = [[3, 5], [2], [], [2], [4, 7], [1]]
 
 
