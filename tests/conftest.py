@@ -181,6 +181,32 @@ def lab_copy(lab_chain, tmp_path) -> Path:
     return Path(shutil.copytree(lab_chain, tmp_path / "lab-copy"))
 
 
+@pytest.fixture(scope="session")
+def tiny_recipe(folders, tmp_path_factory):
+    """A function from settings to a recipe: the tiny model, its SAE and corpora, the bench `mine`, short trainings."""
+    from dsg_cli.methods import METHODS, section_of
+    from dsg_cli.recipe import load_recipe
+    from dsg_cli.stages.stage import settle
+
+    tasks = tmp_path_factory.mktemp("tasks")
+    write_task(tasks, [{"q": f"w{i} w{i + 1}", "c": [" w40", " w41", " w42", " w43"], "a": i % 4} for i in range(24)])
+    (tasks / "unknown.txt").write_text("\n".join(" ".join(f"w{i + j}" for j in range(12)) for i in range(30, 46)))
+    sets = [f"corpora.{role}=[{folders[f'{role}.jsonl']}]" for role in ("forget", "retain")]
+    sets += [f"model.source={folders['model']}", f"sae.source={folders['sae']}", f"eval.include_path={tasks}"]
+    sets += ["select.n_features=4", "select.ratio_percentile=50", "eval.benches=[mine]", "calibrate.gate=window"]
+    sets += ["guardrail.allow_ineffective=true", "calibrate.lengths=[4, 20]", "calibrate.alpha=0.2"]
+    sets += ["calibrate.n_detectors=2", "calibrate.detector_percentile=50"]
+    sets += [f"methods.finetune.corpora=[{folders['forget.jsonl']}, {folders['retain.jsonl']}]"]
+    for name in (name for name, method in METHODS.items() if method.is_trained):
+        values = ("steps=3", "accumulation=1", "learning_rate=1e-2")
+        sets += [f"methods.{section_of(name)}.{value}" for value in values]
+    sets += ["methods.sspu.n_relevant=4", "methods.sspu.n_irrelevant=4", "methods.ssd.n_rows=8", "methods.ssd.alpha=1"]
+    sets += ["methods.ssd.dampening=0.5", f"methods.sae_representation.unknown_file={tasks / 'unknown.txt'}"]
+    sets += ["attack.bench=mine", "attack.known_questions=4", "attack.relearn_learning_rates=[1e-2]"]
+    sets += ["attack.relearn_steps=[0, 2]"]
+    return lambda *own: settle(load_recipe(sets=[*sets, *own]))
+
+
 def write_task(folder: Path, rows: list[dict], **changes: object) -> dict[str, str]:
     """An lm-eval task `mine` of the user's own (columns q, c, a) in a folder; returns options for load_tasks."""
     folder.mkdir(exist_ok=True)

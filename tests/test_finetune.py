@@ -6,10 +6,10 @@ import copy
 import json
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
-from conftest import write_task
 from papers import BOS, SPECIAL, Watched, nll, run, token_logs
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,6 @@ from dsg_cli.stages import run as run_recipe
 from dsg_cli.stages.compare import compared_methods
 from dsg_cli.stages.inputs import find_composition
 from dsg_cli.stages.run import plan
-from dsg_cli.stages.stage import settle
 from dsg_cli.workspace.artifacts import FeatureSet, ModelWeights
 from dsg_cli.workspace.results import EvalReport
 from dsg_cli.workspace.store import Workspace
@@ -133,22 +132,9 @@ def test_a_trained_model_knows_the_text_word_for_word(model):
 
 
 @pytest.fixture(scope="module")
-def recipe(folders, tmp_path_factory):
-    tasks = tmp_path_factory.mktemp("tasks")
-    write_task(tasks, [{"q": f"w{i} w{i + 1}", "c": [" w40", " w41", " w42", " w43"], "a": i % 4} for i in range(12)])
-    named = [f"corpora.{role}=[{folders[f'{role}.jsonl']}]" for role in ("forget", "retain")]
-    named += [f"methods.finetune.corpora=[{folders['forget.jsonl']}, {folders['retain.jsonl']}]"]
-    named += [f"model.source={folders['model']}", f"sae.source={folders['sae']}", f"eval.include_path={tasks}"]
-    named += ["select.n_features=4", "select.ratio_percentile=50", "eval.benches=[mine]", "calibrate.gate=window"]
-    named += ["guardrail.allow_ineffective=true", "calibrate.lengths=[4, 20]", "calibrate.alpha=0.2"]
-    named += ["calibrate.n_detectors=2", "calibrate.detector_percentile=50", "methods.npo.steps=2"]
-    named += ["methods.finetune.steps=4", "methods.finetune.accumulation=1", "methods.finetune.learning_rate=1e-3"]
-    named += ["methods.npo.accumulation=1", "methods.npo.learning_rate=1e-3"]
-
-    def make(*sets):
-        return settle(load_recipe(sets=[*named, *sets]))
-
-    return make
+def recipe(tiny_recipe):
+    sets = ["methods.npo.steps=2", "methods.npo.learning_rate=1e-3"]
+    return partial(tiny_recipe, *sets, "methods.finetune.steps=4", "methods.finetune.learning_rate=1e-3")
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,13 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import write_task
 from papers import BOS, FEATURES, SPECIAL, UNKNOWN, Watched, forget_text, nll, retain_text, run, text, weights
 from transformers import AutoModelForCausalLM
 
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.metrics import unlearning_score
 from dsg_cli.job import Job
-from dsg_cli.methods import METHODS, section_of
+from dsg_cli.methods import METHODS
 from dsg_cli.methods.losses import (
     unlearn_finetune,
     unlearn_grad_diff,
@@ -50,7 +49,7 @@ from dsg_cli.stages import attack, evaluate, export, select
 from dsg_cli.stages import prompts as generate
 from dsg_cli.stages.compare import best_trial, settings_to_try
 from dsg_cli.stages.inputs import find_composition, load_composition
-from dsg_cli.stages.stage import RunOptions, settle
+from dsg_cli.stages.stage import RunOptions
 from dsg_cli.workspace import store as verify
 from dsg_cli.workspace.artifacts import Guardrail, ModelWeights
 from dsg_cli.workspace.checkpoints import Checkpoint
@@ -61,37 +60,12 @@ from dsg_cli.workspace.store import Workspace
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAINED = [name for name, one in METHODS.items() if one.is_trained]
-WEIGHTS = [name for name, one in METHODS.items() if one.form == "model"]  # And what teaches.
-
-SMALL = [
-    *("methods.sspu.n_relevant=4", "methods.sspu.n_irrelevant=4", "methods.ssd.n_rows=8", "methods.ssd.alpha=1"),
-    *("methods.ssd.dampening=0.5", "select.n_features=4", "select.ratio_percentile=50", "eval.benches=[mine]"),
-    *("guardrail.allow_ineffective=true", "calibrate.gate=window", "calibrate.lengths=[4, 20]", "calibrate.alpha=0.2"),
-    *("calibrate.n_detectors=2", "calibrate.detector_percentile=50", "attack.bench=mine", "attack.known_questions=4"),
-    *("attack.relearn_learning_rates=[1e-2]", "attack.relearn_steps=[0, 2]"),
-]
-
-QUESTIONS = [{"q": f"w{i} w{i + 1}", "c": [" w40", " w41", " w42", " w43"], "a": i % 4} for i in range(24)]
+WEIGHTS = [name for name, one in METHODS.items() if one.form == "model"]  # And what finetunes.
 
 
 @pytest.fixture(scope="module")
-def recipe(folders, tmp_path_factory):
-    tasks = tmp_path_factory.mktemp("tasks")
-    write_task(tasks, QUESTIONS)
-
-    names = [f"corpora.{role}=[{folders[f'{role}.jsonl']}]" for role in ("forget", "retain")]
-    named = [*names, f"model.source={folders['model']}", f"sae.source={folders['sae']}", f"eval.include_path={tasks}"]
-    named.append(f"methods.finetune.corpora=[{folders['retain.jsonl']}]")
-    for name in TRAINED:
-        values = ("steps=3", "accumulation=1", "learning_rate=1e-2")
-        named += [f"methods.{section_of(name)}.{value}" for value in values]
-    (tasks / "unknown.txt").write_text("\n".join(" ".join(f"w{i + j}" for j in range(12)) for i in range(30, 46)))
-    named.append(f"methods.sae_representation.unknown_file={tasks / 'unknown.txt'}")
-
-    def make(*sets):
-        return settle(load_recipe(sets=[*named, *SMALL, *sets]))
-
-    return make
+def recipe(tiny_recipe):
+    return tiny_recipe
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsg_cli.attacks import ALL, ATTACKS, expand_attacks, load_attack, options_of
-from dsg_cli.attacks.prompts import read_contexts, read_frames
-from dsg_cli.attacks.target import SIDES, Material, Target, of_forget, summarise
+from dsg_cli.attacks import ALL, ATTACKS, expand_attacks, load_attack
+from dsg_cli.attacks.prompts import read_contexts, read_templates
+from dsg_cli.attacks.target import AttackerKnowledge, Target, summarise
 from dsg_cli.data.corpora import Corpus, load_corpora
 from dsg_cli.data.tokens import encode
 from dsg_cli.errors import DsgError
@@ -22,7 +22,6 @@ from dsg_cli.evals.expect import Expected, check_expected, check_metrics, parse_
 from dsg_cli.evals.questions import Question, default_bench, load_questions
 from dsg_cli.guardrail.runtime.sites import fingerprint
 from dsg_cli.lab import data as lab
-from dsg_cli.models.language_model import context_length
 from dsg_cli.settings import AttackSection, Recipe
 from dsg_cli.stages.inputs import Composition, find_composition, identify, load_composition, newest
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
@@ -39,7 +38,7 @@ def run(
     *,
     sources: Sequence[str] = (),
     options: RunOptions = QUIET,
-    remembered: dict[str, dict[str, list[Json]]] | None = None,
+    base_curves: dict[str, dict[str, list[Json]]] | None = None,
 ) -> list[Stored]:
     """Attack the newest guardrail, model or wrapper, or those named together, in every way that is named.
 
@@ -47,7 +46,7 @@ def run(
         recipe: Settings of the attacks, and the questions that are asked.
         kinds: Attacks by name, or groups of them.
         sources: What is attacked, by id or path.
-        remembered: What earlier calls with the same recipe found of unguarded models, by their weights.
+        base_curves: What earlier calls with the same recipe measured of base models, by their weights.
     """
     clock, settings, named = Clock(), recipe.attack, kinds
     expand_attacks(named)
@@ -69,7 +68,7 @@ def run(
         split = recipe.eval.split
         benches = [bench, *([settings.utility_bench] if settings.utility_bench else [])]
         questions = {name: load_questions(name, recipe.eval) for name in benches}
-        wordings = read_wordings(
+        rephrasings = read_rephrasings(
             settings, bench, questions[bench], kinds, lambda name: load_questions(name, recipe.eval)
         )
         needs = {need for kind in kinds for need in ATTACKS[kind].needs}
@@ -83,11 +82,11 @@ def run(
         loaded = load_composition(workspace, composition, recipe)
         # Text that neither selection nor calibration has seen.
         texts = [text for corpus in retain for text in corpus.part("fresh")]
-        material = Material(
+        knowledge = AttackerKnowledge(
             forget=questions[bench],
             utility=questions.get(settings.utility_bench or "", []),
             benign=encode(loaded.base.tokenizer, texts, bos=None),
-            frames=wordings.frames,
+            templates=rephrasings.templates,
         )
     all_settings = dataclasses.asdict(settings)
     artifacts = []
@@ -98,7 +97,7 @@ def run(
             "bench": bench,
             **{key: all_settings[key] for key in ("utility_bench", "known_questions")},
             **own,
-            "files": {name: digest for name, digest in wordings.files.items() if name in own},
+            "files": {name: digest for name, digest in rephrasings.files.items() if name in own},
             "split": split,
             "limit": recipe.eval.limit,
             "expect": [text for text in settings.expect if parse_expected(text, list(ATTACKS)).bench == kind],
@@ -116,37 +115,26 @@ def run(
             inputs=composition.named,
             model=identify(loaded.base, composition.header.model.last_layer),
             sae=composition.header.sae,
-            is_reusable=all(name in lab.bench_names() for name in (*questions, *wordings.benches)),
+            is_reusable=all(name in lab.bench_names() for name in (*questions, *rephrasings.benches)),
         ) as this:
             if this.existing:
                 artifacts.append(this.existing)
                 clock = Clock()
                 continue
-            target = Target(
-                model=loaded.model.model,
-                base=None if loaded.base is loaded.model else loaded.base.model,
-                tokenizer=loaded.base.tokenizer,
-                guardrails=loaded.guardrails,
-                wrappers=loaded.wrappers,
-                bos=composition.bos,
-                batch_size=recipe.eval.batch_size,
-                max_length=context_length(loaded.base.model.config),
-                seed=recipe.seed,
-                workers=this.job.workers,
-                checkpoint=this.job.checkpoint,
-                report=this.job.progress,
-            )
-            if remembered is not None:
+            batch_size = recipe.eval.batch_size
+            models = loaded.unlearned_model(batch_size), loaded.base_model(batch_size)
+            target = Target(*models, this.job, seed=recipe.seed)
+            if base_curves is not None:
                 weights = fingerprint(loaded.base.model, loaded.base.n_layers - 1)
-                target = dataclasses.replace(target, remembered=remembered.setdefault(weights, {}))
-            own_material = dataclasses.replace(material, rephrased=wordings.rephrased.get(kind, {}))
+                target = dataclasses.replace(target, base_curves=base_curves.setdefault(weights, {}))
+            own_knowledge = dataclasses.replace(knowledge, rephrasings=rephrasings.questions.get(kind, {}))
             if "known" in ATTACKS[kind].needs:
-                own_material = dataclasses.replace(own_material, known=known, forget=others)
+                own_knowledge = dataclasses.replace(own_knowledge, known=known, forget=others)
             before = {
-                side: of_forget(target.ask(own_material.forget, name=f"before/{side}", is_guarded=side == "unlearned"))
-                for side in SIDES
+                side: target.measure(model, own_knowledge.forget, f"before/{side}")
+                for side, model in target.models.items()
             }
-            curve = load_attack(kind)(target, own_material, **options_of(kind, all_settings))
+            curve = load_attack(kind)(target, own_knowledge, settings)
             summary = summarise(before, curve, on_prompts=ATTACKS[kind].on_prompts)
             body = AttackReport(
                 attack=kind,
@@ -172,30 +160,26 @@ def _checked(expected: Sequence[Expected], kind: str, before: Json, summary: Jso
     return check_expected(expected, {kind: sides}, {kind: {"rate": rate}} if rate is not None else {})
 
 
-FILES = ("paraphrase_file", "encode_file")
-"""Settings that name files of questions."""
-
-
 @dataclass(frozen=True)
-class Wordings:
-    """All of it, read before weights are loaded."""
+class Rephrasings:
+    """The questions in other words, and texts to put around them: read before weights are loaded."""
 
-    rephrased: dict[str, dict[str, list[Question]]] = field(default_factory=dict)
+    questions: dict[str, dict[str, list[Question]]] = field(default_factory=dict)
     """Attack -> where the words are from -> questions."""
-    frames: dict[str, str] = field(default_factory=dict)
+    templates: dict[str, str] = field(default_factory=dict)
     benches: list[str] = field(default_factory=list)
     """Whose questions are among them."""
     files: dict[str, str] = field(default_factory=dict)
     """Setting -> sha256 of the file that it names."""
 
 
-def read_wordings(
+def read_rephrasings(
     settings: AttackSection,
     bench: str,
     questions: Sequence[Question],
     kinds: Sequence[str],
     load: Callable[[str], list[Question]],
-) -> Wordings:
+) -> Rephrasings:
     """What those attacks need.
 
     Args:
@@ -206,26 +190,25 @@ def read_wordings(
         load: From the name of a bench to its questions.
     """
     benches: list[str] = []
-    rephrased: dict[str, dict[str, list[Question]]] = {}
+    rephrasings: dict[str, dict[str, list[Question]]] = {}
     if "paraphrase" in kinds:
-        benches = _rephrasings(settings, bench)
-        rephrased["paraphrase"] = {name: load(name) for name in benches}
-    paths = {f"{kind}_file": getattr(settings, f"{kind}_file") for kind in ("paraphrase", "prefix", "encode")}
-    given = {name: path for name, path in paths.items() if path and name.removesuffix("_file") in kinds}
-    for name, path in given.items():
-        if name in FILES:
-            several = rephrased.setdefault(name.removesuffix("_file"), {})
-            several[Path(path).name] = read_contexts(path, questions, f"attack.{name}")
-    return Wordings(
-        rephrased,
-        read_frames(given["prefix_file"], "attack.prefix_file") if "prefix_file" in given else {},
-        benches,
-        {name: file_digest(Path(path)) for name, path in given.items()},
-    )
+        benches = _rephrased_benches(settings, bench)
+        rephrasings["paraphrase"] = {name: load(name) for name in benches}
+    paths = {kind: getattr(settings, f"{kind}_file") for kind in ("paraphrase", "prefix", "encode") if kind in kinds}
+    paths = {kind: path for kind, path in paths.items() if path}
+    templates: dict[str, str] = {}
+    for kind, path in paths.items():
+        if kind == "prefix":
+            templates = read_templates(path, "attack.prefix_file")
+        else:
+            own = read_contexts(path, questions, f"attack.{kind}_file")
+            rephrasings.setdefault(kind, {})[Path(path).name] = own
+    files = {f"{kind}_file": file_digest(Path(path)) for kind, path in paths.items()}
+    return Rephrasings(rephrasings, templates, benches, files)
 
 
 def possible(named: Sequence[str], settings: AttackSection, bench: str, say: Callable[[str], None]) -> list[str]:
-    """The attacks that are meant; `all` leaves out, and says so, what lacks its material."""
+    """The attacks that are meant; `all` leaves out, and says so, what lacks what it needs."""
     kinds = expand_attacks(named)
     if ALL in named and "paraphrase" not in named and not can_rephrase(settings, bench):
         say(f"paraphrase is left out: nothing says how {bench} asks in other words. Give attack.paraphrase_file.")
@@ -265,7 +248,7 @@ def other_phrasings(bench: str) -> list[str]:
     return []
 
 
-def _rephrasings(settings: AttackSection, bench: str) -> list[str]:
+def _rephrased_benches(settings: AttackSection, bench: str) -> list[str]:
     if not can_rephrase(settings, bench):
         raise DsgError(
             f"Nothing says how {bench} asks in other words.",

@@ -201,7 +201,7 @@ class Rivals:
     chance: float
     options: RunOptions
     checkpoint: Checkpoint
-    remembered: dict[str, dict[str, list[Json]]] = field(default_factory=dict)
+    base_curves: dict[str, dict[str, list[Json]]] = field(default_factory=dict)
     """What attacks found of unguarded models: the same for every row."""
 
     @property
@@ -311,7 +311,7 @@ class Rivals:
                 ["relearn"],
                 sources=sources,
                 options=self.options,
-                remembered=self.remembered,
+                base_curves=self.base_curves,
             )
             last = attacked.body_as(AttackReport).curve[-1]
             measures["attack"] = attacked.id
