@@ -59,13 +59,7 @@ LAYERS = r"layers\.[01]\."
 
 CASES = [
     (unlearn_gradient_ascent, GradientAscent, {}, papers.ga_loss, ""),
-    (
-        unlearn_gradient_ascent,
-        GradientAscent,
-        {"trained": "mlp", "layers": [1]},
-        papers.ga_loss,
-        r"layers\.1\.mlp",
-    ),
+    (unlearn_gradient_ascent, GradientAscent, {"trained": "mlp", "layers": [1]}, papers.ga_loss, r"layers\.1\.mlp"),
     (unlearn_grad_diff, GradDiff, {"forget_weight": 0.7, "retain_weight": 1.5}, papers.grad_diff_loss, ""),
     (unlearn_grad_diff, GradDiff, {"retain_loss": "kl", "retain_weight": 3.0}, papers.grad_diff_loss, ""),
     (unlearn_npo, Npo, {"beta": 0.5, "forget_weight": 0.7, "retain_weight": 2.0}, papers.npo_loss, ""),
@@ -75,20 +69,8 @@ CASES = [
     (unlearn_simnpo, SimNpo, {"retain_loss": "kl", "forget_weight": 1.0, "beta": 0.5}, papers.simnpo_loss, ""),
     (unlearn_scrub, Scrub, {"kl_weight": 5.0, "last_max_step": 9}, papers.scrub_loss, ""),
     (unlearn_rmu, Rmu, {"retain_weight": 30.0}, papers.rmu_loss, LAYERS + r"mlp\.down_proj"),
-    (
-        unlearn_rmu,
-        Rmu,
-        {"layer": 0, "trained": "mlp", "retain_weight": 30.0},
-        papers.rmu_loss,
-        r"layers\.0\.mlp\.",
-    ),
-    (
-        unlearn_rmu,
-        Rmu,
-        {"layer": 2, "trained": "mlp-out", "retain_weight": 30.0},
-        papers.rmu_loss,
-        r"mlp\.down_proj",
-    ),
+    (unlearn_rmu, Rmu, {"layer": 0, "trained": "mlp", "retain_weight": 30.0}, papers.rmu_loss, r"layers\.0\.mlp\."),
+    (unlearn_rmu, Rmu, {"layer": 2, "trained": "mlp-out", "retain_weight": 30.0}, papers.rmu_loss, r"mlp\.down_proj"),
     (
         unlearn_sspu,
         Sspu,
@@ -96,13 +78,7 @@ CASES = [
         papers.sspu_loss,
         LAYERS + r"mlp\.down_proj",
     ),
-    (
-        unlearn_sspu,
-        Sspu,
-        {"trained": "all", "retain_weight": 3.0, "subspace_weight": 30.0},
-        papers.sspu_loss,
-        LAYERS,
-    ),
+    (unlearn_sspu, Sspu, {"trained": "all", "retain_weight": 3.0, "subspace_weight": 30.0}, papers.sspu_loss, LAYERS),
     (unlearn_sae_representation, SaeRepresentation, {"push_weight": 0.8}, papers.sae_loss, LAYERS),
     (
         unlearn_sae_representation,
@@ -268,15 +244,7 @@ def test_rows_without_a_name_teach_nothing_and_stop_nothing(model):
     assert [one["loss"] != 0 for one in changed.losses] == is_named and is_named.count(False) == 1
     same = NameSpans((forget_text(), forget_text()), (ENDS, ENDS))
     with pytest.raises(DsgError, match="not apart"):
-        run(
-            model,
-            unlearn_sae_representation,
-            settings,
-            forget_text(),
-            retain_text(),
-            features=FEATURES,
-            unknown=same,
-        )
+        run(model, unlearn_sae_representation, settings, forget_text(), retain_text(), features=FEATURES, unknown=same)
 
 
 @pytest.mark.parametrize(

@@ -452,8 +452,7 @@ def broken(kind, at):
 
 
 @pytest.mark.parametrize(
-    ("kind", "at", "kept_at"),
-    [("nan", 12, 10), ("nan", 3, 1), ("inf", 12, 10), ("gradient", 22, 20)],
+    ("kind", "at", "kept_at"), [("nan", 12, 10), ("nan", 3, 1), ("inf", 12, 10), ("gradient", 22, 20)]
 )
 def test_where_training_diverges_the_last_good_weights_are_kept(model, kind, at, kept_at):
     changed, own, kept = trained(model, broken(kind, at), 25)
