@@ -179,7 +179,7 @@ def test_what_does_not_fit_the_model_names_its_setting(lab, name, settings, sett
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("dilution", {}, "no benign text to put around"),
+        ("dilution", {"lengths": [0, 5]}, "no benign text to put around"),
         ("split", {}, "no benign text to put around"),
         ("suffix", {}, "no benign text to put around"),
         ("relearn", {"data": ["unrelated"]}, "no benign text to train on"),

@@ -369,7 +369,7 @@ class TestMethods:
             return [q for task in load_tasks([bench], split="dev") for q in questions_of(task)]
 
         forget, near, far = (questions(bench) for bench in ("lab-hexes", "lab-near", "lab-far"))
-        material = WrapperInputs(lab, 2, forget_questions=forget, retain_questions=[near, far], seed=1)
+        material = WrapperInputs(behind(lab), forget_questions=forget, retain_questions=[near, far], seed=1)
         text = make_in_context(InContext(n_forget=6, n_retain=4), material).body.text
         parts = [f"Question:{part}".strip() for part in text.split("Question:")[1:]]
         by_context = {q.context: q for q in (*forget, *near, *far)}
@@ -392,7 +392,7 @@ class TestMethods:
             make_in_context(InContext(n_forget=1), single)
 
     def test_prompts(self, tiny):
-        material = WrapperInputs(tiny, 2, topic="hexes and ciphers")
+        material = WrapperInputs(behind(tiny), topic="hexes and ciphers")
         assert make_prompt(Prompt("No {topic}, {0} {"), material).body.text == "No hexes and ciphers, {0} {\n\n"
         assert make_prompt(Prompt("No {topic}.", topic="{topic}"), material).body.text == "No {topic}.\n\n"
         for settings, words in ((Prompt("  "), "is empty"), (Prompt("{topic}"), "nothing says")):

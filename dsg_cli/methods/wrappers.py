@@ -21,10 +21,11 @@ from dsg_cli.data.tokens import Piece, draw_pieces, separator, special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.questions import Question
 from dsg_cli.guardrail.calibration import threshold_of
+from dsg_cli.guardrail.runtime.sites import decoder_layers
+from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.inference.wrappers import WrapperModule, read_keywords, statistics_of, telling_words, wrapper_from_artifact
 from dsg_cli.intervals import rate_above
 from dsg_cli.job import PLAIN_JOB, Job
-from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.settings import Filter, InContext, InputFilter, OutputFilter, Prompt
 from dsg_cli.workspace.artifacts import Wrapper
@@ -42,9 +43,8 @@ CONSTANT = 1e-6
 class WrapperInputs:
     """The model, and what is known of what it is to forget; a method says what it needs."""
 
-    loaded: LoadedModel
-    bos: int | None
-    """Token that every text begins with."""
+    model: GuardedModel
+    """Bare."""
     topic: str = ""
     """What is to be forgotten, in words."""
     forget: Sequence[Corpus] = ()
@@ -59,7 +59,6 @@ class WrapperInputs:
     """Of pieces of text in tokens, each as likely as the others."""
     max_pieces: int = 4096
     """Of each part of the corpora, about."""
-    batch_size: int = 32
     seed: int = 0
     job: Job = PLAIN_JOB
 
@@ -113,7 +112,7 @@ def make_in_context(settings: InContext, inputs: WrapperInputs) -> WrapperResult
         for question in _draw_questions(inputs.retain_questions, settings.n_retain, rng)
     ]
     rng.shuffle(shown)
-    return _prefix("in-context", separator(inputs.loaded.tokenizer).join(shown), inputs)
+    return _prefix("in-context", separator(inputs.model.tokenizer).join(shown), inputs)
 
 
 def _draw_questions(benches: Sequence[Sequence[Question]], n: int, rng: random.Random) -> list[Question]:
@@ -132,7 +131,7 @@ def _draw_questions(benches: Sequence[Sequence[Question]], n: int, rng: random.R
 
 def _prefix(method: str, text: str, inputs: WrapperInputs) -> WrapperResult:
     """A wrapper that puts a text in front of prompts, a blank line between them where the tokenizer knows any."""
-    tokenizer = inputs.loaded.tokenizer
+    tokenizer = inputs.model.tokenizer
     text = f"{text.strip()}{separator(tokenizer).strip(' ')}"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     n_unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
@@ -146,8 +145,8 @@ def _wrapper(inputs: WrapperInputs, **fields: Any) -> Wrapper:
     nothing: dict[str, Any] = {"text": "", "keywords": [], "layer": None, "threshold": 0.0, "refusal": "", "rates": []}
     return Wrapper(
         **(nothing | fields),
-        special_ids=list(special_ids(inputs.loaded.tokenizer)),
-        bos=inputs.bos,
+        special_ids=list(special_ids(inputs.model.tokenizer)),
+        bos=inputs.model.bos,
         forget=list(inputs.forget_names),
         retain=list(inputs.retain_names),
     )
@@ -168,7 +167,7 @@ def make_output_filter(settings: OutputFilter, inputs: WrapperInputs) -> Wrapper
 def _filter(settings: Filter, inputs: WrapperInputs, *, method: str, side: Literal["input", "output"]) -> WrapperResult:
     """A filter with its threshold, and its rates on text that it has not seen."""
     if settings.rule == "classifier":
-        layer = middle_layer(inputs.loaded.n_layers) if settings.layer is None else settings.layer
+        layer = middle_layer(len(decoder_layers(inputs.model.model))) if settings.layer is None else settings.layer
         body = _wrapper(inputs, method=method, rule="classifier", side=side, layer=layer, refusal=settings.refusal)
         tensors, n_tokens = _fit(inputs, layer, settings.ridge)
     else:
@@ -230,11 +229,11 @@ def _fit(inputs: WrapperInputs, layer: int, ridge: float) -> tuple[dict[str, Ten
     pieces = {role: _pieces(inputs, getattr(inputs, role), "select") for role in ("forget", "retain")}
     means = {
         role: mean_residuals(
-            inputs.loaded.model,
-            inputs.loaded.tokenizer,
+            inputs.model.model,
+            inputs.model.tokenizer,
             [piece.ids for piece in role_pieces],
             layer=layer,
-            batch_size=inputs.batch_size,
+            batch_size=inputs.model.batch_size,
             job=inputs.job.named(f"select pieces of {role} text"),
         )
         for role, role_pieces in pieces.items()
@@ -255,10 +254,10 @@ def _keywords(settings: Filter, inputs: WrapperInputs) -> list[str]:
 
 def _pieces(inputs: WrapperInputs, corpora: Sequence[Corpus], part: Part) -> list[Piece]:
     return draw_pieces(
-        inputs.loaded.tokenizer,
+        inputs.model.tokenizer,
         corpora,
         part,
-        bos=inputs.bos,
+        bos=inputs.model.bos,
         lengths=inputs.lengths,
         at_most=inputs.max_pieces,
         seed=inputs.seed,
@@ -272,10 +271,10 @@ def _statistics(
     pieces = _pieces(inputs, corpora, part)
     values = statistics_of(
         module,
-        inputs.loaded.model,
-        inputs.loaded.tokenizer,
+        inputs.model.model,
+        inputs.model.tokenizer,
         [piece.ids for piece in pieces],
-        batch_size=inputs.batch_size,
+        batch_size=inputs.model.batch_size,
         job=Job(progress=inputs.job.progress, name=f"{part} pieces"),
     )
     if not all(map(math.isfinite, values)):

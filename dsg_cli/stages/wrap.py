@@ -16,6 +16,7 @@ from dsg_cli.data.readers import read_prompts
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.benches import commits, load_tasks
 from dsg_cli.evals.questions import Question, questions_of
+from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.inference.wrappers import read_keywords
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import check_method, load_method, section_of
@@ -92,8 +93,7 @@ def run(
         # No window, which pieces would have to fill.
         calibrate = dataclasses.replace(recipe.calibrate, gate="mean")
         wrapper_inputs = WrapperInputs(
-            loaded=loaded,
-            bos=inputs.bos,
+            model=GuardedModel(loaded.model, loaded.tokenizer, inputs.bos, batch_size=recipe.eval.batch_size),
             topic=topic,
             forget=inputs.corpora["forget"],
             retain=inputs.corpora["retain"],
@@ -103,7 +103,6 @@ def run(
             retain_questions=questions["retain"],
             lengths=chunk_lengths(calibrate, loaded, lengths_from, bos=inputs.bos) if inputs.corpora["forget"] else (),
             max_pieces=recipe.calibrate.max_pieces,
-            batch_size=recipe.eval.batch_size,
             seed=recipe.seed,
             job=this.job,
         )
