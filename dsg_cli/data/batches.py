@@ -112,14 +112,8 @@ def stream_batches(
 ) -> Iterator[TokenBatch]:
     """The texts as right-padded batches, tokenised in a thread of their own.
 
-    Args:
-        tokenizer: The model's.
-        texts: Documents.
-        bos: Token that every row begins with.
-        seq_len: Longer documents are read in rows of so many tokens.
-        max_tokens: Stop after about so many.
-        is_packed: Join the documents with EOS and cut them into full rows, as the paper does.
-        device: Where the batches are wanted.
+    Documents longer than `seq_len` tokens are read in rows of so many, each of which begins with `bos`; packed, they
+    are joined with EOS and cut into full rows, as the paper does. It stops after about `max_tokens`.
     """
     rows = _rows(tokenizer, texts, bos=bos, seq_len=seq_len, is_packed=is_packed)
     is_cuda = device.startswith("cuda")

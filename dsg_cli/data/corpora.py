@@ -91,12 +91,9 @@ def load_corpora(
 ) -> list[Corpus]:
     """Read several corpora.
 
-    Args:
-        names: Of the lab, of the catalogue, on the hub, or of local files and folders; `=WEIGHT` may follow.
-        role: `forget` or `retain`, for error messages.
-        limit: At most so many documents of each, drawn at random.
-        seed: Of that draw.
-        revisions: Commits at which to read data sets of the hub, by name.
+    Names are those of the lab, of the catalogue, on the hub, or of local files and folders; `=WEIGHT` may follow. At
+    most `limit` documents of each are drawn at random; `revisions` are commits at which to read data sets of the hub,
+    by name.
     """
     check_named(names, role=role)
     if limit is not None and limit < MIN_DOCUMENTS:

@@ -62,12 +62,9 @@ def threshold_of(
 ) -> float:
     """A threshold from the statistics of several corpora.
 
-    Args:
-        statistics: Corpus and statistic of each piece.
-        alpha: Rate of false positives.
-        is_each: Whether the rate is to hold for each corpus, which takes the largest of their thresholds, or for all
-            pieces together, where text near the forgotten domain may have most of the false positives.
-        is_conformal: With the guarantee, or the plain percentile.
+    Statistics are pairs of corpus and value. `is_each` has the rate hold for each corpus, which takes the largest of
+    their thresholds, instead of for all pieces together, where text near the forgotten domain may have most of the
+    false positives. Without `is_conformal` it is the plain percentile.
     """
     groups: dict[str, list[float]] = {} if statistics else {"retain text": []}
     for corpus, statistic in statistics:
@@ -137,11 +134,7 @@ def gate_inputs(
 ) -> GateInputs:
     """What the gate of these settings reads.
 
-    Args:
-        settings: A gate that the features allow.
-        features: What select chose.
-        tensors: The statistics beside it.
-        where: What messages call it.
+    `tensors` are the statistics beside the features; `where` is what messages call them.
     """
     if settings.gate == "probe":
         probe = features.probe
@@ -188,13 +181,7 @@ def make_guardrail(
 ) -> GuardrailModule:
     """A guardrail that is in no artifact: what watches at run time is what sets its threshold, and what is swept.
 
-    Args:
-        inputs: Of its gate.
-        loaded: The model that it is for.
-        sae: The SAE of its features.
-        sae_slice: What `slice_sae` cuts out for them; the same for every threshold and strength.
-        threshold: Of the gate's statistic.
-        strength: c of the clamp.
+    `sae_slice` is what `slice_sae` cuts out of the SAE: the same for every threshold and strength c.
     """
     slice_spec, tensors = sae_slice
     spec = GuardrailSpec(
@@ -228,11 +215,7 @@ def gate_statistics(
 ) -> list[tuple[int, int, list[float]]]:
     """What gates see in pieces of text, from one pass of the model up to where they read.
 
-    Args:
-        loaded: The model, whole or cut.
-        gates: From `make_guardrail`; all read at the same place.
-        pieces: Token ids.
-        job: Each of its workers gets the statistics of all.
+    All gates, from `make_guardrail`, read at the same place; each of the job's workers gets the statistics of all.
 
     Returns:
         Number of the piece, its counted tokens, and the statistic of each gate; in the order of batches.

@@ -43,10 +43,8 @@ def guarded(
 
     Hooks are gone after the block, also after an exception; a model compiled before it is compiled again.
 
-    Args:
-        model: A causal language model of transformers, compiled or not.
-        guardrails: From `load_guardrail`; with none, the model is as it is.
-        allow_mismatch: Also on another model than the one that a guardrail was made for, such as a fine-tuned copy.
+    The model may be compiled or not; with no guardrail it is as it is. `allow_mismatch` takes another model than the
+    one that a guardrail was made for, such as a fine-tuned copy.
     """
     guards = [guardrails] if isinstance(guardrails, GuardrailModule) else list(guardrails)
     if not guards:
@@ -122,9 +120,7 @@ def protected_parameters(
     lies inside it), and whatever is not known to come after the layers: embeddings and their norms. A head that is
     tied to the embeddings is frozen with them. Adapters must not be put on frozen modules either.
 
-    Args:
-        model: A causal language model of transformers.
-        guardrail: One guardrail or several: of several, the highest hook counts.
+    Of several guardrails the highest hook counts.
     """
     guards = [guardrail] if isinstance(guardrail, GuardrailModule) else list(guardrail)
     if not guards:

@@ -90,9 +90,8 @@ def without_path(source: str) -> str:
 def load_guardrail(source: str | Path) -> GuardrailModule:
     """Read and verify a guardrail.
 
-    Args:
-        source: The JSON file of a workspace (`dsg-workspace/guardrail-001.json`); a light file (`.safetensors`) or an
-            exported folder that holds one; or a repository on the hub (`hf://org/name`, `hf://org/name@revision`).
+    `source` is the JSON file of a workspace (`dsg-workspace/guardrail-001.json`); a light file (`.safetensors`) or an
+    exported folder that holds one; or a repository on the hub (`hf://org/name`, `hf://org/name@revision`).
     """
     path = Path(source)
     if str(source).startswith(SCHEME) or path.suffix == ".safetensors" or is_folder(path):

@@ -128,13 +128,8 @@ def fit_probe(
     Minimises the mean logistic loss, both classes counted alike, plus ridge/2 times the sum of squared weights, of
     features in units of their standard deviation.
 
-    Args:
-        forget_TC: Activations of the candidates on forget tokens.
-        retain: The same on tokens of each retain corpus.
-        shares: Of each retain corpus among retain tokens, in proportion.
-        indices: Of the candidates in the SAE, [C].
-        n_features: How many remain.
-        ridge: Strength of the penalty.
+    Activations of the candidates, whose indices in the SAE are [C], are given on forget tokens and on tokens of each
+    retain corpus; `shares` are those of the corpora among retain tokens, in proportion. `n_features` remain.
     """
     if not len(forget_TC) or not any(map(len, retain)):
         raise DsgError("The probe has no tokens to learn from.", "Give more text, or set select.probe_features=0.")

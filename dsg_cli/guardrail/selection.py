@@ -46,11 +46,8 @@ def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, rati
     Percentiles are taken over all F features; where the SAE is nearly dead (fewer than 5 % of its features are active
     on a token of either corpus), or the ratio's cut would be 0, over those that are live.
 
-    Args:
-        forget_F: Score of each feature on the forget corpus.
-        retain_F: The same on the retain corpus.
-        n_features: How many to take.
-        ratio_percentile: p_ratio of the paper.
+    Scores are those of each feature on the forget and the retain corpus, [F]; `ratio_percentile` is p_ratio of the
+    paper.
     """
     forget_F, retain_F = forget_F.double(), retain_F.double()
     if n_features > len(forget_F):
@@ -100,13 +97,8 @@ def picked_features(
 ) -> Selection:
     """The first features of a ranking that was made without any text, by descriptions or by hand.
 
-    Args:
-        ranking: Indices, the best first.
-        forget_F: Score of each feature on the forget corpus, if there is one.
-        retain_F: The same on the retain corpus.
-        retain_rate_F: Share of retain tokens on which each is active.
-        n_features: How many to take; None takes all, however often they are active.
-        max_retain_rate: Features active on a larger share are dropped, or only named if all are taken.
+    Scores are [F]; `ranking` holds indices, the best first. Features that are active on more than `max_retain_rate` of
+    retain tokens are dropped, or only named where all are taken (`n_features` None).
     """
     limit = 1.0 if max_retain_rate is None else max_retain_rate
     frequent = [j for j in ranking if retain_rate_F[j] > limit]
@@ -175,10 +167,7 @@ def formatting_notes(chat_F: Tensor, plain_F: Tensor, indices: Sequence[int]) ->
     formatted prompt. Seen where retain text of both forms is given: active on a twentieth of the tokens of the one and
     ten times as often as on the other.
 
-    Args:
-        chat_F: Share of tokens of chat-formatted retain text on which each feature is active.
-        plain_F: The same of plain retain text.
-        indices: The selected features.
+    Rates are shares of tokens of chat-formatted and of plain retain text on which each feature is active, [F].
     """
     return [
         f"Feature {j} looks like formatting: it is active on {float(chat_F[j]):.1%} of the tokens of chat-formatted "

@@ -75,13 +75,8 @@ def feature_statistics(
 ) -> FeatureStatistics:
     """One pass over a corpus, shared among the workers of a job; each gets the statistics of all.
 
-    Args:
-        model: Whole, or cut after the site's layer.
-        site: Where the SAE reads.
-        encode: Residuals [T, D] -> activations [T, F].
-        batches: The corpus; each is computed by one worker.
-        total_tokens: Of the corpus, about: for progress, and to spread the sample of norms.
-        job: Named like the corpus.
+    The model may be cut after the site's layer; `encode` makes residuals [T, D] to activations [T, F]. About
+    `total_tokens` are expected: for progress, and to spread the sample of norms. The job is named like the corpus.
     """
     stride = max(1, total_tokens // NORM_SAMPLE)
     kept = job.kept() or {}
@@ -154,9 +149,7 @@ def _sums(encode: Callable[[Tensor], Tensor], resid_TD: Tensor) -> tuple[Tensor,
 def mix(parts: Sequence[FeatureStatistics], weights: Sequence[float | None]) -> FeatureStatistics:
     """The statistics of a mixture of corpora.
 
-    Args:
-        parts: Of each corpus.
-        weights: Its share, in proportion; where none has one, every token counts alike, else None counts as 1.
+    Weights are shares, in proportion; where no corpus has one, every token counts alike, else None counts as 1.
     """
     if any(weight is not None for weight in weights):
         raw = [1.0 if weight is None else weight for weight in weights]

@@ -25,12 +25,6 @@ class _ReachedError(Exception):
 def read_residual(model: nn.Module, site: HookSite, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
     """The activations at `site`; layers above it are not run.
 
-    Args:
-        model: A causal language model, whole or cut after the site's layer.
-        site: Where to read.
-        ids_BL: Token ids.
-        mask_BL: 1 for tokens, 0 for padding.
-
     Returns:
         resid_BLD in the model's dtype, on the device of the ids wherever the layer lies.
     """

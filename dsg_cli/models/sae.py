@@ -88,9 +88,8 @@ def _is_centred(config: dict[str, Any]) -> bool:
 def read_sae(source: str) -> SaeSource:
     """Read and check an SAE's configuration and the shape of its weights.
 
-    Args:
-        source: `lab`, `lab-1`, `lab-2`; a folder in sae-lens's format; a release of sae-lens with an id; or such a
-            folder on the hub (`org/name[@revision][/folder]`).
+    `source` is `lab`, `lab-1`, `lab-2`; a folder in sae-lens's format; a release of sae-lens with an id; or such a
+    folder on the hub (`org/name[@revision][/folder]`).
     """
     located = _locate(source)
     config_path, weights_path = located.folder / CONFIG_FILE, located.folder / WEIGHTS_FILE
@@ -241,14 +240,7 @@ TUNED = re.compile(r"-(it|instruct|chat|base|pt|deduped|hf)$")
 
 
 def check_fits(sae: SaeSource, model_config: Any, model_source: str, *, has_bos: bool = True) -> list[str]:
-    """Refuse an SAE of another model; return what a person should know about one that fits.
-
-    Args:
-        sae: The SAE, its configuration read.
-        model_config: The decoder's configuration.
-        model_source: What the model is called.
-        has_bos: Whether its tokenizer has a BOS token.
-    """
+    """Refuse an SAE of another model; return what a person should know about one that fits."""
     notes = _compare_names(sae, model_config, model_source)
     _check_shapes(sae, model_config, model_source)
     if sae.identity.prepend_bos and not has_bos:

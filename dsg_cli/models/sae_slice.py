@@ -19,11 +19,8 @@ def slice_sae(
 ) -> tuple[SliceSpec, dict[str, Tensor]]:
     """A slice as `SaeSlice` takes it, and beside its tensors `detect`, the features' weights in the gate's token score.
 
-    Args:
-        sae: Where from.
-        indices: Features that will be clamped; they come first, and only they have rows of `W_dec`.
-        detectors: Features that the gate watches, where it does not watch the clamped ones.
-        weights: Of the detectors; 1 each where there are none.
+    `indices` will be clamped: they come first, and only they have rows of `W_dec`. `detectors` are what the gate
+    watches, where it does not watch those, with `weights`, or 1 each where there are none.
     """
     columns = slice_columns(indices, detectors)
     beyond = [index for index in columns if not 0 <= index < sae.identity.n_features]
@@ -64,10 +61,8 @@ def slice_columns(indices: Sequence[int], detectors: Sequence[int]) -> list[int]
 def detector_weights(indices: Sequence[int], detectors: Sequence[int], weights: Sequence[float] = ()) -> Tensor:
     """The weight of each column of the slice in the gate's token score, [K].
 
-    Args:
-        indices: Features that are clamped.
-        detectors: Features that the gate watches; all columns where there are none.
-        weights: Theirs, in their order; 1 each where there are none.
+    `detectors` are the features that the gate watches, all columns where there are none; `weights` are theirs, 1 each
+    where there are none.
     """
     columns = slice_columns(indices, detectors)
     watched = list(detectors) or columns

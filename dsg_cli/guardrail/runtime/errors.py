@@ -6,9 +6,7 @@ from __future__ import annotations
 class DsgError(Exception):
     """Something the user can mend.
 
-    Args:
-        message: What is wrong and where (file, key, value).
-        hint: What to do next; printed on a line of its own.
+    The message says what is wrong and where (file, key, value), the hint what to do next, on a line of its own.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:

@@ -79,9 +79,8 @@ class Gate:
     def score(self, active_BL: Tensor, weighted_BL: Tensor) -> Tensor:
         """The token score, [B, L].
 
-        Args:
-            active_BL: Whether any clamped feature is active.
-            weighted_BL: Weighted sum of the detectors' activations, float32.
+        `active_BL`: whether any clamped feature is active; `weighted_BL`: weighted sum of the detectors' activations,
+        float32.
         """
         if self.score_name == "active":
             return active_BL.float()
@@ -111,11 +110,8 @@ class Gate:
     ) -> tuple[Tensor, Tensor]:
         """The statistic at each token, [B, L], and the state after each, [B, L, C].
 
-        Args:
-            signal_BL: Score of each token, float32, not negative.
-            counted_BL: True for tokens that count.
-            state_BC: State before the first of these tokens.
-            segment_BL: Where sequences are packed; they begin here, whatever the state.
+        Signals are token scores, float32, not negative. `state_BC` is the state before the first of these tokens; where
+        sequences are packed (`segment_BL`) they begin here, whatever the state.
         """
         signal_BL = torch.where(counted_BL, signal_BL, 0.0)
         if self.aggregate == "mean":

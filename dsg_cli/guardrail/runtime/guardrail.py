@@ -192,11 +192,8 @@ class GuardrailModule(nn.Module):
     ) -> Decision:
         """Gate and clamp the tokens of one call.
 
-        Args:
-            resid_BLD: Residual at the reading site.
-            counted_BL: True for tokens that count.
-            state_BC: The gate's state before them; None at the beginning of sequences.
-            segment_BL: Where rows hold several sequences.
+        `state_BC` is the gate's state before these tokens, None at the beginning of sequences; `segment_BL` is given
+        where rows hold several sequences.
         """
         seen = self.watch(resid_BLD, counted_BL, state_BC, segment_BL)
         gated_BL = ~(seen.statistic_BL <= self.gate.threshold)  # A NaN is gated.

@@ -54,11 +54,7 @@ def argument_names(decoder: nn.Module) -> tuple[str, ...]:
 def read_call(config: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Read the arguments that a decoder was called with.
 
-    Args:
-        config: The decoder's configuration.
-        names: `argument_names` of the decoder.
-        args: Its arguments by position.
-        kwargs: Its arguments by name.
+    `names` are the `argument_names` of the decoder, by which arguments that come by position are known.
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     ids_BL, cache, mask = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
