@@ -13,6 +13,15 @@ from dsg_cli.guardrail.runtime.errors import DsgError
 
 __all__ = ["DsgError", "close_to", "nearest"]
 
+NO_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""How it is said where it has no type of its own: on a CPU, and inside a library of the GPU."""
+
 SHOWN = 20
 """Names in a message, at most."""
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_serving import alone, generate
 
-from dsg_cli.cli.options import NAMES
+from dsg_cli.cli.options import names_of
 from dsg_cli.data.batches import pad_rows
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.guarded import guarded
@@ -266,7 +266,7 @@ def test_settings_out_of_range_are_refused_with_the_recipe(item):
 
 def test_without_a_gate_is_nothing_that_calibrate_takes():
     assert set(get_args(get_type_hints(CalibrateSection)["gate"])) == set(get_args(CalibratedGate))
-    assert NAMES["gates"]() == list(get_args(CalibratedGate)) and "token" not in NAMES["gates"]()
+    assert names_of("gates") == list(get_args(CalibratedGate)) and "token" not in names_of("gates")
     with pytest.raises(DsgError, match="calibrate.gate must be one of"):
         load_recipe(sets=["calibrate.gate=token"])
 

@@ -22,12 +22,9 @@ from dsg_cli.cli.further import describe_command, export_command, lab_app
 from dsg_cli.cli.look import generate_command, inspect_command, ls_command, report_command, show_command, verify_command
 from dsg_cli.cli.output import be_quiet_unless_first, check_shared, quiet_libraries, resume_command
 from dsg_cli.cli.runs import compare_command, demo_command, run_command, study_command
-from dsg_cli.errors import DsgError, redacted
+from dsg_cli.errors import NO_MEMORY, DsgError, redacted
 from dsg_cli.job import launched
 from dsg_cli.workspace.files import Signalled, install
-
-NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory")
-"""How libraries say it."""
 
 WAIT_FOR_THE_FIRST = 2.0
 """Seconds after which another process than the first complains: what all find wrong is said once."""

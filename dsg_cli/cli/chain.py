@@ -6,26 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from dsg_cli.cli.options import (
-    COMPUTING,
-    CORPORA,
-    FROM_HELP,
-    INEFFECTIVE,
-    LIMIT,
-    OTHER_MODEL,
-    RECIPE,
-    RESUME,
-    REUSE,
-    SOURCES,
-    SUMMARY,
-    FromFeatures,
-    FromMany,
-    Sets,
-    command,
-    complete,
-    complete_artifact,
-    setting,
-)
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.options import Sets, command, complete, complete_artifact, setting
 from dsg_cli.cli.output import Output
 from dsg_cli.errors import DsgError
 from dsg_cli.workspace.files import is_file
@@ -53,8 +35,8 @@ def select_settings(
 
 
 @command(
-    *CORPORA,
-    *SOURCES,
+    *opt.CORPORA,
+    *opt.SOURCES,
     setting("select.n_features", int, "Features to select.", "-n", "--n-features"),
     setting("select.ratio_percentile", float, "Importance ratio a feature must reach."),
     setting("select.score", str, "mean-square or squared-mean."),
@@ -64,11 +46,9 @@ def select_settings(
     setting("select.descriptions", str, FILE_OF_DESCRIPTIONS, metavar="FILE", rich_help_panel=BY_MEANING),
     setting("select.embedding", str, "Match by this embedding model instead of by words.", rich_help_panel=BY_MEANING),
     setting("select.samples", bool, "Keep the descriptions' text.", rich_help_panel=BY_MEANING),
-    LIMIT,
-    *RECIPE,
-    *COMPUTING,
-    REUSE,
-    RESUME,
+    opt.LIMIT,
+    *opt.COMPUTING,
+    *opt.RUNNING,
     settings=select_settings,
 )
 def select_command(recipe: "Recipe", out: Output, /) -> None:
@@ -109,13 +89,11 @@ def calibrate_settings(
     setting("calibrate.retain", list[str], "Other retain corpora than those of select; repeatable.", names="corpora"),
     setting("calibrate.gate", str, "probe (default), window, cusum, causal-mean, or the paper's mean.", names="gates"),
     setting("calibrate.alpha", float, "Promised rate of false positives."),
-    *RECIPE,
-    *COMPUTING,
-    REUSE,
-    RESUME,
+    *opt.COMPUTING,
+    *opt.RUNNING,
     settings=calibrate_settings,
 )
-def calibrate_command(recipe: "Recipe", out: Output, /, source: FromFeatures = None) -> None:
+def calibrate_command(recipe: "Recipe", out: Output, /, source: opt.FromFeatures = None) -> None:
     """Set the gate's threshold on text that selection has not seen.
 
     Example: dsg calibrate --alpha 0.05
@@ -169,7 +147,7 @@ def apply_settings(
     return settings
 
 
-@command(*CORPORA, *SOURCES, LIMIT, INEFFECTIVE, *RECIPE, *COMPUTING, REUSE, RESUME, settings=apply_settings)
+@command(*opt.CORPORA, *opt.SOURCES, opt.LIMIT, opt.INEFFECTIVE, *opt.COMPUTING, *opt.RUNNING, settings=apply_settings)
 def apply_command(
     recipe: "Recipe",
     out: Output,
@@ -180,7 +158,7 @@ def apply_command(
     ] = None,
     source: Annotated[
         str | None,
-        Option("--from", help=FROM_HELP, autocompletion=complete_artifact("threshold", "features", "model")),
+        Option("--from", help=opt.FROM_HELP, autocompletion=complete_artifact("threshold", "features", "model")),
     ] = None,
     export_to: Annotated[
         str | None, Option("--export", help="Also write the guarded model here, as dsg export does.")
@@ -222,15 +200,12 @@ def apply_command(
     setting("eval.holdout", list[str], "Corpus that the model never saw, for memory:CORPUS."),
     setting("eval.expect", list[str], "'lab-hexes<=0.30', 'mmlu>=0.99*base'; exit 3 if not met."),
     setting("eval.samples", bool, "Keep the questions' texts."),
-    INEFFECTIVE,
-    *RECIPE,
-    *COMPUTING,
-    *OTHER_MODEL,
-    SUMMARY,
-    REUSE,
-    RESUME,
+    opt.INEFFECTIVE,
+    *opt.GUARDED,
+    opt.SUMMARY,
+    *opt.RUNNING,
 )
-def evaluate_command(recipe: "Recipe", out: Output, /, sources: FromMany = None) -> None:
+def evaluate_command(recipe: "Recipe", out: Output, /, sources: opt.FromMany = None) -> None:
     """Ask the base model and the guarded model the same questions.
 
     Example: dsg eval --bench lab-hexes --bench lab-near --expect 'lab-hexes<=0.30'
@@ -249,14 +224,11 @@ def evaluate_command(recipe: "Recipe", out: Output, /, sources: FromMany = None)
     setting("attack.bench", str, "Forget questions; by default the bench named like the corpus.", names="benches"),
     setting("attack.expect", list[str], "Condition such as 'dilution<=0.35' on what came back; exit 3 if not met."),
     setting("eval.limit", int, "Questions, at most."),
-    *RECIPE,
-    *COMPUTING,
-    *OTHER_MODEL,
-    SUMMARY,
-    REUSE,
-    RESUME,
+    *opt.GUARDED,
+    opt.SUMMARY,
+    *opt.RUNNING,
 )
-def attack_command(recipe: "Recipe", out: Output, /, sources: FromMany = None) -> None:
+def attack_command(recipe: "Recipe", out: Output, /, sources: opt.FromMany = None) -> None:
     """Try to get the knowledge back.
 
     Example: dsg attack --kind dilution --kind relearn --expect 'dilution<=0.35'

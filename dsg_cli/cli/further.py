@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from dsg_cli.cli.options import (
-    COMPUTING,
-    LIMIT,
-    OTHER_MODEL,
-    QUIET,
-    RECIPE,
-    SOURCES,
-    WORKSPACE,
-    FromMany,
-    command,
-    complete,
-)
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.options import command, complete
 from dsg_cli.cli.output import Output, in_workspace
 from dsg_cli.errors import DsgError
 from dsg_cli.lab import data as lab
@@ -27,7 +17,7 @@ if TYPE_CHECKING:
     from dsg_cli.settings import Recipe
 
 
-@command(*SOURCES, LIMIT, *RECIPE, *COMPUTING)
+@command(*opt.SOURCES, opt.LIMIT, *opt.COMPUTING)
 def describe_command(
     recipe: "Recipe",
     out: Output,
@@ -56,13 +46,13 @@ def describe_command(
     out.hint(f"{len(described)} features are described. Next: dsg select --describe WORDS --descriptions {file}")
 
 
-@command(*RECIPE, *OTHER_MODEL)
+@command(opt.RECIPE, opt.SETS, *opt.OTHER_MODEL)
 def export_command(
     recipe: "Recipe",
     out: Output,
     /,
     to: Annotated[str, Argument(help="A folder, NAME.safetensors, or hf://org/name.")],
-    sources: FromMany = None,
+    sources: opt.FromMany = None,
     form: Annotated[
         str | None,
         Option("--form", help="light (the guardrail alone) or model; by default what TO says, on a hub light."),
@@ -108,7 +98,7 @@ lab_app = typer.Typer(help="The embedded lab: write it out, or train it again.",
 
 
 @lab_app.command("export")
-@command(without=[WORKSPACE, QUIET])
+@command(without=[opt.WORKSPACE, opt.QUIET])
 def lab_export(out: Output, /, folder: Annotated[Path, Argument(help="New folder to write to.")]) -> None:
     """Write the lab's model, SAEs, corpora, questions and lm-eval tasks in plain formats.
 
@@ -126,7 +116,7 @@ def lab_export(out: Output, /, folder: Annotated[Path, Argument(help="New folder
 
 
 @lab_app.command("train")
-@command(without=[WORKSPACE])
+@command(without=[opt.WORKSPACE])
 def lab_train(
     out: Output,
     /,

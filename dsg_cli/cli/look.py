@@ -10,22 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from dsg_cli.cli.options import (
-    COMPUTING,
-    DOCUMENTS,
-    NAMES,
-    OTHER_MODEL,
-    QUIET,
-    RECIPE,
-    REUSE,
-    FromMany,
-    command,
-    complete,
-    complete_artifact,
-    complete_kind,
-    ids_of,
-    setting,
-)
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.options import command, complete, complete_artifact, names_of, setting
 from dsg_cli.cli.output import Output, Screen, check_new_file
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.workspace.files import is_taken, write_atomically
@@ -34,13 +20,16 @@ if TYPE_CHECKING:
     from dsg_cli.settings import Recipe
 
 
-@command(without=[QUIET])
+@command(without=[opt.QUIET])
 def ls_command(
     out: Output,
     /,
     what: Annotated[
         str | None,
-        Argument(help=f"{', '.join(NAMES)}, saes/RELEASE; by default the artifacts.", autocompletion=complete_kind),
+        Argument(
+            help=f"{', '.join(opt.NAMES)}, saes/RELEASE; by default the artifacts.",
+            autocompletion=lambda incomplete: [kind for kind in opt.NAMES if kind.startswith(incomplete)],
+        ),
     ] = None,
 ) -> None:
     """List artifacts, or the names that options take."""
@@ -62,17 +51,17 @@ def ls_command(
 
 
 def _list_names(kind: str, out: Output) -> None:
-    if kind not in NAMES and kind.partition("/")[0] != "saes":
-        raise DsgError(f"dsg ls knows no {kind}.", nearest(kind, NAMES))
+    if kind not in opt.NAMES and kind.partition("/")[0] != "saes":
+        raise DsgError(f"dsg ls knows no {kind}.", nearest(kind, opt.NAMES))
     if kind == "corpora" and not out.as_json and out.is_terminal:
         from dsg_cli.report.tables import corpora_table
 
         out.print(corpora_table())
     else:
-        out.lines(NAMES[kind]() if kind in NAMES else ids_of(kind.removeprefix("saes/")))
+        out.lines(names_of(kind) if kind in opt.NAMES else opt.ids_of(kind.removeprefix("saes/")))
 
 
-@command(without=[QUIET])
+@command(without=[opt.QUIET])
 def show_command(
     out: Output,
     /,
@@ -91,7 +80,7 @@ def show_command(
         out.print(provenance_tree(stored))
 
 
-@command(without=[QUIET])
+@command(without=[opt.QUIET])
 def verify_command(out: Output, /) -> None:
     """Verify every file of a workspace.
 
@@ -118,9 +107,7 @@ def verify_command(out: Output, /) -> None:
     setting("generate.chat", bool, "Ask in the tokenizer's chat template."),
     setting("generate.on_trigger", str, "clamp (default), or refuse: end with a sentence."),
     setting("generate.refusal", str, "That sentence."),
-    *RECIPE,
-    *COMPUTING,
-    *OTHER_MODEL,
+    *opt.GUARDED,
 )
 def generate_command(
     recipe: "Recipe",
@@ -132,7 +119,7 @@ def generate_command(
     file: Annotated[
         Path | None, Option("--file", help="One prompt a line, or a .jsonl of {prompt}; - reads stdin.")
     ] = None,
-    sources: FromMany = None,
+    sources: opt.FromMany = None,
 ) -> None:
     """Try prompts on the base model and on the guarded one.
 
@@ -154,7 +141,7 @@ def generate_command(
         out.json(written)
 
 
-@command(*RECIPE, *COMPUTING, *OTHER_MODEL, REUSE)
+@command(*opt.GUARDED, opt.REUSE)
 def inspect_command(
     recipe: "Recipe",
     out: Output,
@@ -189,7 +176,7 @@ def inspect_command(
     ] = False,
     page: Annotated[Path | None, Option("--html", help="Write the same to an HTML file, with text.")] = None,
     force: Annotated[bool, Option("--force", help="Replace that file.")] = False,
-    limit: Annotated[int | None, Option("--limit", help=DOCUMENTS)] = None,
+    limit: Annotated[int | None, Option("--limit", help=opt.DOCUMENTS)] = None,
 ) -> None:
     """What are the chosen features about? With --prompt: what do they and the gate see of it, token by token?
 
@@ -265,7 +252,7 @@ def _serve(recipe: "Recipe", out: Output, source: str | None, port: int) -> None
         server.serve_forever()
 
 
-@command(RECIPE[0])
+@command(opt.RECIPE)
 def report_command(
     recipe: "Recipe",
     out: Output,

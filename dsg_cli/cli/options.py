@@ -1,7 +1,7 @@
 """Options of the command line: those that commands share, what completes them, and the settings that they make."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from inspect import Parameter
 from pathlib import Path
@@ -13,67 +13,47 @@ from dsg_cli.cli.output import DEFAULT_WORKSPACE, Output
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
 
-
-def _attacks() -> Iterable[str]:
-    from dsg_cli.attacks import ALL, ATTACKS
-
-    return (*ATTACKS, ALL)
-
-
-def _benches() -> Iterable[str]:
-    from dsg_cli.evals import known_benches
-
-    return known_benches()
-
-
-def _corpora() -> Iterable[str]:
-    from dsg_cli.data.catalogue import CATALOGUE
-
-    return (*lab.CORPORA, *CATALOGUE)
-
-
-def _gates() -> Iterable[str]:
-    from dsg_cli.guardrail.runtime.spec import CalibratedGate
-
-    return get_args(CalibratedGate)
-
-
-def _methods() -> Iterable[str]:
-    from dsg_cli.methods import METHODS
-
-    return METHODS
-
-
-def _recipes() -> Iterable[str]:
-    from dsg_cli.recipe import recipe_names
-
-    return recipe_names()
-
-
-def _saes() -> Iterable[str]:
-    from dsg_cli.models.releases import releases
-
-    return (*lab.SAE_DIRS, *sorted(releases()))
-
-
-def _studies() -> Iterable[str]:
-    from dsg_cli.studies import STUDIES
-
-    return STUDIES
-
-
-NAMES: dict[str, Callable[[], Iterable[str]]] = {
-    "corpora": _corpora,
-    "benches": _benches,
-    "models": lambda: lab.MODEL_DIRS,
-    "saes": _saes,
-    "gates": _gates,
-    "attacks": _attacks,
-    "methods": _methods,
-    "studies": _studies,
-    "recipes": _recipes,
-}
+NAMES = ("corpora", "benches", "models", "saes", "gates", "attacks", "methods", "studies", "recipes")
 """What `dsg ls` lists by name, in the order of its help."""
+
+
+def names_of(kind: str) -> list[str]:
+    """The names that options of a kind take."""
+    match kind:
+        case "corpora":
+            from dsg_cli.data.catalogue import CATALOGUE
+
+            return [*lab.CORPORA, *CATALOGUE]
+        case "benches":
+            from dsg_cli.evals import known_benches
+
+            return list(known_benches())
+        case "models":
+            return list(lab.MODEL_DIRS)
+        case "saes":
+            from dsg_cli.models.releases import releases
+
+            return [*lab.SAE_DIRS, *sorted(releases())]
+        case "gates":
+            from dsg_cli.guardrail.runtime.spec import CalibratedGate
+
+            return list(get_args(CalibratedGate))
+        case "attacks":
+            from dsg_cli.attacks import ALL, ATTACKS
+
+            return [*ATTACKS, ALL]
+        case "methods":
+            from dsg_cli.methods import METHODS
+
+            return list(METHODS)
+        case "studies":
+            from dsg_cli.studies import STUDIES
+
+            return list(STUDIES)
+        case _:
+            from dsg_cli.recipe import recipe_names
+
+            return recipe_names()
 
 
 def ids_of(release: str) -> list[str]:
@@ -86,17 +66,8 @@ def ids_of(release: str) -> list[str]:
 
 
 def complete(kind: str) -> Callable[[str], list[str]]:
-    """For Typer's `autocompletion`: the names of NAMES[kind] that begin as the word does."""
-
-    def names(incomplete: str) -> list[str]:
-        return [name for name in NAMES[kind]() if name.startswith(incomplete)]
-
-    return names
-
-
-def complete_kind(incomplete: str) -> list[str]:
-    """What `dsg ls` takes."""
-    return [name for name in NAMES if name.startswith(incomplete)]
+    """For Typer's `autocompletion`: the names of a kind that begin as the word does."""
+    return lambda incomplete: [name for name in names_of(kind) if name.startswith(incomplete)]
 
 
 def complete_artifact(*kinds: str) -> Callable[[Context, str], list[str]]:
@@ -143,50 +114,28 @@ def setting(key: str, kind: Any, help: str, *flags: str, names: str | None = Non
     return option(name, kind | None, help, *flags, sets=key, **more)
 
 
-WORKSPACE = option(
-    "workspace",
-    Path,
-    "Folder of artifacts.",
-    "--workspace",
-    "-w",
-    default=DEFAULT_WORKSPACE,
-    envvar="DSG_WORKSPACE",
-    show_default=True,
-)
+_FOLDER: dict[str, Any] = {"default": DEFAULT_WORKSPACE, "envvar": "DSG_WORKSPACE", "show_default": True}
+WORKSPACE = option("workspace", Path, "Folder of artifacts.", "--workspace", "-w", **_FOLDER)
 JSON = option("as_json", bool, "One JSON document on stdout.", "--json", default=False)
 QUIET = option("quiet", bool, "No progress and no hints.", "--quiet", "-q", default=False)
 SUMMARY = option(
     "summary", str | None, "Append a Markdown section on what was found to a file.", "--summary", metavar="FILE"
 )
 SETS = option("sets", list[str] | None, "section.key=value, for any setting; repeatable.", "--set")
-RECIPE = (
-    option(
-        "recipe",
-        str | None,
-        "YAML file, or the name of a shipped recipe.",
-        "--recipe",
-        autocompletion=complete("recipes"),
-    ),
-    SETS,
+RECIPE = option(
+    "recipe", str | None, "YAML file, or the name of a shipped recipe.", "--recipe", autocompletion=complete("recipes")
 )
 DEVICE = (
     setting("model.device", str, "cpu, cuda, ...; a GPU if there is one."),
     setting("model.dtype", str, "auto, float32, bfloat16 or float16."),
 )
-DEVICE_MAP = setting("model.device_map", str, "auto: spread a model over all GPUs, if it is larger than one.")
-TRUST = setting("model.trust_remote_code", bool, "Run Python files that come with the model. Read them first.")
+_DEVICE_MAP = setting("model.device_map", str, "auto: spread a model over all GPUs, if it is larger than one.")
+_TRUST = setting("model.trust_remote_code", bool, "Run Python files that come with the model. Read them first.")
 SEED = setting("seed", int, "Seed of everything that is drawn.")
-COMPUTING = (*DEVICE, DEVICE_MAP, TRUST, SEED)
-REUSE = option(
-    "reuse",
-    bool,
-    "Take an existing artifact if settings, inputs and versions all match.",
-    "--reuse",
-    default=False,
-)
-RESUME = option(
-    "resume", bool, "Go on from the checkpoint of the same command, interrupted.", "--resume", default=False
-)
+TAKE_EXISTING = "Take an existing artifact if settings, inputs and versions all match."
+REUSE = option("reuse", bool, TAKE_EXISTING, "--reuse", default=False)
+GO_ON = "Go on from the checkpoint of the same command, interrupted."
+RUNNING = (REUSE, option("resume", bool, GO_ON, "--resume", default=False))
 CORPORA = (
     setting("corpora.forget", list[str], "Corpus to forget (`dsg ls corpora`).", names="corpora"),
     setting("corpora.retain", list[str], "Corpus to retain; NAME=WEIGHT mixes.", names="corpora"),
@@ -204,6 +153,13 @@ OTHER_MODEL = (
 INEFFECTIVE = setting(
     "guardrail.allow_ineffective", bool, "Even if the guardrail does nothing on what it should forget."
 )
+
+COMPUTING = (RECIPE, SETS, *DEVICE, _DEVICE_MAP, _TRUST, SEED)
+"""Of commands that load a model."""
+GUARDED = (*COMPUTING, *OTHER_MODEL)
+"""Of commands that load a guarded model."""
+TRIALS = (*CORPORA, *SOURCES, RECIPE, SETS, *DEVICE, _TRUST, SEED, SUMMARY, *RUNNING)
+"""Of commands that make many guardrails."""
 
 FROM_HELP = "Artifact to start from; the newest by default."
 

@@ -8,23 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from dsg_cli.cli.options import (
-    CORPORA,
-    DEVICE,
-    RECIPE,
-    RESUME,
-    REUSE,
-    SEED,
-    SETS,
-    SOURCES,
-    SUMMARY,
-    TRUST,
-    WORKSPACE,
-    FromFeatures,
-    command,
-    complete,
-    setting,
-)
+from dsg_cli.cli import options as opt
+from dsg_cli.cli.options import command, complete, setting
 from dsg_cli.cli.output import Output, in_workspace, next_command
 from dsg_cli.errors import DsgError
 from dsg_cli.studies import STUDIES, check_study
@@ -48,7 +33,7 @@ RECIPE_NAME = Parameter(
 )
 
 
-@command(RECIPE_NAME, SETS, *DEVICE, SEED, SUMMARY, REUSE, RESUME)
+@command(RECIPE_NAME, opt.SETS, *opt.DEVICE, opt.SEED, opt.SUMMARY, *opt.RUNNING)
 def run_command(
     recipe: "Recipe",
     out: Output,
@@ -71,7 +56,7 @@ def run_command(
         out.lines(step.line() for step in steps)
 
 
-@command(SUMMARY, WORKSPACE.replace(default=DEMO_WORKSPACE))
+@command(opt.SUMMARY, opt.WORKSPACE.replace(default=DEMO_WORKSPACE))
 def demo_command(out: Output, /) -> None:
     """Make the embedded lab forget a domain, and attack the result.
 
@@ -105,18 +90,10 @@ def run_chain(recipe: "Recipe", out: Output) -> None:
 @command(
     setting("compare.methods", list[str], "`dsg ls methods`; all by default.", "--method", names="methods"),
     setting("compare.budget", int, "Trials of each method on dev questions."),
-    *CORPORA,
-    *SOURCES,
     setting("compare.forget", str, "Forget questions; by default named like the corpus.", "--bench"),
     setting("compare.near", list[str], "Bench near them, which must be kept."),
     setting("compare.other", list[str], "Further bench, such as mmlu."),
-    *RECIPE,
-    *DEVICE,
-    TRUST,
-    SEED,
-    SUMMARY,
-    REUSE,
-    RESUME,
+    *opt.TRIALS,
 )
 def compare_command(
     recipe: "Recipe",
@@ -167,27 +144,19 @@ def study_settings(
 
     settings = {}
     for text in grid or []:
-        setting, separator, values = text.partition("=")
-        if not separator or not setting.isidentifier():
+        axis, separator, values = text.partition("=")
+        if not separator or not axis.isidentifier():
             raise DsgError(f"--grid {text[:200]}: expected SETTING=VALUE,VALUE,...")
         items = values.strip().removeprefix("[").removesuffix("]")
-        settings[f"study.grids.{name}.{setting}"] = parse_yaml(f"[{items}]", f"--grid {text[:200]}: the value is")
+        settings[f"study.grids.{name}.{axis}"] = parse_yaml(f"[{items}]", f"--grid {text[:200]}: the value is")
     return settings
 
 
 @command(
     setting("study.split", str, "dev to choose by, test to report."),
-    *CORPORA,
-    *SOURCES,
     setting("study.forget", str, "Forget questions; by default named like the corpus.", "--bench"),
     setting("study.benches", list[str], "Bench that must stay answered; by default those of eval.", "--other"),
-    *RECIPE,
-    *DEVICE,
-    TRUST,
-    SEED,
-    SUMMARY,
-    REUSE,
-    RESUME,
+    *opt.TRIALS,
     settings=study_settings,
 )
 def study_command(
@@ -195,7 +164,7 @@ def study_command(
     out: Output,
     /,
     name: Annotated[str, Argument(help=", ".join(STUDIES), autocompletion=complete("studies"))],
-    source: FromFeatures = None,
+    source: opt.FromFeatures = None,
     as_markdown: Markdown = False,
 ) -> None:
     """Vary settings over a grid, and write the table.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.data.batches import TokenBatch, pad_rows
 from dsg_cli.data.tokens import special_ids
-from dsg_cli.errors import DsgError
+from dsg_cli.errors import NO_MEMORY, DsgError
 from dsg_cli.guardrail.runtime.sites import HookSite, edit_site
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.language_model import text_config
@@ -51,8 +51,6 @@ def replace_residual(model: nn.Module, site: HookSite, edit: Callable[[Tensor], 
 
 Result = TypeVar("Result")
 Work = TypeVar("Work")
-NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How it is said where it has no type of its own: on a CPU, and inside a library of the GPU."""
 
 
 class OomSplitter:
