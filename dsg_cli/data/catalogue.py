@@ -51,7 +51,7 @@ CATALOGUE = {
     **{
         f"muse-{name}{suffix}": HubText(f"muse-bench/MUSE-{name.title()}", "raw", split, "text", passage_chars=4000)
         for name in ("news", "books")
-        for suffix, split in (("", "forget"), *((f"-{one}", one) for one in ("retain1", "retain2", "holdout")))
+        for suffix, split in (("", "forget"), *((f"-{split}", split) for split in ("retain1", "retain2", "holdout")))
     },
     # Folds that MUSE-News alone has: `sust` are disjoint, each of `scal` holds the one before; the first is muse-news.
     **{

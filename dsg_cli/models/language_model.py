@@ -216,8 +216,8 @@ def whole_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -229,12 +229,12 @@ def check_peft() -> None:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter rather than a whole model."""
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def base_of(folder: Path) -> str:
     """The model that an adapter belongs to, as `--model` takes it."""
-    path = folder / CONFIG_FILE
+    path = folder / ADAPTER_CONFIG
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
         base, revision = config["base_model_name_or_path"], config.get("revision")
@@ -254,7 +254,7 @@ def merged(model: PreTrainedModel, folder: Path, *, n_layers: int) -> PreTrained
     from peft import PeftModel
 
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             layers = [int(match[1]) for match in map(LAYER.search, file.keys()) if match]
         if layers and min(layers) >= n_layers:
             return model

@@ -66,7 +66,7 @@ def locate_release(source: str) -> tuple[str, str]:
     """The repository, with a revision if one is named, and the folder in it that hold an SAE; nothing is read there."""
     release, _, sae_id = source.partition("/")
     if release in releases():
-        paths = {str(one["id"]): str(one["path"]) for one in releases()[release]["saes"]}
+        paths = {str(sae["id"]): str(sae["path"]) for sae in releases()[release]["saes"]}
         if sae_id not in paths:
             begins = [known for known in paths if sae_id and known.startswith(sae_id)] or close_to(sae_id, paths)
             alike = f"Did you mean {' or '.join(begins[:3])}? " if begins else ""

@@ -28,8 +28,6 @@ from .sites import parse_hook_site
 from .slice import SaeSlice, SliceSpec, tensor_names
 from .spec import NEVER, GuardrailSpec, digest_of
 
-RULES = ("all", "each")
-
 
 class Clamp(nn.Module):
     """Which tokens are active, and what is added to their features. No branch depends on a tensor's values."""
@@ -72,15 +70,6 @@ class Clamp(nn.Module):
             is_over_BLC = self.size(acts_BLC) > self.above[: self.n_clamped]
             change_BLC = torch.where(is_over_BLC, change_BLC, 0.0)
         return change_BLC
-
-
-def check_clamp(spec: GuardrailSpec, n_clamped: int, n_watched: int, where: str) -> None:
-    """Refuse a rule that does not fit the features, or whose numbers float32 does not hold."""
-    numbers = [spec.strength, *spec.coefficients, *spec.above]
-    are_numbers = all(math.isfinite(number) and abs(number) <= NEVER for number in numbers)
-    fits = len(spec.coefficients) in (0, n_clamped) and len(spec.above) in (0, n_watched)
-    if spec.clamp not in RULES or not fits or not are_numbers or any(bound < 0 for bound in spec.above):
-        raise DsgError(f"{where}: how it clamps does not fit its features.", "Make the guardrail again with dsg apply.")
 
 
 class Watched(NamedTuple):
@@ -274,34 +263,34 @@ class GuardrailModule(nn.Module):
         return self
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], spec: GuardrailSpec, where: str) -> None:
-    """Refuse tensors that no SAE gives: of the wrong shapes, or with the index of a feature that is not there."""
+def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where: str) -> GuardrailModule:
+    """A guardrail from parts that somebody may have altered; `where` they were found."""
+    if problem := _problem(spec, SliceSpec(**spec.slice), tensors):
+        raise DsgError(f"{where}{problem}", "Make the guardrail again with dsg apply.")
+    module = GuardrailModule(spec, tensors)
+    module.key = digest_of(spec, module.tensors())
+    return module
+
+
+def _problem(spec: GuardrailSpec, slice_spec: SliceSpec, tensors: Mapping[str, Tensor]) -> str:
+    """Why no SAE gives such tensors, or why they do not go with the spec; empty if they do."""
+    if missing := [name for name in tensor_names(slice_spec.activation) if name not in tensors]:
+        return f" has no tensor {missing[0]}."
     W_enc, W_dec, index = tensors["W_enc"], tensors["W_dec"], tensors.get("index")
     is_matrix = W_enc.ndim == W_dec.ndim == 2 and len(W_enc) > 0 and W_dec.shape[1] > 0
     n_columns = W_enc.shape[-1] if is_matrix else 0
     n_features = n_columns if index is None else index.numel()
-    wrong = [
-        name
-        for name, tensor in tensors.items()
-        if name not in ("W_enc", "W_dec")
-        and tensor.shape != (n_features if name in ("index", "detect") else n_columns,)
-    ]
-    if not is_matrix or wrong or len(W_dec) > n_features:
-        raise DsgError(f"{where}: the shapes of its tensors do not agree.", "Make the guardrail again with dsg apply.")
+    length_of = dict.fromkeys(tensors, n_columns) | {"index": n_features, "detect": n_features}
+    has_shapes = all(t.shape == (length_of[name],) for name, t in tensors.items() if name not in ("W_enc", "W_dec"))
+    if not is_matrix or not has_shapes or len(W_dec) > n_features:
+        return ": the shapes of its tensors do not agree."
     is_index = index is None or (index.dtype == torch.int64 and bool(((index >= 0) & (index < n_columns)).all()))
-    if not is_index or not 0 <= SliceSpec(**spec.slice).k <= n_columns:
-        raise DsgError(f"{where} names features that it does not hold.", "Make the guardrail again with dsg apply.")
-    check_clamp(spec, len(W_dec), n_features, where)
-
-
-def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where: str) -> GuardrailModule:
-    """A guardrail from its parts."""
-    for name in tensor_names(SliceSpec(**spec.slice).activation):
-        if name not in tensors:
-            raise DsgError(f"{where} has no tensor {name}.", "Make the guardrail again with dsg apply.")
-    _check_shapes(tensors, spec, where)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise DsgError(f"{where} holds values that are not finite.", "Make the guardrail again with dsg apply.")
-    module = GuardrailModule(spec, tensors)
-    module.key = digest_of(spec, module.tensors())
-    return module
+    if not is_index or not 0 <= slice_spec.k <= n_columns:
+        return " names features that it does not hold."
+    numbers = [spec.strength, *spec.coefficients, *spec.above]
+    are_numbers = all(math.isfinite(number) and abs(number) <= NEVER for number in numbers)  # Float32 holds them.
+    fits = len(spec.coefficients) in (0, len(W_dec)) and len(spec.above) in (0, n_features)
+    if spec.clamp not in ("all", "each") or not fits or not are_numbers or any(bound < 0 for bound in spec.above):
+        return ": how it clamps does not fit its features."
+    is_finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    return "" if is_finite else " holds values that are not finite."

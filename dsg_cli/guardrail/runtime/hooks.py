@@ -56,9 +56,9 @@ def read_call(config: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs
 
     `names` are the `argument_names` of the decoder, by which arguments that come by position are known.
     """
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    ids_BL, cache, mask = (given.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
-    if any(given.get(name) is not None for name in PAGED) or "paged" in str(config._attn_implementation):
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    ids_BL, cache, mask = (arguments.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
+    if any(arguments.get(name) is not None for name in PAGED) or "paged" in str(config._attn_implementation):
         raise DsgError(
             "Continuous batching lays many sequences into one row, where a guardrail cannot tell them apart.",
             "Serve without continuous batching.",
@@ -68,7 +68,7 @@ def read_call(config: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs
     if cache is not None and not isinstance(cache, Cache):
         raise DsgError(f"past_key_values is a {type(cache).__name__}, not a Cache of transformers.")
     real_BL = _real_tokens(mask, ids_BL, cache)
-    position_ids, use_cache = given.get("position_ids"), given.get("use_cache")
+    position_ids, use_cache = arguments.get("position_ids"), arguments.get("use_cache")
     is_cached = cache is not None or (config.use_cache if use_cache is None else use_cache)
     segment_BL = None
     # The condition under which transformers keeps packed sequences apart.

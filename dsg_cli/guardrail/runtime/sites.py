@@ -118,10 +118,10 @@ def find_module(model: nn.Module, site: HookSite) -> tuple[nn.Module, bool]:
     if site.point == "mlp_in":
         has_none = has_norms_after and not hasattr(layer, "pre_feedforward_layernorm")
         return _child(layer, MLP if has_none else BEFORE_MLP, site), True
-    found = layer
+    module: nn.Module = layer
     for part in site.path.split("."):
-        found = _child(found, (part,), site)
-    return found, site.point == "input"
+        module = _child(module, (part,), site)
+    return module, site.point == "input"
 
 
 def edit_site(model: nn.Module, site: HookSite, edit: Callable[[Tensor], Tensor]) -> Any:
