@@ -41,6 +41,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"Known: {', '.join(shown)}." if names else ""
 
 
+def reason_of(error: BaseException, at_most: int = 300) -> str:
+    """What a library raised, on one line."""
+    return " ".join(str(error).split())[:at_most] or type(error).__name__
+
+
 LIKE_A_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bapi_org_[A-Za-z0-9]{8,}|(?i:\bbearer)\s+\S+")
 
 IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")

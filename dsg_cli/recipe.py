@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from dsg_cli.errors import DsgError, nearest
+from dsg_cli.errors import DsgError, nearest, reason_of
 from dsg_cli.methods import compare_checks
 from dsg_cli.settings import (
     AttackSection,
@@ -119,7 +119,7 @@ def parse_yaml(text: str, what: str) -> Any:
     try:
         return yaml.safe_load(text)
     except Exception as error:  # Of a text of the user's: the 45th of May is a ValueError, deep nesting another.
-        raise DsgError(f"{what} not valid YAML: {' '.join(str(error).split())[:300]}") from error
+        raise DsgError(f"{what} not valid YAML: {reason_of(error)}") from error
 
 
 def _out_of_range(recipe: Recipe) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from dsg_cli.data.catalogue import HubText
 from dsg_cli.data.readers import Documents, of_dataset
-from dsg_cli.errors import DsgError
+from dsg_cli.errors import DsgError, reason_of
 
 SCHEME = "hf://"
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
@@ -162,16 +162,16 @@ def hub_errors(repo: str) -> Iterator[None]:
             "Check the network and HF_ENDPOINT; unset HF_HUB_OFFLINE to download.",
         ) from error
     except errors.EntryNotFoundError as error:
-        raise DsgError(f"The repository {repo} lacks the file: {_one_line(error)}") from error
+        raise DsgError(f"The repository {repo} lacks the file: {reason_of(error, 200)}") from error
     except (errors.LocalTokenNotFoundError, errors.HFValidationError) as error:
-        raise DsgError(f"The hub refused {repo}: {_one_line(error)}") from error
+        raise DsgError(f"The hub refused {repo}: {reason_of(error, 200)}") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         hint = "Set HF_TOKEN, or run `hf auth login`, with a token that may write." if status in (401, 403) else ""
-        raise DsgError(f"The hub refused {repo}: {_one_line(error)}", hint) from error
+        raise DsgError(f"The hub refused {repo}: {reason_of(error, 200)}", hint) from error
     except unreachable as error:
         raise DsgError(
-            f"The hub cannot be reached: {_one_line(error)}", "Check the network and HF_ENDPOINT."
+            f"The hub cannot be reached: {reason_of(error, 200)}", "Check the network and HF_ENDPOINT."
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -179,10 +179,6 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise DsgError(
             f"There is no room on the disk for {repo}.", "Make room, or name another cache folder with HF_HOME."
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_hub(hub_text: HubText, *, revision: str | None = None) -> Documents:

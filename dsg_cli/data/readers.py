@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsg_cli.data.catalogue import HubText
-from dsg_cli.errors import DsgError, nearest
+from dsg_cli.errors import DsgError, nearest, reason_of
 from dsg_cli.workspace.files import parse_json
 
 COLUMNS = ("text", "content", "document", "body", "article", "passage", "story")
@@ -178,7 +178,7 @@ def _json(path: Path, content: str, column: str | None) -> list[str]:
     try:
         rows = parse_json(content) if content.strip() else []
     except ValueError as error:
-        raise DsgError(f"{path} is not JSON: {' '.join(str(error).split())[:200]}.") from error
+        raise DsgError(f"{path} is not JSON: {reason_of(error, 200)}.") from error
     if isinstance(rows, Mapping):
         lists = [value for value in rows.values() if isinstance(value, list)]
         rows = lists[0] if len(lists) == 1 else [rows]
@@ -250,7 +250,7 @@ def _readable(path: Path) -> Iterator[None]:
     except DsgError:
         raise
     except Exception as error:
-        raise DsgError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise DsgError(f"{path} cannot be read: {reason_of(error, 200)}") from error
 
 
 def _column_of(row: Any, name: str | None, where: str) -> str:

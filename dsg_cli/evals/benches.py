@@ -15,7 +15,7 @@ from typing import Any
 
 from dsg_cli.data.corpora import load_corpus
 from dsg_cli.data.hub import commit_read, data_errors, load_rows
-from dsg_cli.errors import DsgError, nearest
+from dsg_cli.errors import DsgError, nearest, reason_of
 from dsg_cli.evals import CORPUS_BENCHES, MUSE, PAPER, QUICK, TOFU, bench_name, is_free, known_benches, task_name
 from dsg_cli.evals.free_text import TextBench
 from dsg_cli.evals.muse import Muse
@@ -88,8 +88,7 @@ def _build(manager: Any, bench: str, split: str, can_generate: bool) -> list[Any
     except DsgError as error:
         raise DsgError(f"The bench {bench} cannot be loaded. {error.message}", error.hint) from error
     except Exception as error:  # A task is a file of the user's: whatever it raises is told.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DsgError(f"The bench {bench} cannot be loaded: {reason[:300]}") from error
+        raise DsgError(f"The bench {bench} cannot be loaded: {reason_of(error)}") from error
     for task in loaded["tasks"].values():
         kind = task.get_config("output_type")
         if kind not in SCORED and not (can_generate and kind == "generate_until"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsg_cli.errors import DsgError
+from dsg_cli.errors import DsgError, reason_of
 from dsg_cli.job import Report, silent
 from dsg_cli.workspace.files import parse_json, read_bounded
 from dsg_cli.workspace.results import Json
@@ -320,9 +320,8 @@ def _loaded(name: str, device: str) -> tuple[Any, Any]:
             folder, use_safetensors=True, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # Files of others: libraries raise anything on a bad one.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DsgError(
-            f"The embedding model {name} cannot be loaded: {reason}", "Name another with --embedding."
+            f"The embedding model {name} cannot be loaded: {reason_of(error, 200)}", "Name another with --embedding."
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -20,7 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from dsg_cli.errors import DsgError
+from dsg_cli.errors import DsgError, reason_of
 from dsg_cli.inspection.descriptions import LARGEST, LONGEST, cleaned, read_descriptions
 from dsg_cli.job import Report, silent
 from dsg_cli.models.releases import cache_folder, releases
@@ -156,7 +156,7 @@ def _keep(path: Path, text: str) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
         return f"no answer in {SECONDS:g} seconds"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return reason_of(error, 200)
 
 
 EXPORT = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from dsg_cli.data.hub import REPOSITORY, fetch_snapshot
-from dsg_cli.errors import DsgError
+from dsg_cli.errors import DsgError, reason_of
 from dsg_cli.guardrail.runtime.sites import decoder_of, evenly_spaced
 from dsg_cli.lab import data as lab
 from dsg_cli.settings import ModelSection
@@ -197,9 +197,8 @@ def devices_of(model: Any) -> list[str]:
 
 def _unreadable(what: str, done: str, error: Exception) -> DsgError:
     needs_code = "trust_remote_code" in str(error)
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
     hint = "It brings Python files of its own. Read them; --trust-remote-code runs them." if needs_code else ""
-    return DsgError(f"{what} cannot be {done}: {reason}", hint)
+    return DsgError(f"{what} cannot be {done}: {reason_of(error)}", hint)
 
 
 def whole_digest(model: PreTrainedModel) -> str:
@@ -261,7 +260,7 @@ def merged(model: PreTrainedModel, folder: Path, *, n_layers: int) -> PreTrained
         wrapped: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
         whole: PreTrainedModel = wrapped.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise DsgError(f"The adapter in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise DsgError(f"The adapter in {folder} cannot be loaded: {reason_of(error)}") from error
     return whole.requires_grad_(False).eval()
 
 

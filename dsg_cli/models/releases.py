@@ -20,7 +20,7 @@ import yaml
 from safetensors import SafetensorError
 
 from dsg_cli.data.hub import REPOSITORY, cached_commit, fetch_snapshot, hub_errors, list_files
-from dsg_cli.errors import DsgError, close_to, nearest
+from dsg_cli.errors import DsgError, close_to, nearest, reason_of
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 ORIGIN_FILE = "origin.json"
@@ -131,8 +131,7 @@ def _convert(release: str, sae_id: str, folder: Path) -> None:
     except DsgError:
         raise
     except Exception as error:  # Loaders of many formats, on files of others: they raise anything.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DsgError(f"sae-lens cannot read {release}/{sae_id}: {reason}") from error
+        raise DsgError(f"sae-lens cannot read {release}/{sae_id}: {reason_of(error)}") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".partial"))
     try:
@@ -149,7 +148,7 @@ def _convert(release: str, sae_id: str, folder: Path) -> None:
                 raise
     except (OSError, SafetensorError) as error:
         raise DsgError(
-            f"The SAE {release}/{sae_id} cannot be kept in {folder.parent}: {' '.join(str(error).split())[:200]}.",
+            f"The SAE {release}/{sae_id} cannot be kept in {folder.parent}: {reason_of(error, 200)}.",
             "Make room, or name another folder with DSG_CACHE.",
         ) from error
     finally:

@@ -46,15 +46,10 @@ class Call:
         return self.real_BL & ~torch.isin(self.ids_BL, special.to(self.ids_BL.device))
 
 
-def argument_names(decoder: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of the decoder's forward, for those that come by position."""
-    return tuple(inspect.signature(decoder.forward).parameters)
-
-
 def read_call(config: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Read the arguments that a decoder was called with.
 
-    `names` are the `argument_names` of the decoder, by which arguments that come by position are known.
+    `names` are those of the arguments of its forward, by which arguments that come by position are known.
     """
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     ids_BL, cache, mask = (arguments.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
@@ -235,7 +230,7 @@ class Attached:
         self.guardrails = list(guardrails)
         self.decoder = decoder_of(model)
         self.config: Any = self.decoder.config
-        self.names = argument_names(self.decoder)
+        self.names = tuple(inspect.signature(self.decoder.forward).parameters)
         self.running: dict[int, Running] = {}
         """The call that each thread is in: several may use one model at once."""
         if "past_key_values" not in self.names:
