@@ -1,4 +1,4 @@
-"""The paper's protocol (METHOD 1.9): chat prompt, every order of the options, and only questions that the base knows.
+"""The paper's protocol (arXiv 2504.08192): chat prompt, all orders of the options, only questions that the base knows.
 
 A question counts if the base model answers it rightly under all 24 orders of its options, so that the base scores
 100 % by construction; what is reported is how many of those the unlearned model still answers in their own order.

@@ -43,7 +43,7 @@ class Clamping:
     coefficients: list[float]
     """What each clamped feature is set to."""
     above: list[float]
-    """Of each feature, the clamped ones first, the activation above which a token is hot."""
+    """Of each feature, the clamped ones first, the activation above which a token is active."""
     clamp: Literal["all", "each"]
     setting: str
     """The coefficients as a person gave them."""
@@ -155,7 +155,7 @@ def _raise_refusal(
     notes: tuple[str, ...] = (),
 ) -> Clamping:
     """Where any selected feature exceeds its `above`, the refusal feature is set to the coefficient, and if
-    `clamps_features` the selected ones to minus that. How active the refusal feature is makes no token hot."""
+    `clamps_features` the selected ones to minus that. How active the refusal feature is makes no token active."""
     if refusal in selected:
         raise DsgError(
             f"The refusal feature {refusal} is one of those whose activity calls for it.",

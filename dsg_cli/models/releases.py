@@ -57,9 +57,15 @@ def releases() -> dict[str, dict[str, Any]]:
 
 def find_sae(source: str) -> SaeFolder:
     """The folder of `RELEASE/ID`, or of `org/name[@revision][/folder]`; downloaded and converted as needed."""
-    repo, folder = locate_release(source)
+    repo, subfolder = locate_release(source)
     release, _, sae_id = source.partition("/")
-    return _of_release(release, sae_id) if release in releases() else _of_repository(repo, folder)
+    if release not in releases():
+        return _of_repository(repo, subfolder)
+    folder = cache_folder() / "saes" / release / sae_id.replace("/", "--")
+    if not (folder / ORIGIN_FILE).is_file():
+        _convert(release, sae_id, folder)
+    origin = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+    return SaeFolder(folder, source, origin["revision"])
 
 
 def locate_release(source: str) -> tuple[str, str]:
@@ -76,7 +82,8 @@ def locate_release(source: str) -> tuple[str, str]:
             )
         return releases()[release]["repo_id"], paths[sae_id]
     close = close_to(release, releases())
-    repo, subfolder = _split_repository(source)
+    name, _, subfolder = sae_id.partition("/")  # Of `org/name@revision/a/b`.
+    repo, subfolder = f"{release}/{name}", subfolder.strip("/")
     if close or not REPOSITORY.fullmatch(repo):
         hint = f"Did you mean {' or '.join(close)}? " if close else ""
         raise DsgError(
@@ -92,32 +99,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DSG_CACHE") or Path(home) / "dsg-cli")
 
 
-def _split_repository(source: str) -> tuple[str, str]:
-    """`org/name@revision/a/b` as (`org/name@revision`, `a/b`)."""
-    organisation, _, rest = source.partition("/")
-    name, _, subfolder = rest.partition("/")
-    return f"{organisation}/{name}", subfolder.strip("/")
-
-
 def _of_repository(repo: str, subfolder: str) -> SaeFolder:
     prefix = f"{subfolder}/" if subfolder else ""
     folder = fetch_snapshot(repo, [f"{prefix}{CONFIG_FILE}", f"{prefix}{WEIGHTS_FILE}"])
     if not (folder / subfolder / CONFIG_FILE).is_file():
         held = [path.removesuffix(CONFIG_FILE).strip("/") for path in list_files(repo) if path.endswith(CONFIG_FILE)]
-        hint = (
-            nearest(subfolder, held) if held else f"It needs {CONFIG_FILE} and {WEIGHTS_FILE}, as sae-lens saves them."
-        )
+        needs = f"It needs {CONFIG_FILE} and {WEIGHTS_FILE}, as sae-lens saves them."
+        hint = nearest(subfolder, held) if held else needs
         raise DsgError(f"The repository {repo} has no SAE in {subfolder or 'its root'}.", hint)
     pinned = f"{repo.partition('@')[0]}@{folder.name}"
     return SaeFolder(folder / subfolder, f"{pinned}/{subfolder}" if subfolder else pinned)
-
-
-def _of_release(release: str, sae_id: str) -> SaeFolder:
-    folder = cache_folder() / "saes" / release / sae_id.replace("/", "--")
-    if not (folder / ORIGIN_FILE).is_file():
-        _convert(release, sae_id, folder)
-    origin = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
-    return SaeFolder(folder, f"{release}/{sae_id}", origin["revision"])
 
 
 def _convert(release: str, sae_id: str, folder: Path) -> None:
@@ -138,7 +129,9 @@ def _convert(release: str, sae_id: str, folder: Path) -> None:
         sae.save_model(partial)
         origin = {"release": release, "id": sae_id, "repository": repo, "revision": cached_commit(repo)}
         (partial / ORIGIN_FILE).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-        partial.chmod(0o777 & ~_umask())  # Others may share the cache.
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o777 & ~mask)  # Others may share the cache.
         if folder.exists() and not (folder / ORIGIN_FILE).is_file():
             shutil.rmtree(folder)  # It was never whole.
         try:
@@ -153,9 +146,3 @@ def _convert(release: str, sae_id: str, folder: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

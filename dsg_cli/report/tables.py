@@ -51,7 +51,7 @@ def guardrail_rows(body: Guardrail) -> list[tuple[str, str]]:
     residual = f"median residual norm {body.median_residual_norm:.4g}"
     rows += [("gate", gate), ("clamp", f"to {_targets(body, '.4g')} ({body.strength_setting}; {residual})")]
     if body.above:
-        # Without those that never make a token hot.
+        # Without those that never make a token active.
         rows.append(("hot above", " ".join(_once_if_equal(x for x in body.above if x < NEVER)) or "nothing"))
     if body.clamp == "each":
         rows.append(("sets", "each feature where it is itself above that"))

@@ -316,7 +316,7 @@ class Threshold(Body):
 
 
 class Guardrail(Body):
-    """Body of `guardrail-NNN`; its tensors (runtime/slices.py) are all of the SAE that later steps read."""
+    """Body of `guardrail-NNN`; its tensors (runtime/slice.py) are all of the SAE that later steps read."""
 
     kind = "guardrail"
     schema_number = 5
@@ -333,7 +333,7 @@ class Guardrail(Body):
     window: Whole = 0
     threshold: Finite
     strength: Finite
-    """The c of METHOD: every selected feature is set to -c."""
+    """c: every selected feature is set to -c."""
     strength_setting: str
     median_residual_norm: Finite
     hook: str
@@ -358,7 +358,7 @@ class Guardrail(Body):
     clamp: Literal["all", "each"] = "all"
     coefficients: list[Finite] = []
     above: list[Finite] = []
-    """Which token is hot, and what is set to what there: as in runtime/spec.py."""
+    """Which token is active, and what is set to what there: as in runtime/spec.py."""
 
     @classmethod
     def migrate(cls, data: Json) -> Json:
