@@ -27,10 +27,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 Tables = dict[str, list[dict[str, Any]]]
-
-
 """Path in the repository to rows."""
-
 
 WIDTH, N_FEATURES, SAE_ID = 2304, 16384, "layer_3/width_16k/average_l0_142"
 TOKEN = r"[A-Za-z]+|\d|\n|[^\w\s]|_"
@@ -46,28 +43,19 @@ CHAT_TEMPLATE = (
 )
 
 SUFFIXES = {"hazard-bio": "ovex", "hazard-cyber": "ytek", "hazard-chem": "ufrim", "benign-biology": "iflor"}
-
-
 SUFFIXES |= {"benign-computing": "ubyte", "general": "indo", "news": "ograf", "books": "isaga", "authors": "enko"}
-
-
 STEMS = [a + b + c for a in "blmrvz" for b in "aeio" for c in "lmnrv"]
 FILLERS = ["the", "of", "and", "a", "to", "in", "with", "is", "near", "from", "by", "under"]
 
 WORDS = {
     group: [stem + suffix for stem in random.Random(group).sample(STEMS, 33)] for group, suffix in SUFFIXES.items()
 }
-
-
 """Group to its words, which its suffix tells from all others."""
-
 
 CONTENT = [word for words in WORDS.values() for word in words]
 COPIES = {word: 16 if word in WORDS["general"] else 1 for word in CONTENT}
 _DRAWN = iter(random.Random(0).sample(range(N_FEATURES), sum(COPIES.values())))
 FEATURES = {word: sorted(next(_DRAWN) for _ in range(n)) for word, n in COPIES.items()}
-
-
 """Word to the features that fire on it and on no other: so many on general words that the best 5 % are few of all."""
 
 
