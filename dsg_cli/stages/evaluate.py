@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,6 @@ from dsg_cli.stages.inputs import (
 )
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import Header
-from dsg_cli.workspace.checkpoints import Checkpoint
 from dsg_cli.workspace.files import Content, is_file, parse_json
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import EvalReport, Json
@@ -105,25 +105,28 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
     ) as this:
         if this.existing:
             return this.existing
-        earlier = earlier_answers(workspace, this.header, this.job)
-        known_texts: Results = {}
-        if not settings.samples:
-            known_texts = earlier_texts(workspace, texts.digests(), this.header, this.job.checkpoint)
+        from dsg_cli.evals.lm_harness import evaluate, results_files
+        from dsg_cli.evals.paper_protocol import evaluate_paper
+        from dsg_cli.inference.scoring import answers_from_tensors, answers_to_tensors
+
+        evaluations = earlier_evaluations(workspace, this.header, this.job)
+        texts_known = {} if settings.samples else known_texts(workspace, texts.digests(), evaluations)
+        earlier: dict[str, Answers] = {
+            stored.id: answers_from_tensors(workspace.tensors(stored))
+            for stored in evaluations
+            if f"{stored.id}.safetensors" in stored.header.files
+        }
         known = {key: answer for answers in earlier.values() for key, answer in answers.items()}
         parts: list[EvalResult] = []
         if tasks:
-            from dsg_cli.evals.lm_harness import evaluate
-
             parts.append(evaluate(base, unlearned, tasks, settings, this.job, known=known))
         if paper_questions:
-            from dsg_cli.evals.paper_protocol import evaluate_paper
-
             part = evaluate_paper(
                 base, unlearned, paper_questions, settings, this.job, question_ids=question_ids, known=known
             )
             parts.append(part)
         if texts.benches:
-            part = evaluate_texts(base, unlearned, texts, settings, this.job, reference=reference, known=known_texts)
+            part = evaluate_texts(base, unlearned, texts, settings, this.job, reference=reference, known=texts_known)
             parts.append(part)
         results = {bench: sides for part in parts for bench, sides in part.results.items()}
         first = [bench for bench in settings.benches if bench in results]
@@ -142,9 +145,6 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
             reference=_reference(reference, parts),
             refused={bench: metrics for part in parts for bench, metrics in part.refused.items()},
         )
-        from dsg_cli.evals.lm_harness import results_files
-        from dsg_cli.inference.scoring import answers_to_tensors
-
         created, source = this.header.created, loaded.base.source
         files: dict[str, Content] = {}
         for part in parts:
@@ -208,70 +208,45 @@ Answers = dict[bytes, tuple[float, bool]]
 """Request -> log-likelihood, and whether it is the greedy answer."""
 
 
-def earlier_answers(workspace: Workspace, header: Header, job: Job) -> dict[str, Answers]:
-    """Answers that the same base model gave, by evaluation: same weights, device, dtype and versions.
+def earlier_evaluations(workspace: Workspace, header: Header, job: Job) -> list[Stored]:
+    """Evaluations of the same base model: same weights, device, dtype, batches and versions.
 
     Every worker, and a run that goes on, looks at the same evaluations: what is known decides what a batch holds.
     """
-    from dsg_cli.inference.scoring import answers_from_tensors
-
     kept = job.checkpoint.entry("evaluations")
     ids: list[str] = job.workers.agreed(kept["ids"] if kept else workspace.ids("eval"))
     job.checkpoint.keep("evaluations", {"ids": ids})
-    earlier = {}
+
+    def key(header: Header) -> list[object]:
+        settings = [header.settings.get(name) for name in ("model_digest", "batch_size")]
+        return [*settings, header.git, header.device, header.dtype, header.packages, header.dsg_version]
+
+    earlier = []
     for artifact_id in ids:
         try:
             stored = workspace.read(artifact_id)
         except DsgError:  # A damaged artifact is no reason not to ask again.
             continue
-        if _answers_key(stored.header) == _answers_key(header) and stored.path.with_suffix(".safetensors").exists():
-            earlier[artifact_id] = answers_from_tensors(workspace.tensors(stored))
+        if key(stored.header) == key(header):
+            earlier.append(stored)
     return earlier
 
 
-def earlier_texts(workspace: Workspace, asked: dict[str, str], header: Header, checkpoint: Checkpoint) -> Results:
-    """Bench on free text -> what an earlier evaluation found of the same items of the same base model.
-
-    Args:
-        asked: Bench -> digest of all that is asked.
-        header: Of the evaluation that is made.
-        checkpoint: Says which evaluations are looked at.
-    """
+def known_texts(workspace: Workspace, asked: Mapping[str, str], earlier: Sequence[Stored]) -> Results:
+    """Bench on free text -> what the last earlier evaluation found of the same items (`asked`: bench -> digest)."""
     results: Results = {}
-    for artifact_id in (checkpoint.entry("evaluations") or {"ids": []})["ids"] if asked else ():
-        try:
-            stored = workspace.read(artifact_id)
-            asked_then = stored.body_as(EvalReport).asked
-            same = [name for name, digest in asked.items() if asked_then.get(name) == digest]
-            if same and _answers_key(stored.header) == _answers_key(header):
-                rows = workspace.rows(stored)
-                results |= {name: [row["base"] for row in rows if row["bench"] == name] for name in same}
-        except DsgError:
-            continue
+    for stored in earlier:
+        asked_then = stored.body_as(EvalReport).asked
+        same = [name for name, digest in asked.items() if asked_then.get(name) == digest]
+        rows = workspace.rows(stored) if same else []
+        results |= {name: [row["base"] for row in rows if row["bench"] == name] for name in same}
     return results
 
 
-def _answers_key(header: Header) -> tuple[object, ...]:
-    """What must agree for answers to be the same."""
-    return (
-        header.settings.get("model_digest"),
-        header.settings.get("batch_size"),
-        header.git,
-        header.device,
-        header.dtype,
-        header.packages,
-        header.dsg_version,
-    )
-
-
-def taken_from_earlier(answers: Iterable[bytes], earlier: dict[str, Answers]) -> dict[str, int]:
+def taken_from_earlier(answers: Iterable[bytes], earlier: Mapping[str, Answers]) -> dict[str, int]:
     """How many answers came from which evaluation; of several that have one, the last."""
-    counts: dict[str, int] = {}
-    for key in answers:
-        holder = next((artifact_id for artifact_id in reversed(earlier) if key in earlier[artifact_id]), None)
-        if holder is not None:
-            counts[holder] = counts.get(holder, 0) + 1
-    return counts
+    last = {key: artifact_id for artifact_id, known in earlier.items() for key in known}
+    return dict(Counter(last[key] for key in answers if key in last))
 
 
 FORM = 'Write {"muse-news": {"auc": 0.47}} or {"tofu-forget10": {"truth_ratios": [0.8, ...]}}.'
@@ -353,8 +328,8 @@ def _scores_of(where: str, bench: str, held: Mapping[str, Any]) -> Json:
     values = [scores.get("auc")] if isinstance(scores, dict) and "auc" in scores else []
     if not values and isinstance(scores, dict) and isinstance(scores.get("truth_ratios"), list):
         values = scores["truth_ratios"] or [None]
-    wanted = "truth_ratios" if "tofu" in bench else "auc"
-    is_fine = all(isinstance(one, int | float) and 0 < one < math.inf for one in values)
-    if not values or not is_fine or wanted not in scores:
-        raise DsgError(f"The scores for {bench} in {where} are not positive numbers called {wanted}.", FORM)
+    name = "truth_ratios" if "tofu" in bench else "auc"
+    is_fine = all(isinstance(value, int | float) and 0 < value < math.inf for value in values)
+    if not values or not is_fine or name not in scores:
+        raise DsgError(f"The scores for {bench} in {where} are not positive numbers called {name}.", FORM)
     return dict(scores)
