@@ -162,7 +162,7 @@ class Tracer:
             slice_, site = choice.guardrail.slice, choice.guardrail.read  # All that is needed is in its own file.
         else:
             sae = chain_sae(choice.artifact)
-            slice_, site = load_slice(sae, [one.index for one in chosen]), sae.site
+            slice_, site = load_slice(sae, [feature.index for feature in chosen]), sae.site
         header = choice.artifact.header
         loaded = loaded or load_chain_model(header, settle(recipe, header), cut=True)
         return cls(choice, chosen, slice_.to(loaded.model.device), site, loaded, choice.bos(loaded))
@@ -278,8 +278,8 @@ class Live:
 
 def load(recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> Live:
     """Load the newest guardrail, model or wrapper, or those named together, and the base model."""
-    both = dataclasses.replace(recipe, generate=dataclasses.replace(recipe.generate, side="both"))
-    models = BothModels.load(both, workspace, sources)
+    generate = dataclasses.replace(recipe.generate, side="both")
+    models = BothModels.load(dataclasses.replace(recipe, generate=generate), workspace, sources)
     tracers = [
         Tracer.load(recipe, workspace, str(stored.path), loaded=models.loaded.model)
         for stored in models.composition.guardrails

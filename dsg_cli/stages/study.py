@@ -72,8 +72,8 @@ def run(
     _check(recipe, grid)
     workspace.check_writable()
     benches = _benches(recipe, name)
-    asked = dict.fromkeys([*benches["forget"], *benches["other"]])
-    questions = {bench: load_questions(bench, recipe.eval, recipe.study.split) for bench in asked}
+    all_benches = dict.fromkeys([*benches["forget"], *benches["other"]])
+    questions = {bench: load_questions(bench, recipe.eval, recipe.study.split) for bench in all_benches}
     entities = _entities(recipe, grid)
     if features is None:
         features = select.run(recipe, workspace, options=dataclasses.replace(options, reuse=True))
@@ -287,10 +287,10 @@ def _benches(recipe: Recipe, name: str) -> Json:
     forget = [section.forget or default_bench(_names(recipe))]
     if name == "sequential":
         forget += [default_bench([request]) for request in section.sequence]
-    other = [bench for bench in section.benches or recipe.eval.benches if bench not in forget]
-    for bench in (*forget, *other):
+    others = [bench for bench in section.benches or recipe.eval.benches if bench not in forget]
+    for bench in (*forget, *others):
         check_bench(bench)
-    return {"forget": forget, "other": list(dict.fromkeys(other))}
+    return {"forget": forget, "other": list(dict.fromkeys(others))}
 
 
 def _entities(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[str]:

@@ -195,7 +195,7 @@ class Sweep:
         """
         if ("requests", bos) not in self._cache:
             tokenizer = self.loaded.tokenizer
-            by_bench = {bench: requests_of(tokenizer, asked, bos=bos) for bench, asked in self.questions.items()}
+            by_bench = {bench: requests_of(tokenizer, of_bench, bos=bos) for bench, of_bench in self.questions.items()}
             self._cache["requests", bos] = by_bench
             everything = [request for requests in by_bench.values() for request in requests]
             self._cache["base", bos] = self._score(everything, ())
