@@ -398,11 +398,8 @@ def cost_of(workspace: Workspace, composition: Composition) -> Json:
 def _chain(workspace: Workspace, stored: Stored) -> Iterator[Stored]:
     """An artifact and all that it was computed from, as far as it is in the workspace."""
     yield stored
-    for named in stored.header.inputs:
-        try:
-            yield from _chain(workspace, workspace.read(named.id))
-        except DsgError:
-            continue
+    for origin in workspace.readable(named.id for named in stored.header.inputs):
+        yield from _chain(workspace, origin)
 
 
 def _size(stored: Stored) -> int:

@@ -221,15 +221,7 @@ def earlier_evaluations(workspace: Workspace, header: Header, job: Job) -> list[
         settings = [header.settings.get(name) for name in ("model_digest", "batch_size")]
         return [*settings, header.git, header.device, header.dtype, header.packages, header.dsg_version]
 
-    earlier = []
-    for artifact_id in ids:
-        try:
-            stored = workspace.read(artifact_id)
-        except DsgError:  # A damaged artifact is no reason not to ask again.
-            continue
-        if key(stored.header) == key(header):
-            earlier.append(stored)
-    return earlier
+    return [stored for stored in workspace.readable(ids) if key(stored.header) == key(header)]
 
 
 def known_texts(workspace: Workspace, asked: Mapping[str, str], earlier: Sequence[Stored]) -> Results:

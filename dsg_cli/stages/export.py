@@ -208,16 +208,12 @@ def _judgements(workspace: Workspace, composition: Composition) -> list[Stored]:
     One that is damaged says nothing; `dsg verify` names it.
     """
     digests = {stored.json["sha256"] for stored in composition.named}
-    judged = []
-    for artifact_id in [*workspace.ids("eval"), *workspace.ids("attack")]:
-        try:
-            stored = workspace.read(artifact_id)
-        except DsgError:
-            continue
-        is_same = {named.sha256 for named in stored.header.inputs} == digests
-        if is_same and not stored.header.settings.get("allow_mismatch"):
-            judged.append(stored)
-    return judged
+    return [
+        stored
+        for stored in workspace.readable([*workspace.ids("eval"), *workspace.ids("attack")])
+        if {named.sha256 for named in stored.header.inputs} == digests
+        and not stored.header.settings.get("allow_mismatch")
+    ]
 
 
 def _made_from(stored: Stored, kind: str) -> Stored | None:

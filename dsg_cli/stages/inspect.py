@@ -289,11 +289,7 @@ def read_groups(
 def _earlier(workspace: Workspace, choice: FeatureChoice) -> list[Stored]:
     """Guardrails of the workspace on the same SAE that were made before the inspected one; of features, all."""
     earlier = []
-    for artifact_id in workspace.ids("guardrail"):
-        try:
-            stored = workspace.read(artifact_id)
-        except DsgError:  # A damaged one is no reason not to look at this one.
-            continue
+    for stored in workspace.readable(workspace.ids("guardrail")):
         if stored.json["sha256"] == choice.artifact.json["sha256"]:
             break
         sae = stored.header.sae

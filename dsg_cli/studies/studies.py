@@ -125,11 +125,10 @@ def rows_of_data_efficiency(point: Json, sweep: Sweep) -> list[Json]:
     if point["by"] == "documents":
         return rows
     naming = _naming(kept.entities)
-    is_named = [bool(naming.search(question.context)) for question in sweep.questions[sweep.forget_bench]]
-    for metric, is_wanted in (("acc_named", True), ("acc_not_named", False)):
-        pairs = zip(answers[sweep.forget_bench], is_named, strict=True)
-        own = [outcome for outcome, named in pairs if named == is_wanted]
-        rows += [accuracy_row(point, sweep.forget_bench, own, metric=metric)] if own else []
+    pairs = list(zip(answers[sweep.forget_bench], sweep.questions[sweep.forget_bench], strict=True))
+    for metric, is_named in (("acc_named", True), ("acc_not_named", False)):
+        if own := [outcome for outcome, question in pairs if bool(naming.search(question.context)) == is_named]:
+            rows.append(accuracy_row(point, sweep.forget_bench, own, metric=metric))
     return rows
 
 
@@ -192,9 +191,7 @@ def rows_of_seeds(point: Json, sweep: Sweep) -> list[Json]:
     return guardrail_rows(point | {"hook": identity.hook, "n_in_sae": identity.n_features}, sweep, base)
 
 
-def rows_of_layers(point: Json, sweep: Sweep) -> list[Json]:
-    """The guardrail on the SAE of a point, on every bench; `hook` says which layer it is."""
-    return rows_of_seeds(point, sweep)
+rows_of_layers = rows_of_seeds  # `hook` says which layer it is.
 
 
 def rows_of_length(point: Json, sweep: Sweep) -> list[Json]:

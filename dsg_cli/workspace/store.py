@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -303,16 +303,16 @@ class Workspace:
         except (OSError, ValueError) as error:
             raise DsgError(f"{path} cannot be read: {error}.", "Make the artifact again.") from error
 
+    def readable(self, artifact_ids: Iterable[str]) -> Iterator[Stored]:
+        """These artifacts but for those that are damaged: they are no reason not to look at the others."""
+        for artifact_id in artifact_ids:
+            with suppress(DsgError):
+                yield self.read(artifact_id)
+
     def matching(self, header: Header) -> Stored | None:
         """The newest artifact with the same settings, inputs, model, SAE and versions, for `--reuse`."""
-        for artifact_id in reversed(self.ids(header.kind)):
-            try:
-                stored = self.read(artifact_id)
-            except DsgError:  # A damaged artifact is no reason not to make a new one.
-                continue
-            if reuse_key(stored.header) == reuse_key(header):
-                return stored
-        return None
+        artifacts = self.readable(reversed(self.ids(header.kind)))
+        return next((stored for stored in artifacts if reuse_key(stored.header) == reuse_key(header)), None)
 
 
 def _text_of(path: Path) -> str:
