@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETS = [
     *("compare.budget=2", "eval.limit=12", "attack.known_questions=4", "compare.relearn_steps=[0, 2]"),
-    *("compare.other=[lab-far]", "compare.saes=[lab-1]", "compare.sequence=[lab-ciphers]", "corpora.limit=120"),
+    *("compare.other=[lab-far]", "compare.saes=[lab-1]", "compare.sequence=[lab-ciphers]", "corpora.limit=80"),
     *("methods.gradient_ascent.steps=4", "compare.grids={gradient-ascent: {learning_rate: [1e-4, 1e30]}}"),
     *("compare.methods=[static-clamp, prompt, gradient-ascent, grad-diff]", "select.probe_features=0"),
     *("methods.grad_diff.learning_rate=1e30", "methods.static_clamp.strength=4r", "compare.relearn_learning_rate=1e-3"),

@@ -39,7 +39,7 @@ from dsg_cli.workspace.store import Workspace
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETS = [
-    *("corpora.limit=120", "corpora.retain=[lab-near, lab-far]", "calibrate.alpha=0.05", "select.probe_tokens=8000"),
+    *("corpora.limit=80", "corpora.retain=[lab-near, lab-far]", "calibrate.alpha=0.05", "select.probe_tokens=8000"),
     *("select.probe_candidates=60", "study.benches=[lab-near, lab-far]", "eval.limit=16", "study.repeats=5"),
 ]
 
