@@ -85,7 +85,7 @@ class Watched(NamedTuple):
     states_BLC: Tensor
 
 
-class Decision(NamedTuple):
+class TokenDecisions(NamedTuple):
     """What a guardrail makes of the tokens of one call."""
 
     statistic_BL: Tensor
@@ -137,9 +137,9 @@ class GuardrailModule(nn.Module):
         self.register_buffer("largest_edit", torch.zeros((), device=device), persistent=False)
         self.key = ""
         """Digest of spec and tensors: whose state is whose in a cache."""
-        self.trace: list[Decision] | None = None
+        self.trace: list[TokenDecisions] | None = None
         """If a list, every decision is appended to it."""
-        self.last: Decision | None = None
+        self.last: TokenDecisions | None = None
         self.last_edit_B: Tensor | None = None
         """Largest change of a token in each row of the last call, relative to the norm of its residual."""
 
@@ -178,7 +178,7 @@ class GuardrailModule(nn.Module):
 
     def decide(
         self, resid_BLD: Tensor, counted_BL: Tensor, state_BC: Tensor | None = None, segment_BL: Tensor | None = None
-    ) -> Decision:
+    ) -> TokenDecisions:
         """Gate and clamp the tokens of one call.
 
         `state_BC` is the gate's state before these tokens, None at the beginning of sequences; `segment_BL` is given
@@ -191,7 +191,7 @@ class GuardrailModule(nn.Module):
         if seen.scale_BL1 is not None:
             change_BLC = change_BLC * seen.scale_BL1
         change_BLC = torch.where(clamped_BL[..., None], change_BLC, 0.0)
-        decision = Decision(seen.statistic_BL, gated_BL, change_BLC, seen.states_BLC)
+        decision = TokenDecisions(seen.statistic_BL, gated_BL, change_BLC, seen.states_BLC)
         self._count(decision, resid_BLD, clamped_BL, counted_BL & ~seen.finite_BL, state_BC, segment_BL)
         self.last = decision
         if self.trace is not None:
@@ -202,12 +202,12 @@ class GuardrailModule(nn.Module):
         """Whole sequences at once: the residual with its caught tokens clamped, in the dtype it came in."""
         return self.edit(resid_BLD, self.decide(resid_BLD, counted_BL))
 
-    def edit(self, resid_BLP: Tensor, decision: Decision) -> Tensor:
+    def edit(self, resid_BLP: Tensor, decision: TokenDecisions) -> Tensor:
         """h + sum_j change_j W_dec[j]: the residual with what a decision adds, in its own dtype."""
         flat, change = resid_BLP.float().flatten(0, 1), decision.change_BLC.flatten(0, 1)
         return torch.addmm(flat, change, self.slice.W_dec).view(resid_BLP.shape).to(resid_BLP.dtype)
 
-    def edit_size(self, resid_BLD: Tensor, decision: Decision) -> Tensor:
+    def edit_size(self, resid_BLD: Tensor, decision: TokenDecisions) -> Tensor:
         """How long a token's change is, relative to the norm of the residual that was read, [B, L]."""
         # In C dimensions, not in P. A broken residual, or one of length 0, has no ratio.
         length_BL = (decision.change_BLC @ self.basis).norm(dim=-1)
@@ -216,7 +216,7 @@ class GuardrailModule(nn.Module):
     @torch.no_grad()
     def _count(
         self,
-        decision: Decision,
+        decision: TokenDecisions,
         resid_BLD: Tensor,
         clamped_BL: Tensor,
         broken_BL: Tensor,

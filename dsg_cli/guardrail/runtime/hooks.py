@@ -16,7 +16,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .errors import DsgError
-from .guardrail import Decision, GuardrailModule
+from .guardrail import GuardrailModule, TokenDecisions
 from .sites import HookSite, decoder_of, edit_site, find_module
 
 PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "read_index", "write_index", "cache")
@@ -218,7 +218,7 @@ class Running:
 
     call: Call
     states: list[Tensor | None]
-    decisions: dict[int, Decision]
+    decisions: dict[int, TokenDecisions]
     edited: set[int]
     """Guardrails whose edit has been made."""
 
