@@ -64,20 +64,15 @@ def read_folder(folder: Path, column: str | None = None, split: str | None = Non
         return _saved(folder, column, split)
     if split is not None:
         raise DsgError(f"{folder} was not saved by `datasets`; it has no split {split}.", "Name a file in it instead.")
-    files = _files_of(folder)
+    inside = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() in READERS]
+    shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    # Tables, or text where there is none, and not what only speaks about the rest.
+    tables = [path for path in shown if path.suffix.lower() in TABLES]
+    files = tables or [path for path in shown if path.stem.upper() not in ("README", "LICENSE", "LICENCE", "NOTICE")]
     if not files:
         raise DsgError(f"The folder {folder} holds no corpus.", f"Known files: {', '.join(READERS)}.")
-    tables = [read_file(path, column) for path in files]
-    return listed([text for table in tables for text in table.take(range(table.n))])
-
-
-def _files_of(folder: Path) -> list[Path]:
-    """Tables, or text where there is none; nothing hidden, and not what only speaks about the rest."""
-    inside = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    known = [path for path in shown if path.suffix.lower() in READERS]
-    tables = [path for path in known if path.suffix.lower() in TABLES]
-    return tables or [path for path in known if path.stem.upper() not in ("README", "LICENSE", "LICENCE", "NOTICE")]
+    read = [read_file(path, column) for path in files]
+    return listed([text for documents in read for text in documents.take(range(documents.n))])
 
 
 def of_dataset(dataset: Any, hub_text: HubText, *, where: str, revision: str = "") -> Documents:

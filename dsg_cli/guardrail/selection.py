@@ -115,9 +115,16 @@ def picked_features(
         forget, retain = None if forget_F is None else float(forget_F[j]), float(retain_F[j])
         ratio = None if forget is None else forget / (retain + EPSILON)
         features.append(Feature(index=j, forget_score=forget, retain_score=retain, ratio=ratio))
+    notes = []
     # Of those dropped only the ones that would have been taken are worth a word.
     place = {j: number for number, j in enumerate(ranking)}
     passed_over = [j for j in frequent if n_features is None or place[j] < place[taken[-1]]]
+    if passed_over:
+        which = ", ".join(map(str, passed_over[:SHOWN])) + (", ..." if len(passed_over) > SHOWN else "")
+        what = "Taken as named, though" if n_features is None else "Dropped, because"
+        notes.append(f"{what} active on more than {limit:g} of retain tokens: {which}.")
+    if n_features is not None and len(taken) < n_features:
+        notes.append(f"Only {len(taken)} of the {n_features} features that were asked for match and are left.")
     return Selection(
         features=features,
         ratio_cut=None,
@@ -125,19 +132,8 @@ def picked_features(
         percentiles_over=None,
         n_live=int(live_F.sum()),
         n_passed=len(candidates),
-        notes=tuple(_picking_notes(len(taken), passed_over, n_features, limit)),
+        notes=tuple(notes),
     )
-
-
-def _picking_notes(n_taken: int, frequent: Sequence[int], n_features: int | None, limit: float) -> list[str]:
-    notes = []
-    if frequent:
-        which = ", ".join(map(str, frequent[:SHOWN])) + (", ..." if len(frequent) > SHOWN else "")
-        what = "Taken as named, though" if n_features is None else "Dropped, because"
-        notes.append(f"{what} active on more than {limit:g} of retain tokens: {which}.")
-    if n_features is not None and n_taken < n_features:
-        notes.append(f"Only {n_taken} of the {n_features} features that were asked for match and are left.")
-    return notes
 
 
 def scores_of(score: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

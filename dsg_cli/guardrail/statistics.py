@@ -112,10 +112,6 @@ def feature_statistics(
             job.progress(f"{job.name}, tokens", n_about, max(n_about, total_tokens))
             job.reached(state)
     job.keep(state())
-    return _of_all_workers(job, sums, n_tokens, norms)
-
-
-def _of_all_workers(job: Job, sums: Sequence[Tensor], n_tokens: int, norms: array[float]) -> FeatureStatistics:
     workers = job.workers
     (n_all,) = (int(n) for n in workers.total([torch.tensor(n_tokens)]))
     if not n_all:
@@ -160,20 +156,12 @@ def mix(parts: Sequence[FeatureStatistics], weights: Sequence[float | None]) -> 
     def mean(name: str) -> Tensor:
         return torch.stack([w * getattr(part, name) for w, part in zip(share, parts, strict=True)]).sum(0)
 
-    return FeatureStatistics(
-        n_tokens=sum(part.n_tokens for part in parts),
-        mean_square_F=mean("mean_square_F"),
-        mean_F=mean("mean_F"),
-        rate_F=mean("rate_F"),
-        norms=_resampled([part.norms for part in parts], share),
-    )
-
-
-def _resampled(norms: Sequence[Tensor], share: Sequence[float]) -> Tensor:
-    """Samples of several corpora as one in which each has its share: evenly spaced ones of the sorted values."""
-    largest = min(len(values) / w for values, w in zip(norms, share, strict=True))
-    samples = []
-    for values, w in zip(norms, share, strict=True):
-        n = max(1, min(len(values), round(largest * w)))
-        samples.append(values.sort().values[torch.linspace(0, len(values) - 1, n).round().long()])
-    return torch.cat(samples)
+    # Of samples of norms as many as each corpus's share allows: evenly spaced ones of the sorted values.
+    largest = min(len(part.norms) / w for w, part in zip(share, parts, strict=True))
+    norms = []
+    for w, part in zip(share, parts, strict=True):
+        last = len(part.norms) - 1
+        n = max(1, min(len(part.norms), round(largest * w)))
+        norms.append(part.norms.sort().values[torch.linspace(0, last, n).round().long()])
+    n_tokens = sum(part.n_tokens for part in parts)
+    return FeatureStatistics(n_tokens, mean("mean_square_F"), mean("mean_F"), mean("rate_F"), torch.cat(norms))
