@@ -12,6 +12,7 @@ from typer import Context, Option
 from dsg_cli.cli.output import DEFAULT_WORKSPACE, Output
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
+from dsg_cli.workspace.files import artifact_ids
 
 NAMES = ("corpora", "benches", "models", "saes", "gates", "attacks", "methods", "studies", "recipes")
 """What `dsg ls` lists by name, in the order of its help."""
@@ -74,10 +75,8 @@ def complete_artifact(*kinds: str) -> Callable[[Context, str], list[str]]:
     """For Typer's `autocompletion`: ids of these kinds, or of all, in the workspace that the command line names."""
 
     def ids(context: Context, incomplete: str) -> list[str]:
-        from dsg_cli.workspace.store import Workspace
-
-        workspace = Workspace(context.params.get("workspace") or DEFAULT_WORKSPACE)
-        ids_of_kinds = [artifact_id for kind in kinds or (None,) for artifact_id in workspace.ids(kind)]
+        folder = Path(context.params.get("workspace") or DEFAULT_WORKSPACE)
+        ids_of_kinds = [artifact_id for kind in kinds or (None,) for artifact_id in artifact_ids(folder, kind)]
         return [artifact_id for artifact_id in ids_of_kinds if artifact_id.startswith(incomplete)]
 
     return ids

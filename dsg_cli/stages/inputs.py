@@ -26,8 +26,9 @@ from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenize
 from dsg_cli.models.sae import SaeSource, read_sae
 from dsg_cli.settings import ModelSection, Recipe
 from dsg_cli.workspace.artifacts import Guardrail, Header, ModelIdentity, ModelWeights, Wrapper
+from dsg_cli.workspace.files import ID
 from dsg_cli.workspace.results import Json
-from dsg_cli.workspace.store import ID, Stored, Workspace
+from dsg_cli.workspace.store import Stored, Workspace
 
 
 def identify(loaded: LoadedModel, last_layer: int) -> ModelIdentity:

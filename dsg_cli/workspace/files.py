@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -18,6 +19,11 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from dsg_cli.errors import DsgError
+
+KIND_NAMES = ("features", "threshold", "guardrail", "model", "wrapper", "eval", "attack", "compare", "study", "inspect")
+"""Kinds of artifacts, in the order of lists; `artifacts.KINDS` says what they hold."""
+
+ID = re.compile(r"(" + "|".join(KIND_NAMES) + r")-([0-9]{3,18})(?![0-9])")
 
 
 @contextmanager
@@ -276,3 +282,10 @@ def _handle(number: int, _frame: FrameType | None) -> None:
         return
     _State.pending = None
     raise Signalled(number)
+
+
+def artifact_ids(folder: Path, kind: str | None = None) -> list[str]:
+    """Ids of all artifacts of a workspace, or of those of one kind, oldest number first."""
+    names = [path.stem for path in folder.glob("*.json")] if is_folder(folder) else []
+    matches = [match for match in map(ID.fullmatch, names) if match and kind in (None, match[1])]
+    return [m[0] for m in sorted(matches, key=lambda m: (KIND_NAMES.index(m[1]), int(m[2])))]

@@ -32,8 +32,10 @@ from dsg_cli.workspace.artifacts import (
 )
 from dsg_cli.workspace.checkpoints import SUFFIX, check_checkpoint
 from dsg_cli.workspace.files import (
+    ID,
     LARGEST_JSON,
     Content,
+    artifact_ids,
     at_safe_points,
     content_digest,
     file_digest,
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 
 PARTIAL = ".partial"
-
-ID = re.compile(r"(" + "|".join(KINDS) + r")-([0-9]{3,18})(?![0-9])")
 
 SIDE_FILES = (".safetensors", ".jsonl", ".csv")
 
@@ -183,10 +183,7 @@ class Workspace:
 
     def ids(self, kind: str | None = None) -> list[str]:
         """Ids of all artifacts, or of those of one kind, oldest number first."""
-        names = [path.stem for path in self.folder.glob("*.json")] if is_folder(self.folder) else []
-        matches = [match for match in map(ID.fullmatch, names) if match and kind in (None, match[1])]
-        order = list(KINDS)
-        return [m[0] for m in sorted(matches, key=lambda m: (order.index(m[1]), int(m[2])))]
+        return artifact_ids(self.folder, kind)
 
     def find(self, kind: str, wanted: str | None = None) -> Stored:
         """The newest artifact of a kind, or the one named by id or path; verified."""
