@@ -288,7 +288,7 @@ class TestStage:
         own = ("select.ratio_percentile=60", "select.probe_features=0", "model.device=cpu", *self.SETS, *sets)
         return load_recipe(sets=[*corpora, *model, *own])
 
-    @pytest.mark.parametrize("method", clamp.CLAMP_METHODS)
+    @pytest.mark.parametrize("method", clamp.CLAMPINGS)
     def test_makes_a_guardrail_that_acts_on_the_model(self, made, method):
         workspace, folders = made
         stored = clamp.run_clamp(self.recipe(folders), workspace, method)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -26,7 +26,6 @@ from dsg_cli.lab import data as lab
 from dsg_cli.methods import METHODS, check_method, section_of
 from dsg_cli.methods.clamps import (
     Clamping,
-    SteeringFile,
     check_same_sae,
     conditional_clamping,
     read_steering,
@@ -178,7 +177,12 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
         return _try_and_write(this, loaded, body, tensors, forget, longest=longest, hint=hint)
 
 
-CLAMP_METHODS = ("static-clamp", "conditional-clamp", "refusal-clamp")
+CLAMPINGS: dict[str, Callable[..., Clamping]] = {
+    "static-clamp": static_clamping,
+    "conditional-clamp": conditional_clamping,
+    "refusal-clamp": refusal_clamping,
+}
+"""Method -> what it makes of the statistics of features."""
 
 LONGEST = 128
 """Tokens of forget text in a row on which a clamp is tried."""
@@ -193,10 +197,10 @@ def run_clamp(
 
     Args:
         recipe: Its settings are those of `methods` that are called like the method.
-        method: One of `CLAMP_METHODS`.
+        method: One of `CLAMPINGS`.
         source: Features by id or path.
     """
-    assert method in CLAMP_METHODS
+    assert method in CLAMPINGS
     if options.workers.n > 1:
         return options.by_first(
             workspace, lambda alone: run_clamp(recipe, workspace, method, source=source, options=alone)
@@ -214,7 +218,12 @@ def run_clamp(
         # By its name and digest, wherever it lies.
         section |= {"steering_file": Path(settings.steering_file).name, "steering_sha256": steering.sha256}
     feature_set, selected = features.body_as(FeatureSet), features.header.settings
-    clamping = _clamping(recipe, method, workspace.tensors(features), feature_set.median_residual_norm, steering)
+    statistics, norm = workspace.tensors(features), feature_set.median_residual_norm
+    if steering is None:
+        clamping: Clamping = CLAMPINGS[method](statistics, settings, norm)
+    else:
+        n_features, clamps_features = len(statistics["retain_rate"]), recipe.methods.refusal_clamp.clamps_features
+        clamping = steered_clamping(steering, method, n_features=n_features, clamps_features=clamps_features)
     forget_names = [corpus["name"] for corpus in selected["forget"]]
     forget, changes = reload_forget(features, forget_names)
     sae = chain_sae(features)
@@ -259,21 +268,6 @@ def run_clamp(
         return _try_and_write(this, loaded, body, tensors, forget, longest=LONGEST, hint=hint)
 
 
-def _clamping(
-    recipe: Recipe, method: str, statistics: dict[str, Tensor], norm: float, steering: SteeringFile | None
-) -> Clamping:
-    """What the method, or the steering file in its place, makes of the features."""
-    methods = recipe.methods
-    if steering is not None:
-        n_features, clamps_features = len(statistics["retain_rate"]), methods.refusal_clamp.clamps_features
-        return steered_clamping(steering, method, n_features=n_features, clamps_features=clamps_features)
-    if method == "static-clamp":
-        return static_clamping(statistics, methods.static_clamp, norm)
-    if method == "conditional-clamp":
-        return conditional_clamping(statistics, methods.conditional_clamp, norm)
-    return refusal_clamping(statistics, methods.refusal_clamp, norm)
-
-
 UNSEEN = (
     "No text on what is to be forgotten is known, so the guardrail was not tried: nobody has seen it fire. Try it with "
     "--forget CORPUS, or on dev questions (--set guardrail.tuning_bench=NAME)."
@@ -283,9 +277,7 @@ UNSEEN = (
 def reload_forget(origin: Stored, names: Sequence[str]) -> tuple[list[Corpus], list[str]]:
     """The forget corpora of select as they are now, and a note on each that has changed since, or that there are none.
 
-    Args:
-        origin: Features or a threshold, whose settings say how they were read; of earlier versions only the names.
-        names: Of the corpora.
+    The settings of `origin`, features or a threshold, say how they were read; of earlier versions only the names.
     """
     if not names:
         return [], [UNSEEN]
@@ -299,10 +291,6 @@ def forget_instead(recipe: Recipe, threshold: Stored) -> tuple[list[Corpus], lis
 
     The forget corpora that apply is given; else dev questions, of the bench that a strength would be tuned on or of
     those that calibrate asked about; else nothing.
-
-    Args:
-        recipe: Names corpora and bench.
-        threshold: Whose settings say which dev questions calibrate asked.
     """
     names, settings = recipe.corpora.forget, threshold.header.settings
     if names:
@@ -407,13 +395,9 @@ def try_strengths(
     *,
     batch_size: int,
 ) -> list[Json]:
-    """Accuracy on questions about what is to be forgotten at each strength, the smallest first.
+    """Accuracy on questions about what is to be forgotten at each strength (as written, as a number), smallest first.
 
-    Args:
-        header: Of the guardrail.
-        body: The guardrail, whose strength does not matter.
-        questions: On what is to be forgotten.
-        strengths: As they are written, and as numbers.
+    The whole model is loaded; the strength of the guardrail itself does not matter.
     """
     trials: list[Json] = []
     for setting, strength in sorted(strengths, key=lambda pair: pair[1]):

@@ -1,7 +1,7 @@
-"""What is evaluated, attacked and asked: a model as methods leave it.
+"""What a stage starts from: artifacts that act together, their models and SAEs, and corpora as earlier stages read them.
 
 Weights that a method changed, guardrails that act while the model runs, and wrappers around its prompts compose, in
-that order. Beside it stands the base model, which no method has touched.
+that order. Beside them stands the base model, which no method has touched.
 """
 
 from __future__ import annotations
