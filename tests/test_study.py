@@ -86,6 +86,11 @@ def rows_at(body, metric="acc", **values):
     return [row for row in body.rows if row["metric"] == metric and values.items() <= row.items()]
 
 
+def row_at(body, metric="acc", **values):
+    (row,) = rows_at(body, metric, **values)
+    return row
+
+
 def printed(body):
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(study_table(body))
@@ -121,16 +126,14 @@ def test_a_point_is_what_the_stages_find(stability, alone):
     apply.run(recipe, alone)
     report = evaluate.run(recipe, alone).body_as(EvalReport)
     body = stability.body_as(StudyReport)
-    (found,) = rows_at(body, "threshold", **point)
-    assert found["value"] == pytest.approx(threshold.threshold, rel=1e-5)
-    (found,) = rows_at(body, "false_positive_rate", **point)
-    assert found["value"] == pytest.approx(threshold.false_positive_rate) and found["n"] == threshold.n_fresh
-    for bench in report.results:
-        (found,) = rows_at(body, bench=bench, **point)
-        sides = report.results[bench]
-        assert found["value"] == sides["unlearned"]["acc"] and found["gate_rate"] == report.gate[bench]["rate"]
-        assert body.base[bench]["acc"] == sides["base"]["acc"] and found["n"] == sides["base"]["n"]
-    assert rows_at(body, bench="lab-hexes", **point)[0]["value"] <= 0.4
+    assert row_at(body, "threshold", **point)["value"] == pytest.approx(threshold.threshold, rel=1e-5)
+    row = row_at(body, "false_positive_rate", **point)
+    assert row["value"] == pytest.approx(threshold.false_positive_rate) and row["n"] == threshold.n_fresh
+    for bench, sides in report.results.items():
+        row = row_at(body, bench=bench, **point)
+        assert row["value"] == sides["unlearned"]["acc"] and row["gate_rate"] == report.gate[bench]["rate"]
+        assert body.base[bench]["acc"] == sides["base"]["acc"] and row["n"] == sides["base"]["n"]
+    assert row_at(body, bench="lab-hexes", **point)["value"] <= 0.4
 
 
 def test_a_larger_alpha_never_raises_the_threshold_and_a_strength_leaves_the_gate_alone(stability):
@@ -188,8 +191,7 @@ def test_gates_that_watch_the_clamped_features_see_the_text_together(workspace, 
     body = measured(workspace, "stability", *sets, grid)
     assert body.computed["n_points"] == 4 and body.computed["gate_passes"] == 1
     threshold = calibrate.run(recipe_for("stability", *sets, grid), alone).body_as(Threshold)
-    (found,) = rows_at(body, "threshold", n_features=8, ratio_percentile=95.0)
-    assert found["value"] == pytest.approx(threshold.threshold)
+    assert row_at(body, "threshold", n_features=8, ratio_percentile=95.0)["value"] == pytest.approx(threshold.threshold)
 
 
 def test_less_forget_text(workspace, stability):
@@ -207,13 +209,13 @@ def test_less_forget_text(workspace, stability):
     # All of it is what stability has at the recipe's own settings, but for rounding of the probe.
     point = {"n_features": 8, "strength": "16r", "alpha": 0.05}
     for bench in ("lab-hexes", "lab-near"):
-        (whole,) = rows_at(body, bench=bench, by="documents", share=100.0)
-        (own,) = rows_at(stability.body_as(StudyReport), bench=bench, **point)
+        whole = row_at(body, bench=bench, by="documents", share=100.0)
+        own = row_at(stability.body_as(StudyReport), bench=bench, **point)
         assert whole["value"] == own["value"] and whole["gate_rate"] == own["gate_rate"]
     assert "\N{HORIZONTAL ELLIPSIS}" not in (text := printed(body)) and "documents" in text and "gated" in text
     named, others = (rows_at(body, f"acc_{which}", share=10.0, by="entities") for which in ("named", "not_named"))
-    (both,) = rows_at(body, share=10.0, by="entities", bench="lab-hexes")
-    assert sum(row["n"] for row in (*named, *others)) == both["n"]
+    n_both = row_at(body, share=10.0, by="entities", bench="lab-hexes")["n"]
+    assert sum(row["n"] for row in (*named, *others)) == n_both
     assert all(row["n"] % 4 == 0 and row["bench"] == "lab-hexes" for row in named)
 
 
@@ -281,8 +283,8 @@ def test_other_seeds(workspace, stability):
     assert body.computed["n_points"] == 4 and body.computed["n_failed"] == 0
     point = {"n_features": 8, "strength": "16r", "alpha": 0.05}
     for bench in ("lab-hexes", "lab-near"):
-        (own,) = rows_at(stability.body_as(StudyReport), bench=bench, **point)
-        (same,) = rows_at(body, bench=bench, sae="lab", seed=0)
+        own = row_at(stability.body_as(StudyReport), bench=bench, **point)
+        same = row_at(body, bench=bench, sae="lab", seed=0)
         assert same["value"] == own["value"] and same["gate_rate"] == own["gate_rate"]
     thresholds = {(row["sae"], row["seed"]): row["value"] for row in rows_at(body, "threshold")}
     assert len(set(thresholds.values())) >= 3
@@ -294,15 +296,16 @@ def test_length(workspace):
     assert [row["length"] for row in body.rows if row["error"] and not row["metric"]] == [500, 500]
     for length in (8, 24):
         for alpha in (0.05, 0.2):
-            (own,) = rows_at(body, "own_false_positive_rate", length=length, alpha=alpha)
-            (false,) = rows_at(body, "false_positive_rate", length=length, alpha=alpha)
-            (gated,) = rows_at(body, "forget_gate_rate", length=length, alpha=alpha)
+            own, false, gated = (
+                row_at(body, metric, length=length, alpha=alpha)
+                for metric in ("own_false_positive_rate", "false_positive_rate", "forget_gate_rate")
+            )
             assert own["n"] == false["n"] > 20 and own["low"] <= own["value"] <= own["high"]
             assert own["value"] <= alpha + 0.15 and gated["value"] > false["value"]
-    tight, loose = (rows_at(body, "threshold", length=24, alpha=alpha)[0]["value"] for alpha in (0.05, 0.2))
+    tight, loose = (row_at(body, "threshold", length=24, alpha=alpha)["value"] for alpha in (0.05, 0.2))
     assert loose <= tight
     # Three windows hold more chances of a high one than a window alone.
-    short, long = (rows_at(body, "threshold", length=length, alpha=0.05)[0]["value"] for length in (8, 24))
+    short, long = (row_at(body, "threshold", length=length, alpha=0.05)["value"] for length in (8, 24))
     assert long >= short
 
 
@@ -318,7 +321,7 @@ def test_cost(workspace):
     assert len(failed) == 2 and all("4000" in row["error"] for row in failed)
     for batch_size in (1, 3):
         plain, guarded, overhead = (
-            rows_at(body, metric, length=8, batch_size=batch_size)[0]
+            row_at(body, metric, length=8, batch_size=batch_size)
             for metric in ("plain_seconds", "guarded_seconds", "overhead")
         )
         assert plain["n"] == guarded["n"] == overhead["n"] == 5
@@ -398,7 +401,7 @@ def test_the_tables_fit(stability):
     for report in (body, body.replace(grid=body.grid | {"strength": ["16r"]}, rows=rows)):
         for shown in (printed(report), study_markdown(report)):
             assert "failed" in shown and "700 were asked for" in shown and "dev questions" in shown
-    (forget,) = rows_at(body, bench="lab-hexes", n_features=8, strength="16r", alpha=0.05)
+    forget = row_at(body, bench="lab-hexes", n_features=8, strength="16r", alpha=0.05)
     assert f" {forget['value']:.2f} / " in study_markdown(body)
     assert "12 points, dev, best score" in study_headline(body) and artifact_table(stability)
 
@@ -473,9 +476,8 @@ def test_going_on_from_features(stability, workspace):
     body = study.run(recipe, workspace, "stability", source="features-001").body_as(StudyReport)
     own = stability.body_as(StudyReport)
     for bench in ("lab-hexes", "lab-near"):
-        (found,) = rows_at(body, bench=bench)
-        (wanted,) = rows_at(own, bench=bench, n_features=8, strength="16r", alpha=0.05)
-        assert found["value"] == wanted["value"]
+        expected = row_at(own, bench=bench, n_features=8, strength="16r", alpha=0.05)
+        assert row_at(body, bench=bench)["value"] == expected["value"]
     with pytest.raises(DsgError, match="not of the kind features"):
         study.run(recipe, workspace, "stability", source=stability.id)
 
