@@ -1,4 +1,4 @@
-"""What a stage starts from: artifacts that act together, their models and SAEs, and corpora as earlier stages read them.
+"""What a stage starts from: artifacts that act together, their models and SAEs, and corpora of earlier stages.
 
 Weights that a method changed, guardrails that act while the model runs, and wrappers around its prompts compose, in
 that order. Beside them stands the base model, which no method has touched.
