@@ -7,25 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from dsg_cli.errors import DsgError, nearest, reason_of
-from dsg_cli.methods import compare_checks
-from dsg_cli.settings import (
-    AttackSection,
-    Recipe,
-    build_section,
-    clamp_checks,
-    select_checks,
-    training_checks,
-    wrapper_checks,
-)
-from dsg_cli.studies import study_checks
+from dsg_cli.settings import Recipe, shown
+from dsg_cli.studies import STUDIES
 from dsg_cli.workspace.files import is_file
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -34,8 +26,26 @@ RECIPES = Path(__file__).parent / "recipes"
 if not RECIPES.is_dir():
     RECIPES = Path(__file__).parent.parent / "recipes"
 
-SIDES = ("base", "unlearned")
-"""Of a bench: the model that something is to be unlearned from, and what has."""
+RECIPE = TypeAdapter(Recipe)
+
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden", "invalid_key")
+"""How pydantic calls a key that a section does not have."""
+
+WORDS = {
+    "Input should be": "it should be",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid integer": "a whole number",
+    "a valid": "a",
+    " after validation, not 0": "",
+    "List should": "it should",
+    "String should": "it should",
+    "Value should": "it should",
+}
+"""Of pydantic's messages, and plainer ones."""
+
+UNSPOKEN = ("(number)", "(metrics)", "[key]")
+"""Of where a mistake is, what is no key: the branch of a union, and that a mapping's key is wrong, not its value."""
 
 
 def recipe_names() -> list[str]:
@@ -88,12 +98,7 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
             _put(data, key, value)
     if _named(data, "model") == "lab" and _named(data, "sae") is None:
         _put(data, "sae.source", "lab")
-    problems: list[str] = []
-    recipe: Recipe = build_section(Recipe, data, "", problems)
-    problems += _out_of_range(recipe)
-    if problems:
-        raise DsgError(f"In {where}:\n  " + "\n  ".join(problems))
-    return recipe
+    return _checked(data, where)
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -101,12 +106,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     data = dataclasses.asdict(recipe)
     for key, value in values.items():
         _put(data, key, value)
-    problems: list[str] = []
-    made: Recipe = build_section(Recipe, data, "", problems)
-    problems += _out_of_range(made) if not problems else []
-    if problems:
-        raise DsgError("In a grid:\n  " + "\n  ".join(problems))
-    return made
+    return _checked(data, "a grid")
 
 
 def values_at(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
@@ -122,129 +122,49 @@ def parse_yaml(text: str, what: str) -> Any:
         raise DsgError(f"{what} not valid YAML: {reason_of(error)}") from error
 
 
-def _out_of_range(recipe: Recipe) -> list[str]:
-    """What has the right type and still makes no sense, so that it is said before anything runs."""
-    calibrate, asked, attack = recipe.calibrate, recipe.eval, recipe.attack
-    written = recipe.generate
-    lengths = calibrate.lengths
-    points = {
-        "dilution_lengths": attack.dilution_lengths,
-        "few_shot_counts": attack.few_shot_counts,
-        "suffix_steps": attack.suffix_steps,
-        "relearn_steps": attack.relearn_steps,
-        "soft_prompt_steps": attack.soft_prompt_steps,
-    }
-    ascending = "give ascending whole numbers that begin with 0, the state before the attack."
-    checks = (
-        (calibrate.max_pieces >= 1, f"calibrate.max_pieces is {calibrate.max_pieces}; take at least 1."),
-        (calibrate.window >= 1, f"calibrate.window is {calibrate.window}; it must be at least 1."),
-        (
-            calibrate.gate not in ("probe", "window", "causal-mean") or calibrate.window <= min(lengths, default=0),
-            f"calibrate.window is {calibrate.window}, longer than the shortest piece of text ({lengths[:1]} tokens); "
-            "lower it, or raise the first of calibrate.lengths.",
-        ),
-        (calibrate.n_detectors >= 1, f"calibrate.n_detectors is {calibrate.n_detectors}; take at least 1."),
-        (
-            0 <= calibrate.detector_percentile < 100,
-            f"calibrate.detector_percentile is {calibrate.detector_percentile:g}; it must be at least 0 and below 100.",
-        ),
-        (
-            calibrate.threshold is None or 0 <= calibrate.threshold < math.inf,
-            f"calibrate.threshold is {calibrate.threshold}; it must be at least 0, or null to set one.",
-        ),
-        (0 < calibrate.alpha < 1, f"calibrate.alpha is {calibrate.alpha:g}; it must lie between 0 and 1."),
-        (
-            len(lengths) == 2 and 1 <= lengths[0] <= lengths[-1],
-            f"calibrate.lengths is {lengths}; give the shortest and the longest, such as 8:128.",
-        ),
-        (asked.batch_size >= 1, f"eval.batch_size is {asked.batch_size}; it must be at least 1."),
-        (asked.limit is None or asked.limit >= 1, f"eval.limit is {asked.limit}; it must be at least 1."),
-        (
-            asked.num_fewshot is None or asked.num_fewshot >= 0,
-            f"eval.num_fewshot is {asked.num_fewshot}; it must be at least 0.",
-        ),
-        (written.max_new_tokens >= 1, f"generate.max_new_tokens is {written.max_new_tokens}; write at least 1."),
-        (
-            0 <= written.temperature < math.inf,
-            f"generate.temperature is {written.temperature:g}; it must be 0 or a positive number.",
-        ),
-        (attack.known_questions >= 1, "attack.known_questions must be at least 1."),
-        *((_rises_from(0, values), f"attack.{name} is {values}; {ascending}") for name, values in points.items()),
-        (bool(attack.dilution_places), "attack.dilution_places is empty; name before, after or around."),
-        (
-            _rises_from(1, attack.split_parts),
-            f"attack.split_parts is {attack.split_parts}; give ascending whole numbers that begin with 1, the whole "
-            "question.",
-        ),
-        (
-            attack.split_filler_tokens >= 1,
-            f"attack.split_filler_tokens is {attack.split_filler_tokens}; put at least 1 between two parts.",
-        ),
-        (
-            bool(attack.encode_forms) or attack.encode_file is not None,
-            "attack.encode_forms is empty; name a form, or give attack.encode_file.",
-        ),
-        *(
-            (side in SIDES, f"published.results.{bench} has the side {side}; there are {' and '.join(SIDES)}.")
-            for bench, sides in recipe.published.results.items()
-            for side in sides
-        ),
-        *_checks_of_weights(attack),
-        *select_checks(recipe.select),
-        *clamp_checks(recipe.methods),
-        *wrapper_checks(recipe.methods),
-        *training_checks(recipe.methods),
-        *compare_checks(recipe.compare),
-        *study_checks(recipe.study),
-    )
-    return [words for is_fine, words in checks if not is_fine]
+def _checked(data: dict[str, Any], where: str) -> Recipe:
+    """A recipe from its sections; all mistakes are reported together."""
+    _name_sections(data, Recipe)
+    try:
+        return RECIPE.validate_python(data)
+    except ValidationError as error:
+        mistakes = map(_sentence, error.errors(include_url=False, include_context=False))
+        raise DsgError(f"In {where}:\n  " + "\n  ".join(mistakes)) from None
 
 
-def _checks_of_weights(attack: AttackSection) -> tuple[tuple[bool, str], ...]:
-    """The settings of attacks by training and on weights."""
-    rates, bits, shares = attack.relearn_learning_rates, attack.quantize_bits, attack.prune_shares
-    lists = ("relearn_parameters", "relearn_guard", "relearn_data", "soft_prompt_objectives", "suffix_places")
-    return (
-        (
-            _rises(rates) and rates[0] > 0 and rates[-1] < math.inf,
-            f"attack.relearn_learning_rates is {rates}; give ascending positive numbers.",
-        ),
-        *(
-            (value >= 1, f"attack.{name} is {value}; take at least 1.")
-            for name in ("relearn_rank", "soft_prompt_tokens", "suffix_tokens", "suffix_candidates")
-            for value in [getattr(attack, name)]
-        ),
-        *(
-            (0 < value < math.inf, f"attack.{name} is {value}; it must be a positive number.")
-            for name in ("soft_prompt_learning_rate", "soft_prompt_gate_weight", "suffix_gate_weight", "probe_ridge")
-            for value in [getattr(attack, name)]
-        ),
-        (
-            _are_different(bits) and all(2 <= one <= 16 for one in bits),
-            f"attack.quantize_bits is {bits}; give different whole numbers from 2 to 16.",
-        ),
-        (
-            _rises(shares) and shares[0] >= 0 and shares[-1] < 1,
-            f"attack.prune_shares is {shares}; give ascending shares, at least 0 and below 1.",
-        ),
-        *(
-            (_are_different(found), f"attack.{name} is {found}; give at least one, and each once.")
-            for name in lists
-            for found in [getattr(attack, name)]
-        ),
-    )
+def _name_sections(data: dict[str, Any], section: Any) -> None:
+    """Add the sections that are left out, empty: the recipe's validator makes them; a default would need one more."""
+    for known in dataclasses.fields(section):
+        kind: Any = known.default_factory
+        if dataclasses.is_dataclass(kind):
+            inner = data.setdefault(known.name, {})
+            if isinstance(inner, dict):
+                _name_sections(inner, kind)
 
 
-def _rises(values: Sequence[float]) -> bool:
-    return bool(values) and sorted(set(values)) == values
+def _sentence(mistake: ErrorDetails) -> str:
+    """What is wrong, with the dotted key and the value."""
+    *section, last = [part for part in mistake["loc"] if part not in UNSPOKEN]
+    key = ".".join(part if isinstance(part, str) else shown(part) for part in (*section, last))[:200]
+    if mistake["type"] in UNKNOWN:
+        return f"unknown key {key}. {nearest(str(last)[:200], _keys_of(section)) if isinstance(last, str) else ''}"
+    if mistake["type"] == "dataclass_type":
+        return f"{key} must be a section (key: value), not {shown(mistake['input'])}."
+    value, words = mistake["input"], mistake["msg"].removeprefix("Value error, ")
+    for theirs, ours in WORDS.items():
+        words = words.replace(theirs, ours)
+    end = "" if words.endswith("?") else "."
+    if dataclasses.is_dataclass(value) or isinstance(value, dict):
+        return f"{key}: {words}{end}"
+    is_empty = value == [] or (isinstance(value, str) and not value.strip())
+    return f"{key} is {'empty' if is_empty else shown(value)}; {words}{end}"
 
 
-def _are_different(values: Sequence[object]) -> bool:
-    return 0 < len(values) == len(set(values))
-
-
-def _rises_from(first: int, values: list[int]) -> bool:
-    return _rises(values) and values[0] == first
+def _keys_of(section: Sequence[int | str]) -> list[str]:
+    """What a section may hold."""
+    if list(section[:2]) == ["study", "grids"]:
+        return list(STUDIES[str(section[2])].axes) if section[2] in STUDIES else []
+    return [known.name for known in dataclasses.fields(functools.reduce(getattr, map(str, section), Recipe()))]
 
 
 def _named(data: Mapping[str, Any], section: str) -> Any:

@@ -267,7 +267,7 @@ def test_settings_out_of_range_are_refused_with_the_recipe(item):
 def test_without_a_gate_is_nothing_that_calibrate_takes():
     assert set(get_args(get_type_hints(CalibrateSection)["gate"])) == set(get_args(CalibratedGate))
     assert names_of("gates") == list(get_args(CalibratedGate)) and "token" not in names_of("gates")
-    with pytest.raises(DsgError, match="calibrate.gate must be one of"):
+    with pytest.raises(DsgError, match="calibrate.gate is .token.; it should be 'mean'"):
         load_recipe(sets=["calibrate.gate=token"])
 
 

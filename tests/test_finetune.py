@@ -238,7 +238,7 @@ def test_a_recipe_that_teaches_does_so_first(recipe, tmp_path, folders):
         ("steps=-1", "methods.finetune.steps"),
         ("answer_after=''", "methods.finetune.answer_after is empty"),
         ("max_tokens=1", "methods.finetune.max_tokens"),
-        ("rows=rows", "methods.finetune.rows must be one of documents, packed"),
+        ("rows=rows", "methods.finetune.rows is 'rows'; it should be 'documents' or 'packed'"),
     ],
 )
 def test_settings_out_of_range_are_refused(key, words):

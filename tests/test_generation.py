@@ -135,7 +135,7 @@ class TestCommand:
         [
             (("x", "--file", "y.txt"), "both on the command line"),
             (("--file", "missing.txt"), "No such file"),
-            (("x", "--side", "left"), "generate.side must be one of"),
+            (("x", "--side", "left"), "generate.side is 'left'"),
             (("x", "--max-new-tokens", "0"), "at least 1"),
             (("x", "--from", "guardrail-009"), "no artifact guardrail-009"),
         ],

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "dsg_cli"
 ROWS = (
     ("guardrail.runtime", "intervals"),
     ("errors", "lab.data", "lab.world", "lab.benchmarks"),
-    ("settings",),
     ("methods.__init__", "attacks.__init__", "studies.__init__", "evals.__init__"),
+    ("settings",),
     ("workspace",),
     ("recipe", "job"),
     ("data",),

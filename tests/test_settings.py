@@ -50,12 +50,12 @@ def test_all_mistakes_come_in_one_message_with_the_nearest_key(tmp_path):
         load_recipe(path)
     for words in (
         "unknown key select.n_feature. Did you mean n_features",
-        "select.ratio_percentile must be a number, not 'high'",
-        "calibrate.alpha must be a number, not True",
+        "select.ratio_percentile is 'high'; it should be a number",
+        "calibrate.alpha is True; it should be a number",
         "unknown key modle. Did you mean model?",
         "guardrail must be a section",
-        "eval.split must be one of dev, test, not 'train'",
-        "eval.batch_size must be a whole number, not 1.5",
+        "eval.split is 'train'; it should be 'dev' or 'test'",
+        "eval.batch_size is 1.5; it should be a whole number",
     ):
         assert words in str(error.value)
 
@@ -197,14 +197,14 @@ def test_a_plan_finds_what_is_wrong(tmp_path):
 
 
 def test_published_numbers_are_checked_for_their_type(tmp_path):
-    with pytest.raises(DsgError, match="published.results must be a mapping of names to a mapping"):
+    with pytest.raises(DsgError, match="published.results.mmlu is 'high'; it should be a dictionary"):
         load_recipe(write(tmp_path, "published: {results: {mmlu: high}}"))
     recipe = load_recipe("wmdp-bio")
     assert recipe.published.results["wmdp-bio-paper"]["unlearned"] == 0.2964
     assert set(recipe.published.results) == set(recipe.eval.benches)
-    with pytest.raises(DsgError, match="has the side guarded; there are base and unlearned"):
+    with pytest.raises(DsgError, match="mmlu.guarded is 'guarded'; it should be 'base' or 'unlearned'"):
         load_recipe(write(tmp_path, "published: {results: {mmlu: {guarded: 0.5}}}"))
-    with pytest.raises(DsgError, match="a number or a mapping of names to a number"):
+    with pytest.raises(DsgError, match="base.acc: it should be a number"):
         load_recipe(write(tmp_path, "published: {results: {mmlu: {base: {acc: {x: 1}}}}}"))
 
 
@@ -594,8 +594,8 @@ def no_work(tmp_path, monkeypatch):
 
     from dsg_cli.errors import DsgError
     from dsg_cli.evals import benches as tasks
+    from dsg_cli.stages import inputs
     from dsg_cli.stages import select as select
-    from dsg_cli.stages import stage as chain
 
     index = tasks.task_index
 
@@ -605,7 +605,7 @@ def no_work(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(tasks, "task_index", lambda folders, _: index(folders, False))  # Thousands take seconds.
     monkeypatch.setattr(select, "load_model", stop)
-    monkeypatch.setattr(chain, "load_model", stop)
+    monkeypatch.setattr(inputs, "load_model", stop)
     shutil.copytree(DATA / "schema-1", tmp_path / "dsg-workspace")
     monkeypatch.chdir(tmp_path)
 

@@ -24,6 +24,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.studies import failures, study_headline, study_markdown, study_table
 from dsg_cli.report.tables import artifact_table
+from dsg_cli.settings import Grid
 from dsg_cli.stages import apply, calibrate, evaluate, study
 from dsg_cli.stages.stage import RunOptions
 from dsg_cli.studies import AXES, OF_A_GUARDRAIL, STUDIES, load_study, points_of
@@ -410,20 +411,33 @@ def test_every_study_has_its_module_and_its_axes():
     for name, one in STUDIES.items():
         assert callable(load_study(name))
         assert set(one.axes) <= set(AXES) and set(one.default) <= set(one.axes) and set(one.needs) <= set(one.axes)
+    assert set(AXES) == set(Grid.__annotations__)
     assert points_of({"a": [1, 2], "b": ["x"]}) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
 
 
 @pytest.mark.parametrize(
     ("name", "sets", "words"),
     [
-        ("stability", ["study.grids={stability: {n_featurs: [4]}}"], "no setting n_featurs. Did you mean n_features"),
+        (
+            "stability",
+            ["study.grids={stability: {n_featurs: [4]}}"],
+            "unknown key study.grids.stability.n_featurs. Did you mean n_features",
+        ),
         ("stability", ["study.grids={stabilty: {n_features: [4]}}"], "no study stabilty. Did you mean stability"),
-        ("stability", ["study.grids={stability: {}}"], "study.grids.stability is empty"),
-        ("stability", ["study.grids={stability: {alpha: []}}"], "study.grids.stability.alpha has no value"),
-        ("stability", ["study.grids={stability: {alpha: [0.1, 1.0]}}"], r"must be a number between 0 and 1, not 1\.0"),
-        ("stability", ["study.grids={stability: {strength: [strong]}}"], "must be a number or a multiple"),
+        ("stability", ["study.grids={stability: {}}"], "study.grids.stability: name a setting"),
+        ("stability", ["study.grids={stability: {alpha: []}}"], "study.grids.stability.alpha is empty"),
+        ("stability", ["study.grids={stability: {alpha: [0.1, 1.0]}}"], r"alpha.1 is 1\.0; it should be less than 1"),
+        (
+            "stability",
+            ["study.grids={stability: {strength: [strong]}}"],
+            "is 'strong'; give a positive number, or a multiple",
+        ),
         ("stability", ["study.grids={stability: {n_features: [4, 4]}}"], "has a value twice"),
-        ("stability", ["study.grids={stability: {n_features: [true]}}"], "must be a whole number"),
+        (
+            "stability",
+            ["study.grids={stability: {n_features: [true]}}"],
+            "n_features.0 is True; it should be a whole number",
+        ),
         ("cost", ["study.repeats=1"], "study.repeats is 1"),
         ("layers", ["study.grids={}"], "needs values for sae"),
         ("layers", ["study.grids={layers: {sae: [labb]}}"], "There is no SAE labb"),

@@ -38,7 +38,7 @@ from dsg_cli.methods.wrappers import WrapperInputs, fit_classifier, make_in_cont
 from dsg_cli.models.language_model import LoadedModel, load_model
 from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.recipe import load_recipe
-from dsg_cli.settings import EvalSection, GenerateSection, InContext, Prompt
+from dsg_cli.settings import EvalSection, GenerateSection, InContext, PromptPrefix
 from dsg_cli.stages import wrap as stage
 from dsg_cli.stages.stage import RunOptions
 from dsg_cli.workspace.artifacts import Wrapper
@@ -393,11 +393,10 @@ class TestMethods:
 
     def test_prompts(self, tiny):
         material = WrapperInputs(behind(tiny), topic="hexes and ciphers")
-        assert make_prompt(Prompt("No {topic}, {0} {"), material).body.text == "No hexes and ciphers, {0} {\n\n"
-        assert make_prompt(Prompt("No {topic}.", topic="{topic}"), material).body.text == "No {topic}.\n\n"
-        for settings, words in ((Prompt("  "), "is empty"), (Prompt("{topic}"), "nothing says")):
-            with pytest.raises(DsgError, match=words):
-                make_prompt(settings, dataclasses.replace(material, topic=""))
+        assert make_prompt(PromptPrefix("No {topic}, {0} {"), material).body.text == "No hexes and ciphers, {0} {\n\n"
+        assert make_prompt(PromptPrefix("No {topic}.", topic="{topic}"), material).body.text == "No {topic}.\n\n"
+        with pytest.raises(DsgError, match="nothing says"):
+            make_prompt(PromptPrefix("{topic}"), dataclasses.replace(material, topic=""))
 
 
 class TestWriting:

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsg_cli.errors import DsgError, nearest
 
-if TYPE_CHECKING:
-    from dsg_cli.settings import CompareSection
-
 Form = Literal["guardrail", "model", "wrapper"]
 """What a method makes, and the kind of its artifact: features that are clamped while the model runs; other weights;
 text around the prompt, or a filter in front of or behind the model."""
@@ -112,30 +109,3 @@ def load_method(name: str) -> Callable[..., Any]:
     verb = "make" if method.form == "wrapper" else "unlearn"
     function: Callable[..., Any] = getattr(module, f"{verb}_{section_of(name)}")
     return function
-
-
-def compare_checks(section: CompareSection) -> tuple[tuple[bool, str], ...]:
-    """What has the right type and still makes no sense."""
-    unknown = [name for name in (*section.methods, *section.grids) if name not in METHODS]
-    finetuning = [name for name in (*section.methods, *section.grids) if finetunes(name)]
-    steps = section.relearn_steps
-    return (
-        (section.budget >= 1, f"compare.budget is {section.budget}; give each method at least 1 trial."),
-        (not unknown, f"compare names no method {unknown[0] if unknown else ''}; dsg ls methods lists them."),
-        (
-            not finetuning,
-            f"compare names {finetuning[0] if finetuning else ''}, which teaches and is compared with nothing.",
-        ),
-        (
-            not steps or (steps[0] == 0 and sorted(set(steps)) == steps),
-            f"compare.relearn_steps is {steps}; give ascending whole numbers that begin with 0, or none.",
-        ),
-        (
-            0 < section.relearn_learning_rate < 1,
-            f"compare.relearn_learning_rate is {section.relearn_learning_rate:g}; it must lie between 0 and 1.",
-        ),
-        (
-            all(values for grid in section.grids.values() for values in grid.values()),
-            "compare.grids: a setting has no value.",
-        ),
-    )

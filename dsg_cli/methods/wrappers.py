@@ -27,7 +27,7 @@ from dsg_cli.inference.wrappers import WrapperModule, read_keywords, statistics_
 from dsg_cli.intervals import rate_above
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.residuals import mean_residuals
-from dsg_cli.settings import Filter, InContext, InputFilter, OutputFilter, Prompt
+from dsg_cli.settings import Filter, InContext, InputFilter, OutputFilter, PromptPrefix
 from dsg_cli.workspace.artifacts import Wrapper
 from dsg_cli.workspace.results import Json
 
@@ -74,17 +74,15 @@ class WrapperResult:
     notes: list[str] = field(default_factory=list)
 
 
-def make_prompt(settings: Prompt, inputs: WrapperInputs) -> WrapperResult:
+def make_prompt(settings: PromptPrefix, inputs: WrapperInputs) -> WrapperResult:
     """Tell the model, in front of every prompt, that it does not know (2403.03329).
 
     The text, with its topic filled in; other braces stay as they are.
     """
-    if not settings.text.strip():
-        raise DsgError("methods.prompt.text is empty.", "Write what the model is told.")
     return _prefix("prompt", settings.text.replace(SLOT, topic_of(settings, inputs.topic)), inputs)
 
 
-def topic_of(settings: Prompt, otherwise: str) -> str:
+def topic_of(settings: PromptPrefix, otherwise: str) -> str:
     """What `{topic}` stands for."""
     topic = settings.topic or otherwise
     if SLOT in settings.text and not topic.strip():

@@ -61,7 +61,7 @@ def run(
     check_study(name)
     if options.workers.n > 1:
         raise DsgError("dsg study runs in one process.", "Run it without torchrun.")
-    grid = grid_of(name, recipe.study)
+    grid = grid_of(name, recipe.study.grids, recipe.study.sequence)
     if source is None:
         _check_selected(recipe.select, "The recipe")
     features = None
