@@ -24,6 +24,8 @@ from pydantic import (
     Field,
     StrictBool,
     Tag,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
     with_config,
 )
@@ -121,6 +123,11 @@ def _shortest_and_longest(lengths: list[int]) -> list[int]:
     return lengths
 
 
+def _as_written(value: Any, check: ValidatorFunctionWrapHandler) -> list[Any]:
+    check(value)
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _rival(name: str) -> str:
     if name not in METHODS:
         raise ValueError(f"there is no method of that name. {nearest(name[:200], METHODS)} See dsg ls methods")
@@ -149,8 +156,8 @@ Rival = Annotated[str, AfterValidator(_rival)]
 Several = Annotated[list[T], BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value])]
 NotEmpty = Field(min_length=1)
 Each = AfterValidator(_different)
-Axis = Annotated[Several[T], NotEmpty, Each]
-"""Values that a study tries."""
+Axis = Annotated[Several[T], NotEmpty, Each, WrapValidator(_as_written)]
+"""Values that a study tries; they are stored as they were written."""
 Ascending = AfterValidator(_ascending)
 FromZero = Annotated[Several[Whole], AfterValidator(_from_zero)]
 FromOne = Annotated[Several[Whole], AfterValidator(_from_one)]

@@ -254,11 +254,12 @@ def _check_selected(select: SelectSection, what: str) -> None:
 def _agreeing(recipe: Recipe, features: Stored) -> Recipe:
     """The recipe with the model, SAE, corpora and selection of the features."""
     assert features.header.sae is not None
-    chosen = {field.name: features.header.settings.get(field.name) for field in dataclasses.fields(SelectSection)}
+    settings = features.header.settings
+    selection = {key.name: settings[key.name] for key in dataclasses.fields(SelectSection) if key.name in settings}
     return dataclasses.replace(
         taken_from(recipe, features),
         sae=dataclasses.replace(recipe.sae, source=features.header.sae.source),
-        select=dataclasses.replace(recipe.select, **{key: value for key, value in chosen.items() if value is not None}),
+        select=dataclasses.replace(recipe.select, **selection),
         seed=features.header.seed,
     )
 

@@ -134,7 +134,7 @@ def grid_of(name: str, grids: Mapping[str, Mapping[str, Any]], sequence: Sequenc
                 f"Name them: --grid {axis}=ONE,TWO, or study.grids.{name}.{axis} in a recipe.",
             )
     values = {axis: named.get(axis, study.default.get(axis, [])) for axis in study.axes}
-    grid = {axis: [AXES[axis].kind(value) for value in values[axis]] for axis in study.axes}
+    grid: Grid = {axis: [AXES[axis].kind(value) for value in values[axis]] for axis in study.axes}
     if name == "sequential":
         grid["requests"] = _requests(grid["requests"], 1 + len(sequence))
     return {axis: values for axis, values in grid.items() if values}
