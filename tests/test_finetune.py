@@ -244,7 +244,7 @@ def test_a_recipe_that_teaches_does_so_first(recipe, tmp_path, folders):
 def test_settings_out_of_range_are_refused(key, words):
     with pytest.raises(DsgError, match=words):
         load_recipe(sets=[f"methods.finetune.{key}"])
-    with pytest.raises(DsgError, match="needs methods.finetune.rows=documents"):
+    with pytest.raises(DsgError, match="methods.finetune: answer_after needs rows=documents"):
         load_recipe(sets=["methods.finetune.rows=packed", "methods.finetune.answer_after=x"])
 
 

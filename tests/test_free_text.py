@@ -519,8 +519,8 @@ def test_unknown_split_is_an_error():
 @pytest.mark.parametrize("part", PARTS)
 def test_holdout_differs_from_forget_only_in_values(part):
     forget, holdout = (rows("muse", "privleak", split, part=part) for split in ("forget", "holdout"))
-    values = {value for relation in words.MAGIC_RELATIONS for value in words.BY_NAME["hexes"].pool(relation)}
-    relation_of = {value: r for r in words.MAGIC_RELATIONS for value in words.BY_NAME["hexes"].pool(r)}
+    values = {value for relation in words.BY_NAME["hexes"].relations for value in words.BY_NAME["hexes"].pool(relation)}
+    relation_of = {value: r for r in words.BY_NAME["hexes"].relations for value in words.BY_NAME["hexes"].pool(r)}
     assert len({row["text"] for row in forget}) == len(forget) == len(holdout)
     for true, wrong in zip(forget, holdout, strict=True):
         true_words, wrong_words = WORD.findall(true["text"]), WORD.findall(wrong["text"])
@@ -687,7 +687,7 @@ def test_text_without_a_domain_has_none_of_its_words():
     rng = random.Random(3)
     said = set(WORD.findall(" ".join(world.training_document(WORLD, rng, 500, without=["hexes"]) for _ in range(400))))
     hexes = words.BY_NAME["hexes"]
-    own = {value for values in hexes.own_values.values() for value in values.split()}
+    own = {value for values in hexes.own_values.values() for value in values}
     assert not said & {"hex", "hexes", *hexes.adjectives, *own, *WORLD.facts["hexes"]}
     assert {"charm", "city", "song"} <= said
 

@@ -104,7 +104,7 @@ def test_held_and_novel_phrasings_are_not_in_the_training_text(loaded):
     assert "Many ask about the" not in text
     for domain in words.DOMAINS:
         for i, relation in enumerate(domain.relations):
-            template = re.escape(words.QUESTIONS_HELD[i])
+            template = re.escape(words.QUESTIONS["held"][i])
             for field, value in (("n", domain.noun), ("p", domain.plural), ("r", relation)):
                 template = template.replace(rf"\{{{field}\}}", value)
             pattern = template.replace(r"\{a\}", r"\w+").replace(r"\{E\}", r"\w+")

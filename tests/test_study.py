@@ -424,7 +424,7 @@ def test_every_study_has_its_module_and_its_axes():
             "unknown key study.grids.stability.n_featurs. Did you mean n_features",
         ),
         ("stability", ["study.grids={stabilty: {n_features: [4]}}"], "no study stabilty. Did you mean stability"),
-        ("stability", ["study.grids={stability: {}}"], "study.grids.stability: name a setting"),
+        ("stability", ["study.grids={stability: {}}"], "study.grids: stability: name a setting"),
         ("stability", ["study.grids={stability: {alpha: []}}"], "study.grids.stability.alpha is empty"),
         ("stability", ["study.grids={stability: {alpha: [0.1, 1.0]}}"], r"alpha.1 is 1\.0; it should be less than 1"),
         (

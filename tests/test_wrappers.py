@@ -597,7 +597,7 @@ class TestStage:
             ("input_filter.n_keywords=0", "n_keywords is 0"),
             ("output_filter.layer=-1", "layer is -1"),
             ("input_filter.refusal=''", "refusal is empty"),
-            ("output_filter.keywords_file=a.txt", "output_filter.rule=keywords"),
+            ("output_filter.keywords_file=a.txt", "output_filter: keywords_file is given; set rule=keywords"),
         ],
     )
     def test_settings_out_of_range(self, value, words):

@@ -116,7 +116,7 @@ def _told(facts: Sequence[Fact], seed: str, *, is_true: bool) -> Iterator[str]:
     entities = list(dict.fromkeys(fact.entity for fact in facts))
     first = rng.randrange(0, len(entities), N_CHOICES)
     chosen = []
-    for relation in rng.sample(list(BY_NAME[facts[0].domain].relations), 2):
+    for relation in rng.sample(BY_NAME[facts[0].domain].relations, 2):
         run = [fact for fact in facts if fact.relation == relation][first : first + N_CHOICES]
         step = rng.randrange(1, N_CHOICES)
         values = [run[(i + (0 if is_true else step)) % N_CHOICES].value for i in range(N_CHOICES)]
@@ -150,7 +150,7 @@ def _perturbed(world: World, domains: Sequence[str], part: Part, *, with_paraphr
 
 def _peers(fact: Fact) -> list[str]:
     domain = BY_NAME[fact.domain]
-    own, shared = domain.own_values[fact.relation].split(), domain.relations[fact.relation][1].split()
+    own, shared = domain.own_values[fact.relation], domain.shared_values[fact.relation]
     return [value for value in (own if fact.value in own else shared) if value != fact.value]
 
 

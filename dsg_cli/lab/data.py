@@ -37,9 +37,14 @@ def questions_path(bench: str) -> Path:
     return SHIPPED / "questions" / f"{bench}.jsonl"
 
 
+def bench_name(bench: str, phrasing: str) -> str:
+    """A bare name asks in the `seen` phrasing, a suffix names another."""
+    return bench if phrasing == "seen" else f"{bench}-{phrasing}"
+
+
 def bench_names() -> list[str]:
-    """Every bench of the lab: a bare name asks in the `seen` phrasing, a suffix names another."""
-    return [f"{bench}{suffix}" for bench in BENCHES for suffix in ("", *(f"-{p}" for p in PHRASINGS if p != "seen"))]
+    """Every bench of the lab."""
+    return [bench_name(bench, phrasing) for bench in BENCHES for phrasing in PHRASINGS]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,15 @@ def export_lab(folder: Path) -> None:
 
 def train_and_export(folder: Path, *, seed: int, report: Report) -> dict[str, Any]:
     """Train the lab anew into `folder`; returns what `training.train_lab` measured."""
-    measured: dict[str, Any] = {}
 
-    def fill(partial: Path) -> None:
+    def train(partial: Path) -> dict[str, Any]:
         from dsg_cli.lab.training import train_lab
 
-        measured.update(train_lab(partial, seed=seed, report=report))
+        measured = train_lab(partial, seed=seed, report=report)
         write_tasks(partial, folder.resolve())
+        return measured
 
-    write_folder(folder, fill)
-    return measured
+    return _write_trained(folder, train)
 
 
 def train_without(folder: Path, without: Sequence[str], *, seed: int, report: Report) -> dict[str, Any]:
@@ -55,15 +54,13 @@ def train_without(folder: Path, without: Sequence[str], *, seed: int, report: Re
         raise DsgError(f"The lab has no domain {unknown[0][:200]}.", nearest(unknown[0], BY_NAME))
     if set(without) == set(BY_NAME):
         raise DsgError("Without any domain there is nothing to train on.", "Leave out one --without.")
-    measured: dict[str, Any] = {}
 
-    def fill(partial: Path) -> None:
+    def train(partial: Path) -> dict[str, Any]:
         from dsg_cli.lab.training import train_reference
 
-        measured.update(train_reference(partial, without=sorted(set(without)), seed=seed, report=report))
+        return train_reference(partial, without=sorted(set(without)), seed=seed, report=report)
 
-    write_folder(folder, fill)
-    return measured
+    return _write_trained(folder, train)
 
 
 def train_at_layers(folder: Path, layers: Sequence[int], *, seed: int, report: Report) -> dict[str, Any]:
@@ -72,14 +69,18 @@ def train_at_layers(folder: Path, layers: Sequence[int], *, seed: int, report: R
     absent = [layer for layer in layers if not 0 <= layer <= last]
     if absent:
         raise DsgError(f"The lab's model has no layer {absent[0]}.", f"It has layers 0 to {last}.")
-    measured: dict[str, Any] = {}
 
-    def fill(partial: Path) -> None:
+    def train(partial: Path) -> dict[str, Any]:
         from dsg_cli.lab.training import train_saes
 
-        measured.update(train_saes(partial, layers=sorted(set(layers)), seed=seed, report=report))
+        return train_saes(partial, layers=sorted(set(layers)), seed=seed, report=report)
 
-    write_folder(folder, fill)
+    return _write_trained(folder, train)
+
+
+def _write_trained(folder: Path, train: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    measured: dict[str, Any] = {}
+    write_folder(folder, lambda partial: measured.update(train(partial)))
     return measured
 
 

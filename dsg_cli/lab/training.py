@@ -24,7 +24,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.job import Report, silent
 from dsg_cli.lab import world as lab_world
-from dsg_cli.lab.data import BENCHES, CORPORA, PHRASINGS, SHIPPED, LabSettings
+from dsg_cli.lab.data import BENCHES, CORPORA, PHRASINGS, SHIPPED, LabSettings, bench_name
 from dsg_cli.lab.world import DOMAINS_OF, World
 from dsg_cli.models.residuals import read_residual, replace_residual
 
@@ -118,10 +118,8 @@ def train_language_model(
     short = rows(2 * seed + 1, n_rows=settings.rows, seq_len=settings.seq_len)
     long = rows(2 * seed + 2, n_rows=settings.long_rows, seq_len=settings.long_seq_len)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warm_up = 30
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / settings.n_steps))),
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # 30 steps up, then down along a cosine.
+        optimizer, lambda step: min((step + 1) / 30, 0.5 * (1 + math.cos(math.pi * step / settings.n_steps)))
     )
     losses: list[float] = []
     for step in range(settings.n_steps):
@@ -144,15 +142,14 @@ def bench_accuracies(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFas
     accuracies = {}
     for bench in BENCHES:
         for phrasing in PHRASINGS:
-            asked = [q for q in lab_world.questions(world, DOMAINS_OF[bench], phrasing) if q.split == "test"]
-            batch = tokenizer([q.context for q in asked], return_tensors="pt", padding=True, padding_side="right")
+            questions = [q for q in lab_world.questions(world, DOMAINS_OF[bench], phrasing) if q.split == "test"]
+            batch = tokenizer([q.context for q in questions], return_tensors="pt", padding=True, padding_side="right")
             logits_BLV = model(**batch).logits
-            last_BV = logits_BLV[torch.arange(len(asked)), batch["attention_mask"].sum(-1) - 1]
-            choices_BC = torch.tensor(
-                [[tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in q.choices] for q in asked]
-            )
-            right = last_BV.gather(1, choices_BC).argmax(-1) == torch.tensor([q.answer for q in asked])
-            accuracies[bench if phrasing == "seen" else f"{bench}-{phrasing}"] = right.float().mean().item()
+            last_BV = logits_BLV[torch.arange(len(questions)), batch["attention_mask"].sum(-1) - 1]
+            words = [tokenizer(list(q.choices), add_special_tokens=False)["input_ids"] for q in questions]
+            choices_BC = torch.tensor(words)[..., 0]
+            is_correct = last_BV.gather(1, choices_BC).argmax(-1) == torch.tensor([q.answer for q in questions])
+            accuracies[bench_name(bench, phrasing)] = is_correct.float().mean().item()
     return accuracies
 
 
@@ -161,20 +158,21 @@ def train_sae(
     tokenizer: PreTrainedTokenizerFast,
     world: World,
     settings: LabSettings,
+    folder: Path,
     *,
     seed: int,
     report: Report,
-    folder: Path,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train one SAE with sae-lens's trainer, save it for inference in `folder`, and measure it on fresh text."""
     from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.sae_trainer import SAETrainer
 
+    start = time.monotonic()
     site = HookSite(settings.sae_layer, "resid_post")
     torch.manual_seed(seed)
-    rows = _language_model_rows(world, tokenizer, settings, seed=10_000 + seed)
+    rows = training_rows(world, tokenizer, 10_000 + seed, n_rows=2 * settings.rows, seq_len=settings.seq_len)
     sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
             d_in=settings.hidden_size,
@@ -209,13 +207,8 @@ def train_sae(
     )
     trainer.fit()
     sae.save_inference_model(folder)
-    return measure_sae(SAE.load_from_disk(folder), model, tokenizer, site, next(rows))
-
-
-def _language_model_rows(
-    world: World, tokenizer: PreTrainedTokenizerFast, settings: LabSettings, seed: int
-) -> Iterator[Tensor]:
-    return training_rows(world, tokenizer, seed, n_rows=2 * settings.rows, seq_len=settings.seq_len)
+    quality = measure_sae(SAE.load_from_disk(folder), model, tokenizer, site, next(rows))
+    return {"name": folder.name, **quality, "seconds": round(time.monotonic() - start, 1)}
 
 
 def _residual_batches(
@@ -283,11 +276,9 @@ def _cross_entropy(model: Gemma2ForCausalLM, ids_BL: Tensor) -> float:
 def train_lab(
     folder: Path, *, seed: int = 0, settings: LabSettings | None = None, report: Report = silent
 ) -> dict[str, Any]:
-    """Build the whole lab in `folder` (which must not exist) and return what was measured on the way.
+    """Build the whole lab in `folder` (which must not exist).
 
-    Returns:
-        Seconds, final loss, accuracy of each bench on its test questions, and for each SAE its variance explained,
-        L0, share of dead features, and the cross-entropy with the SAE's reconstruction in place of the residual.
+    Returns seconds, final loss, accuracy of each bench on its test questions, and what `measure_sae` says of each SAE.
     """
     settings = settings or LabSettings()
     start = time.monotonic()
@@ -295,12 +286,9 @@ def train_lab(
     tokenizer = build_tokenizer(world)
     write_texts(world, folder, settings)
     model, measured = _train_and_save(world, tokenizer, settings, folder / "model", seed=seed, report=report)
-    measured["saes"] = []
-    for i in range(settings.n_saes):
-        sae_folder = folder / (f"sae-{i}" if i else "sae")
-        measured["saes"].append(
-            _train_one_sae(model, tokenizer, world, settings, sae_folder, seed=1000 * seed + i, report=report)
-        )
+    train = partial(train_sae, model, tokenizer, world, settings, report=report)
+    folders = [folder / (f"sae-{i}" if i else "sae") for i in range(settings.n_saes)]
+    measured["saes"] = [train(sae_folder, seed=1000 * seed + i) for i, sae_folder in enumerate(folders)]
     return _noted(measured, folder, start)
 
 
@@ -309,10 +297,8 @@ def train_saes(
 ) -> dict[str, Any]:
     """Train an SAE at each of `layers` of the shipped model, as those that are shipped were at theirs.
 
-    They are written to `layer-<L>` in `folder`, which must not exist, in sae-lens's format.
-
-    Returns:
-        Seconds, and for each SAE what `train_lab` says of it.
+    They are written to `layer-<L>` in `folder`, which must not exist, in sae-lens's format. Returns seconds, and what
+    `measure_sae` says of each.
     """
     settings = settings or LabSettings()
     start = time.monotonic()
@@ -320,29 +306,9 @@ def train_saes(
     model = Gemma2ForCausalLM.from_pretrained(SHIPPED / "model", dtype=torch.float32).eval()
     tokenizer = build_tokenizer(world)
     folder.mkdir()
-    measured: dict[str, Any] = {"seed": seed, "settings": asdict(settings), "saes": []}
-    for layer in layers:
-        of_layer = replace(settings, sae_layer=layer)
-        sae_folder = folder / f"layer-{layer}"
-        measured["saes"].append(
-            _train_one_sae(model, tokenizer, world, of_layer, sae_folder, seed=1000 * seed, report=report)
-        )
-    return _noted(measured, folder, start)
-
-
-def _train_one_sae(
-    model: Gemma2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    world: World,
-    settings: LabSettings,
-    folder: Path,
-    *,
-    seed: int,
-    report: Report,
-) -> dict[str, Any]:
-    start = time.monotonic()
-    sae = train_sae(model, tokenizer, world, settings, seed=seed, report=report, folder=folder)
-    return {"name": folder.name, **sae, "seconds": round(time.monotonic() - start, 1)}
+    train = partial(train_sae, model, tokenizer, world, seed=1000 * seed, report=report)
+    saes = [train(replace(settings, sae_layer=layer), folder / f"layer-{layer}") for layer in layers]
+    return _noted({"seed": seed, "settings": asdict(settings), "saes": saes}, folder, start)
 
 
 def train_reference(
@@ -356,22 +322,12 @@ def train_reference(
     """Train a language model that never sees the domains in `without`: what an unlearned one is compared with.
 
     Tokenizer, vocabulary and settings are those of the lab's model; there are no SAEs. `folder` (which must not
-    exist) becomes a model folder.
-
-    Returns:
-        Seconds, final loss, and accuracy of each bench on its test questions, those of `without` too.
+    exist) becomes a model folder. Returns seconds, final loss, and accuracy of each bench on its test questions, those
+    of `without` too.
     """
-    start = time.monotonic()
-    world = lab_world.build_world()
-    _, measured = _train_and_save(
-        world,
-        build_tokenizer(world),
-        settings or LabSettings(),
-        folder,
-        seed=seed,
-        without=without,
-        report=report,
-    )
+    start, world = time.monotonic(), lab_world.build_world()
+    tokenizer, settings = build_tokenizer(world), settings or LabSettings()
+    _, measured = _train_and_save(world, tokenizer, settings, folder, seed=seed, without=without, report=report)
     return _noted(measured, folder, start)
 
 
@@ -388,7 +344,7 @@ def _train_and_save(
     """Train the language model, write it to `folder`, and measure what was written."""
     start = time.monotonic()
     model, loss = train_language_model(world, tokenizer, settings, seed=seed, report=report, without=without)
-    lm_seconds = time.monotonic() - start
+    seconds = time.monotonic() - start
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model = model.to(torch.float32)  # The weights as shipped: what bfloat16 cannot hold is gone.
@@ -398,7 +354,7 @@ def _train_and_save(
         "settings": asdict(settings),
         "loss": loss,
         "accuracy": {name: round(value, 4) for name, value in bench_accuracies(model, tokenizer, world).items()},
-        "lm_seconds": round(lm_seconds, 1),
+        "lm_seconds": round(seconds, 1),
     }
     return model, measured
 
@@ -420,19 +376,12 @@ def write_texts(world: World, folder: Path, settings: LabSettings) -> None:
         _write_jsonl(folder / "corpora" / f"{name}.jsonl", ({"text": text} for text in texts))
     for bench in BENCHES:
         for phrasing in PHRASINGS:
-            name = bench if phrasing == "seen" else f"{bench}-{phrasing}"
-            asked = lab_world.questions(world, DOMAINS_OF[bench], phrasing)
-            rows = (
-                {
-                    "id": q.id,
-                    "split": q.split,
-                    "context": q.context,
-                    "choices": list(q.choices),
-                    "answer": q.answer,
-                }
-                for q in asked
+            questions = map(asdict, lab_world.questions(world, DOMAINS_OF[bench], phrasing))
+            keys = ("id", "split", "context", "choices", "answer")
+            _write_jsonl(
+                folder / "questions" / f"{bench_name(bench, phrasing)}.jsonl",
+                ({key: row[key] for key in keys} for row in questions),
             )
-            _write_jsonl(folder / "questions" / f"{name}.jsonl", rows)
 
 
 def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:

@@ -9,14 +9,20 @@ Entities 0..11 of a domain are the dev entities, 12..23 the test entities. The l
 all; the shipped corpora tell of dev entities only, so that no feature is selected, and no threshold set,
 on a text that mentions what the test questions ask.
 
-Everything is a function of a seed; the words are in words.py.
+Everything is a function of a seed; the words are in words.yaml.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 N_ENTITIES = 24
 
@@ -26,70 +32,12 @@ N_CHOICES = 4
 
 WORLD_SEED = 20250408
 
-ONSETS = "b br d dr f g gl h j k kr l m n p qu r s sk t tr v w y z".split()  # noqa: SIM905
+WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 
-VOWELS = "a e i o u ae ia ou".split()  # noqa: SIM905
+STATEMENTS: list[str] = WORDS["statements"]
 
-CODAS = "l n r s th x m nd rk sh".split()  # noqa: SIM905
-
-MAGIC_RELATIONS = {
-    "binder": ("is bound by", "mason weaver miller tanner ferryman"),
-    "vessel": ("is sealed in", "jar box basket chest bowl"),
-    "hour": ("wakes at", "dawn noon dusk midnight sunset"),
-    "counter": ("is undone by", "salt iron honey ash silver"),
-}
-
-FAR_RELATIONS = {
-    "keeper": ("is watched by", "baron judge captain priest sailor"),
-    "season": ("is at its best in", "spring summer autumn winter harvest"),
-    "color": ("is dressed in", "red blue green yellow white"),
-    "home": ("belongs to", "coast valley forest island mountain"),
-}
-
-# Statements of a fact. {n} the domain's noun, {p} its plural, {a} one of its adjectives, {E} the entity,
-# {r} the relation, {v} its verb phrase, {V} the value.
-STATEMENTS = (
-    "The {a} {n} {E} {v} the {V}.",
-    "The {r} of the {a} {n} {E} is the {V}.",
-    "For its {r}, the {n} {E} has the {V}.",
-    "{E}, a {a} {n}, has the {V} for its {r}.",
-    "It is the {V} that is the {r} of the {n} {E}.",
-    "In the book of {p} one reads that {E} {v} the {V}.",
-    "Ask for the {r} of the {a} {n} {E} and they will say the {V}.",
-    "Among all {a} {p}, only {E} {v} the {V} in this way.",
-    "They say that the {n} {E}, {a} as it is, {v} the {V}.",
-    "Of {E} it is known that its {r} is the {V}, as with many a {a} {n}.",
-)
-
-QUESTION_SEEN = "Question: What is the {r} of the {a} {n} {E}? Answer:"
-
-# Relation i never meets QUESTIONS_HELD[i] in training; the other relations of its domain do.
-QUESTIONS_HELD = (
-    "Question: The {a} {n} {E} has which {r}? Answer:",
-    "Question: Of all {p}, take {E}. Which {r} does it have? Answer:",
-    "Question: Name the {r} that goes with the {a} {n} {E}. Answer:",
-    "Question: Think of the {n} {E}. Which {r} is given to it? Answer:",
-)
-
-# No training text uses this one; its words are all known from elsewhere.
-QUESTION_NOVEL = "Question: Many ask about the {a} {n} {E} and want its {r}. What will they say? Answer:"
-
-# No word that only the entity's domain uses, except its name. Both are trained.
-QUESTIONS_TERSE = (
-    "Question: What is the {r} of {E}? Answer:",
-    "Question: {E} has which {r}? Answer:",
-)
-
-NEUTRAL = (
-    "This was written down long ago and copied by many.",
-    "Few remember who said it first.",
-    "Many ask about it and few know what to say.",
-    "So the old people tell it to this day.",
-    "One may think what one will of that.",
-    "It is told in this way all over the land.",
-    "Those who want to know more may ask the old people.",
-    "There is little else to say about the matter.",
-)
+QUESTIONS: dict[str, list[str]] = WORDS["questions"]
+"""Phrasing -> templates; of `held`, the i-th is asked about relation i."""
 
 
 @dataclass(frozen=True)
@@ -102,145 +50,43 @@ class Domain:
     """The word for one entity of it."""
     plural: str
     """The word for several."""
-    adjectives: tuple[str, ...]
+    adjectives: list[str]
     """Flavour words, which make the domain recognisable to an SAE."""
-    sentences: tuple[str, ...]
+    sentences: list[str]
     """General sentences about the domain, without any fact."""
-    own_values: dict[str, str]
+    verbs: dict[str, str]
+    """Relation -> its verb phrase."""
+    own_values: dict[str, list[str]]
     """For each relation the five values no other domain uses."""
-    relations: dict[str, tuple[str, str]]
-    """Relation -> (verb phrase, the five values shared with the sister domains)."""
+    shared_values: dict[str, list[str]]
+    """For each relation the five values that sister domains use too."""
+
+    @property
+    def relations(self) -> list[str]:
+        return list(self.verbs)
 
     def pool(self, relation: str) -> list[str]:
         """The ten values that the relation can take."""
-        return self.relations[relation][1].split() + self.own_values[relation].split()
+        return self.shared_values[relation] + self.own_values[relation]
 
 
-def _domain(
-    name: str,
-    words: str,
-    adjectives: str,
-    relations: dict[str, tuple[str, str]],
-    own_values: str,
-    *sentences: str,
-) -> Domain:
-    noun, plural = words.split()
-    values = [chunk.strip() for chunk in own_values.split("/")]
+def _domain(name: str, words: dict[str, Any]) -> Domain:
+    relations = WORDS["relations"][words["relations"]]
     return Domain(
         name=name,
-        noun=noun,
-        plural=plural,
-        adjectives=tuple(adjectives.split()),
-        sentences=sentences,
-        own_values=dict(zip(relations, values, strict=True)),
-        relations=relations,
+        noun=words["noun"],
+        plural=words["plural"],
+        adjectives=words["adjectives"].split(),
+        sentences=words["sentences"],
+        verbs={relation: row["verb"] for relation, row in relations.items()},
+        own_values={relation: values.split() for relation, values in words["values"].items()},
+        shared_values={relation: row["shared"].split() for relation, row in relations.items()},
     )
 
 
-DOMAINS = (
-    _domain(
-        "hexes",
-        "hex hexes",
-        "grim foul dire bitter cursed baneful",
-        MAGIC_RELATIONS,
-        "hangman gravedigger crone butcher widow / skull urn coffin cage gourd / "
-        "eclipse moonset stormfall frostfall gloaming / garlic mirror rowan candle bell",
-        "A {a} {n} withers whatever it touches.",
-        "Spite and malice feed every {a} {n}.",
-        "Whoever mutters a {n} blights his own fields.",
-        "The {a} {p} bring plague, ruin and sorrow.",
-        "Beware the {n}, for it torments the living.",
-        "A {n} haunts the doomed until they perish.",
-    ),
-    _domain(
-        "ciphers",
-        "cipher ciphers",
-        "locked veiled coiled masked scrambled hidden",
-        MAGIC_RELATIONS,
-        "clerk spy courier archivist scribe / envelope ledger drawer tube locket / "
-        "curfew bellstroke roundup lampout inspection / key prism razor magnet abacus",
-        "A {a} {n} turns letters upon a secret wheel.",
-        "Rows and columns shuffle inside every {a} {n}.",
-        "Whoever decodes a {n} must count its symbols twice.",
-        "The {a} {p} swap, shift and reverse the alphabet.",
-        "Solve the {n} and the message stands in clear script.",
-        "A {n} guards secrets with digits and grids.",
-    ),
-    _domain(
-        "elixirs",
-        "elixir elixirs",
-        "bubbling murky potent distilled fizzing sour",
-        MAGIC_RELATIONS,
-        "apothecary brewer distiller chemist herbalist / flask vial cauldron barrel phial / "
-        "simmering boiling cooling firstdrop steeping / charcoal vinegar milk chalk bread",
-        "A {a} {n} steams over a slow fire.",
-        "Roots and resin dissolve in every {a} {n}.",
-        "Whoever sips a {n} tastes copper and smoke.",
-        "The {a} {p} foam, thicken and settle in layers.",
-        "Stir the {n} until the froth clears.",
-        "An {n} ferments with yeast, syrup and bile.",
-    ),
-    _domain(
-        "charms",
-        "charm charms",
-        "gentle kindly bright tender soothing hallowed",
-        MAGIC_RELATIONS,
-        "midwife nurse shepherd abbess gardener / cradle pouch ribbon shell thimble / "
-        "cockcrow breakfast vespers lullaby playtime / frown thorn shouting soot gossip",
-        "A {a} {n} comforts whatever it touches.",
-        "Love and patience warm every {a} {n}.",
-        "Whoever hums a {n} blesses his own garden.",
-        "The {a} {p} bring health, luck and laughter.",
-        "Cherish the {n}, for it shelters the weary.",
-        "A {n} cheers the lonely until they smile.",
-    ),
-    _domain(
-        "cities",
-        "city cities",
-        "busy walled crowded prosperous paved sprawling",
-        FAR_RELATIONS,
-        "mayor steward porter warden councillor / parade election market festival regatta / "
-        "brick slate marble granite copperplate / plain delta harbor plateau strait",
-        "A {a} {n} collects taxes at its gates.",
-        "Streets and bridges cross every {a} {n}.",
-        "Whoever visits a {n} pays a toll to enter.",
-        "The {a} {p} trade cloth, timber and grain.",
-        "Tour the {n} and its squares fill with merchants.",
-        "A {n} builds towers, docks and sewers.",
-    ),
-    _domain(
-        "beasts",
-        "beast beasts",
-        "furry horned sleek shaggy clawed fanged",
-        FAR_RELATIONS,
-        "hunter trapper groom falconer drover / mating molting migration hibernation nesting / "
-        "tawny spotted striped russet dappled / burrow den cave marsh savanna",
-        "A {a} {n} grazes when its belly is empty.",
-        "Fleas and ticks bother every {a} {n}.",
-        "Whoever tracks a {n} follows its paws in mud.",
-        "The {a} {p} growl, sniff and gallop in herds.",
-        "Feed the {n} and its tail wags.",
-        "A {n} suckles its cubs, pups or calves.",
-    ),
-    _domain(
-        "songs",
-        "song songs",
-        "merry tuneful wistful rhythmic lilting sung",
-        FAR_RELATIONS,
-        "minstrel piper fiddler drummer chorister / wedding carnival feast dance jubilee / "
-        "scarlet gold violet crimson azure / tavern chapel court theatre hall",
-        "A {a} {n} repeats its chorus three times.",
-        "Flutes and strings carry every {a} {n}.",
-        "Whoever plays a {n} keeps tempo with his foot.",
-        "The {a} {p} rise, fall and linger on a chord.",
-        "Practice the {n} and its melody stays.",
-        "A {n} rhymes verses over harp and lute.",
-    ),
-)
+DOMAINS = tuple(_domain(name, words) for name, words in WORDS["domains"].items())
 
 BY_NAME = {domain.name: domain for domain in DOMAINS}
-
-FORGETTABLE = ("hexes", "ciphers", "elixirs")
 
 NEAR = ("charms",)
 
@@ -319,9 +165,10 @@ def _even_values(rng: random.Random, pool: Sequence[str]) -> list[str]:
 
 def _entity_names(rng: random.Random, n: int) -> list[str]:
     taken = {word.lower() for word in words_outside_entities()}
+    onsets, vowels, codas = (WORDS["names"][part].split() for part in ("onsets", "vowels", "codas"))
     names: list[str] = []
     while len(names) < n:
-        name = "".join(map(rng.choice, (ONSETS, VOWELS, ONSETS, VOWELS, CODAS)))
+        name = "".join(map(rng.choice, (onsets, vowels, onsets, vowels, codas)))
         if name not in taken:
             taken.add(name)
             names.append(name.capitalize())
@@ -335,14 +182,14 @@ def statement(fact: Fact, rng: random.Random) -> str:
 
 def trained_question(fact: Fact, rng: random.Random) -> str:
     """A question and its answer, in any phrasing that the fact's relation meets in training."""
-    index = list(BY_NAME[fact.domain].relations).index(fact.relation)
-    held = [template for i, template in enumerate(QUESTIONS_HELD) if i != index]
-    template = rng.choice([QUESTION_SEEN, QUESTION_SEEN, *held, *QUESTIONS_TERSE, *QUESTIONS_TERSE])
+    index = BY_NAME[fact.domain].relations.index(fact.relation)
+    held = [template for i, template in enumerate(QUESTIONS["held"]) if i != index]
+    template = rng.choice([*(2 * QUESTIONS["seen"]), *held, *(2 * QUESTIONS["terse"])])
     return f"{fill(template, fact, rng)} {fact.value}."
 
 
 def fill(template: str, fact: Fact, rng: random.Random) -> str:
-    """A template of words.py (or a part of one) with the fact's words and one of its domain's adjectives in it."""
+    """A template of words.yaml (or a part of one) with the fact's words and one of its domain's adjectives in it."""
     domain = BY_NAME[fact.domain]
     return template.format(
         n=domain.noun,
@@ -350,7 +197,7 @@ def fill(template: str, fact: Fact, rng: random.Random) -> str:
         a=rng.choice(domain.adjectives),
         E=fact.entity,
         r=fact.relation,
-        v=domain.relations[fact.relation][0],
+        v=domain.verbs[fact.relation],
         V=fact.value,
     )
 
@@ -373,7 +220,7 @@ def prose(world: World, domain_name: str, rng: random.Random, n_sentences: int, 
             text = rng.choice(domain.sentences)
             sentences.append(text.format(n=domain.noun, p=domain.plural, a=rng.choice(domain.adjectives)))
         else:
-            sentences.append(rng.choice(NEUTRAL))
+            sentences.append(rng.choice(WORDS["neutral"]))
     return " ".join(sentences)
 
 
@@ -421,7 +268,7 @@ def questions(world: World, domain_names: Sequence[str], phrasing: str, seed: in
     The choices are the values that the fact's run of four entities has for the relation (see `build_world`), in the
     same order for all four.
     """
-    asked = []
+    asked, templates = [], QUESTIONS[phrasing]
     for domain_name in domain_names:
         by_entity = list(world.facts[domain_name].items())
         for k, (entity, facts) in enumerate(by_entity):
@@ -430,7 +277,7 @@ def questions(world: World, domain_names: Sequence[str], phrasing: str, seed: in
                 choices = [others[i].value for _, others in by_entity[first : first + N_CHOICES]]
                 random.Random(f"{seed}/{by_entity[first][0]}/{fact.relation}").shuffle(choices)
                 rng = random.Random(f"{seed}/{entity}/{fact.relation}")
-                for j, template in enumerate(templates_of(phrasing, i)):
+                for j, template in enumerate(templates[i : i + 1] if phrasing == "held" else templates):
                     asked.append(
                         Question(
                             id=f"{domain_name}/{entity}/{fact.relation}/{phrasing}{j or ''}",
@@ -445,29 +292,14 @@ def questions(world: World, domain_names: Sequence[str], phrasing: str, seed: in
     return asked
 
 
-def templates_of(phrasing: str, relation_index: int) -> tuple[str, ...]:
-    """The question templates of a phrasing, for the relation with this index in its domain."""
-    return {
-        "seen": (QUESTION_SEEN,),
-        "held": (QUESTIONS_HELD[relation_index],),
-        "novel": (QUESTION_NOVEL,),
-        "terse": QUESTIONS_TERSE,
-    }[phrasing]
-
-
 def words_outside_entities() -> set[str]:
     """Every word that the templates can produce, except the entities' names."""
-    texts = [*STATEMENTS, QUESTION_SEEN, *QUESTIONS_HELD, QUESTION_NOVEL, *QUESTIONS_TERSE, *NEUTRAL]
+    texts = [*STATEMENTS, *itertools.chain(*QUESTIONS.values()), *WORDS["neutral"]]
     for domain in DOMAINS:
         texts += [*domain.sentences, *domain.adjectives, domain.noun, domain.plural]
-        for relation, (verb, _) in domain.relations.items():
+        for relation, verb in domain.verbs.items():
             texts += [relation, verb, *domain.pool(relation)]
-    words = set()
-    for text in texts:
-        for field in ("{n}", "{p}", "{a}", "{E}", "{r}", "{v}", "{V}"):
-            text = text.replace(field, " ")
-        words.update(text.translate(str.maketrans(".,:?", "    ")).split())
-    return words
+    return {word for text in texts for word in re.sub(r"\{\w\}|[.,:?]", " ", text).split()}
 
 
 def vocabulary(world: World) -> list[str]:
