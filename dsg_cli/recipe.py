@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from dsg_cli.errors import DsgError, nearest, reason_of
-from dsg_cli.settings import Recipe, shown
+from dsg_cli.settings import Recipe
 from dsg_cli.studies import STUDIES
 from dsg_cli.workspace.files import is_file
 
@@ -145,11 +146,11 @@ def _name_sections(data: dict[str, Any], section: Any) -> None:
 def _sentence(mistake: ErrorDetails) -> str:
     """What is wrong, with the dotted key and the value."""
     *section, last = [part for part in mistake["loc"] if part not in UNSPOKEN]
-    key = ".".join(part if isinstance(part, str) else shown(part) for part in (*section, last))[:200]
+    key = ".".join(part if isinstance(part, str) else _shown(part) for part in (*section, last))[:200]
     if mistake["type"] in UNKNOWN:
         return f"unknown key {key}. {nearest(str(last)[:200], _keys_of(section)) if isinstance(last, str) else ''}"
     if mistake["type"] == "dataclass_type":
-        return f"{key} must be a section (key: value), not {shown(mistake['input'])}."
+        return f"{key} must be a section (key: value), not {_shown(mistake['input'])}."
     value, words = mistake["input"], mistake["msg"].removeprefix("Value error, ")
     for theirs, ours in WORDS.items():
         words = words.replace(theirs, ours)
@@ -157,7 +158,17 @@ def _sentence(mistake: ErrorDetails) -> str:
     if dataclasses.is_dataclass(value) or isinstance(value, dict):
         return f"{key}: {words}{end}"
     is_empty = value == [] or (isinstance(value, str) and not value.strip())
-    return f"{key} is {'empty' if is_empty else shown(value)}; {words}{end}"
+    return f"{key} is {'empty' if is_empty else _shown(value)}; {words}{end}"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, shortened; of a number with thousands of digits, that it is one."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 200, 200
+    try:
+        return short.repr(value)
+    except ValueError:
+        return "a number with too many digits"
 
 
 def _keys_of(section: Sequence[int | str]) -> list[str]:
