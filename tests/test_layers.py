@@ -106,6 +106,11 @@ def test_light_modules_import_no_torch():
         assert python("-c", code).stdout.strip() == "[]", module
 
 
+def test_help_and_completion_read_no_settings():
+    code = "import sys, dsg_cli.cli.app; print('pydantic' in sys.modules)"
+    assert python("-c", code).stdout.strip() == "False"
+
+
 def test_the_runtime_can_be_copied_out_of_the_package():
     """torch, transformers, the standard library, and files of its own folder by relative imports."""
     for path in (PACKAGE / "guardrail" / "runtime").glob("*.py"):
