@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import LAYER
+from safetensors.torch import load_file, save_file
 
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.sites import HookSite, decoder_layers, fingerprint, parse_hook_site
@@ -33,16 +34,19 @@ def test_fingerprint_of_cut_whole_and_half_precision_agree(folders, model):
     assert fingerprint(model, LAYER + 1) != whole
 
 
-@pytest.mark.parametrize(("name", "is_same"), [("model.layers.1.mlp.up_proj.weight", False), ("lm_head.weight", True)])
-def test_fingerprint_covers_the_layers_up_to_the_hook(folders, tmp_path, name, is_same):
-    from safetensors.torch import load_file, save_file
+def rewritten(folders, to, change):
+    """A copy of the model whose tensors were changed by hand."""
+    shutil.copytree(folders["model"], to)
+    weights = load_file(to / "model.safetensors")
+    change(weights)
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    return str(to)
 
-    shutil.copytree(folders["model"], tmp_path / "model")
-    weights = load_file(tmp_path / "model/model.safetensors")
-    weights[name] = weights[name] * 2
-    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    changed = fingerprint(load_model(str(tmp_path / "model")).model, LAYER)
-    assert (changed == fingerprint(load_model(str(folders["model"])).model, LAYER)) is is_same
+
+@pytest.mark.parametrize(("name", "is_same"), [("model.layers.1.mlp.up_proj.weight", False), ("lm_head.weight", True)])
+def test_fingerprint_covers_the_layers_up_to_the_hook(folders, model, tmp_path, name, is_same):
+    doubled = rewritten(folders, tmp_path / "model", lambda weights: weights.update({name: weights[name] * 2}))
+    assert (fingerprint(load_model(doubled).model, LAYER) == fingerprint(model, LAYER)) is is_same
 
 
 def test_hook_names():
@@ -68,11 +72,6 @@ def test_wrong_folders_are_refused(tmp_path, folders):
 
 
 def test_weights_that_lack_a_tensor_are_refused(tmp_path, folders):
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(folders["model"], tmp_path / "model")
-    weights = load_file(tmp_path / "model/model.safetensors")
-    del weights["model.layers.0.mlp.up_proj.weight"]
-    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    short = rewritten(folders, tmp_path / "model", lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
     with pytest.raises(DsgError, match=r"lack 1 tensors, among them model\.layers\.0"):
-        load_model(str(tmp_path / "model"))
+        load_model(short)

@@ -165,14 +165,9 @@ def test_candidates_are_the_features_that_lie_farthest_apart():
     assert candidates(statistics(dead), statistics(dead), 3) == []
 
 
-def fitted(**changes):
-    forget, retain = tokens()
-    settings = {"n_features": 2, "ridge": 0.01} | changes
-    return fit_probe(forget, [retain], [1.0], [10, 11, 12, 13, 14, 15], **settings)
-
-
 def test_few_features_remain_with_the_right_signs():
-    probe = fitted()
+    forget, retain = tokens()
+    probe = fit_probe(forget, [retain], [1.0], range(10, 16), n_features=2, ridge=0.01)
     assert probe.indices == [10, 11] and probe.weights[0] > 0 > probe.weights[1]
     assert [step["n_features"] for step in probe.path] == [6, 3, 2] and probe.path[-1]["balanced_accuracy"] > 0.97
     assert probe.n_tokens == 2 * N
@@ -181,7 +176,7 @@ def test_few_features_remain_with_the_right_signs():
 def test_the_fit_is_the_minimum_of_its_loss():
     """A plain statement of the loss, whose gradient is zero at what was fitted."""
     forget, retain = tokens()
-    probe = fitted(n_features=6)
+    probe = fit_probe(forget, [retain], [1.0], range(6), n_features=6, ridge=0.01)
     deviation = torch.cat([forget, retain]).double().std(0)
     w = (torch.tensor(probe.weights).double() * deviation).requires_grad_()
     b = torch.tensor(probe.bias).double().requires_grad_()

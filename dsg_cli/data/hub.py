@@ -144,16 +144,8 @@ def hub_errors(repo: str) -> Iterator[None]:
     unreachable: tuple[type[Exception], ...] = (*_network_errors(), errors.OfflineModeIsEnabled)
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise DsgError(
-            f"The repository {repo} is gated, and this account has no access.",
-            f"Ask for access at https://huggingface.co/{repo}, then set HF_TOKEN or run `hf auth login`.",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise DsgError(
-            f"There is no repository {repo} on the hub, or it is private and this account has no access.",
-            "Check the name; for a private one, set HF_TOKEN or run `hf auth login`.",
-        ) from error
+    except errors.RepositoryNotFoundError as error:  # A gated one is a kind of it.
+        raise _no_access(repo, is_gated=isinstance(error, errors.GatedRepoError)) from error
     except errors.RevisionNotFoundError as error:
         raise DsgError(f"The repository {repo} has no such revision.", "Give a branch, a tag or a commit.") from error
     except errors.LocalEntryNotFoundError as error:
@@ -179,6 +171,20 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise DsgError(
             f"There is no room on the disk for {repo}.", "Make room, or name another cache folder with HF_HOME."
         ) from error
+
+
+def _no_access(repo: str, *, is_gated: bool, is_data: bool = False) -> DsgError:
+    what, page = ("data set", f"datasets/{repo}") if is_data else ("repository", repo)
+    if not is_gated:
+        return DsgError(
+            f"There is no {what} {repo} on the hub, or it is private and this account has no access.",
+            "Check the name; for a private one, set HF_TOKEN or run `hf auth login`.",
+        )
+    or_local = "; or give a local copy by its path (.jsonl, .csv, .parquet, ...)" if is_data else ""
+    return DsgError(
+        f"The {what} {repo} is gated, and this account has no access.",
+        f"Ask for access at https://huggingface.co/{page}, then set HF_TOKEN or run `hf auth login`{or_local}.",
+    )
 
 
 def read_hub(hub_text: HubText, *, revision: str | None = None) -> Documents:
@@ -214,16 +220,7 @@ def data_errors(repo: str) -> Iterator[None]:
         with hub_errors(repo):
             yield
     except exceptions.DatasetNotFoundError as error:
-        if "gated" in str(error):
-            raise DsgError(
-                f"The data set {repo} is gated, and this account has no access.",
-                f"Ask for access at https://huggingface.co/datasets/{repo}, then set HF_TOKEN or run `hf auth login`; "
-                "or give a local copy by its path (.jsonl, .csv, .parquet, ...).",
-            ) from error
-        raise DsgError(
-            f"There is no data set {repo} on the hub, or it is private and this account has no access.",
-            "Check the name; for a private one, set HF_TOKEN or run `hf auth login`.",
-        ) from error
+        raise _no_access(repo, is_gated="gated" in str(error), is_data=True) from error
     except exceptions.DatasetsError as error:
         is_generated = isinstance(error, exceptions.DatasetGenerationError)
         cause = (error.__cause__ if is_generated else None) or error
