@@ -171,7 +171,7 @@ def _buckets(rows: Iterable[list[int]], max_tokens: int | None) -> Iterator[list
 
 
 def _ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, made in another thread; an exception there is raised here."""
+    """The items, made ahead in another thread; an exception there is raised here."""
     ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(AHEAD)
     is_over = threading.Event()
 

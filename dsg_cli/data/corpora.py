@@ -42,7 +42,7 @@ class Corpus:
     name: str
     texts: list[str]
     sha256: str
-    """Of the texts."""
+    """Digest of the texts."""
     revision: str = ""
     """Commit of the repository that they came from."""
     weight: float | None = None

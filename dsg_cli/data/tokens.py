@@ -226,7 +226,7 @@ def draw_pieces(
     rng = random.Random(f"{seed}/{part}")
     n_head = int(bos is not None)
     pieces: list[list[Piece]] = []
-    """Of each corpus."""
+    """One list for each corpus."""
     for corpus in corpora:
         texts = prompts(tokenizer, corpus, part)
         kept = _sampled(texts, rng, corpus, lengths=lengths, at_most=at_most // len(corpora))

@@ -106,7 +106,7 @@ class GateInputs:
     detectors: list[int]
     """Empty where it watches the clamped features themselves."""
     weights: list[float]
-    """Of the detectors in the token score; empty where all have weight 1."""
+    """Weights of the detectors in the token score; empty where all are 1."""
     bias: float = 0.0
     clip: float = 0.0
 

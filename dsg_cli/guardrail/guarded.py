@@ -69,8 +69,8 @@ def guarded(
 
 
 def last_decisions(guards: Sequence[GuardrailModule]) -> list[tuple[float, bool, float]]:
-    """Of each row of the last call: the statistic of the guardrail nearest to firing, whether any fired, and the
-    largest change of a token's residual, relative to its norm."""
+    """Statistic of the guardrail nearest to firing, whether any fired, and the largest change of a token's residual
+    relative to its norm: one triple for each row of the last call."""
     statistic_GB = torch.stack([guard.last_statistic_B.cpu() for guard in guards])
     threshold_G = torch.tensor([guard.gate.threshold for guard in guards])
     nearest_B = (statistic_GB - threshold_G[:, None]).argmax(0)

@@ -29,10 +29,10 @@ CLIP = 8.0
 """Bound of a token's logit at run time."""
 
 NEWTON_STEPS, CONVERGED = 50, 1e-10
-"""Of a fit, at most; and the largest gradient at which it ends."""
+"""Steps of a fit, at most; and the largest gradient at which it ends."""
 
 DIGITS = 4
-"""Of a weight that are kept: the others follow how a batch was cut, not the text."""
+"""Digits of a weight that are kept: the others follow how a batch was cut, not the text."""
 
 
 @dataclass(frozen=True)

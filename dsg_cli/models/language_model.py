@@ -202,7 +202,7 @@ def _unreadable(what: str, done: str, error: Exception) -> DsgError:
 
 
 def whole_digest(model: PreTrainedModel) -> str:
-    """Of every tensor of a model (name, shape and evenly spaced values), its configuration and what it runs on.
+    """Digest of every tensor of a model (name, shape and evenly spaced values), its configuration and what it runs on.
 
     Unlike `fingerprint` it covers the head and the last layers, and tells dtypes apart.
     """

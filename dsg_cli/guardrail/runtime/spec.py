@@ -48,14 +48,14 @@ class GuardrailSpec:
     model: dict[str, Any]
     """Architecture, layers, width and fingerprint of the model that it was made for."""
     bias: float = 0.0
-    """Of a `probe` gate, see gates.py; 0 in guardrails of earlier versions."""
+    """b of a `probe` gate, see gates.py; 0 in guardrails of earlier versions."""
     clip: float = 0.0
     clamp: str = "all"
     """`all`: on an active token every clamped feature is set; `each`: those of them that exceed their own `above`."""
     coefficients: list[float] = field(default_factory=list)
     """What each clamped feature is set to; empty where all are set to -strength."""
     above: list[float] = field(default_factory=list)
-    """Of each feature, clamped or only watched, the activation above which it makes a token active, or `NEVER`; empty
+    """Activation above which each feature, clamped or only watched, makes a token active, or `NEVER`; empty
     where every clamped feature does as soon as it is active, and no other."""
 
 
