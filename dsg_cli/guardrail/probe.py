@@ -164,7 +164,10 @@ def fit_probe(
 def _logistic(
     acts_TC: Tensor, is_forget_T: Tensor, weight_T: Tensor, ridge: float, start: Tensor
 ) -> tuple[Tensor, float]:
-    """Weights [C] and bias of a ridge logistic regression by Newton's method, float64; the bias is not penalised."""
+    """Weights [C] and bias of a ridge logistic regression by Newton's method, float64; the bias is not penalised.
+
+    Not scikit-learn's: artifacts keep the losses whole, and it moves them in the tenth digit.
+    """
     acts_TP = torch.cat([acts_TC, torch.ones(len(acts_TC), 1).double()], -1)
     penalty_P = torch.full((acts_TP.shape[1],), ridge).double()
     penalty_P[-1] = 0
