@@ -207,6 +207,17 @@ def tiny_recipe(folders, tmp_path_factory):
     return lambda *own: settle(load_recipe(sets=[*sets, *own]))
 
 
+@pytest.fixture(scope="session")
+def tiny_features(tiny_recipe, tmp_path_factory) -> Path:
+    """A workspace with `features-001` of the tiny model; whoever writes copies the folder."""
+    from dsg_cli.stages import select
+    from dsg_cli.workspace.store import Workspace
+
+    folder = tmp_path_factory.mktemp("tiny-features")
+    select.run(tiny_recipe(), Workspace(folder))
+    return folder
+
+
 def write_task(folder: Path, rows: list[dict], **changes: object) -> dict[str, str]:
     """An lm-eval task `mine` of the user's own (columns q, c, a) in a folder; returns options for load_tasks."""
     folder.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -407,15 +408,14 @@ def test_all_leaves_out_paraphrase_where_nothing_says_how_to():
 
 
 @pytest.fixture
-def chain(dsg, folders, tmp_path):
+def chain(dsg, tiny_features, tmp_path):
     """A guardrail on the tiny model; returns how to attack it on a bench of the user's own."""
-    corpora = ("--forget", folders["forget.txt"], "--retain", folders["retain.txt"])
-    model = ("--model", folders["model"], "--sae", folders["sae"], "-n", 4, "--ratio-percentile", 60)
-    for command in (("select", *corpora, *model), ("calibrate", "--alpha", 0.2, "--gate", "mean"), ("apply",)):
-        assert dsg(*command)[0] == 0
+    shutil.copytree(tiny_features, tmp_path / "ws")
+    for command in (("calibrate", "--alpha", 0.2, "--gate", "mean"), ("apply", "--allow-ineffective")):
+        assert dsg(*command, "-w", "ws")[0] == 0
     rows = [{"q": f"w{i} w{i + 1} w{i + 2} w9", "c": ["w50", "w51", "w52"], "a": i % 3} for i in range(8)]
     tasks = write_task(tmp_path / "tasks", rows)["include_path"]
-    return ["attack", "--bench", "mine", "--set", f"eval.include_path={tasks}", "--json"]
+    return ["attack", "--bench", "mine", "--set", f"eval.include_path={tasks}", "--json", "-w", "ws"]
 
 
 def test_my_own_wordings_are_asked_and_their_digests_kept(dsg, chain, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -37,8 +38,7 @@ from dsg_cli.recipe import load_recipe
 from dsg_cli.report.tables import artifact_table, headline
 from dsg_cli.settings import CalibrateSection, ConditionalClamp, RefusalClamp, StaticClamp
 from dsg_cli.stages import apply as clamp
-from dsg_cli.stages import select
-from dsg_cli.stages.stage import QUIET as QUIET_
+from dsg_cli.stages.stage import QUIET
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail
 from dsg_cli.workspace.store import Workspace
 
@@ -273,33 +273,29 @@ def test_without_a_gate_is_nothing_that_calibrate_takes():
 
 class TestStage:
     SETS = ("methods.static_clamp.max_retain_rate=1", "methods.conditional_clamp.max_retain_rate=1",
-            "methods.refusal_clamp.max_retain_rate=1", "methods.conditional_clamp.n_features=3")  # fmt: skip
+            "methods.refusal_clamp.max_retain_rate=1", "methods.conditional_clamp.n_features=3",
+            "guardrail.allow_ineffective=false")  # fmt: skip
 
     @pytest.fixture(scope="class")
-    def made(self, folders, tmp_path_factory):
-        workspace = Workspace(tmp_path_factory.mktemp("clamps") / "ws")
-        recipe = self.recipe(folders)
-        select.run(recipe, workspace)
-        return workspace, folders
+    def workspace(self, tiny_features, tmp_path_factory):
+        return Workspace(shutil.copytree(tiny_features, tmp_path_factory.mktemp("clamps") / "ws"))
 
-    def recipe(self, folders, *sets):
-        corpora = (f"corpora.forget={folders['forget.txt']}", f"corpora.retain={folders['retain.txt']}")
-        model = (f"model.source={folders['model']}", f"sae.source={folders['sae']}", "select.n_features=4")
-        own = ("select.ratio_percentile=60", "select.probe_features=0", "model.device=cpu", *self.SETS, *sets)
-        return load_recipe(sets=[*corpora, *model, *own])
+    @pytest.fixture
+    def clamp_model(self, workspace, tiny_recipe):
+        def run(method, *sets, options=QUIET):
+            return clamp.run_clamp(tiny_recipe(*self.SETS, *sets), workspace, method, options=options)
+
+        return run
 
     @pytest.mark.parametrize("method", clamp.CLAMPINGS)
-    def test_makes_a_guardrail_that_acts_on_the_model(self, made, method):
-        workspace, folders = made
-        stored = clamp.run_clamp(self.recipe(folders), workspace, method)
-        again = clamp.run_clamp(self.recipe(folders), workspace, method, options=replace(QUIET_, reuse=True))
-        assert again.id == stored.id and stored.header.settings["method"] == method
-        body = workspace.read(stored.id).body_as(Guardrail)
-        features = workspace.find("features")
+    def test_makes_a_guardrail_that_acts_on_the_model(self, workspace, clamp_model, folders, method):
+        stored = clamp_model(method)
+        assert clamp_model(method, options=replace(QUIET, reuse=True)).id == stored.id
+        body, features = workspace.read(stored.id).body_as(Guardrail), workspace.find("features")
         norm = features.body_as(FeatureSet).median_residual_norm
         assert (body.method, body.gate, body.threshold, body.median_residual_norm) == (method, "token", 0.5, norm)
-        assert [one.id for one in stored.header.inputs] == [features.id]
-        assert body.special_ids == [0, 1, 2] and body.bos == 2 and body.forget == [str(folders["forget.txt"])]
+        assert [one.id for one in stored.header.inputs] == [features.id] and stored.header.settings["method"] == method
+        assert body.special_ids == [0, 1, 2] and body.bos == 2 and body.forget == [str(folders["forget.jsonl"])]
         assert body.effect["changed_rate"] > 0.5 and body.effect["n_clamped"] > 0
         assert method in headline(stored) and artifact_table(stored)
         assert ("stand-in" in " ".join(stored.header.notes)) == (method == "refusal-clamp")
@@ -311,35 +307,29 @@ class TestStage:
                 assert not torch.equal(loaded.model(ids, use_cache=False).logits, base)
         assert guard.counters()["n_clamped"] > 0
 
-    def test_one_that_does_nothing_is_refused_unless_allowed(self, made):
-        workspace, folders = made
-        before = workspace.ids()
-        never = "methods.conditional_clamp.above=99999"
+    def test_one_that_does_nothing_is_refused_unless_allowed(self, workspace, clamp_model):
+        before, never = workspace.ids(), "methods.conditional_clamp.above=99999"
         with pytest.raises(DsgError, match="gate never fires") as error:
-            clamp.run_clamp(self.recipe(folders, never), workspace, "conditional-clamp")
+            clamp_model("conditional-clamp", never)
         assert "methods.conditional_clamp" in str(error.value) and workspace.ids() == before
-        allowed = self.recipe(folders, never, "guardrail.allow_ineffective=true")
-        assert clamp.run_clamp(allowed, workspace, "conditional-clamp").body_as(Guardrail).effect["gate_rate"] == 0
+        allowed = clamp_model("conditional-clamp", never, "guardrail.allow_ineffective=true")
+        assert allowed.body_as(Guardrail).effect["gate_rate"] == 0
 
-    def test_a_steering_file_takes_the_place_of_statistics(self, made, tmp_path):
-        workspace, folders = made
+    def test_a_steering_file_takes_the_place_of_statistics(self, workspace, clamp_model, tmp_path):
         path = tmp_path / "steering.csv"
         path.write_text("latent_idx,hook_action,steering_coefficient,sae_id\n7,clamp,-9,x/y\n3,,4.5,x/y\n")
-        recipe = self.recipe(folders, f"methods.static_clamp.steering_file={path}")
-        stored = clamp.run_clamp(recipe, workspace, "static-clamp")
+        stored = clamp_model("static-clamp", f"methods.static_clamp.steering_file={path}")
         body, settings = stored.body_as(Guardrail), stored.header.settings
         assert (body.indices, body.coefficients, body.above) == ([7, 3], [-9.0, 4.5], [0.0, 0.0])
         assert settings["steering_file"] == "steering.csv" and len(settings["steering_sha256"]) == 64
         assert "cannot be told" in stored.header.notes[0]
         assert str(tmp_path).encode() not in light_file(stored.header, body, workspace.tensors(stored))
-        with pytest.raises(DsgError, match="those of static-clamp"):
-            clamp.run_clamp(
-                self.recipe(folders, f"methods.refusal_clamp.steering_file={path}"), workspace, "refusal-clamp"
-            )
-        with pytest.raises(DsgError, match="nothing.csv"):
-            clamp.run_clamp(
-                self.recipe(folders, "methods.static_clamp.steering_file=nothing.csv"), workspace, "static-clamp"
-            )
+        for method, file, words in (
+            ("refusal-clamp", path, "those of static-clamp"),
+            ("static-clamp", "nothing.csv", "nothing.csv"),
+        ):
+            with pytest.raises(DsgError, match=words):
+                clamp_model(method, f"methods.{method.replace('-', '_')}.steering_file={file}")
 
 
 HEAD = "latent_idx,hook_action,refuse_id,clamp_value,steering_coefficient,sae_id,sae_release,description\n"

@@ -96,8 +96,8 @@ def test_only_answers_count_where_that_is_wanted(tokenizer):
 def test_the_loss_is_that_of_the_tokens_that_count(model):
     rows, first = [[BOS, 9, 8, 7, 6], [BOS, 5, 4], [BOS, 11, 12, 13]], [3, 0, 1]
     text = Watched(rows, [0] * 3, [1.0], 0, SPECIAL, "cpu", first)
-    settings = Finetune(steps=1, batch_size=3, accumulation=1, learning_rate=1e-3)
-    changed, *_ = run(model, unlearn_finetune, settings, text, text)
+    options = {"steps": 1, "batch_size": 3, "accumulation": 1, "learning_rate": 1e-3}
+    changed, *_ = run(model, "finetune", options, text, text)
     logs = [one for row, start in zip(rows, first, strict=True) for one in token_logs(model, row)[max(start, 1) - 1 :]]
     assert len(logs) == 2 + 2 + 3
     assert changed.losses[0]["loss"] == pytest.approx(-sum(logs).item() / len(logs), rel=1e-5)
@@ -106,7 +106,7 @@ def test_the_loss_is_that_of_the_tokens_that_count(model):
 @pytest.mark.parametrize(("epochs", "expected"), [(1.0, 2), (3.0, 6), (0.1, 1), (2.5, 5)])
 def test_an_epoch_is_every_row_once(model, epochs, expected):
     text = Watched([[BOS, 4 + i, 5 + i] for i in range(8)], [0] * 8, [1.0], 0, SPECIAL, "cpu")
-    changed, *_ = run(model, unlearn_finetune, Finetune(epochs=epochs, batch_size=2, accumulation=2), text, text)
+    changed, *_ = run(model, "finetune", {"epochs": epochs, "batch_size": 2, "accumulation": 2}, text, text)
     assert len(changed.losses) == expected == max(1, math.ceil(epochs * 2))
     counts = Counter(text.drawn[0])
     assert sum(counts.values()) == 4 * expected and max(counts.values()) - min(counts.values()) <= 1

@@ -22,35 +22,18 @@ from papers import (
     projector,
     retain_text,
     run,
+    settings_of,
     text,
+    unlearn,
 )
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dsg_cli.errors import DsgError
-from dsg_cli.methods.losses import (
-    dampening_factors,
-    npo_loss,
-    unlearn_finetune,
-    unlearn_grad_diff,
-    unlearn_gradient_ascent,
-    unlearn_npo,
-    unlearn_scrub,
-    unlearn_simnpo,
-    unlearn_ssd,
-)
-from dsg_cli.methods.representation import (
-    norm_outside,
-    orthonormal_basis,
-    random_direction,
-    stream_sides,
-    unlearn_rmu,
-    unlearn_sae_representation,
-    unlearn_sspu,
-)
+from dsg_cli.methods.losses import dampening_factors, npo_loss
+from dsg_cli.methods.representation import norm_outside, orthonormal_basis, random_direction, stream_sides
 from dsg_cli.methods.text import NameSpans, TrainingRows, find_name_spans, with_unknown_names
 from dsg_cli.methods.training import TrainingInputs
-from dsg_cli.settings import Finetune, GradDiff, GradientAscent, Npo, Rmu, SaeRepresentation, Scrub, SimNpo, Ssd, Sspu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,36 +41,24 @@ STEPS, RATE, WARMUP, DECAY = 3, 0.01, 2, 0.1
 LAYERS = r"layers\.[01]\."
 
 CASES = [
-    (unlearn_gradient_ascent, GradientAscent, {}, papers.ga_loss, ""),
-    (unlearn_gradient_ascent, GradientAscent, {"trained": "mlp", "layers": [1]}, papers.ga_loss, r"layers\.1\.mlp"),
-    (unlearn_grad_diff, GradDiff, {"forget_weight": 0.7, "retain_weight": 1.5}, papers.grad_diff_loss, ""),
-    (unlearn_grad_diff, GradDiff, {"retain_loss": "kl", "retain_weight": 3.0}, papers.grad_diff_loss, ""),
-    (unlearn_npo, Npo, {"beta": 0.5, "forget_weight": 0.7, "retain_weight": 2.0}, papers.npo_loss, ""),
-    (unlearn_npo, Npo, {"retain_loss": "kl"}, papers.npo_loss, ""),
-    (unlearn_npo, Npo, {"retain_loss": "none"}, papers.npo_loss, ""),
-    (unlearn_simnpo, SimNpo, {"gamma": 3.0, "beta": 1.2}, papers.simnpo_loss, ""),
-    (unlearn_simnpo, SimNpo, {"retain_loss": "kl", "forget_weight": 1.0, "beta": 0.5}, papers.simnpo_loss, ""),
-    (unlearn_scrub, Scrub, {"kl_weight": 5.0, "last_max_step": 9}, papers.scrub_loss, ""),
-    (unlearn_rmu, Rmu, {"retain_weight": 30.0}, papers.rmu_loss, LAYERS + r"mlp\.down_proj"),
-    (unlearn_rmu, Rmu, {"layer": 0, "trained": "mlp", "retain_weight": 30.0}, papers.rmu_loss, r"layers\.0\.mlp\."),
-    (unlearn_rmu, Rmu, {"layer": 2, "trained": "mlp-out", "retain_weight": 30.0}, papers.rmu_loss, r"mlp\.down_proj"),
-    (
-        unlearn_sspu,
-        Sspu,
-        {"retain_weight": 30.0, "subspace_weight": 20.0},
-        papers.sspu_loss,
-        LAYERS + r"mlp\.down_proj",
-    ),
-    (unlearn_sspu, Sspu, {"trained": "all", "retain_weight": 3.0, "subspace_weight": 30.0}, papers.sspu_loss, LAYERS),
-    (unlearn_sae_representation, SaeRepresentation, {"push_weight": 0.8}, papers.sae_loss, LAYERS),
-    (
-        unlearn_sae_representation,
-        SaeRepresentation,
-        {"push_weight": 0.8, "retain_weight": 2.0},
-        papers.mentions_loss,
-        LAYERS,
-    ),
-    (unlearn_finetune, Finetune, {"layers": [0, 1]}, papers.finetune_loss, LAYERS),
+    ("gradient-ascent", {}, papers.ga_loss, ""),
+    ("gradient-ascent", {"trained": "mlp", "layers": [1]}, papers.ga_loss, r"layers\.1\.mlp"),
+    ("grad-diff", {"forget_weight": 0.7, "retain_weight": 1.5}, papers.grad_diff_loss, ""),
+    ("grad-diff", {"retain_loss": "kl", "retain_weight": 3.0}, papers.grad_diff_loss, ""),
+    ("npo", {"beta": 0.5, "forget_weight": 0.7, "retain_weight": 2.0}, papers.npo_loss, ""),
+    ("npo", {"retain_loss": "kl"}, papers.npo_loss, ""),
+    ("npo", {"retain_loss": "none"}, papers.npo_loss, ""),
+    ("simnpo", {"gamma": 3.0, "beta": 1.2}, papers.simnpo_loss, ""),
+    ("simnpo", {"retain_loss": "kl", "forget_weight": 1.0, "beta": 0.5}, papers.simnpo_loss, ""),
+    ("scrub", {"kl_weight": 5.0, "last_max_step": 9}, papers.scrub_loss, ""),
+    ("rmu", {"retain_weight": 30.0}, papers.rmu_loss, LAYERS + r"mlp\.down_proj"),
+    ("rmu", {"layer": 0, "trained": "mlp", "retain_weight": 30.0}, papers.rmu_loss, r"layers\.0\.mlp\."),
+    ("rmu", {"layer": 2, "trained": "mlp-out", "retain_weight": 30.0}, papers.rmu_loss, r"mlp\.down_proj"),
+    ("sspu", {"retain_weight": 30.0, "subspace_weight": 20.0}, papers.sspu_loss, LAYERS + r"mlp\.down_proj"),
+    ("sspu", {"trained": "all", "retain_weight": 3.0, "subspace_weight": 30.0}, papers.sspu_loss, LAYERS),
+    ("sae-representation", {"push_weight": 0.8}, papers.sae_loss, LAYERS),
+    ("sae-representation", {"push_weight": 0.8, "retain_weight": 2.0}, papers.mentions_loss, LAYERS),
+    ("finetune", {"layers": [0, 1]}, papers.finetune_loss, LAYERS),
 ]
 
 
@@ -111,21 +82,19 @@ def adamw(history, before, step):
 
 
 @pytest.mark.parametrize(
-    ("method", "kind", "options", "formula", "trained", "size", "accumulation", "largest_norm"),
+    ("method", "options", "formula", "trained", "size", "accumulation", "largest_norm"),
     [(*case, 2, 2, 0.1) for case in CASES]
     + [(*CASES[i], *shape, 1e9) for i in (0, 4, 7) for shape in ((4, 1), (1, 4))]
     + [(*CASES[10], 1, 4, 1e9)],
 )
 def test_losses_and_steps_are_those_of_the_paper(
-    model, method, kind, options, formula, trained, size, accumulation, largest_norm
+    model, method, options, formula, trained, size, accumulation, largest_norm
 ):
     own = {"steps": STEPS, "learning_rate": RATE, "warmup_steps": WARMUP, "weight_decay": DECAY}
     own |= {"max_gradient_norm": largest_norm, "batch_size": size, "accumulation": accumulation}
-    settings, forget, retain = kind(**own, **options), forget_text(), retain_text()
-    given = {"features": FEATURES} if kind in (Sspu, SaeRepresentation) else {}
-    if kind is SaeRepresentation:
-        given["unknown"] = UNKNOWN if formula is papers.sae_loss else mentions()
-    changed, kept, taken = run(model, method, settings, forget, retain, **given)
+    forget, retain, unknown = forget_text(), retain_text(), UNKNOWN if formula is papers.sae_loss else mentions()
+    options, settings = own | options, settings_of(method, **own, **options)
+    changed, kept, taken = run(model, method, options, forget, retain, features=FEATURES, unknown=unknown)
     names = [name for name in kept[0] if re.search(trained, name)]
     assert changed.names == names and len(kept) == STEPS + 1
     for step in range(STEPS):
@@ -145,23 +114,21 @@ def test_losses_and_steps_are_those_of_the_paper(
             torch.testing.assert_close(kept[step + 1][name], wanted, rtol=0, atol=1e-3 * RATE)
 
 
-@pytest.mark.parametrize("method", [unlearn_npo, unlearn_simnpo])
+@pytest.mark.parametrize("method", ["npo", "simnpo"])
 def test_means_over_sequences_do_not_depend_on_how_a_step_is_cut_but_means_over_tokens_do(model, method):
-    def first(method, kind, lengths, **options):
-        found = []
+    def first_losses(method, lengths, **options):
+        losses = []
         for size, accumulation in ((4, 1), (2, 2), (1, 4)):
-            settings = kind(steps=1, batch_size=size, accumulation=accumulation, **options)
-            changed, *_ = run(model, method, settings, text(*lengths), text(*lengths, seed=3))
-            found.append(changed.losses[0]["loss"])
-        return found
+            cut = {"steps": 1, "batch_size": size, "accumulation": accumulation}
+            trained, *_ = run(model, method, cut | options, text(*lengths), text(*lengths, seed=3))
+            losses.append(trained.losses[0]["loss"])
+        return losses
 
     ragged, even = (9, 3, 5, 17), (6, 6, 6, 6)
-    found = first(method, {unlearn_npo: Npo, unlearn_simnpo: SimNpo}[method], ragged, retain_loss="none")
-    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
-    found = first(unlearn_gradient_ascent, GradientAscent, even)
-    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
-    found = first(unlearn_gradient_ascent, GradientAscent, ragged)  # As everywhere: a mean of the batches' own means.
-    assert abs(found[2] - found[0]) > 1e-3
+    for losses in (first_losses(method, ragged, retain_loss="none"), first_losses("gradient-ascent", even)):
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    losses = first_losses("gradient-ascent", ragged)  # As everywhere: a mean of the batches' own means.
+    assert abs(losses[2] - losses[0]) > 1e-3
 
 
 @pytest.mark.parametrize("beta", [1e-4, 0.1, 2.0])
@@ -187,13 +154,12 @@ def test_rmu_steers_to_a_unit_vector_of_entries_that_are_not_negative(seed):
     assert not torch.equal(found, random_direction(WIDTH, seed + 1))
 
 
-@pytest.mark.parametrize("method", [unlearn_rmu, unlearn_sspu])
-def test_layers_above_are_never_run(model, method):
+@pytest.mark.parametrize(("method", "options"), [("rmu", {"layer": 1}), ("sspu", {})])
+def test_layers_above_are_never_run(model, method, options):
     own, calls = copy.deepcopy(model), [0, 0, 0, 0]
     for number, module in enumerate([*own.model.layers, own.lm_head]):
         module.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
-    settings = {unlearn_rmu: Rmu(steps=2, layer=1), unlearn_sspu: Sspu(steps=2)}[method]
-    method(TrainingInputs(own, forget_text(), retain_text(), features=FEATURES), settings)
+    unlearn(method, TrainingInputs(own, forget_text(), retain_text(), features=FEATURES), steps=2, **options)
     assert calls[0] == 6 and calls[2:] == [0, 0]  # Forget, retain, and retain as it was. Of layer 1, the output.
 
 
@@ -237,14 +203,14 @@ def test_sides_of_square_matrices_follow_from_what_they_are(model):
 
 
 def test_rows_without_a_name_teach_nothing_and_stop_nothing(model):
-    settings = SaeRepresentation(steps=6, batch_size=1, retain_loss="none", weight_decay=0.0, learning_rate=0.01)
-    changed, *_ = run(model, unlearn_sae_representation, settings, forget := forget_text(), retain_text(),
-                        features=FEATURES, unknown=mentions())  # fmt: skip
+    options = {"steps": 6, "batch_size": 1, "retain_loss": "none", "weight_decay": 0.0, "learning_rate": 0.01}
+    forget, inputs = forget_text(), {"features": FEATURES, "unknown": mentions()}
+    changed, *_ = run(model, "sae-representation", options, forget, retain_text(), **inputs)
     is_named = [bool(ENDS[i]) for i in forget.drawn[0]]
     assert [one["loss"] != 0 for one in changed.losses] == is_named and is_named.count(False) == 1
     same = NameSpans((forget_text(), forget_text()), (ENDS, ENDS))
     with pytest.raises(DsgError, match="not apart"):
-        run(model, unlearn_sae_representation, settings, forget_text(), retain_text(), features=FEATURES, unknown=same)
+        run(model, "sae-representation", options, forget_text(), retain_text(), features=FEATURES, unknown=same)
 
 
 @pytest.mark.parametrize(
@@ -259,9 +225,8 @@ def test_rows_without_a_name_teach_nothing_and_stop_nothing(model):
     ],
 )
 def test_scrub_takes_turns(model, options, turns):
-    changed, *_ = run(
-        model, unlearn_scrub, Scrub(batch_size=1, accumulation=1, **options), forget_text(), retain_text()
-    )
+    options = options | {"batch_size": 1, "accumulation": 1}
+    changed, *_ = run(model, "scrub", options, forget_text(), retain_text())
     assert "".join("M" if "forget_kl" in one else "m" for one in changed.losses) == turns
     assert all(("retain_kl" in one) != ("forget_kl" in one) for one in changed.losses)
 
@@ -270,8 +235,8 @@ def test_scrub_takes_turns(model, options, turns):
 @pytest.mark.parametrize(("alpha", "dampening"), [(1.0, 1.0), (2.0, 0.5), (1.0, 3.0), (1e9, 1.0)])
 def test_ssd_dampens_what_matters_more_to_forget_text(model, n_rows, alpha, dampening):
     forget, retain, changed_model = forget_text(), retain_text(), copy.deepcopy(model)
-    settings = Ssd(alpha=alpha, dampening=dampening, n_rows=n_rows)
-    changed = unlearn_ssd(TrainingInputs(changed_model, forget, retain, seed=SEED), settings)
+    inputs = TrainingInputs(changed_model, forget, retain, seed=SEED)
+    changed = unlearn("ssd", inputs, alpha=alpha, dampening=dampening, n_rows=n_rows)
     own = copy.deepcopy(model).requires_grad_(True)
     importance = []
     for one in (forget, retain):

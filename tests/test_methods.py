@@ -7,45 +7,25 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from collections import Counter
 
 import pytest
 import torch
-from papers import BOS, FEATURES, SPECIAL, UNKNOWN, Watched, forget_text, nll, retain_text, run, text, weights
+from papers import BOS, FEATURES, SPECIAL, UNKNOWN, Watched, forget_text, nll, retain_text, run, text, unlearn, weights
 from transformers import AutoModelForCausalLM
 
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.metrics import unlearning_score
 from dsg_cli.job import Job
 from dsg_cli.methods import METHODS
-from dsg_cli.methods.losses import (
-    unlearn_finetune,
-    unlearn_grad_diff,
-    unlearn_gradient_ascent,
-    unlearn_npo,
-    unlearn_scrub,
-    unlearn_ssd,
-)
-from dsg_cli.methods.representation import unlearn_rmu, unlearn_sae_representation, unlearn_sspu
 from dsg_cli.methods.training import Cost, ReferenceWeights, TrainingInputs, count_passes, train, trainable_parameters
 from dsg_cli.models.language_model import base_of, load_model
 from dsg_cli.recipe import load_recipe
-from dsg_cli.settings import (
-    CompareSection,
-    Finetune,
-    GradDiff,
-    GradientAscent,
-    Npo,
-    Rmu,
-    SaeRepresentation,
-    Scrub,
-    Ssd,
-    Sspu,
-    Training,
-)
+from dsg_cli.settings import CompareSection, Training
 from dsg_cli.stages import apply as method
-from dsg_cli.stages import attack, evaluate, export, select
+from dsg_cli.stages import attack, evaluate, export
 from dsg_cli.stages import prompts as generate
 from dsg_cli.stages.compare import best_trial, settings_to_try
 from dsg_cli.stages.inputs import find_composition, load_composition
@@ -68,11 +48,20 @@ def recipe(tiny_recipe):
     return tiny_recipe
 
 
+@pytest.fixture
+def apply(recipe, tmp_path):
+    """Apply a method in a workspace of that name."""
+
+    def run(name, *sets, to="w", **options):
+        return method.run_method(recipe(*sets), Workspace(tmp_path / to), name, **options)
+
+    return run
+
+
 @pytest.fixture(scope="module")
-def made(recipe, tmp_path_factory):
+def made(recipe, tiny_features, tmp_path_factory):
     """A workspace with two models: by npo, and by an adapter on top of that; and a guardrail on the first."""
-    workspace = Workspace(tmp_path_factory.mktemp("made"))
-    select.run(recipe(), workspace)
+    workspace = Workspace(shutil.copytree(tiny_features, tmp_path_factory.mktemp("made") / "ws"))
     method.run_method(recipe(), workspace, "npo", source="features-001")  # As the SAE reads text: with BOS.
     method.run_method(recipe("methods.grad_diff.lora=true"), workspace, "grad-diff", source="model-001")
     method.run_method(recipe(), workspace, "dsg", source="model-001")
@@ -104,51 +93,36 @@ def test_every_method_leaves_a_model_that_anyone_can_load(name, recipe, folders,
     assert all(finding.state == "ok" for finding in verify.verify_all(workspace))
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(recipe, tmp_path):
-    digests = []
-    for number, seed in enumerate((0, 0, 1)):
-        stored = method.run_method(recipe(f"seed={seed}"), Workspace(tmp_path / str(number)), "npo")
-        digests.append(stored.header.files["model-001/model.safetensors"])
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(apply):
+    stored = [apply("npo", f"seed={seed}", to=to) for to, seed in (("a", 0), ("b", 0), ("c", 1))]
+    digests = [one.header.files["model-001/model.safetensors"] for one in stored]
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_half_precision_is_for_passes_or_files_and_adds_up_in_full(recipe, tmp_path):
-    plain, mixed, _ = (
-        method.run_method(recipe(*sets), Workspace(tmp_path / name), "npo")
-        for name, sets in (
-            ("plain", []),
-            ("mixed", ["methods.npo.mixed_precision=bfloat16"]),
-            ("halved", ["methods.npo.save_dtype=bfloat16"]),
-        )
-    )
-    weights = {
-        name: AutoModelForCausalLM.from_pretrained(tmp_path / name / "model-001", dtype="auto")
+def test_half_precision_is_for_passes_or_files_and_adds_up_in_full(recipe, apply, tmp_path):
+    plain, mixed = apply("npo", to="plain"), apply("npo", "methods.npo.mixed_precision=bfloat16", to="mixed")
+    apply("npo", "methods.npo.save_dtype=bfloat16", to="halved")
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model-001", dtype="auto")
         for name in ("plain", "mixed", "halved")
-    }
-    assert {name: one.dtype for name, one in weights.items()} == {
-        "plain": torch.float32,
-        "mixed": torch.float32,
-        "halved": torch.bfloat16,
-    }
+    ]
+    assert [model.dtype for model in models] == [torch.float32, torch.float32, torch.bfloat16]
     losses = [stored.body_as(ModelWeights).losses[0]["loss"] for stored in (plain, mixed)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
-    for a, b in zip(weights["plain"].parameters(), weights["halved"].parameters(), strict=True):
+    for a, b in zip(models[0].parameters(), models[2].parameters(), strict=True):
         assert torch.equal(a.bfloat16(), b)
-    assert load_composition(
-        Workspace(tmp_path / "halved"), find_composition(Workspace(tmp_path / "halved"), []), recipe()
-    )
+    halved = Workspace(tmp_path / "halved")
+    assert load_composition(halved, find_composition(halved, []), recipe())
 
 
-def test_gradients_add_up_over_passes(recipe, tmp_path):
-    sets = ["methods.npo.retain_loss=none", "methods.npo.steps=1"]
-    split = [*sets, "methods.npo.batch_size=2", "methods.npo.accumulation=2"]
-    whole = [*sets, "methods.npo.batch_size=4", "methods.npo.accumulation=1"]
-    one, other = (
-        method.run_method(recipe(*chosen), Workspace(tmp_path / name), "npo").body_as(ModelWeights)
-        for name, chosen in (("split", split), ("whole", whole))
-    )
-    assert one.losses[0]["loss"] == pytest.approx(other.losses[0]["loss"], rel=1e-5)
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model-001") for name in ("split", "whole")]
+def test_gradients_add_up_over_passes(apply, tmp_path):
+    losses, models = [], []
+    for to, size, accumulation in (("split", 2, 2), ("whole", 4, 1)):
+        values = ("retain_loss=none", "steps=1", f"batch_size={size}", f"accumulation={accumulation}")
+        stored = apply("npo", *[f"methods.npo.{value}" for value in values], to=to)
+        losses.append(stored.body_as(ModelWeights).losses[0]["loss"])
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / to / "model-001"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -159,32 +133,26 @@ def test_both_sides_write(made, recipe, folders):
     assert answers.sides["guarded"].gates == [] and not answers.sides["guarded"].refused
 
 
-def test_an_interrupted_training_goes_on_bit_for_bit(recipe, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
+def test_an_interrupted_training_goes_on_bit_for_bit(apply):
+    before, calls, steps = signal.getsignal(signal.SIGTERM), [], []
     install()
-    calls = []
 
     def interrupt(what, done, _total):
         calls.append(done)
         if what.startswith("training") and done == 2 and len(calls) < 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def note(what, done, _total):
+        steps.extend([done] if what.startswith("training") else [])
+
     try:
         with pytest.raises(Signalled) as stopped:
-            method.run_method(recipe(), Workspace(tmp_path / "a"), "npo", options=RunOptions(report=interrupt))
+            apply("npo", to="a", options=RunOptions(report=interrupt))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.is_kept
-    done = []
-
-    def note(what, n, _total):
-        if what.startswith("training"):
-            done.append(n)
-
-    options = RunOptions(resume=True, report=note)
-    resumed = method.run_method(recipe(), Workspace(tmp_path / "a"), "npo", options=options)
-    whole = method.run_method(recipe(), Workspace(tmp_path / "b"), "npo")
-    assert done == [3] and resumed.body_as(ModelWeights).losses == whole.body_as(ModelWeights).losses
+    resumed, whole = apply("npo", to="a", options=RunOptions(resume=True, report=note)), apply("npo", to="b")
+    assert steps == [3] and resumed.body_as(ModelWeights).losses == whole.body_as(ModelWeights).losses
     assert resumed.header.files == whole.header.files
 
 
@@ -193,10 +161,8 @@ def test_adapters_are_peft_s_and_merge_into_what_was_trained(made, recipe, folde
 
     stored = made.find("model", "model-002")
     body, folder = stored.body_as(ModelWeights), made.folder / "model-002"
-    assert body.form == "adapter" and sorted(path.name for path in folder.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    names = sorted(path.name for path in folder.iterdir())
+    assert body.form == "adapter" and names == ["adapter_config.json", "adapter_model.safetensors"]
     assert base_of(folder) == str(made.folder / "model-001")
     ids = torch.arange(4, 30)[None]
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(folder)), folder)
@@ -251,47 +217,35 @@ def test_relearning_begins_on_each_side_from_its_own_weights(made, recipe):
     assert [one["method"] for one in both.body_as(AttackReport).composition] == ["npo", "dsg"]
 
 
-@pytest.mark.parametrize(
-    ("kinds", "words"), [(["unhook"], "nothing to take off"), (["all"], None)], ids=["unhook", "all"]
-)
-def test_attacks_that_mean_nothing_on_weights_are_refused_or_left_out(made, recipe, kinds, words, monkeypatch):
-    said = []
-    options = RunOptions(say=said.append)
-    sets = ["attack.paraphrase_benches=[mine]", "attack.dilution_lengths=[0, 2]", "attack.suffix_steps=[0, 1]"]
-    sets += ["attack.soft_prompt_steps=[0, 1]", "attack.few_shot_counts=[0, 1]", "attack.suffix_candidates=2"]
-    sets += ["attack.suffix_tokens=2", "attack.soft_prompt_tokens=2"]
-    if words:
-        with pytest.raises(DsgError, match=words):
-            attack.run(recipe(*sets), made, kinds, sources=["model-001"], options=options)
-        return
-    stored = attack.run(recipe(*sets), made, kinds, sources=["model-001"], options=options)
-    kinds_made = [one.body_as(AttackReport).attack for one in stored]
-    assert "unhook" not in kinds_made and {"relearn", "soft-prompt", "quantize", "probe"} <= set(kinds_made)
-    assert any("unhook is left out" in text for text in said)
-    for one in stored:
-        point = one.body_as(AttackReport).curve[0]
-        assert "gate_rate" not in point["unlearned"]
+def test_attacks_that_mean_nothing_on_weights_are_refused_or_left_out(made, recipe):
+    notes = []
+    sets = ["paraphrase_benches=[mine]", "dilution_lengths=[0, 2]", "suffix_steps=[0, 1]", "soft_prompt_steps=[0, 1]"]
+    sets += ["few_shot_counts=[0, 1]", "suffix_candidates=2", "suffix_tokens=2", "soft_prompt_tokens=2"]
+    small, options = recipe(*[f"attack.{item}" for item in sets]), RunOptions(say=notes.append)
+    with pytest.raises(DsgError, match="nothing to take off"):
+        attack.run(small, made, ["unhook"], sources=["model-001"], options=options)
+    attacks = attack.run(small, made, ["all"], sources=["model-001"], options=options)
+    kinds = {stored.body_as(AttackReport).attack for stored in attacks}
+    assert "unhook" not in kinds and {"relearn", "soft-prompt", "quantize", "probe"} <= kinds
+    assert any("unhook is left out" in note for note in notes)
+    assert all("gate_rate" not in stored.body_as(AttackReport).curve[0]["unlearned"] for stored in attacks)
 
 
 def test_what_makes_no_sense_together_is_refused(made, recipe, tmp_path):
-    for sources, words in (
-        (["model-001", "model-002"], "two models"),
-        (["model-001", "model-001"], "named twice"),
-        (["features-001"], "unlearns nothing"),
-        (["model-002", "guardrail-001"], "lower layers have changed"),
+    for sources, sets, words in (
+        (["model-001", "model-002"], [], "two models"),
+        (["model-001", "model-001"], [], "named twice"),
+        (["features-001"], [], "unlearns nothing"),
+        (["model-002", "guardrail-001"], [], "lower layers have changed"),
+        (["model-001"], [f"model.instead={made.folder / 'model-002'}"], "model would put another"),
     ):
         with pytest.raises(DsgError, match=words):
-            load_composition(made, find_composition(made, sources), recipe())
+            load_composition(made, find_composition(made, sources), recipe(*sets))
     with pytest.raises(DsgError, match="takes guardrails, not model-001"):
         export.run(recipe(), made, str(tmp_path / "out"), sources=["model-001"])
-    with pytest.raises(DsgError, match="cannot go on from guardrail-001"):
-        method.run_method(recipe(), made, "npo", source="guardrail-001")
-    with pytest.raises(DsgError, match="cannot go on from threshold-001"):
-        method.run_method(recipe(), made, "static-clamp", source="threshold-001")
-    with pytest.raises(DsgError, match="model would put another"):
-        load_composition(
-            made, find_composition(made, ["model-001"]), recipe(f"model.instead={made.folder / 'model-002'}")
-        )
+    for name, source in (("npo", "guardrail-001"), ("static-clamp", "threshold-001")):
+        with pytest.raises(DsgError, match=f"cannot go on from {source}"):
+            method.run_method(recipe(), made, name, source=source)
 
 
 def test_a_guarded_model_on_changed_weights_is_exported_with_them(made, recipe, tmp_path):
@@ -493,23 +447,22 @@ def test_what_was_kept_survives_a_resume(model, tmp_path):
 
 
 RESUMED = [
-    (unlearn_npo, Npo, {"retain_loss": "kl", "warmup_steps": 6}),
-    (unlearn_npo, Npo, {"lora": True}),
-    (unlearn_scrub, Scrub, {"last_max_step": 9}),
-    (unlearn_sspu, Sspu, {"trained": "all"}),
-    (unlearn_sae_representation, SaeRepresentation, {}),
-    (unlearn_grad_diff, GradDiff, {"mixed_precision": "bfloat16", "retain_loss": "kl"}),
-    (unlearn_finetune, Finetune, {"warmup_steps": 4}),
-    (unlearn_finetune, Finetune, {"lora": True, "mixed_precision": "bfloat16"}),
+    ("npo", {"retain_loss": "kl", "warmup_steps": 6}),
+    ("npo", {"lora": True}),
+    ("scrub", {"last_max_step": 9}),
+    ("sspu", {"trained": "all"}),
+    ("sae-representation", {}),
+    ("grad-diff", {"mixed_precision": "bfloat16", "retain_loss": "kl"}),
+    ("finetune", {"warmup_steps": 4}),
+    ("finetune", {"lora": True, "mixed_precision": "bfloat16"}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("method", "kind", "options", "after"),
-    [(*case, 6) for case in RESUMED] + [(*RESUMED[0], after) for after in (1, 10)],
+    ("method", "options", "after"), [(*case, 6) for case in RESUMED] + [(*RESUMED[0], after) for after in (1, 10)]
 )
-def test_a_training_goes_on_bit_for_bit(model, tmp_path, method, kind, options, after):
-    settings = kind(steps=11, batch_size=2, accumulation=1, learning_rate=0.01, **options)
+def test_a_training_goes_on_bit_for_bit(model, tmp_path, method, options, after):
+    options = options | {"steps": 11, "batch_size": 2, "accumulation": 1, "learning_rate": 0.01}
 
     def go(checkpoint, stop_after=None):
         own = copy.deepcopy(model)
@@ -527,7 +480,7 @@ def test_a_training_goes_on_bit_for_bit(model, tmp_path, method, kind, options, 
             3,
             Job(checkpoint=checkpoint, progress=report),
         )
-        return method(given, settings), weights(own)
+        return unlearn(method, given, **options), weights(own)
 
     checkpoint = Checkpoint(tmp_path / "c")
     checkpoint.interval = 0
@@ -540,20 +493,20 @@ def test_a_training_goes_on_bit_for_bit(model, tmp_path, method, kind, options, 
 
 
 @pytest.mark.parametrize(
-    ("method", "kind", "options", "term"),
+    ("method", "options", "term"),
     [
-        (unlearn_grad_diff, GradDiff, {"retain_loss": "kl"}, "retain"),
-        (unlearn_rmu, Rmu, {}, "retain"),
-        (unlearn_npo, Npo, {"retain_loss": "kl"}, "retain"),
-        (unlearn_scrub, Scrub, {"last_max_step": 0}, "retain_kl"),
+        ("grad-diff", {"retain_loss": "kl"}, "retain"),
+        ("rmu", {}, "retain"),
+        ("npo", {"retain_loss": "kl"}, "retain"),
+        ("scrub", {"last_max_step": 0}, "retain_kl"),
     ],
 )
-def test_mixed_precision_changes_no_more_than_digits(model, method, kind, options, term):
+def test_mixed_precision_changes_no_more_than_digits(model, method, options, term):
     """The model as it was is not computed from weights in bfloat16 that autocast keeps of the model as it is."""
     found = {}
     for precision in ("none", "bfloat16"):
-        settings = kind(steps=3, accumulation=1, learning_rate=0.01, mixed_precision=precision, **options)
-        changed, *_ = run(model, method, settings, forget_text(), retain_text())
+        own = {"steps": 3, "accumulation": 1, "learning_rate": 0.01, "mixed_precision": precision}
+        changed, *_ = run(model, method, own | options, forget_text(), retain_text())
         found[precision] = [one[term] for one in changed.losses[1:]]
     assert found["bfloat16"] == pytest.approx(found["none"], rel=0.2) and min(found["none"]) > 1e-3
 
@@ -607,33 +560,33 @@ def test_corpora_are_drawn_by_their_weights():
 
 def test_retain_text_is_drawn_in_an_order_of_its_own(model):
     forget, retain = text(*[5] * 6), text(*[5] * 6)
-    run(model, unlearn_gradient_ascent, GradientAscent(steps=3, batch_size=2, accumulation=2), forget, retain)
+    run(model, "gradient-ascent", {"steps": 3, "batch_size": 2, "accumulation": 2}, forget, retain)
     assert len(forget.drawn[0]) == len(retain.drawn[0]) == 12 and forget.drawn != retain.drawn
     assert [batch.index for batch in forget.batches] == [tuple(forget.drawn[0][i : i + 2]) for i in range(0, 12, 2)]
 
 
 PASSES = [
     # Method, settings; of forget and of retain text per batch: forward, backward.
-    (unlearn_gradient_ascent, GradientAscent, {}, (1, 1), (0, 0)),
-    (unlearn_finetune, Finetune, {}, (1, 1), (0, 0)),
-    (unlearn_grad_diff, GradDiff, {"retain_loss": "none"}, (1, 1), (0, 0)),
-    (unlearn_grad_diff, GradDiff, {"retain_loss": "nll"}, (1, 1), (1, 1)),
-    (unlearn_grad_diff, GradDiff, {"retain_loss": "kl", "lora": True}, (1, 1), (2, 1)),
-    (unlearn_npo, Npo, {}, (1, 1), (1, 1)),
-    (unlearn_rmu, Rmu, {}, (1, 1), (2, 1)),
-    (unlearn_sspu, Sspu, {}, (1, 1), (2, 1)),
-    (unlearn_scrub, Scrub, {"last_max_step": 9, "min_steps": 0}, (2, 1), (0, 0)),
-    (unlearn_scrub, Scrub, {"last_max_step": 0}, (0, 0), (2, 1)),
-    (unlearn_sae_representation, SaeRepresentation, {}, (2, 1), (2, 1)),
+    ("gradient-ascent", {}, (1, 1), (0, 0)),
+    ("finetune", {}, (1, 1), (0, 0)),
+    ("grad-diff", {"retain_loss": "none"}, (1, 1), (0, 0)),
+    ("grad-diff", {"retain_loss": "nll"}, (1, 1), (1, 1)),
+    ("grad-diff", {"retain_loss": "kl", "lora": True}, (1, 1), (2, 1)),
+    ("npo", {}, (1, 1), (1, 1)),
+    ("rmu", {}, (1, 1), (2, 1)),
+    ("sspu", {}, (1, 1), (2, 1)),
+    ("scrub", {"last_max_step": 9, "min_steps": 0}, (2, 1), (0, 0)),
+    ("scrub", {"last_max_step": 0}, (0, 0), (2, 1)),
+    ("sae-representation", {}, (2, 1), (2, 1)),
 ]
 
 
-@pytest.mark.parametrize(("method", "kind", "options", "forget_passes", "retain_passes"), PASSES)
-def test_passes_and_tokens_are_counted(model, method, kind, options, forget_passes, retain_passes):
+@pytest.mark.parametrize(("method", "options", "forget_passes", "retain_passes"), PASSES)
+def test_passes_and_tokens_are_counted(model, method, options, forget_passes, retain_passes):
     own, cost, forget, retain = copy.deepcopy(model), Cost(), forget_text(), retain_text()
-    settings = kind(steps=2, batch_size=2, accumulation=2, **options)
+    options = options | {"steps": 2, "batch_size": 2, "accumulation": 2}
     with count_passes(own, cost):
-        method(TrainingInputs(own, forget, retain, FEATURES, UNKNOWN), settings)
+        unlearn(method, TrainingInputs(own, forget, retain, FEATURES, UNKNOWN), **options)
     tokens = [
         sum(2 * max(len(one.rows[j]) for j in one.drawn[0][i : i + 2]) for i in range(0, 8, 2))
         for one in (forget, retain)
@@ -642,10 +595,10 @@ def test_passes_and_tokens_are_counted(model, method, kind, options, forget_pass
     wanted |= {"backward_passes": 4 * (forget_passes[1] + retain_passes[1])}
     wanted |= {"forward_tokens": forget_passes[0] * tokens[0] + retain_passes[0] * tokens[1]}
     wanted |= {"backward_tokens": forget_passes[1] * tokens[0] + retain_passes[1] * tokens[1]}
-    if method is unlearn_npo:  # Each row as the model was, once.
+    if method == "npo":  # Each row as the model was, once.
         wanted["forward_passes"] += len(set(forget.drawn[0]))
         wanted["forward_tokens"] += sum(len(forget.rows[i]) for i in set(forget.drawn[0]))
-    if method is unlearn_sae_representation:  # The mean of unknown text; whether the first rows look different.
+    if method == "sae-representation":  # The mean of unknown text; whether the first rows look different.
         wanted["forward_passes"] += 2
         wanted["forward_tokens"] += sum(len(one.rows) * max(map(len, one.rows)) for one in (UNKNOWN, forget))
     assert cost.as_json() == wanted
@@ -656,7 +609,7 @@ def test_passes_and_tokens_are_counted(model, method, kind, options, forget_pass
 def test_the_cost_of_dampening_is_a_pass_a_row(model):
     own, cost, forget, retain = copy.deepcopy(model), Cost(), forget_text(), retain_text()
     with count_passes(own, cost):
-        unlearn_ssd(TrainingInputs(own, forget, retain), Ssd())
+        unlearn("ssd", TrainingInputs(own, forget, retain))
     n_tokens = sum(map(len, forget.rows + retain.rows))
     assert cost == Cost(11, 11, n_tokens, n_tokens)
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import random
+import shutil
 import time
 from collections import Counter
 
@@ -483,16 +484,9 @@ def settings(folders, *sets, corpora=True):
 class TestStage:
     @pytest.mark.parametrize("method", ["input-filter", "output-filter"])
     @pytest.mark.parametrize("rule", ["classifier", "keywords"])
-    def test_filters_from_a_selection(self, folders, tmp_path, dsg, method, rule):
+    def test_filters_from_a_selection(self, folders, tiny_features, tmp_path, method, rule):
         section = method.replace("-", "_")
-        w = tmp_path / "w"
-        code, _, err = dsg(
-            "select", "--model", folders["model"], "--sae", folders["sae"], "--forget", folders["forget.jsonl"],
-            "--retain", folders["retain.jsonl"], "--set", "select.seq_len=64", "-n", 5, "--ratio-percentile", 50,
-            "-w", w,
-        )  # fmt: skip
-        assert code == 0, err
-        workspace = Workspace(w)
+        workspace = Workspace(shutil.copytree(tiny_features, tmp_path / "w"))
         features = workspace.find("features")
         recipe = settings(folders, f"methods.{section}.rule={rule}", f"methods.{section}.alpha=0.1", corpora=False)
         said = []

@@ -181,9 +181,9 @@ def _trained_parameters(
             adapter = add_adapters(attacked, names, rank=rank, alpha=2 * rank, seed=target.seed)
             trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     elif parameters == "above":
-        trained = [one for one in decoder_layers(attacked).parameters() if id(one) not in protected]
+        trained = [weight for weight in decoder_layers(attacked).parameters() if id(weight) not in protected]
     else:
-        trained = [one for one in attacked.parameters() if id(one) not in frozen]
+        trained = [weight for weight in attacked.parameters() if id(weight) not in frozen]
     if not trained:
         raise DsgError(
             "The guardrail's hook is at the last layer: above it, nothing is left to train.",

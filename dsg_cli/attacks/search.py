@@ -104,7 +104,7 @@ def attack_soft_prompt(target: Target, knowledge: AttackerKnowledge, settings: A
     n_tokens, guardrails = settings.soft_prompt_tokens, target.unlearned.guardrails
     check_room(target, [*knowledge.forget, *knowledge.known], n_tokens, "attack.soft_prompt_tokens")
     benign = benign_texts(knowledge, n_tokens)[0][:n_tokens]
-    objectives = [one for one in settings.soft_prompt_objectives if one != "gate" or guardrails] or ["loop"]
+    objectives = [name for name in settings.soft_prompt_objectives if name != "gate" or guardrails] or ["loop"]
     own: dict[str, list[Json]] = {}
     for number, objective in enumerate((None, *objectives)):
         if target.job.workers.owns(number):
@@ -125,23 +125,23 @@ def _train_prompt(
     objective: Objective | None,
 ) -> list[Json]:
     """One side of the points in the order of steps: of the unlearned model by an objective, of the base one without."""
-    asked = target.unlearned if objective else target.base
-    model, guardrails = asked.model, asked.guardrails if objective == "loop" else ()
+    attacked = target.unlearned if objective else target.base
+    model, guardrails = attacked.model, attacked.guardrails if objective == "loop" else ()
 
     def change(context: tuple[int, ...], _number: int) -> tuple[int, ...]:
-        return insert(context, asked.bos, before=benign)
+        return insert(context, attacked.bos, before=benign)
 
     def answer_loss(batch: AnswerBatch) -> Tensor:
         with guarded(model, guardrails, allow_mismatch=True):
             return answer_losses(model, batch).mean()
 
     if objective == "gate":
-        loss_of = against_the_gate(model, asked.guardrails, settings.soft_prompt_gate_weight)
+        loss_of = against_the_gate(model, attacked.guardrails, settings.soft_prompt_gate_weight)
     else:
         loss_of = answer_loss
-    batch = answer_batch(asked, knowledge.known, change)
+    batch = answer_batch(attacked, knowledge.known, change)
     with torch.no_grad():
-        prompt_PD = model.get_input_embeddings()(torch.tensor(benign, device=asked.device)).float()
+        prompt_PD = model.get_input_embeddings()(torch.tensor(benign, device=attacked.device)).float()
     prompt_PD.requires_grad_(True)
     size = float(prompt_PD.detach().square().mean().sqrt())
     optimizer = torch.optim.Adam([prompt_PD], lr=settings.soft_prompt_learning_rate * size)
@@ -158,7 +158,7 @@ def _train_prompt(
                 name = f"soft prompt, {objective or BASE}, steps"
                 target.job.progress(name, n_done, max(settings.soft_prompt_steps))
             alone = replace(target.job, workers=ALONE)
-            measured = target.measure(asked, knowledge.forget, f"{objective}/{step}", change=change, job=alone)
+            measured = target.measure(attacked, knowledge.forget, f"{objective}/{step}", change=change, job=alone)
             points.append(measured | {"loss": loss.item()})
     return points
 

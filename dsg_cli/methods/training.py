@@ -133,9 +133,9 @@ def trainable_parameters(
         linear = [name for name in linear_layers(model) if name.startswith(prefix) and is_trained(name)]
         targets = _adapter_targets(linear, settings.lora_targets)
         adapter = add_adapters(model, targets, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=seed)
-        trained = {name: one for name, one in adapter.named_parameters() if one.requires_grad}
+        trained = {name: weight for name, weight in adapter.named_parameters() if weight.requires_grad}
         return TrainableParameters(list(trained), list(trained.values()), settings, adapter)
-    trained = {name: one for name, one in model.named_parameters() if is_trained(name)}
+    trained = {name: weight for name, weight in model.named_parameters() if is_trained(name)}
     if not trained:
         raise DsgError(f"No weight is left to train by `{settings.trained}` in layers {layers}.")
     for parameter in trained.values():

@@ -14,8 +14,10 @@ from conftest import WIDTH
 
 from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.job import Job
+from dsg_cli.methods import load_method, section_of
 from dsg_cli.methods.text import NameSpans, TrainingRows
 from dsg_cli.methods.training import Features, TrainingInputs
+from dsg_cli.settings import MethodsSection
 
 BOS, SPECIAL, SEED = 2, (0, 1, 2), 5
 
@@ -56,17 +58,26 @@ def weights(model):
     return {name: one.detach().clone() for name, one in model.named_parameters()}
 
 
-def run(model, method, settings, forget, retain, **given):
+def settings_of(name, **options):
+    return type(getattr(MethodsSection(), section_of(name)))(**options)
+
+
+def unlearn(name, inputs, **options):
+    """What a method says of the weights that it has changed in place."""
+    return load_method(name)(inputs, settings_of(name, **options))
+
+
+def run(model, name, options, forget, retain, **inputs):
     """What the method says, the weights before the first step and after each, and the gradients of each."""
     own, grads = copy.deepcopy(model), []
     kept = [weights(own)]
 
-    def report(*_):
+    def progress(*_):
         kept.append(weights(own))
         grads.append({name: one.grad.clone() for name, one in own.named_parameters() if one.requires_grad})
 
-    given = TrainingInputs(own, forget, retain, job=Job(progress=report), seed=SEED, **given)
-    return method(given, settings), kept, grads
+    job = Job(progress=progress)
+    return unlearn(name, TrainingInputs(own, forget, retain, job=job, seed=SEED, **inputs), **options), kept, grads
 
 
 def token_logs(m, row):
