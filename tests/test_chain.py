@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import SMALL_LAB, write_task
+from conftest import SMALL_LAB, python, write_task
 
 SCRIPT = """
 set -euo pipefail
@@ -53,26 +53,16 @@ def test_the_lab_recipe_reaches_its_targets(dsg, tmp_path):
         code, out, _ = dsg("show", artifact, "-w", "ws", "--json")
         header = json.loads(out)
         assert code == 0 and header["id"] == artifact and header["model"]["source"] == "lab"
-        assert (
-            header["packages"]["torch"]
-            and header["seconds"] > 0
-            and header["sae"]["hook"] == "blocks.1.hook_resid_post"
-        )
+        assert header["packages"]["torch"] and header["seconds"] > 0
+        assert header["sae"]["hook"] == "blocks.1.hook_resid_post"
         assert dsg("show", artifact, "-w", "ws")[0] == 0
-    side_files = {
-        path.name for path in (tmp_path / "ws").iterdir() if path.is_file() and path.suffix not in (".json", "")
-    }
-    assert side_files == {
-        "features-001.safetensors",
-        "threshold-001.jsonl",
-        "guardrail-001.safetensors",
-        "eval-001.jsonl",
-        "eval-001.safetensors",
+    assert {path.name for path in (tmp_path / "ws").glob("*-001.*") if path.suffix != ".json"} == {
+        *(f"{kind}-001.safetensors" for kind in ("features", "guardrail", "eval")),
+        *(f"{kind}-001.jsonl" for kind in ("threshold", "eval")),
     }
     rows = [json.loads(line) for line in (tmp_path / "ws/eval-001.jsonl").read_text().splitlines()]
-    assert len(rows) == 48 * 7 and not any(
-        isinstance(value, str) and " " in value for row in rows for value in row.values()
-    )
+    assert len(rows) == 48 * 7
+    assert not any(" " in value for row in rows for value in row.values() if isinstance(value, str))
     assert (tmp_path / "ws/guardrail-001.safetensors").stat().st_size < 400_000
 
     # A table off the terminal too; --reuse runs nothing twice.
@@ -87,9 +77,9 @@ def test_the_papers_gate_is_diluted(dsg):
     """Its weakness, measured: what the default gate is there for."""
     code, out, err = dsg("run", "lab-paper", *SMALL_LAB[2:], "--set", "eval.benches=[lab-hexes]", "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert found["gate"] == "mean" and found["results"]["lab-hexes"]["unlearned"]["acc"] <= 0.30
-    assert found["attacks"]["dilution"]["curve"][-1]["unlearned"]["forget_acc"] > 0.9
+    summary = json.loads(out)
+    assert summary["gate"] == "mean" and summary["results"]["lab-hexes"]["unlearned"]["acc"] <= 0.30
+    assert summary["attacks"]["dilution"]["curve"][-1]["unlearned"]["forget_acc"] > 0.9
 
 
 @pytest.fixture
@@ -129,32 +119,23 @@ def test_folders_of_my_own(dsg, folders, my_bench, tmp_path):
     code, out, err = dsg("apply", "--from", "threshold-001", "--strength", "30")
     assert (code, out) == (0, "guardrail-001\n"), err
     # A threshold holds all that apply needs, wherever its features lie.
-    assert (
-        dsg("calibrate", "--from", "dsg-workspace/features-001.json", "--alpha", 0.2, "--gate", "mean", "-w", "other")[
-            0
-        ]
-        == 0
-    )
+    elsewhere = ("--from", "dsg-workspace/features-001.json", "-w", "other")
+    assert dsg("calibrate", *elsewhere, "--alpha", 0.2, "--gate", "mean")[0] == 0
     assert dsg("apply", "-w", "other")[1] == "guardrail-001\n"
     code, out, err = dsg("eval", "--bench", "mine", "--include-path", my_bench, "--json")
     assert code == 0, err
     assert json.loads(out)["results"]["mine"]["unlearned"]["n"] == 24
-    code, out, err = dsg(
-        "attack", "--kind", "dilution", "--kind", "relearn", "--bench", "mine",
-        "--set", f"eval.include_path={my_bench}", "--set", "attack.dilution_lengths=[0, 8]",
-        "--set", "attack.relearn_steps=[0, 2]", "--json",
-    )  # fmt: skip
+    attack = ("attack", "--kind", "dilution", "--bench", "mine", "--set", f"eval.include_path={my_bench}", "--json")
+    sets = ("--set", "attack.dilution_lengths=[0, 8]", "--set", "attack.relearn_steps=[0, 2]")
+    code, out, err = dsg(*attack, "--kind", "relearn", *sets)
     assert code == 0, err
     assert [document["attack"] for document in json.loads(out)] == ["dilution", "relearn"]
-    code, out, err = dsg(
-        "attack", "--kind", "dilution", "--bench", "mine", "--set", f"eval.include_path={my_bench}",
-        "--set", "attack.dilution_lengths=[0]", "--expect", "dilution<=1", "--expect", "dilution<0", "--json",
-        "--summary", "page.md",
-    )  # fmt: skip
-    found = json.loads(out)
+    expected = ("--expect", "dilution<=1", "--expect", "dilution<0", "--summary", "page.md")
+    code, out, err = dsg(*attack, "--set", "attack.dilution_lengths=[0]", *expected)
+    report = json.loads(out)
     # The random model answers at chance: what cannot be measured does not count as withstood.
-    is_measurable = found["summary"]["n_measurable"] > 0
-    assert code == 3 and "dilution<0" in err and [one["met"] for one in found["expected"]] == [is_measurable, False]
+    is_measurable = report["summary"]["n_measurable"] > 0
+    assert code == 3 and "dilution<0" in err and [each["met"] for each in report["expected"]] == [is_measurable, False]
     assert "dilution<0" in (tmp_path / "page.md").read_text()
 
 
@@ -165,8 +146,8 @@ def test_the_same_seed_gives_the_same_features_and_threshold(dsg, folders):
         assert dsg("calibrate", "--alpha", 0.2, "--gate", "mean")[0] == 0
     documents = {name: json.loads(dsg("show", name, "--json")[1]) for name in dsg("ls")[1].split()}
     assert documents["features-001"]["features"] == documents["features-002"]["features"]
-    one, two = (list(documents[f"features-00{i}"]["files"].values()) for i in (1, 2))
-    assert one == two
+    digests = [[*documents[f"features-00{i}"]["files"].values()] for i in (1, 2)]
+    assert digests[0] == digests[1]
     assert documents["threshold-001"]["threshold"] == documents["threshold-002"]["threshold"]
 
 
@@ -175,13 +156,13 @@ def test_a_shell_script_chains_by_json_and_exit_codes(tmp_path):
     get = f'{sys.executable} -c "import json, sys; print(json.load(sys.stdin)[sys.argv[1]])"'
     environment = os.environ | {"DSG": f"{sys.executable} -m dsg_cli", "SMALL": " ".join(SMALL_LAB)}
     script = SCRIPT.replace("$GET", get)
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run(["bash", "-c", script], **options)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "eval.json").read_text())["expected"][0]["met"] is True
-    assert len(json.loads((tmp_path / "attacks.json").read_text())) == 2
-    assert json.loads((tmp_path / "failed.json").read_text())["expected"][0]["met"] is False
+    met, attacks, failed = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("eval", "attacks", "failed")
+    )
+    assert met["expected"][0]["met"] is True and len(attacks) == 2 and failed["expected"][0]["met"] is False
     assert (tmp_path / "failed.txt").read_text().startswith("not met")
     assert "There is no artifact eval-009" in (tmp_path / "error.txt").read_text()
 
@@ -189,13 +170,8 @@ def test_a_shell_script_chains_by_json_and_exit_codes(tmp_path):
 @pytest.mark.slow
 def test_a_signal_leaves_only_whole_artifacts(tmp_path):
     """Between the stages of a run; test_processes has both signals, within a stage."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dsg_cli", "run", "lab", *SMALL_LAB[2:], "-w", "ws"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "dsg_cli", "run", "lab", *SMALL_LAB[2:], "-w", "ws"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "ws/features-001.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -203,11 +179,6 @@ def test_a_signal_leaves_only_whole_artifacts(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped" in err and "Traceback" not in err
     assert not [path for path in (tmp_path / "ws").iterdir() if path.suffix in {".tmp", ".partial"}]
-    shown = subprocess.run(
-        [sys.executable, "-m", "dsg_cli", "ls", "-w", "ws", "--json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
+    assert (
+        json.loads(python("-m", "dsg_cli", "ls", "-w", "ws", "--json", cwd=tmp_path).stdout)[0]["id"] == "features-001"
     )
-    assert json.loads(shown.stdout)[0]["id"] == "features-001"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,49 +15,44 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_LAB
 
-from dsg_cli.cli.app import main
 from dsg_cli.job import ALONE, Workers, launched
 from dsg_cli.workspace.store import Workspace
 
 STORMS = Path(__file__).parent / "storms"
-
-
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-
-CHAIN = (["select", *SMALL_LAB], ["calibrate", *SMALL_LAB], ["apply", "--recipe", "lab"])
-
-
-SMALL = ["corpora.limit=80", "eval.benches=[lab-hexes, lab-near]"]
-
-
-SMALL += ["attack.relearn_steps=[0, 5]", "calibrate.gate=window"]
+SMALL = (
+    "corpora.limit=80",
+    "eval.benches=[lab-hexes, lab-near]",
+    "attack.relearn_steps=[0, 5]",
+    "calibrate.gate=window",
+)
 
 
-def launch(n, *arguments, folder, **options):
-    """`dsg` in n processes, as torchrun starts them."""
+def python(n, *arguments, folder):
+    """Python in n processes, as torchrun starts them."""
     run = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone"] if n > 1 else []
-    command = [sys.executable, *run, "-m", "dsg_cli", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300, **options
-    )
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 600}
+    return subprocess.run([sys.executable, *run, *arguments], cwd=folder, env=ENVIRONMENT, **options)
+
+
+def launch(n, *arguments, folder):
+    return python(n, "-m", "dsg_cli", *arguments, folder=folder)
 
 
 def test_workers_share_pieces_without_gaps_or_overlap():
     assert launched({}) == ALONE and launched({"RANK": "1", "WORLD_SIZE": "3"}) == ALONE
     assert launched({"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "x"}) == Workers(1, 3)
     owned = [[number for number in range(20) if Workers(rank, 3).owns(number)] for rank in range(3)]
-    assert sorted(number for several in owned for number in several) == list(range(20))
+    assert sorted(itertools.chain(*owned)) == list(range(20))
     assert max(map(len, owned)) - min(map(len, owned)) <= 1
     assert ALONE.is_first and ALONE.agreed({"a": 1}) == {"a": 1} and ALONE.gathered(2) == [2]
 
 
 SHARE = """
 import torch
-from dsg_cli.cli.app import main
-from dsg_cli.workers import joined
+from dsg_cli.job import joined
 with joined() as workers:
     whole = workers.total([torch.tensor([1.5, workers.rank + 0.25], dtype=torch.float64), torch.tensor(workers.rank)])
     values = workers.gathered({"rank": workers.rank, "text": "é" * (1 + 5 * workers.rank), "none": None})
@@ -71,10 +67,7 @@ with joined() as workers:
 
 def test_what_is_exchanged_between_processes(tmp_path):
     (tmp_path / "share.py").write_text(SHARE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "share.py"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120
-    )
+    done = python(2, "share.py", folder=tmp_path)
     values = [{"rank": 0, "text": "é", "none": None}, {"rank": 1, "text": "é" * 6, "none": None}]
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"[[3.0, 1.5], 1] {values} ['first', 0]"
@@ -107,9 +100,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
             assert [answer(row) for row in rows(a)] == [answer(row) for row in rows(b)] and rows(a)
             assert a.body.results == b.body.results
         else:
-            assert [point["unlearned"]["forget_acc"] for point in a.body.curve] == [
-                point["unlearned"]["forget_acc"] for point in b.body.curve
-            ]
+            curves = [[point["unlearned"]["forget_acc"] for point in stored.body.curve] for stored in (a, b)]
+            assert curves[0] == curves[1]
 
 
 def rows(stored):
@@ -131,20 +123,12 @@ def test_several_processes_complain_once_and_only_where_they_can_share(tmp_path)
     assert done.returncode == 1 and "--device-map and torchrun" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guarded")
-    for command in CHAIN:
-        with pytest.raises(SystemExit) as stop:
-            main([*command, "-w", str(folder / "dsg-workspace"), "--quiet"])
-        assert stop.value.code == 0
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_the_work_and_says_how_to_go_on(tmp_path, guarded, number):
-    shutil.copytree(guarded, tmp_path, dirs_exist_ok=True)
+def test_a_signal_keeps_the_work_and_says_how_to_go_on(tmp_path, lab_chain, number):
+    shutil.copytree(lab_chain, tmp_path / "dsg-workspace")
+    for path in (tmp_path / "dsg-workspace").glob("eval*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     words = ["eval", "--recipe", "lab", "--batch-size", "4"]
     command = [sys.executable, "-m", "dsg_cli", *words]
     options = {"cwd": tmp_path, "env": ENVIRONMENT | {"DSG_CHECKPOINT_SECONDS": "0"}, "text": True}
@@ -169,6 +153,5 @@ def test_a_signal_keeps_the_work_and_says_how_to_go_on(tmp_path, guarded, number
 def test_a_small_storm(tmp_path, words):
     """The long ones are run by hand; recipes/RESULTS.md has their figures."""
     name, *options = words.split()
-    command = [sys.executable, str(STORMS / f"{name}.py"), *options]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = python(1, str(STORMS / f"{name}.py"), *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -45,26 +46,23 @@ def written(dsg, tmp_path):
     ],
 )
 def test_conditions(condition, bound, is_met):
-    [one] = judged(condition)
-    assert one["bound"] == pytest.approx(bound) and one["met"] is is_met
-    assert set(one) == {"expect", "value", "bound", "met"} and one["expect"] == condition
+    [verdict] = judged(condition)
+    assert verdict["bound"] == pytest.approx(bound) and verdict["met"] is is_met
+    assert set(verdict) == {"expect", "value", "bound", "met"} and verdict["expect"] == condition
+
+
+NO_CONDITIONS = (
+    "lab-hexes", "lab-hexes<=", "lab-hexes.n==50", "<=0.3", "lab-hexes<=base*0.9",
+    "lab-hexes<=0.9*", "lab-hexes<=base-", "lab-hexes<=1..2", "lab-hexes<=1e999", "lab-hexes<=nan",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("condition", "words"),
     [
-        ("lab-hexes", "not a condition"),
-        ("lab-hexes<=", "not a condition"),
-        ("lab-hexes.n==50", "not a condition"),
-        ("<=0.3", "not a condition"),
-        ("lab-hexes<=base*0.9", "not a condition"),
-        ("lab-hexes<=0.9*", "not a condition"),
-        ("lab-hexes<=base-", "not a condition"),
-        ("lab-hexes<=1..2", "not a condition"),
-        ("lab-hexes<=1e999", "not a condition"),
-        ("lab-hexes<=nan", "not a condition"),
         ("lab-hexs<=0.3", "Did you mean lab-hexes"),
         ("lab-hexes.gate<=base", "the base model has no gate"),
+        *((text, "not a condition") for text in NO_CONDITIONS),
     ],
 )
 def test_what_is_no_condition(condition, words):
@@ -73,10 +71,9 @@ def test_what_is_no_condition(condition, words):
 
 
 def test_a_bench_whose_own_name_has_a_dot():
-    parsed = parse_expected("v1.1>=0.5", ["v1.1"])
-    assert (parsed.bench, parsed.metric) == ("v1.1", "acc")
-    parsed = parse_expected("v1.1.f1>=0.5", ["v1.1"])
-    assert (parsed.bench, parsed.metric) == ("v1.1", "f1")
+    for condition, metric in (("v1.1>=0.5", "acc"), ("v1.1.f1>=0.5", "f1")):
+        parsed = parse_expected(condition, ["v1.1"])
+        assert (parsed.bench, parsed.metric) == ("v1.1", metric)
 
 
 def test_metrics_are_checked_before_they_are_measured():
@@ -92,8 +89,6 @@ def test_metrics_are_checked_before_they_are_measured():
 
 
 def test_metrics_of_tasks_and_groups():
-    from types import SimpleNamespace
-
     from dsg_cli.evals.benches import load_tasks, metrics_of
 
     group = SimpleNamespace(name="wmdp", aggregate_metric_list=[SimpleNamespace(metric="acc")])
@@ -138,8 +133,7 @@ def test_missed_conditions_are_a_table_on_stderr_and_exit_3(dsg, written, monkey
     assert [line.split() for line in err.splitlines()] == [line.split() for line in MISSED.splitlines()]
     assert all(len(line) <= 80 for line in err.splitlines())
     if json_flag:
-        expected = json.loads(out)["expected"]
-        assert [one["met"] for one in expected] == [True, False, False, True]
+        assert [verdict["met"] for verdict in json.loads(out)["expected"]] == [True, False, False, True]
     elif command[0] == "eval":
         assert out == "eval-001\n"
     assert "❌ | `a\\|b>=0.99*base-0.01`" in Path("page.md").read_text()
@@ -254,11 +248,7 @@ def test_what_libraries_print_does_not_reach_stdout(dsg, written, monkeypatch):
 
 
 WORKFLOW = yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, flags=re.S)[1])
-
-
 STEPS = WORKFLOW["jobs"]["guardrail"]["steps"]
-
-
 COMMANDS = [
     shlex.split(line)[1:] for step in STEPS for line in step.get("run", "").splitlines() if line.startswith("dsg ")
 ]
