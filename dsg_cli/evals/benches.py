@@ -1,6 +1,6 @@
-"""Bench names to lm-eval tasks: the lab's own, lm-eval's, and a user's from YAML files.
+"""Bench names to benches: the lab's own, lm-eval's, a user's from YAML files, and those on free text.
 
-lm-eval's quirks live here and in evaluation.py.
+lm-eval's quirks live here and in lm_harness.py.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ import functools
 import importlib.util
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsg_cli.data.corpora import load_corpus
 from dsg_cli.data.hub import commit_read, data_errors, load_rows
 from dsg_cli.errors import DsgError, nearest, reason_of
-from dsg_cli.evals import CORPUS_BENCHES, MUSE, PAPER, QUICK, TOFU, bench_name, is_free, known_benches, task_name
+from dsg_cli.evals import MUSE, PAPER, QUICK, TOFU, bench_name, is_free, known_benches, task_name
 from dsg_cli.evals.free_text import TextBench
 from dsg_cli.evals.muse import Muse
 from dsg_cli.evals.passages import MOST, Fluency, Memory
 from dsg_cli.evals.tofu import Tofu
 from dsg_cli.lab import data as lab
 from dsg_cli.workspace.files import is_folder
+from dsg_cli.workspace.results import Json
 
 LM_EVAL_TASKS = Path(str(importlib.util.find_spec("lm_eval").origin)).parent / "tasks"  # type: ignore[union-attr]
 
@@ -38,24 +39,18 @@ def load_tasks(
 ) -> list[Any]:
     """Each bench as an lm-eval task or group, its data read and its first question formed; no model is needed.
 
-    Args:
-        benches: Names of the lab's benches or of lm-eval's tasks and groups.
-        split: `dev` or `test`; for the lab's benches.
-        include_path: Folder with tasks of the user's own.
-        can_generate: Whether tasks may generate text; the gate `mean` cannot guard that.
+    `split` is for the lab's benches. Tasks may generate text where no gate is `mean`, which cannot guard that.
     """
-    twice = sorted({name for name in benches if list(benches).count(name) > 1})
-    if twice:
-        raise DsgError(f"The bench {twice[0]} is named twice.")
+    _check_once(benches)
     if include_path is not None and not is_folder(Path(include_path)):
         raise DsgError(f"There is no folder {include_path} (--include-path).")
     own = task_index((include_path,) if include_path else (), False).all_tasks
     taken = sorted(set(own) & set(known_benches()))
     if taken:
         raise DsgError(f"{include_path} has a task named {taken[0]}, which is a bench of ours.", "Rename it.")
-    asked = [task_name(name) for name in benches if name not in lab.bench_names() and task_name(name) not in own]
-    folders = sorted({str(LM_EVAL_TASKS / QUICK[name]) for name in asked if name in QUICK})
-    is_quick = all(name in QUICK for name in asked)
+    others = [task_name(name) for name in benches if name not in lab.bench_names() and task_name(name) not in own]
+    folders = sorted({str(LM_EVAL_TASKS / QUICK[name]) for name in others if name in QUICK})
+    is_quick = all(name in QUICK for name in others)
     manager = task_index((*([include_path] if include_path else []), *(folders if is_quick else [])), not is_quick)
     for name in benches:
         if name not in lab.bench_names() and task_name(name) not in manager.all_tasks:
@@ -63,6 +58,11 @@ def load_tasks(
             known = "`dsg ls benches` lists ours; lm-eval's tasks work by their names."
             raise DsgError(f"There is no bench named {name}.", close if close.startswith("Did") else known)
     return [built for name in benches for built in _build(manager, name, split, can_generate)]
+
+
+def _check_once(benches: Sequence[str]) -> None:
+    if twice := sorted({name for name in benches if list(benches).count(name) > 1}):
+        raise DsgError(f"The bench {twice[0]} is named twice.")
 
 
 @functools.cache
@@ -103,20 +103,19 @@ def _build(manager: Any, bench: str, split: str, can_generate: bool) -> list[Any
 
 def metrics_of(tasks: Sequence[Any]) -> dict[str, set[str]]:
     """Bench -> names of what it measures, of these tasks and of every bench of the paper's protocol."""
-    measured = {bench: {"acc"} for bench in PAPER}
+    metrics = {bench: {"acc"} for bench in PAPER}
     for task in tasks:
         if hasattr(task, "aggregate_metric_list"):  # A group.
-            measured[bench_name(task.name)] = {one.metric for one in task.aggregate_metric_list or ()}
+            metrics[bench_name(task.name)] = {item.metric for item in task.aggregate_metric_list or ()}
         else:
-            measured[bench_name(task.config.task)] = set(task.aggregation())
-    return measured
+            metrics[bench_name(task.config.task)] = set(task.aggregation())
+    return metrics
 
 
 def commits(tasks: Sequence[Any]) -> dict[str, str]:
     """Task -> the commit of the hub that its questions were read from, for those that come from it."""
     single = [one for task in tasks for one in (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task])]
-    read = {one.config.task: commit_read(one.eval_docs) for one in single}
-    return {task: commit for task, commit in read.items() if commit}
+    return {task.config.task: commit for task in single if (commit := commit_read(task.eval_docs))}
 
 
 def _lab_task(bench: str, split: str) -> dict[str, Any]:
@@ -142,17 +141,8 @@ def _lab_task(bench: str, split: str) -> dict[str, Any]:
     }
 
 
-LAB_VERBATIM, LAB_ANSWER = 2, 8
-"""Tokens that are written in the lab: a value with its full stop, and an answer, which ends with one."""
-
-
 def load_free(
-    benches: Sequence[str],
-    *,
-    split: str,
-    limit: int | None = None,
-    holdout: Sequence[str] = (),
-    seed: int = 0,
+    benches: Sequence[str], *, split: str, limit: int | None = None, holdout: Sequence[str] = (), seed: int = 0
 ) -> tuple[list[TextBench], dict[str, str]]:
     """Those benches among some that are on free text, their data read, and the commits of the hub that they came from.
 
@@ -161,75 +151,66 @@ def load_free(
         split: `dev` or `test`; for the lab's benches.
         limit: Items of each part, at most.
         holdout: Corpora that the model never saw, for `memory:`.
-        seed: Of the texts that are taken of a long corpus.
+        seed: By which texts of a long corpus are drawn.
     """
     names = [name for name in benches if is_free(name)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DsgError(f"The bench {twice[0]} is named twice.")
+    _check_once(names)
     for name in names:
-        check_corpus_bench(name)
+        kind, colon, corpus = name.partition(":")
+        if colon and not corpus:
+            raise DsgError(f"The bench {name} names no corpus.", f"Write {kind}:CORPUS, such as {kind}:lab-hexes.")
     if holdout and not any(name.startswith("memory:") for name in names):
         raise DsgError("eval.holdout is for benches memory:CORPUS.", "Name one, or leave it out.")
     commits: dict[str, str] = {}
     found: list[TextBench] = []
     for name in names:
-        bench = _bench(name, split, limit, holdout, seed, commits)
+        kind, _, corpus = name.partition(":")
+        bench: TextBench
+        if name in ("lab-muse", "lab-tofu"):
+            bench = _lab_bench(name, split, limit)
+        elif name in MUSE:
+            bench = Muse(name, _hub_rows(MUSE[name], commits, name), limit=limit)
+        elif name in TOFU:
+            repo, forget = TOFU[name]
+            rows = _hub_rows(repo, commits, name)
+            bench = Tofu(name, forget, lambda config, rows=rows: rows(config, "train"), limit=limit)  # type: ignore[misc]
+        elif kind == "fluency":
+            bench = Fluency(name, _texts(corpus, limit, seed))
+        else:
+            bench = Memory(name, _texts(corpus, limit, seed), [t for one in holdout for t in _texts(one, limit, seed)])
         if not bench.items():
             raise DsgError(f"The bench {name} has no questions.")
         found.append(bench)
     return found, commits
 
 
-def _bench(
-    name: str, split: str, limit: int | None, holdout: Sequence[str], seed: int, commits: dict[str, str]
-) -> TextBench:
-    if name in MUSE:
-        if name == "lab-muse":
-            from dsg_cli.lab.benchmarks import rows as lab_rows
+def _lab_bench(name: str, split: str, limit: int | None) -> TextBench:
+    """The lab's MUSE and TOFU: a value with its full stop is two tokens, and an answer ends with its full stop."""
+    from dsg_cli.lab.benchmarks import rows as lab_rows
 
-            return Muse(
-                name,
-                lambda config, part: lab_rows("muse", config, part, part=split),  # type: ignore[arg-type]
-                asked="{question}",
-                shown="{question} {answer} ",
-                stop=(".",),
-                n_verbatim=LAB_VERBATIM,
-                n_answer=LAB_ANSWER,
-                limit=limit,
-            )
-        return Muse(name, _rows_of(MUSE[name], commits, name), limit=limit)
-    if name in TOFU:
-        repo, forget = TOFU[name]
-        if name == "lab-tofu":
-            from dsg_cli.lab.benchmarks import rows as lab_rows
-
-            return Tofu(
-                name,
-                forget,
-                lambda config: lab_rows("tofu", config, "train", part=split),  # type: ignore[arg-type]
-                asked="{question}",
-                stop=(".",),
-                n_new=LAB_ANSWER,
-                limit=limit,
-            )
-        rows = _rows_of(repo, commits, name)
-        return Tofu(name, forget, lambda config: rows(config, "train"), limit=limit)
-    kind, _, corpus = name.partition(":")
-    texts = _texts(corpus, limit, seed)
-    if kind == "fluency":
-        return Fluency(name, texts)
-    return Memory(name, texts, [text for one in holdout for text in _texts(one, limit, seed)])
+    part: Any = split
+    question: Json = {"asked": "{question}", "stop": (".",), "limit": limit}
+    if name == "lab-tofu":
+        forget = TOFU[name][1]
+        return Tofu(name, forget, lambda config: lab_rows("tofu", config, "train", part=part), n_new=8, **question)
+    return Muse(
+        name,
+        lambda config, split: lab_rows("muse", config, split, part=part),
+        shown="{question} {answer} ",
+        n_verbatim=2,
+        n_answer=8,
+        **question,
+    )
 
 
-def _rows_of(repo: str, commits: dict[str, str], name: str) -> Any:
-    kept: dict[tuple[str, str], Any] = {}
+def _hub_rows(repo: str, commits: dict[str, str], name: str) -> Callable[[str, str], list[Any]]:
+    """Configuration and split -> rows of a data set, read once; the commit is noted."""
 
-    def rows(config: str, split: str) -> Any:
-        if (config, split) not in kept:
-            read = load_rows(repo, config, split)
-            commits[name] = commit_read(read)
-            kept[config, split] = read.to_list()
-        return kept[config, split]
+    @functools.cache
+    def rows(config: str, split: str) -> list[Any]:
+        read = load_rows(repo, config, split)
+        commits[name] = commit_read(read)
+        return list(read.to_list())
 
     return rows
 
@@ -239,10 +220,3 @@ def _texts(name: str, limit: int | None, seed: int) -> list[str]:
     texts = [text for text in load_corpus(name).texts if len(text.split()) > 1]
     n = min(len(texts), limit or MOST)
     return [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), n))]
-
-
-def check_corpus_bench(name: str) -> None:
-    """Refuse a name that says no corpus."""
-    kind, _, corpus = name.partition(":")
-    if kind in CORPUS_BENCHES and not corpus:
-        raise DsgError(f"The bench {name} names no corpus.", f"Write {kind}:CORPUS, such as {kind}:lab-hexes.")

@@ -9,10 +9,10 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,58 +66,39 @@ class Item:
     """Whether it asks for what should be forgotten: a guardrail's gate should open."""
 
 
-Found = Mapping[str, Sequence[tuple[Item, Json]]]
-"""Part -> its items with what came of each (text_evaluation.py), of one side."""
+PartResults = Mapping[str, Sequence[tuple[Item, Json]]]
+"""Part -> its items with what came of each, of one model."""
 
 
-class TextBench(Protocol):
-    """A bench."""
+class TextBench(ABC):
+    """A bench on free text: items that a model writes or reads, and metrics of what comes of them."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    metrics: Any
+    """Names of what it measures, a tuple."""
+    relative: tuple[str, ...] = ()
+    """Those of them that need a model that never saw what is to be forgotten."""
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of what it measures."""
-        ...
+    @abstractmethod
+    def items(self) -> list[Item]: ...
 
-    @property
-    def relative(self) -> tuple[str, ...]:
-        """Those of them that need a model that never saw what is to be forgotten."""
-        ...
+    @abstractmethod
+    def compute(self, results: PartResults) -> Json:
+        """Metrics of one model, with intervals where there are any."""
 
-    def items(self) -> Sequence[Item]: ...
-
-    def measured(self, found: Found) -> Json:
-        """Metrics of one side, with intervals where there are any."""
-        ...
-
-    def scores(self, found: Found) -> Json:
+    def scores(self, results: PartResults) -> Json:  # noqa: ARG002
         """What later evaluations need of a model that never saw what is to be forgotten."""
-        ...
+        return {}
 
-    def relative_to(self, found: Found, scores: Json) -> Json:
-        """Metrics of one side that need such scores."""
-        ...
+    def relative_to(self, results: PartResults, scores: Json) -> Json:  # noqa: ARG002
+        """Metrics of one model that need such scores."""
+        return {}
 
 
 def digest_of(items: Sequence[Item], how: str) -> str:
-    """Of everything that is asked, and of how it is."""
+    """Of all items, and of how they are put."""
     content = json.dumps([how, *(asdict(item) for item in items)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def mean_of(name: str, values: Sequence[float], *, factor: float = 1.0) -> Json:
-    """`{name, name_low, name_high}`: the mean and its 95 % interval by the normal approximation."""
-    n = len(values)
-    mean = sum(values) / n
-    variance = sum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else math.nan
-    half = 1.96 * math.sqrt(variance / n) if n > 1 else 0.0
-    return {
-        name: factor * mean,
-        f"{name}_low": factor * (mean - half),
-        f"{name}_high": factor * (mean + half),
-    }
 
 
 LOGIT_BYTES = 2**31
@@ -221,7 +202,7 @@ def _write(
                 "n_tokens": len(completion.token_ids),
                 "repetition": repetition(completion.token_ids),
                 "refusal": is_refusal(completion.text, refusals),
-                **_decided(completion.decision),
+                **_decision(completion.decision),
                 "text": completion.text,
             }
         )
@@ -270,7 +251,7 @@ def _read(
         text = item.target
         if len(request.continuation) < len(whole.continuation):
             text = str(tokenizer.decode(list(request.continuation)))
-        results.append({**score.measured, "zlib_score": zlib_score([total], text), **_decided(score.decision)})
+        results.append({**score.measured, "zlib_score": zlib_score([total], text), **_decision(score.decision)})
     return results, cache.n_tokens
 
 
@@ -296,15 +277,12 @@ def _measure(tail_CV: Tensor, target_C: Tensor) -> Json:
     }
 
 
-def _decided(decision: Decision | None) -> Json:
-    if decision is None:
-        return {"length": 0, "statistic": 0.0, "gated": False, "edit": 0.0}
-    return {
-        "length": decision.n_tokens,
-        "statistic": decision.statistic,
-        "gated": decision.gated,
-        "edit": decision.edit,
-    }
+DECISION = ("length", "statistic", "gated", "edit")
+
+
+def _decision(decision: Decision | None) -> Json:
+    values = dataclasses.astuple(decision) if decision is not None else (0, 0.0, False, 0.0)
+    return dict(zip(DECISION, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -357,42 +335,32 @@ def evaluate_texts(
     for bench in free.benches:
         items, name = free.items[bench.name], bench.name
         parts = {side: _by_part(items, results[name]) for side, results in of_side.items() if name in results}
-        metrics = {side: bench.measured(found) | {"n": len(items)} for side, found in parts.items()}
-        reference_scores = _scores_of(bench, reference, parts.get("reference"))
-        if reference_scores is not None:
-            result.reference_scores[name] = reference_scores
+        metrics = {side: bench.compute(part) | {"n": len(items)} for side, part in parts.items()}
+        scores: Json | None = None
+        if bench.relative and reference is not None:
+            scores = bench.scores(parts["reference"]) if "reference" in parts else reference.scores.get(name)
+        if scores is not None:
+            result.reference_scores[name] = dict(scores)
             if reference is not None and name in reference.results:
                 metrics["reference"] = dict(reference.results[name])
             for side in ("base", "unlearned"):
-                metrics[side] |= bench.relative_to(parts[side], reference_scores)
+                metrics[side] |= bench.relative_to(parts[side], scores)
         elif bench.relative:
             result.refused[name] = dict.fromkeys(bench.relative, "it needs a model that never saw what is forgotten")
         rows = _rows(name, items, of_side["base"][name], of_side["unlearned"][name], settings.samples)
         forget = [row for row, item in zip(rows, items, strict=True) if item.is_forget]
         result.gate[name] = gate_rate(forget or rows)
-        metrics["unlearned"] |= _gate_rates(rows, items) if unlearned.guardrails or unlearned.wrappers else {}
+        metrics["unlearned"] |= _gate_rates(rows) if unlearned.guardrails or unlearned.wrappers else {}
         result.results[name] = metrics
         result.rows += rows
     return result
 
 
-def _scores_of(bench: TextBench, reference: Reference | None, found: Found | None) -> Json | None:
-    if not bench.relative or reference is None:
-        return None
-    if found is not None:
-        return bench.scores(found)
-    stored = reference.scores.get(bench.name)
-    return None if stored is None else dict(stored)
-
-
-def _by_part(items: Sequence[Item], results: Sequence[Json]) -> Found:
-    found: dict[str, list[tuple[Item, Json]]] = {}
-    for item, one in zip(items, results, strict=True):
-        found.setdefault(item.part, []).append((item, one))
-    return found
-
-
-DECIDED = ("length", "statistic", "gated", "edit")
+def _by_part(items: Sequence[Item], results: Sequence[Json]) -> PartResults:
+    parts: dict[str, list[tuple[Item, Json]]] = {}
+    for item, result in zip(items, results, strict=True):
+        parts.setdefault(item.part, []).append((item, result))
+    return parts
 
 
 def _rows(
@@ -400,24 +368,22 @@ def _rows(
 ) -> list[Json]:
     """One an item: numbers, and text only if it is asked for."""
     rows = []
-    for item, before, after in zip(items, base, unlearned, strict=True):
+    for item, *results in zip(items, base, unlearned, strict=True):
+        sides = dict(zip(("base", "unlearned"), results, strict=True))
         row: Json = {"bench": bench, "id": item.id, "group": item.part, "role": item.role}
-        row |= {name: after[name] for name in DECIDED}
-        row |= {"answer": None}
-        for name, one in (("base", before), ("unlearned", after)):
-            row[name] = {key: value for key, value in one.items() if key not in (*DECIDED, "text")}
+        row |= {name: sides["unlearned"][name] for name in DECISION} | {"answer": None}
+        for side, result in sides.items():
+            row[side] = {name: value for name, value in result.items() if name not in (*DECISION, "text")}
         if samples:
             row |= {"context": item.context, "target": item.target}
-            row |= {
-                f"{name}_text": one["text"] for name, one in (("base", before), ("unlearned", after)) if "text" in one
-            }
+            row |= {f"{side}_text": result["text"] for side, result in sides.items() if "text" in result}
         rows.append(row)
     return rows
 
 
-def _gate_rates(rows: Sequence[Json], items: Sequence[Item]) -> Json:
+def _gate_rates(rows: Sequence[Json]) -> Json:
     """Share gated of each part."""
     parts: dict[str, list[bool]] = {}
-    for row, item in zip(rows, items, strict=True):
-        parts.setdefault(item.part, []).append(row["gated"])
-    return {f"gated_{part}": sum(several) / len(several) for part, several in parts.items()}
+    for row in rows:
+        parts.setdefault(row["group"], []).append(row["gated"])
+    return {f"gated_{part}": sum(gated) / len(gated) for part, gated in parts.items()}

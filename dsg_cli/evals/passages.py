@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.free_text import Found, Item, mean_of
-from dsg_cli.evals.metrics import auc, auc_interval
+from dsg_cli.evals.free_text import Item, PartResults, TextBench
+from dsg_cli.evals.metrics import auc, auc_interval, mean_of
 from dsg_cli.intervals import wilson
 from dsg_cli.workspace.results import Json
 
@@ -28,20 +28,13 @@ MOST = 200
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Texts that are read.
-
-    Args:
-        name: `memory:` and the corpus.
-        texts: Its texts.
-        holdout: Texts that the model never saw; without them there are no AUCs.
-    """
+class Memory(TextBench):
+    """`memory:CORPUS`: texts that are read."""
 
     name: str
     texts: Sequence[str]
     holdout: Sequence[str] = ()
-
-    relative = ()
+    """Texts that the model never saw; without them there are no AUCs."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -55,66 +48,47 @@ class Memory:
             for i, text in enumerate(texts)
         ]
 
-    def measured(self, found: Found) -> Json:
-        own = [one for _, one in found["texts"]]
-        n_tokens = sum(one["n_tokens"] for one in own)
-        loss = sum(one["loss"] * one["n_tokens"] for one in own) / n_tokens
+    def compute(self, results: PartResults) -> Json:
+        texts = [result for _, result in results["texts"]]
+        n_tokens = sum(result["n_tokens"] for result in texts)
+        loss = sum(result["loss"] * result["n_tokens"] for result in texts) / n_tokens
         metrics: Json = {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
         for name in ("exact_memorisation", "extraction_strength", *SCORES):
-            metrics |= mean_of(name, [one[name] for one in own])
+            metrics |= mean_of(name, [result[name] for result in texts])
         for name in SCORES if self.holdout else ():
-            members, others = ([one[name] for _, one in found[part]] for part in ("texts", "holdout"))
+            members, others = ([result[name] for _, result in results[part]] for part in ("texts", "holdout"))
             low, high = auc_interval(members, others)
             metrics |= {f"auc_{name}": auc(members, others), f"auc_{name}_low": low, f"auc_{name}_high": high}
         return metrics
 
-    def scores(self, _found: Found) -> Json:
-        return {}
-
-    def relative_to(self, _found: Found, _scores: Json) -> Json:
-        return {}
-
 
 @dataclass(frozen=True)
-class Fluency:
-    """Texts that are written on.
-
-    Args:
-        name: `fluency:` and the corpus.
-        texts: Its texts; the first words of each are the prompt.
-    """
+class Fluency(TextBench):
+    """`fluency:CORPUS`: texts that are written on after their first words."""
 
     name: str
     texts: Sequence[str]
 
     metrics = ("rouge_l", "gibberish", "refusal", "repetition")
-    relative = ()
 
     def items(self) -> list[Item]:
-        """Prompts, of those texts that go on after them."""
-        found = []
+        items = []
         for i, text in enumerate(self.texts):
             words = text.split(" ")
             n = min(N_WORDS, len(words) // 2)
             if n:
                 begins = " ".join(words[:n])
-                found.append(Item(f"{i}", "written", begins, text[len(begins) :], "", N_NEW, is_free=True))
-        if not found:
+                items.append(Item(f"{i}", "written", begins, text[len(begins) :], "", N_NEW, is_free=True))
+        if not items:
             raise DsgError(f"{self.name}: no text has two words.")
-        return found
+        return items
 
-    def measured(self, found: Found) -> Json:
-        own = [one for _, one in found["written"]]
-        metrics = mean_of("rouge_l", [one["rouge_l"] for one in own])
-        metrics |= mean_of("repetition", [one["repetition"] for one in own])
+    def compute(self, results: PartResults) -> Json:
+        texts = [result for _, result in results["written"]]
+        metrics = mean_of("rouge_l", [result["rouge_l"] for result in texts])
+        metrics |= mean_of("repetition", [result["repetition"] for result in texts])
         for name in ("gibberish", "refusal"):
-            k = sum(one[name] for one in own)
-            low, high = wilson(k, len(own))
-            metrics |= {name: k / len(own), f"{name}_low": low, f"{name}_high": high}
+            k = sum(result[name] for result in texts)
+            low, high = wilson(k, len(texts))
+            metrics |= {name: k / len(texts), f"{name}_low": low, f"{name}_high": high}
         return metrics
-
-    def scores(self, _found: Found) -> Json:
-        return {}
-
-    def relative_to(self, _found: Found, _scores: Json) -> Json:
-        return {}

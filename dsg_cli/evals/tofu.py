@@ -1,7 +1,7 @@
 """TOFU (Maini et al., 2401.06121): made-up authors to forget, others to keep, real ones and the world beside them.
 
 Of every question: the probability of its answer, ROUGE-L recall of what the model writes, and the truth ratio of false
-answers to the true one in another wording (metrics/truthfulness.py). Model utility is the harmonic mean of the three
+answers to the true one in another wording. Model utility is the harmonic mean of the three
 on the three parts that are to be kept; forget quality compares the truth ratios on forget questions with those of a
 model that never saw them.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsg_cli.errors import DsgError
-from dsg_cli.evals.free_text import Found, Item, mean_of
+from dsg_cli.evals.free_text import Item, PartResults, TextBench
+from dsg_cli.evals.metrics import mean_of
 from dsg_cli.workspace.results import Json
 
 
@@ -61,41 +62,37 @@ def forget_quality(ratios: Sequence[float], retrained: Sequence[float]) -> tuple
     """
     from scipy.stats import ks_2samp
 
-    found = ks_2samp(ratios, retrained)
-    return float(found.pvalue), float(found.statistic)
+    test = ks_2samp(ratios, retrained)
+    return float(test.pvalue), float(test.statistic)
 
-
-N_ANSWER = 200
 
 KEPT = ("retain", "real_authors", "world_facts")
 
 PARTS = ("forget", *KEPT)
+
+OWN = ("forget", "retain")
+"""Parts on the made-up authors."""
 
 Rows = Callable[[str], Sequence[Any]]
 """Configuration of the data set -> its rows."""
 
 
 @dataclass(frozen=True)
-class Tofu:
-    """The bench of one split.
-
-    Args:
-        name: Such as `tofu-forget10`.
-        forget: Its configuration, such as `forget10`.
-        rows: Where its data are.
-        asked: How a question is put, with `{question}`; the answer follows after a space.
-        stop: Where an answer ends.
-        n_new: Tokens of an answer, at most.
-        limit: Questions of each part, at most.
-    """
+class Tofu(TextBench):
+    """The bench of one split, such as `tofu-forget10`."""
 
     name: str
     forget: str
+    """Its configuration, such as `forget10`."""
     rows: Rows
     asked: str = "Question: {question}\nAnswer:"
+    """How a question is put; the answer follows after a space."""
     stop: tuple[str, ...] = ("\n",)
-    n_new: int = N_ANSWER
+    """Where an answer ends."""
+    n_new: int = 200
+    """Tokens of an answer, at most."""
     limit: int | None = None
+    """Questions of each part, at most."""
 
     metrics = (
         *(f"{metric}_{part}" for part in PARTS for metric in ("probability", "rouge", "truth")),
@@ -106,75 +103,66 @@ class Tofu:
     relative = ("forget_quality", "forget_ks")
 
     def items(self) -> list[Item]:
-        """Everything that is asked."""
-        found = []
+        items = []
         for part in PARTS:
             config = f"{self.forget if part == 'forget' else part}_perturbed"
             rows = self.rows(config)
-            n = len(rows) if self.limit is None else min(self.limit, len(rows))
-            if not n:
+            if not len(rows) or self.limit == 0:
                 raise DsgError(f"{self.name}: the part {config} is empty.")
-            is_own = part in ("forget", "retain")
-            for name in ("question", "answer", "perturbed_answer", *(("paraphrased_answer",) if is_own else ())):
+            paraphrased = ("paraphrased_answer",) if part in OWN else ()
+            for name in ("question", "answer", "perturbed_answer", *paraphrased):
                 if name not in rows[0]:
                     raise DsgError(f"{self.name}: the part {config} has no column {name}.")
-            for i in range(n):
-                found += self._of_question(part, i, rows[i])
-        return found
-
-    def _of_question(self, part: str, number: int, row: Any) -> list[Item]:
-        context, name, is_forget = self.asked.format(question=row["question"]), f"{part}/{number}", part == "forget"
-        perturbed = row["perturbed_answer"]
-        perturbed = [perturbed] if isinstance(perturbed, str) else list(perturbed)
-        if not perturbed:
-            raise DsgError(f"{self.name}: question {number} of {part} has no false answer.")
-        items = [
-            Item(name, part, context, row["answer"], "written", self.n_new, self.stop, is_forget=is_forget),
-            Item(name, part, context, f" {row['answer']}", "answer", is_forget=is_forget),
-            *(Item(name, part, context, f" {one}", "perturbed", is_forget=is_forget) for one in perturbed),
-        ]
-        # Of real authors and the world there is no other wording; the answer itself takes its place.
-        if "paraphrased_answer" in row:
-            said = f" {row['paraphrased_answer']}"
-            items.append(Item(name, part, context, said, "paraphrase", is_forget=is_forget))
+            for i in range(min(self.limit or len(rows), len(rows))):
+                items += self._items_of(part, i, rows[i])
         return items
 
-    def measured(self, found: Found) -> Json:
+    def _items_of(self, part: str, number: int, row: Any) -> list[Item]:
+        """Of one question: its answer to be written, and read; false answers; the answer in another wording."""
+        perturbed = [row["perturbed_answer"]] if isinstance(row["perturbed_answer"], str) else row["perturbed_answer"]
+        if not len(perturbed):
+            raise DsgError(f"{self.name}: question {number} of {part} has no false answer.")
+        name, context = f"{part}/{number}", self.asked.format(question=row["question"])
+        item = Item(name, part, context, row["answer"], "written", self.n_new, self.stop, is_forget=part == "forget")
+        read = [("answer", row["answer"]), *(("perturbed", answer) for answer in perturbed)]
+        # Of real authors and the world there is no other wording; the answer itself takes its place.
+        if "paraphrased_answer" in row:
+            read.append(("paraphrase", row["paraphrased_answer"]))
+        return [item, *(replace(item, target=f" {text}", role=role, n_new=0, stop=()) for role, text in read)]
+
+    def compute(self, results: PartResults) -> Json:
         metrics: Json = {}
         for part in PARTS:
-            questions = _questions(found, part)
-            ratios = [_ratio(one) for one in questions]
-            is_own = part in ("forget", "retain")
+            questions = _questions(results, part)
             likely = [
-                probability(one["answer"][0]["loss"])
-                if is_own
-                else probability_among(one["answer"][0]["loss"], [other["loss"] for other in one["perturbed"]])
-                for one in questions
+                probability(question["answer"][0]["loss"])
+                if part in OWN
+                else probability_among(question["answer"][0]["loss"], [one["loss"] for one in question["perturbed"]])
+                for question in questions
             ]
             metrics |= mean_of(f"probability_{part}", likely)
-            metrics |= mean_of(f"rouge_{part}", [one["written"][0]["rouge_l_recall"] for one in questions])
-            judged = balance if part == "forget" else truthfulness
-            metrics |= mean_of(f"truth_{part}", [judged(ratio) for ratio in ratios])
+            metrics |= mean_of(f"rouge_{part}", [question["written"][0]["rouge_l_recall"] for question in questions])
+            rate = balance if part == "forget" else truthfulness
+            metrics |= mean_of(f"truth_{part}", [rate(_ratio(question)) for question in questions])
         kept = [metrics[f"{metric}_{part}"] for part in KEPT for metric in ("probability", "rouge", "truth")]
         return metrics | {"model_utility": model_utility(kept)}
 
-    def scores(self, found: Found) -> Json:
-        return {"truth_ratios": [_ratio(one) for one in _questions(found, "forget")]}
+    def scores(self, results: PartResults) -> Json:
+        return {"truth_ratios": [_ratio(question) for question in _questions(results, "forget")]}
 
-    def relative_to(self, found: Found, scores: Json) -> Json:
-        ratios = [_ratio(one) for one in _questions(found, "forget")]
-        p_value, statistic = forget_quality(ratios, scores["truth_ratios"])
+    def relative_to(self, results: PartResults, scores: Json) -> Json:
+        p_value, statistic = forget_quality(self.scores(results)["truth_ratios"], scores["truth_ratios"])
         return {"forget_quality": p_value, "forget_ks": statistic}
 
 
-def _questions(found: Found, part: str) -> list[dict[str, list[Json]]]:
+def _questions(results: PartResults, part: str) -> list[dict[str, list[Json]]]:
     """Of each question of a part, what came of its items by their roles."""
     questions: dict[str, dict[str, list[Json]]] = {}
-    for item, one in found[part]:
-        questions.setdefault(item.id, {}).setdefault(item.role, []).append(one)
+    for item, result in results[part]:
+        questions.setdefault(item.id, {}).setdefault(item.role, []).append(result)
     return list(questions.values())
 
 
 def _ratio(question: dict[str, list[Json]]) -> float:
     true = question.get("paraphrase") or question["answer"]
-    return truth_ratio(true[0]["loss"], [one["loss"] for one in question["perturbed"]])
+    return truth_ratio(true[0]["loss"], [answer["loss"] for answer in question["perturbed"]])
