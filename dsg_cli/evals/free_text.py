@@ -11,7 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from dsg_cli.evals.metrics import (
 )
 from dsg_cli.guardrail.guarded import check_causal
 from dsg_cli.inference.generation import Prompt, generate
-from dsg_cli.inference.scoring import AnswerCache, Decision, GuardedModel
+from dsg_cli.inference.scoring import UNDECIDED, AnswerCache, GuardedModel
 from dsg_cli.inference.wrappers import prefix_ids
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.settings import EvalSection
@@ -95,12 +95,6 @@ class TextBench(ABC):
         return {}
 
 
-def digest_of(items: Sequence[Item], how: str) -> str:
-    """Of all items, and of how they are put."""
-    content = json.dumps([how, *(asdict(item) for item in items)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 LOGIT_BYTES = 2**31
 """Of logits in a batch of texts, in float32; a text longer than that is read alone."""
 
@@ -126,8 +120,11 @@ class FreeText:
 
     def digests(self) -> dict[str, str]:
         """Bench -> digest of all its items and of how they are put."""
-        how = f"{self.bos}/{self.chat}"
-        return {name: digest_of(items, how) for name, items in self.items.items()}
+        digests = {}
+        for name, items in self.items.items():
+            content = json.dumps([f"{self.bos}/{self.chat}", *map(dataclasses.asdict, items)], sort_keys=True)
+            digests[name] = hashlib.sha256(content.encode()).hexdigest()
+        return digests
 
     def context_ids(self, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
         """Token ids of a context as the user sends it."""
@@ -202,7 +199,7 @@ def _write(
                 "n_tokens": len(completion.token_ids),
                 "repetition": repetition(completion.token_ids),
                 "refusal": is_refusal(completion.text, refusals),
-                **_decision(completion.decision),
+                **(completion.decision or UNDECIDED).row(),
                 "text": completion.text,
             }
         )
@@ -251,7 +248,9 @@ def _read(
         text = item.target
         if len(request.continuation) < len(whole.continuation):
             text = str(tokenizer.decode(list(request.continuation)))
-        results.append({**score.measured, "zlib_score": zlib_score([total], text), **_decision(score.decision)})
+        results.append(
+            {**score.measured, "zlib_score": zlib_score([total], text), **(score.decision or UNDECIDED).row()}
+        )
     return results, cache.n_tokens
 
 
@@ -275,14 +274,6 @@ def _measure(tail_CV: Tensor, target_C: Tensor) -> Json:
         "exact_memorisation": exact_memorisation(is_first),
         "extraction_strength": extraction_strength(is_first),
     }
-
-
-DECISION = ("length", "statistic", "gated", "edit")
-
-
-def _decision(decision: Decision | None) -> Json:
-    values = dataclasses.astuple(decision) if decision is not None else (0, 0.0, False, 0.0)
-    return dict(zip(DECISION, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -371,9 +362,9 @@ def _rows(
     for item, *results in zip(items, base, unlearned, strict=True):
         sides = dict(zip(("base", "unlearned"), results, strict=True))
         row: Json = {"bench": bench, "id": item.id, "group": item.part, "role": item.role}
-        row |= {name: sides["unlearned"][name] for name in DECISION} | {"answer": None}
+        row |= {name: sides["unlearned"][name] for name in UNDECIDED.row()} | {"answer": None}
         for side, result in sides.items():
-            row[side] = {name: value for name, value in result.items() if name not in (*DECISION, "text")}
+            row[side] = {name: value for name, value in result.items() if name not in (*UNDECIDED.row(), "text")}
         if samples:
             row |= {"context": item.context, "target": item.target}
             row |= {f"{side}_text": result["text"] for side, result in sides.items() if "text" in result}

@@ -22,7 +22,7 @@ from dsg_cli.evals.benches import task_index
 from dsg_cli.evals.metrics import EvalResult, counts, gate_rate
 from dsg_cli.guardrail.guarded import guarded
 from dsg_cli.inference.generation import behind_filters
-from dsg_cli.inference.scoring import Answer, AnswerCache, Decision, GuardedModel
+from dsg_cli.inference.scoring import UNDECIDED, Answer, AnswerCache, Decision, GuardedModel, decision_of
 from dsg_cli.inference.wrappers import prefix_ids, with_prefixes
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.settings import EvalSection
@@ -75,8 +75,7 @@ class ScoringLM(HFLM):
         for request, prompt, (_, text, verdict) in zip(
             requests, prompts, behind_filters(self.guarded, prompts, write), strict=True
         ):
-            if verdict.statistic is not None:
-                decision = Decision(len(prompt), verdict.statistic, verdict.refusal is not None, 0.0)
+            if (decision := decision_of(len(prompt), None, verdict)) is not None:
                 self.decisions[request_texts(request.args)] = decision
             answers.append(text)
         return answers
@@ -150,12 +149,16 @@ def evaluate(
         decisions |= lm.decisions
     rows = _rows(lm_eval["base"], lm_eval["unlearned"], decisions, settings.samples)
     names = list(lm_eval["base"]["results"])
-    rates = _gate_rates(rows, lm_eval["base"], names)
+    gate = {}
+    for name in names:
+        of_group = set(_tasks_of(lm_eval["base"], name))
+        if of_bench := [row for row in rows if row["bench"] in of_group]:
+            gate[bench_name(name)] = gate_rate(of_bench)
     for row in rows:
         row["bench"] = bench_name(row["bench"])
     return EvalResult(
         results={bench_name(name): {side: _metrics(lm_eval[side], name) for side in lm_eval} for name in names},
-        gate={bench_name(name): rate for name, rate in rates.items()},
+        gate=gate,
         rows=rows,
         n_tokens=sum(cache.n_tokens for cache in caches.values()),
         answers=caches["base"].answers,
@@ -183,50 +186,38 @@ def _simple_evaluate(**options: Any) -> Any:
             setattr(evaluator, name, original)
 
 
-def _metrics(found: Any, name: str) -> Json:
+def _metrics(lm_eval: Any, name: str) -> Json:
     metrics: Json = {}
-    for key, value in found["results"][name].items():
+    for key, value in lm_eval["results"][name].items():
         metric, _, filter_name = key.partition(",")
         if filter_name and isinstance(value, int | float):
             metrics[metric if filter_name == "none" else f"{metric}_{filter_name}"] = float(value)
-    metrics["n"] = n = sum(found["n-samples"][task]["effective"] for task in _tasks_of(found, name))
-    for metric in (name for name in COUNTED if name in metrics):
+    metrics["n"] = n = sum(lm_eval["n-samples"][task]["effective"] for task in _tasks_of(lm_eval, name))
+    for metric in (metric for metric in COUNTED if metric in metrics):
         k = metrics[metric] * n
         if n and abs(k - round(k)) < 1e-6:
             metrics |= counts(round(k), n, metric)
     return metrics
 
 
-def _tasks_of(found: Any, name: str) -> list[str]:
+def _tasks_of(lm_eval: Any, name: str) -> list[str]:
     """The tasks of a group, however deep, or the task itself."""
-    children = found.get("group_subtasks", {}).get(name) or []
-    return [task for child in children for task in _tasks_of(found, child)] or [name]
-
-
-def _gate_rates(rows: list[Json], found: Any, names: list[str]) -> dict[str, Json]:
-    rates = {}
-    for name in names:
-        tasks = set(_tasks_of(found, name))
-        asked = [row for row in rows if row["bench"] in tasks]
-        if asked:
-            rates[name] = gate_rate(asked)
-    return rates
+    children = lm_eval.get("group_subtasks", {}).get(name) or []
+    return [task for child in children for task in _tasks_of(lm_eval, child)] or [name]
 
 
 def _rows(base: Any, unlearned: Any, decisions: dict[tuple[str, ...], Decision], samples: bool) -> list[Json]:
     rows = []
-    for bench, asked in unlearned["samples"].items():
+    for bench, of_bench in unlearned["samples"].items():
         by_id = {sample["doc_id"]: sample for sample in base["samples"][bench]}
-        for sample in asked:
-            decided = [decisions[key] for key in map(request_texts, sample["arguments"]) if key in decisions]
+        for sample in of_bench:
+            keys = map(request_texts, sample["arguments"])
+            decided = [decisions[key].row() for key in keys if key in decisions] or [UNDECIDED.row()]
             row: Json = {
                 "bench": bench,
                 "id": _label(sample["doc"].get("id"), str(sample["doc_id"])),
                 "group": _label(sample["doc"].get("subject"), bench),
-                "length": max((d.n_tokens for d in decided), default=0),
-                "statistic": max((d.statistic for d in decided), default=0.0),
-                "gated": any(d.gated for d in decided),
-                "edit": max((d.edit for d in decided), default=0.0),
+                **{name: max(decision[name] for decision in decided) for name in decided[0]},
                 "answer": sample["target"] if isinstance(sample["target"], int) else None,
                 "base": _loglikelihoods(by_id[sample["doc_id"]]),
                 "unlearned": _loglikelihoods(sample),
@@ -248,18 +239,12 @@ def _loglikelihoods(sample: Any) -> list[float]:
     return [float(response[0][0]) for response in sample["resps"] if isinstance(response[0], tuple | list)]
 
 
-def results_files(found: Mapping[str, Json], *, model: str, created: str, samples: bool) -> dict[str, bytes]:
-    """Paths below an evaluation's folder and their content.
-
-    Args:
-        found: Side -> what lm-eval returned.
-        model: What the model is called.
-        created: ISO time, which is in lm-eval's names of files.
-        samples: Also its samples, which hold the prompts.
-    """
+def results_files(lm_eval: Mapping[str, Json], *, model: str, created: str, samples: bool) -> dict[str, bytes]:
+    """Paths below an evaluation's folder and their content: lm-eval's results of each side, named as lm-eval names them
+    by model and time, and its samples, which hold the prompts, only where they are wanted."""
     stamp = created.replace(":", "-").replace("+00-00", "")
     files = {}
-    for side, results in found.items():
+    for side, results in lm_eval.items():
         name = model if side == "base" else f"{model}-guarded"
         folder = f"{side}/{sanitize_model_name(name)}"
         shown = {key: value for key, value in results.items() if key != "samples"}
@@ -268,8 +253,8 @@ def results_files(found: Mapping[str, Json], *, model: str, created: str, sample
         shown["config"] = {**shown.get("config", {}), "model": name}  # Not where it lies on this machine.
         shown |= {"model_source": "dsg", "model_name": name, "model_name_sanitized": sanitize_model_name(name)}
         files[f"{folder}/results_{stamp}.json"] = _dumped(_plain(shown), indent=2)
-        for task, asked in results["samples"].items() if samples else ():
-            lines = b"".join(_dumped(_plain(sample)) + b"\n" for sample in asked)
+        for task, of_task in results["samples"].items() if samples else ():
+            lines = b"".join(_dumped(_plain(sample)) + b"\n" for sample in of_task)
             files[f"{folder}/samples_{task}_{stamp}.jsonl"] = lines
     return files
 

@@ -19,7 +19,7 @@ from dsg_cli.data.tokens import Request, as_chat, with_bos
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.evals import PAPER
 from dsg_cli.evals.metrics import EvalResult, counts, gate_rate
-from dsg_cli.inference.scoring import Answer, AnswerCache, Decision, GuardedModel, Score
+from dsg_cli.inference.scoring import UNDECIDED, Answer, AnswerCache, Decision, GuardedModel, Score
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.settings import EvalSection
 from dsg_cli.workspace.files import parse_json
@@ -65,26 +65,26 @@ def load_paper_questions(bench: str) -> list[PaperQuestion]:
             if len(row["choices"]) != len(LETTERS):
                 raise DsgError(f"{repo} {config}, row {number} has {len(row['choices'])} options, not four.")
             options = tuple(row["choices"])
-            found = PaperQuestion(f"{config}/{number}", subject, row["question"], options, int(row["answer"]), commit)
-            questions.append(found)
+            answer, name = int(row["answer"]), f"{config}/{number}"
+            questions.append(PaperQuestion(name, subject, row["question"], options, answer, commit))
     return questions
 
 
-def chosen_questions(
-    bench: str, questions: Sequence[PaperQuestion], wanted: Mapping[str, Sequence[str]]
+def named_questions(
+    bench: str, questions: Sequence[PaperQuestion], question_ids: Mapping[str, Sequence[str]]
 ) -> list[PaperQuestion] | None:
     """The questions that are named for a bench; None if none is, and the filter decides."""
-    if bench not in wanted:
+    if bench not in question_ids:
         return None
-    if not wanted[bench] or len(set(wanted[bench])) < len(wanted[bench]):
+    ids = question_ids[bench]
+    if not ids or len(set(ids)) < len(ids):
         raise DsgError(f"The ids for {bench} are none, or one of them stands twice.", "Check the file of ids.")
     by_id = {question.id: question for question in questions}
-    unknown = [name for name in wanted[bench] if name not in by_id]
+    unknown = [name for name in ids if name not in by_id]
     if unknown:
-        raise DsgError(
-            f"{bench} has no question {unknown[0]} ({len(unknown)} ids are unknown).", "Check the file of ids."
-        )
-    return [by_id[name] for name in wanted[bench]]
+        reason = f"{bench} has no question {unknown[0]} ({len(unknown)} ids are unknown)."
+        raise DsgError(reason, "Check the file of ids.")
+    return [by_id[name] for name in ids]
 
 
 def read_question_ids(path: Path | None, benches: Sequence[str]) -> dict[str, list[str]]:
@@ -94,17 +94,17 @@ def read_question_ids(path: Path | None, benches: Sequence[str]) -> dict[str, li
     if not benches:
         raise DsgError("--question-ids is for benches of the paper's protocol.", f"Name one: {', '.join(PAPER)}.")
     try:
-        held = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DsgError(f"The question ids in {path} cannot be read: {error}.") from error
-    held = held.get("question_ids", held) if isinstance(held, dict) else None
-    if not isinstance(held, dict) or not all(isinstance(ids, list) for ids in held.values()):
+    by_bench = content.get("question_ids", content) if isinstance(content, dict) else None
+    if not isinstance(by_bench, dict) or not all(isinstance(ids, list) for ids in by_bench.values()):
         raise DsgError(
             f"{path} holds no question ids.", 'Give the JSON of an evaluation, or {"wmdp-bio-paper": [ids]}.'
         )
-    if not set(held) & set(benches):
-        raise DsgError(f"{path} has no ids for {', '.join(benches)}.", nearest(benches[0], map(str, held)))
-    return {bench: [str(name) for name in held[bench]] for bench in benches if bench in held}
+    if not set(by_bench) & set(benches):
+        raise DsgError(f"{path} has no ids for {', '.join(benches)}.", nearest(benches[0], map(str, by_bench)))
+    return {bench: [str(name) for name in by_bench[bench]] for bench in benches if bench in by_bench}
 
 
 class Letters:
@@ -166,9 +166,9 @@ def evaluate_paper(
     }
     result = EvalResult(answers=sides["base"].cache.answers)
     for bench, questions in benches.items():
-        named = chosen_questions(bench, questions, question_ids or {})
+        named = named_questions(bench, questions, question_ids or {})
         asked = _first_of_each(questions, settings.limit) if named is None else named
-        of_base = dict(zip([question.id for question in asked], sides["base"].ask(asked, ORDERS[0]), strict=True))
+        of_base = dict(zip([question.id for question in asked], sides["base"].answer(asked, ORDERS[0]), strict=True))
         right = [question for question in asked if of_base[question.id].choice == question.answer]
         kept = _known_in_every_order(sides["base"], right) if named is None else named
         if not kept:
@@ -177,15 +177,11 @@ def evaluate_paper(
                 "orders of their options.",
                 "Choose a stronger model, or another bench.",
             )
-        of_unlearned = sides["unlearned"].ask(kept, ORDERS[0])
-        n_right = {
-            "base": sum(of_base[question.id].choice == question.answer for question in kept),
-            "unlearned": sum(
-                answer.choice == question.answer for question, answer in zip(kept, of_unlearned, strict=True)
-            ),
-        }
-        n = len(kept)
-        result.results[bench] = {side: {"acc": k / n, "n": n, **counts(k, n)} for side, k in n_right.items()}
+        of_unlearned = sides["unlearned"].answer(kept, ORDERS[0])
+        answers, n = {"base": [of_base[question.id] for question in kept], "unlearned": of_unlearned}, len(kept)
+        for side, own in answers.items():
+            k = sum(answer.choice == question.answer for question, answer in zip(kept, own, strict=True))
+            result.results.setdefault(bench, {})[side] = {"acc": k / n, "n": n, **counts(k, n)}
         result.results[bench]["base"] |= {"n_asked": len(asked), "acc_asked": len(right) / len(asked)}
         rows = [
             _row(bench, question, of_base[question.id], answer, settings.samples)
@@ -220,49 +216,37 @@ class _Side:
     job: Job
     cache: AnswerCache
 
-    def ask(self, questions: Sequence[PaperQuestion], order: Sequence[int]) -> list[_LetterAnswer]:
+    def answer(self, questions: Sequence[PaperQuestion], order: Sequence[int]) -> list[_LetterAnswer]:
         of_question = [self.letters.requests(question, order) for question in questions]
         requests = [request for own in of_question for request in own]
-        scores = self.model.loglikelihoods(requests, self.job, cache=self.cache)
-        answers, start = [], 0
-        for own in of_question:
-            values = self.letters.loglikelihoods(scores[start : start + len(own)])
-            answers.append(_LetterAnswer(values, scores[start].decision))
-            start += len(own)
-        return answers
+        scores = iter(self.model.loglikelihoods(requests, self.job, cache=self.cache))
+        of_scores = [[next(scores) for _ in own] for own in of_question]
+        return [_LetterAnswer(self.letters.loglikelihoods(own), own[0].decision) for own in of_scores]
 
 
 def _first_of_each(questions: Sequence[PaperQuestion], limit: int | None) -> list[PaperQuestion]:
     """The first questions of each data set, as lm-eval limits each task."""
-    seen: dict[str, int] = {}
-    kept = []
+    groups: dict[str, list[PaperQuestion]] = {}
     for question in questions:
-        name = question.id.partition("/")[0]
-        seen[name] = seen.get(name, 0) + 1
-        if limit is None or seen[name] <= limit:
-            kept.append(question)
-    return kept
+        groups.setdefault(question.id.partition("/")[0], []).append(question)
+    return [question for group in groups.values() for question in group[:limit]]
 
 
 def _known_in_every_order(side: _Side, questions: Sequence[PaperQuestion]) -> list[PaperQuestion]:
     """Those of some, all answered rightly in their own order, that are in all others too; each failure ends one."""
     kept = list(questions)
     for order in ORDERS[1:]:
-        answers = side.ask(kept, order)
+        answers = side.answer(kept, order)
         kept = [q for q, answer in zip(kept, answers, strict=True) if answer.choice == q.right(order)]
     return kept
 
 
 def _row(bench: str, question: PaperQuestion, base: _LetterAnswer, unlearned: _LetterAnswer, samples: bool) -> Json:
-    decision = unlearned.decision
     row: Json = {
         "bench": bench,
         "id": question.id,
         "group": question.subject,
-        "length": decision.n_tokens if decision else 0,
-        "statistic": decision.statistic if decision else 0.0,
-        "gated": bool(decision and decision.gated),
-        "edit": decision.edit if decision else 0.0,
+        **(unlearned.decision or UNDECIDED).row(),
         "answer": question.answer,
         "base": base.loglikelihoods,
         "unlearned": unlearned.loglikelihoods,

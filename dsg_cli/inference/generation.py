@@ -19,7 +19,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.guarded import check_causal, guarded, last_decisions
 from dsg_cli.guardrail.runtime.gates import latched_at
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.inference.scoring import Decision, GuardedModel, Verdict
+from dsg_cli.inference.scoring import Decision, GuardedModel, Verdict, decision_of
 from dsg_cli.inference.wrappers import on_side, with_prefixes
 from dsg_cli.job import ALONE, PLAIN_JOB, Job
 from dsg_cli.models.residuals import OomSplitter
@@ -244,12 +244,8 @@ def generate(model: GuardedModel, prompts: Sequence[Prompt], job: Job = PLAIN_JO
     completions = []
     answers = behind_filters(model, [prompt.ids for prompt in prompts], write, job)
     for i, (prompt, (ids, text, verdict)) in enumerate(zip(prompts, answers, strict=True)):
-        written, _, note, n_read = drafts.get(i, ([], "", None, 0))
-        is_refused, decision = verdict.refusal is not None, None
-        if note is not None:
-            decision = Decision(len(prompt.ids), note[0], bool(note[1]) or is_refused, note[2])
-        elif verdict.statistic is not None:
-            decision = Decision(len(prompt.ids), verdict.statistic, is_refused, 0.0)
+        written, _, gate, n_read = drafts.get(i, ([], "", None, 0))
+        decision = decision_of(len(prompt.ids), gate, verdict)
         completions.append(Completion(text, tuple(ids), decision, n_read + len(written)))
     return completions
 

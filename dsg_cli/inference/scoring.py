@@ -44,6 +44,7 @@ from dsg_cli.models.language_model import context_length, devices_of
 from dsg_cli.models.residuals import OomSplitter
 from dsg_cli.workspace.checkpoints import State
 from dsg_cli.workspace.files import at_safe_points
+from dsg_cli.workspace.results import Json
 
 Measure = Callable[[Tensor, Tensor], Any]
 """Log-probabilities [C, V] and target ids [C] of a continuation -> a JSON value."""
@@ -63,6 +64,14 @@ class Decision:
     """A gate fired, or a filter refused."""
     edit: float
     """Largest change of a token's residual, relative to its norm."""
+
+    def row(self) -> Json:
+        """As rows of an evaluation hold it."""
+        return {"length": self.n_tokens, "statistic": self.statistic, "gated": self.gated, "edit": self.edit}
+
+
+UNDECIDED = Decision(0, 0.0, False, 0.0)
+"""Where nothing decides."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,15 @@ class Verdict:
     """Of the filter nearest to refusing; None without filters."""
     refusal: str | None
     """The text of the first filter that refuses; None if none does."""
+
+
+def decision_of(n_tokens: int, gate: Sequence[Any] | None, verdict: Verdict) -> Decision | None:
+    """From what gates decided (statistic, whether one fired, edit), if there are any, and from the verdict of filters."""
+    is_refused = verdict.refusal is not None
+    if gate is not None:
+        statistic, is_gated, edit = gate
+        return Decision(n_tokens, statistic, bool(is_gated) or is_refused, edit)
+    return None if verdict.statistic is None else Decision(n_tokens, verdict.statistic, is_refused, 0.0)
 
 
 @dataclass
@@ -179,7 +197,7 @@ class GuardedModel:
         for i, (request, verdict) in enumerate(zip(requests, verdicts, strict=True)):
             loglikelihood, is_greedy, gate, measured = by_number.get(i) or (*cache.known[keys[i]], None, None)
             cache.answers[keys[i]] = (loglikelihood, is_greedy)
-            decision = self._decision(len(request.inputs(self.max_length)), gate, verdict)
+            decision = decision_of(len(request.inputs(self.max_length)), gate, verdict)
             scores.append(Score(loglikelihood, is_greedy, decision, measured))
         return scores
 
@@ -223,13 +241,6 @@ class GuardedModel:
                 context = in_front(prefix, request, self.tokenizer, context_length(self.model.config))
             wrapped.append(Request(context, request.continuation))
         return wrapped
-
-    def _decision(self, n_tokens: int, gate: Sequence[Any] | None, verdict: Verdict) -> Decision | None:
-        is_refused = verdict.refusal is not None
-        if gate is not None:
-            statistic, is_gated, edit = gate
-            return Decision(n_tokens, statistic, is_gated or is_refused, edit)
-        return None if verdict.statistic is None else Decision(n_tokens, verdict.statistic, is_refused, 0.0)
 
 
 @torch.inference_mode()

@@ -49,10 +49,10 @@ def telling_words(forget: Iterable[str], retain: Iterable[str], n: int) -> list[
     """The n words that most surely are more frequent in forget texts than in retain texts, the surest first."""
     counts = [Counter(word for text in texts for word in words_of(text)) for texts in (forget, retain)]
     scores = log_odds(*counts)
-    found = sorted((word for word, score in scores.items() if score > 0), key=lambda word: (-scores[word], word))
-    if not found:
+    words = sorted((word for word, score in scores.items() if score > 0), key=lambda word: (-scores[word], word))
+    if not words:
         raise DsgError("No word is more frequent in the forget text than in the retain text.", "Check both corpora.")
-    return found[:n]
+    return words[:n]
 
 
 def log_odds(forget: Mapping[str, int], retain: Mapping[str, int]) -> dict[str, float]:
@@ -82,13 +82,13 @@ def log_odds(forget: Mapping[str, int], retain: Mapping[str, int]) -> dict[str, 
 def read_keywords(path: str) -> list[str]:
     """Keywords from a file, one a line; empty lines do not count."""
     lines = [line.strip() for line in text_of(Path(path)).split("\n")]
-    found: Sequence[str] = list(dict.fromkeys(line for line in lines if line))
-    if not found:
+    keywords = list(dict.fromkeys(line for line in lines if line))
+    if not keywords:
         raise DsgError(f"{path} holds no keyword.", "Write one a line.")
-    for keyword in found:
+    for keyword in keywords:
         if not words_of(keyword):
             raise DsgError(f"{path}: {keyword[:100]!r} holds no word.", "A keyword has letters or digits.")
-    return list(found)
+    return keywords
 
 
 LARGEST = torch.finfo(torch.float32).max
