@@ -102,7 +102,7 @@ class Verdict:
 
 
 def decision_of(n_tokens: int, gate: Sequence[Any] | None, verdict: Verdict) -> Decision | None:
-    """From what gates decided (statistic, whether one fired, edit), if there are any, and from the verdict of filters."""
+    """From what gates decided (statistic, whether one fired, edit; None without any) and the verdict of filters."""
     is_refused = verdict.refusal is not None
     if gate is not None:
         statistic, is_gated, edit = gate
