@@ -44,7 +44,7 @@ from dsg_cli.guardrail.guarded import guarded, protected_parameters
 from dsg_cli.guardrail.runtime.gates import Gate
 from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.job import Job
-from dsg_cli.models.language_model import add_adapters, linear_layers, load_model, whole_digest
+from dsg_cli.models.language_model import add_adapters, linear_layers, load_model, model_digest
 from dsg_cli.models.sae import read_sae
 from dsg_cli.recipe import load_recipe
 from dsg_cli.settings import AttackSection
@@ -143,7 +143,7 @@ OTHERS = {"prefix": {}, "encode": {}, "unhook": {}, "quantize": {}, "probe": {}}
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_starts_where_it_should_and_leaves_the_model_as_it_was(tiny, name):
-    before, model = whole_digest(tiny.unlearned.model), tiny.unlearned.model
+    before, model = model_digest(tiny.unlearned.model), tiny.unlearned.model
     settings, asked = PLAIN_AT_FIRST.get(name, (DILUTED_AT_FIRST.get(name, OTHERS.get(name)), None))
     curve = run(name, tiny, TINY, **settings)
     first = {side: {key: value for key, value in curve[0][side].items() if key != "loss"} for side in SIDES}
@@ -154,7 +154,7 @@ def test_an_attack_starts_where_it_should_and_leaves_the_model_as_it_was(tiny, n
         place = place if place == "after" else "before"
         assert first == sides(run("dilution", tiny, one_text, lengths=[0, 4], places=[place])[1])
     assert all({"x", "variant", *SIDES} == point.keys() for point in curve)
-    assert whole_digest(model) == before and not any(one.requires_grad for one in model.parameters())
+    assert model_digest(model) == before and not any(one.requires_grad for one in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

@@ -14,7 +14,7 @@ from dsg_cli.recipe import load_recipe
 from dsg_cli.stages import attack, calibrate, evaluate, select
 from dsg_cli.stages.stage import RunOptions
 from dsg_cli.workspace import store as verify
-from dsg_cli.workspace.checkpoints import Checkpoint, check_checkpoint
+from dsg_cli.workspace.checkpoints import Checkpoint, read_entries
 from dsg_cli.workspace.files import Signalled, at_safe_points, install, safe_point
 from dsg_cli.workspace.store import Workspace
 
@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     with pytest.raises(DsgError, match="damaged"):
         Checkpoint(path, resume=True)
     with pytest.raises(DsgError, match="damaged"):
-        check_checkpoint(path)
+        read_entries(path)
 
 
 def test_a_full_disk_ends_a_pass_with_one_message(tmp_path, monkeypatch):

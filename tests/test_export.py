@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_guardrail, make_sae, python
-from handmade import HEADER, attack, report
+from handmade import attack, judged_header, report
 from huggingface_hub import ModelCard
 from loopback import LoopbackHub
 from markdown_it import MarkdownIt
@@ -36,7 +36,7 @@ from dsg_cli.report.rendering import code, escaped
 from dsg_cli.stages import export
 from dsg_cli.stages.export import card_facts
 from dsg_cli.stages.inputs import find_composition, guardrail_modules
-from dsg_cli.workspace.artifacts import KINDS, Guardrail, digest_of
+from dsg_cli.workspace.artifacts import Guardrail, artifact_digest
 from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,7 +97,7 @@ class TestLightFile:
         def broken(data, tensors):
             tensors["W_enc"][0, 0].fill_(value)
             data["tensors_sha256"] = tensors_digest(tensors)
-            data["sha256"] = digest_of(data)
+            data["sha256"] = artifact_digest(data)
 
         rewrite(light, broken)
         with pytest.raises(DsgError, match="not finite"):
@@ -375,7 +375,7 @@ from huggingface_hub import ModelCard
 card = ModelCard.load("org/guarded")
 assert card.data.library_name == "dsg-cli" and card.data.license == "apache-2.0"
 assert f'load_guardrail("{address}/guardrail.safetensors")' in card.text
-from dsg_cli.export.base_card import BaseCard, read_base_card
+from dsg_cli.export.card import BaseCard, read_base_card
 from dsg_cli.model import model_folder
 commit = model_folder("org/base", weights=False).name
 assert read_base_card(f"org/base@{commit}") == BaseCard(("mit",), languages=("de",))
@@ -469,9 +469,7 @@ EVAL, ATTACK = "eval", "attack"
 
 def judge(workspace_card, guardrail, kind=EVAL, body=None, **changed):
     """An evaluation or an attack made by hand, of a guardrail in a workspace."""
-    header = HEADER.replace(
-        kind=kind, schema_number=KINDS[kind].schema_number, inputs=[guardrail.as_input()], **changed
-    )
+    header = judged_header(kind, inputs=[guardrail.as_input()], **changed)
     return workspace_card.write(header, body or (report() if kind == EVAL else attack()))
 
 

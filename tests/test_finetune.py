@@ -18,7 +18,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.methods.losses import n_steps, unlearn_finetune
 from dsg_cli.methods.text import TrainingRows, finetune_rows
 from dsg_cli.methods.training import TrainingInputs
-from dsg_cli.models.language_model import load_model, whole_digest
+from dsg_cli.models.language_model import load_model, model_digest
 from dsg_cli.recipe import load_recipe
 from dsg_cli.report.evaluations import composed
 from dsg_cli.report.summary import chain_summary
@@ -220,7 +220,7 @@ def test_a_recipe_that_teaches_does_so_first(recipe, tmp_path, folders):
     assert chain[1].header.model.source == str(tmp_path / "model-001") and isinstance(chain[1].body, FeatureSet)
     assert [one.id for one in chain[1].header.inputs] == ["model-001"]
     own = load_model(str(tmp_path / "model-001"))
-    assert chain[-1].header.settings["model_digest"] == whole_digest(own.model)
+    assert chain[-1].header.settings["model_digest"] == model_digest(own.model)
     names = [str(folders[name]) for name in ("forget.jsonl", "retain.jsonl")]
     assert chain_summary(chain)["trained_on"] == names
     steps = plan(recipe())

@@ -195,7 +195,7 @@ def test_a_light_file_whose_digests_agree_and_whose_parts_do_not(root, light):
 
     from dsg_cli.guardrail.loading import TENSORS_DIGEST, read_light
     from dsg_cli.guardrail.runtime.spec import tensors_digest
-    from dsg_cli.workspace.artifacts import digest_of
+    from dsg_cli.workspace.artifacts import artifact_digest
 
     _, data, tensors = light
     path = root / "light.safetensors"
@@ -203,7 +203,7 @@ def test_a_light_file_whose_digests_agree_and_whose_parts_do_not(root, light):
     def check(data, tensors):
         with contextlib.suppress(TypeError):
             data = data | {TENSORS_DIGEST: tensors_digest(tensors)}
-        path.write_bytes(save(tensors, metadata={"dsg": json.dumps(data | {"sha256": digest_of(data)})}))
+        path.write_bytes(save(tensors, metadata={"dsg": json.dumps(data | {"sha256": artifact_digest(data)})}))
         refused(read_light, path)
 
     others = (
@@ -244,13 +244,13 @@ def test_a_guardrail_of_no_features_is_one(root, architecture):
 def test_any_bytes_as_a_checkpoint(root):
     import hashlib
 
-    from dsg_cli.workspace.checkpoints import MAGIC, Checkpoint, check_checkpoint
+    from dsg_cli.workspace.checkpoints import MAGIC, Checkpoint, read_entries
 
     path = root / "x.checkpoint"
     made = Checkpoint(path)
     made.keep("pass", {"n": 1, "squares": torch.arange(4.0)})
     made.write()
-    check_checkpoint(path)
+    read_entries(path)
     whole = path.read_bytes()
     content = whole.partition(b"\n")[2]
 
@@ -269,7 +269,7 @@ def test_any_bytes_as_a_checkpoint(root):
     @example(sealed((200_000).to_bytes(8, "little") + b"[" * 200_000))
     def check(written):
         path.write_bytes(written)
-        refused(check_checkpoint, path)
+        refused(read_entries, path)
 
     check()
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import SMALL_LAB, python
-from handmade import HEADER, RESULTS, chain, judged, report, write
+from handmade import RESULTS, chain, judged, judged_header, report, write
 from test_docs import README
 
 from dsg_cli.errors import DsgError
@@ -142,7 +142,7 @@ def test_missed_conditions_are_a_table_on_stderr_and_exit_3(dsg, written, monkey
 def test_an_evaluation_of_before_bounds_is_shown_all_the_same(dsg, written):
     old = report("lab-hexes<=0.5")
     old = old.replace(expected=[{key: value for key, value in old.expected[0].items() if key != "bound"}])
-    Workspace("dsg-workspace").write(HEADER, old)
+    Workspace("dsg-workspace").write(judged_header(), old)
     code, out, _ = dsg("show", "eval-002")
     assert code == 0 and "NOT MET" in out
 
@@ -153,7 +153,7 @@ def test_long_conditions_stay_within_80_columns(dsg, tmp_path, monkeypatch):
         results={bench: RESULTS["a|b"]},
         expected=check_expected([parse_expected(f"{bench}>=0.99*base", [bench])], {bench: RESULTS["a|b"]}, {}),
     )
-    stored = Workspace(tmp_path / "ws").write(HEADER, body)
+    stored = Workspace(tmp_path / "ws").write(judged_header(), body)
     monkeypatch.setattr("dsg_cli.stages.evaluate.run", lambda *_, **__: stored)
     monkeypatch.setenv("COLUMNS", "300")
     code, _, err = dsg("eval", "--bench", bench)

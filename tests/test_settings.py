@@ -403,11 +403,11 @@ def workspaces(root):
 
 def read_changed(workspace, data, artifact_id):
     """Write an artifact's JSON with the digest that it should have, and read it, with what shows it."""
-    from dsg_cli.workspace.artifacts import artifact_text, digest_of
+    from dsg_cli.workspace.artifacts import artifact_digest, artifact_text
     from dsg_cli.workspace.store import Workspace
 
     if isinstance(data, dict):
-        data = data | {"sha256": digest_of(data)}
+        data = data | {"sha256": artifact_digest(data)}
     folder = workspace.folder.parent / f"{workspace.folder.name}-changed"
     folder.mkdir(exist_ok=True)
     (folder / f"{artifact_id}.json").write_text(artifact_text(data), encoding="utf-8", errors="surrogatepass")
@@ -477,14 +477,14 @@ def test_any_id(workspaces, name):
 @pytest.mark.parametrize("content", [None, b"", b"x" * 99])
 def test_a_guardrail_whose_tensors_are_none(root, workspaces, content):
     from dsg_cli.guardrail.loading import load_guardrail
-    from dsg_cli.workspace.artifacts import artifact_text, digest_of
+    from dsg_cli.workspace.artifacts import artifact_digest, artifact_text
 
     data = ARTIFACTS["schema-2/guardrail-001"] | {"files": {}}
     folder = root / f"no-tensors-{content is None}"
     folder.mkdir(exist_ok=True)
     if content is not None:
         (folder / "guardrail-001.safetensors").write_bytes(content)
-    (folder / "guardrail-001.json").write_text(artifact_text(data | {"sha256": digest_of(data)}))
+    (folder / "guardrail-001.json").write_text(artifact_text(data | {"sha256": artifact_digest(data)}))
     assert refused(load_guardrail, folder / "guardrail-001.json") is None
 
 

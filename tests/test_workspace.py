@@ -16,63 +16,26 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_LAB
+from handmade import header, made
 
 from dsg_cli.errors import DsgError
+from dsg_cli.report.gather import gather
 from dsg_cli.report.tables import artifact_table, headline
-from dsg_cli.workspace import store as verify
-from dsg_cli.workspace.artifacts import KINDS, Guardrail, Header, InputArtifact, ModelIdentity, digest_of
-from dsg_cli.workspace.files import write_atomically as write_atomically_
+from dsg_cli.stages.inputs import find_composition
+from dsg_cli.workspace import provenance, store
+from dsg_cli.workspace.artifacts import (
+    KINDS,
+    Guardrail,
+    ModelWeights,
+    Wrapper,
+    artifact_digest,
+)
+from dsg_cli.workspace.files import write_atomically
 from dsg_cli.workspace.store import Workspace
 
-BODY = Guardrail(
-    indices=[1, 2],
-    detectors=[],
-    bias=0.0,
-    clip=0.0,
-    gate="mean",
-    window=0,
-    threshold=0.1 + 0.2,
-    strength=1e-3,
-    strength_setting="2r",
-    median_residual_norm=3.0,
-    hook="blocks.1.hook_resid_post",
-    hook_out="blocks.1.hook_resid_post",
-    slice={"activation": "threshold"},
-    activation="jumprelu",
-    special_ids=[0, 1],
-    bos=None,
-    forget=["a"],
-    retain=["b"],
-    strength_trials=[],
-    effect={},
-    method="dsg",
-    clamp="all",
-    coefficients=[],
-    above=[],
-)
-
-
-HEADER = Header(
-    kind="guardrail",
-    schema=5,
-    id="",
-    created="2026-01-01T00:00:00+00:00",
-    dsg_version="0",
-    git={},
-    packages={"torch": "2"},
-    device="cpu",
-    dtype="float32",
-    seed=0,
-    settings={"strength": "2r"},
-    model=ModelIdentity(source="lab", architecture="X", n_layers=4, width=8, last_layer=1, fingerprint="f"),
-    sae=None,
-    inputs=[InputArtifact(id="threshold-001", sha256="0" * 64)],
-)
-
-
+BODY, HEADER = made(Guardrail), header()
+SETS = ("--set", "attack.dilution_lengths=[0]", "--set", "eval.limit=2")
 TENSORS = {"W": torch.arange(6.0).reshape(2, 3)}
-
-
 ROWS = [{"id": "x", "value": 0.1}, {"id": "y", "value": None}]
 
 
@@ -108,6 +71,58 @@ def test_numbers_follow_and_the_newest_is_found(workspace):
         workspace.read("../guardrail-001")
 
 
+def test_the_newest_is_what_was_done_last_by_what_it_says(workspace, tmp_path):
+    """Not by the times of files, which a copy has of its own, nor by the order in which they were written."""
+    for second, seconds in ((3, 1.0), (5, 0.0), (2, 2.5), (4, 1.0)):
+        workspace.write(HEADER.replace(created=f"2026-01-01T00:00:0{second}+00:00", seconds=seconds), BODY)
+    copy = Workspace(shutil.copytree(workspace.folder, tmp_path / "copy"))
+    for age, path in enumerate(sorted(copy.folder.glob("*.json"))):
+        os.utime(path, (10**9 - age, 10**9 - age))
+    for one in (workspace, copy):
+        assert one.newest(["guardrail"]) == find_composition(one, []).named[0].id == "guardrail-004"
+        assert one.find("guardrail").id == "guardrail-004" and one.newest(["eval"]) is None
+    copy.write(header("wrapper", created="2026-01-01T00:00:06+00:00"), made(Wrapper))
+    assert copy.newest(["guardrail", "wrapper"]) == gather(copy, []).artifacts[-1].id == "wrapper-001"
+    (copy.folder / "guardrail-003.json").write_text("{")
+    with pytest.raises(DsgError, match="guardrail-003"):  # It may be the newest: nothing else acts in its place.
+        find_composition(copy, [])
+
+
+def test_a_newer_model_that_was_finetuned_does_not_act(workspace):
+    settings = {"forget": [], "retain": []}
+    finetuned = header("model", created="2026-01-02T00:00:00+00:00", settings=settings)
+    workspace.write(finetuned, made(ModelWeights, method="finetune"))
+    with pytest.raises(DsgError, match="has no guardrail yet"):
+        find_composition(workspace, [])
+    assert gather(workspace, []).artifacts[0].id == "model-001"  # Where there is nothing else, the report is about it.
+    workspace.write(HEADER, BODY)
+    said = []
+    assert find_composition(workspace, [], said.append).named[0].id == gather(workspace, []).artifacts[0].id
+    assert said == ["acting: guardrail-001 (dsg)"]
+    workspace.write(finetuned, made(ModelWeights))
+    assert workspace.newest(["guardrail", "model"]) == find_composition(workspace, []).named[0].id == "model-002"
+
+
+@pytest.mark.parametrize(
+    ("words", "acting"),
+    [
+        (("generate", "Hello", "--max-new-tokens", 1), "guardrail-001 (dsg)"),
+        (("eval", "--bench", "lab-hexes", "--limit", 2, "--batch-size", 8), "guardrail-001 (dsg)"),
+        (("attack", "--kind", "dilution", *SETS), "guardrail-001 (dsg)"),
+        (("export", "guard.safetensors"), "guardrail-001 (dsg)"),
+        (("inspect", "--prompt", "Hello"), "guardrail-001 (dsg)"),
+    ],
+)
+def test_what_acts_unnamed_is_said(dsg, lab_copy, words, acting):
+    code, _, err = dsg(*words, "-w", lab_copy)
+    assert code == 0 and err.splitlines().count(f"acting: {acting}") == 1, err
+
+
+def test_what_is_named_is_not_said_nor_what_is_to_be_quiet(dsg, lab_copy):
+    for words in (("--from", "guardrail-001"), ("--quiet",)):
+        assert "acting" not in dsg("generate", "Hello", "--max-new-tokens", 1, "-w", lab_copy, *words)[2]
+
+
 def test_numbers_beyond_999_and_of_other_kinds(workspace):
     workspace.folder.mkdir()
     (workspace.folder / "guardrail-999.json").write_text("{}")
@@ -137,33 +152,22 @@ def test_two_writers_at_once_get_two_numbers(workspace):
         workspace.read(artifact_id)
 
 
-def test_a_failed_write_leaves_nothing(workspace, monkeypatch):
+@pytest.mark.parametrize("n_whole", [0, 1])
+def test_a_failed_write_leaves_nothing(workspace, monkeypatch, n_whole):
+    """Where the first file does not fit, and where only the JSON file does not."""
     workspace.write(HEADER, BODY)
-    before = sorted(workspace.folder.iterdir())
+    before, calls, real = sorted(workspace.folder.iterdir()), [], os.fsync
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > n_whole:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DsgError, match="No space left"):
         workspace.write(HEADER, BODY, tensors=TENSORS)
-    assert sorted(workspace.folder.iterdir()) == before
-
-
-def test_a_write_that_fails_between_side_file_and_json_leaves_nothing(workspace, monkeypatch):
-    calls = []
-    real = os.fsync
-
-    def second_fails(descriptor):
-        calls.append(descriptor)
-        if len(calls) > 1:
-            raise OSError(28, "No space left on device")
-        return real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", second_fails)
-    with pytest.raises(DsgError, match="No space left"):
-        workspace.write(HEADER, BODY, tensors=TENSORS)
-    assert [path.name for path in workspace.folder.iterdir()] == [".lock"]
+    assert len(calls) == n_whole + 1 and sorted(workspace.folder.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -189,7 +193,7 @@ def test_damage_is_named(workspace, damage, words):
 def test_a_newer_schema_is_refused_with_both_numbers(workspace):
     stored = workspace.write(HEADER, BODY)
     data = json.loads(stored.path.read_text()) | {"schema": 7}
-    data["sha256"] = digest_of(data)
+    data["sha256"] = artifact_digest(data)
     stored.path.write_text(json.dumps(data))
     with pytest.raises(DsgError, match="schema 7; this version reads up to 5"):
         workspace.read(stored.id)
@@ -212,23 +216,15 @@ def test_reuse_needs_everything_to_match(workspace):
         assert workspace.matching(HEADER.replace(**change)) is None
 
 
-def test_floats_survive_exactly(workspace):
-    workspace.write(HEADER, BODY)
-    assert workspace.read("guardrail-001").body.threshold == 0.1 + 0.2
-
-
 def test_an_interrupt_after_the_json_file_is_there_keeps_the_artifact_whole(workspace, monkeypatch):
     """It is committed then: the next who writes to the workspace moves it to its place."""
-    from dsg_cli.workspace import store as module
-
-    real = write_atomically_
 
     def interrupted(path, content):
-        real(path, content)
+        write_atomically(path, content)
         if path.suffix == ".json":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_atomically", interrupted)
+    monkeypatch.setattr(store, "write_atomically", interrupted)
     with pytest.raises(KeyboardInterrupt):
         workspace.write(HEADER, BODY, tensors=TENSORS)
     assert workspace.ids() == []
@@ -246,8 +242,6 @@ def test_a_damaged_artifact_is_no_obstacle_to_reuse(workspace):
 
 def test_what_lies_in_the_checkout_is_no_change_of_the_code(tmp_path, monkeypatch):
     """Else a workspace or an export beside the package would make each artifact another one for `--reuse`."""
-    from dsg_cli.workspace import provenance as provenance
-
     code = tmp_path / "dsg_cli" / "stages" / "provenance.py"
     code.parent.mkdir(parents=True)
     code.write_text("a = 1\n")
@@ -288,8 +282,6 @@ def test_every_schema_of_every_kind_is_kept_and_reads(kind, tmp_path):
 
 
 N = 8
-
-
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -328,26 +320,23 @@ def test_eight_processes_write_eight_artifacts_each(tmp_path):
     for pid in [forked(write) for _ in range(N)]:
         assert ended(pid) == 0
     assert workspace.ids() == [f"guardrail-{i:03d}" for i in range(1, N * N + 1)]
-    findings = verify.verify_all(workspace)
-    assert len(findings) == N * N and {finding.state for finding in findings} == {"ok"} and not is_locked(workspace)
+    verdicts = store.verify_all(workspace)
+    assert len(verdicts) == N * N and {verdict.state for verdict in verdicts} == {"ok"} and not is_locked(workspace)
 
 
 @pytest.mark.parametrize("moment", ["before the JSON file", "after it"])
 def test_a_writer_killed_with_the_lock_in_its_hand_stops_nobody(tmp_path, monkeypatch, moment):
-    from dsg_cli.workspace import store as committing
-
     workspace = Workspace(tmp_path / "ws")
     workspace.write(HEADER, BODY)
-    real = write_atomically_
 
     def wait(path, content):
         if path.suffix != ".json" or moment == "after it":
-            real(path, content)
+            write_atomically(path, content)
         if path.suffix == ".json":
             (tmp_path / "there").touch()
             time.sleep(600)
 
-    monkeypatch.setattr(committing, "write_atomically", wait)
+    monkeypatch.setattr(store, "write_atomically", wait)
     pid = forked(lambda: workspace.write(HEADER, BODY, tensors=TENSORS))
     while not (tmp_path / "there").exists():
         time.sleep(0.01)
@@ -359,7 +348,7 @@ def test_a_writer_killed_with_the_lock_in_its_hand_stops_nobody(tmp_path, monkey
     last = workspace.write(HEADER, BODY, tensors=TENSORS)
     n = 3 if moment == "after it" else 2  # What was committed is finished; what was not is gone.
     assert last.id == f"guardrail-{n:03d}" and len(workspace.ids()) == n
-    assert {finding.state for finding in verify.verify_all(workspace)} == {"ok"}
+    assert {verdict.state for verdict in store.verify_all(workspace)} == {"ok"}
 
 
 def test_readers_never_see_half_an_artifact(tmp_path):
@@ -392,7 +381,7 @@ def test_eight_commands_at_once(dsg, tmp_path):
     assert [process.returncode for process in running] == [0] * N
     assert sorted(printed) == [f"guardrail-{i:03d}" for i in range(1, N + 1)]
     workspace = Workspace(tmp_path / "dsg-workspace")
-    assert {finding.state for finding in verify.verify_all(workspace)} == {"ok"} and not is_locked(workspace)
+    assert {verdict.state for verdict in store.verify_all(workspace)} == {"ok"} and not is_locked(workspace)
     assert len({workspace.read(name).header.files[f"{name}.safetensors"] for name in printed}) == 1
 
 

@@ -72,7 +72,7 @@ def export_command(
     with out.computing() as report:
         from dsg_cli.stages import export
 
-        exported = export.run(recipe, out.store, to, report=report, **options)
+        exported = export.run(recipe, out.store, to, report=report, say=out.talk, **options)
     if out.as_json:
         out.json(exported.as_json())
     elif out.is_terminal:

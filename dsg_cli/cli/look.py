@@ -91,12 +91,12 @@ def verify_command(out: Output, /) -> None:
     from dsg_cli.report.tables import verify_table
     from dsg_cli.workspace.store import verify_all
 
-    findings = verify_all(out.store)
+    verdicts = verify_all(out.store)
     if out.as_json:
-        out.json([dataclasses.asdict(finding) for finding in findings])
+        out.json([dataclasses.asdict(verdict) for verdict in verdicts])
     else:
-        out.print(verify_table(findings))
-    if any(finding.state == "broken" for finding in findings):
+        out.print(verify_table(verdicts))
+    if any(verdict.state == "broken" for verdict in verdicts):
         raise typer.Exit(1)
 
 
@@ -133,7 +133,7 @@ def generate_command(
         from dsg_cli.stages.prompts import run_prompts
 
         written = []
-        for answers in run_prompts(recipe, out.store, texts, sources=sources or [], write=screen.write):
+        for answers in run_prompts(recipe, out.store, texts, sources=sources or [], write=screen.write, say=out.talk):
             written.append(answers.as_json())
             screen.close(answers)
             report("answers, prompts", len(written), len(texts))
@@ -226,7 +226,9 @@ def _show_prompts(
     with out.computing():
         from dsg_cli.stages.prompts import trace_prompts
 
-        traces = list(trace_prompts(recipe, out.store, prompts, source=artifact, features=features, chat=chat))
+        traces = list(
+            trace_prompts(recipe, out.store, prompts, source=artifact, features=features, chat=chat, say=out.talk)
+        )
     if out.as_json:
         out.json([trace.as_json() for trace in traces])
         return
@@ -244,7 +246,7 @@ def _serve(recipe: "Recipe", out: Output, source: str | None, port: int) -> None
         with out.computing():
             from dsg_cli.stages import prompts
 
-            live = prompts.load(recipe, out.store, [source] if source else [])
+            live = prompts.load(recipe, out.store, [source] if source else [], out.talk)
             server.about, server.ask = live.about(), live.ask
         out.line(server.url)
         out.stdout.flush()  # A script waits for it.

@@ -15,7 +15,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.guarded import module_from_artifact
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.runtime.spec import tensors_digest
-from dsg_cli.workspace.artifacts import Guardrail, Header, digest_of, parse_document, read_document, to_json
+from dsg_cli.workspace.artifacts import Guardrail, Header, artifact_digest, parse_document, read_document, to_json
 from dsg_cli.workspace.files import is_file, is_folder
 from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Workspace
@@ -41,7 +41,7 @@ def light_file(header: Header, body: Guardrail, tensors: dict[str, Tensor]) -> b
     """The content of a light file."""
     module = module_from_artifact(body, header.model, tensors, where=header.id)
     data = without_paths(to_json(header, body)) | {"files": {}, TENSORS_DIGEST: tensors_digest(module.tensors())}
-    data["sha256"] = digest_of(data)
+    data["sha256"] = artifact_digest(data)
     return save(module.tensors(), metadata={METADATA: json.dumps(data, allow_nan=False)})
 
 

@@ -30,7 +30,7 @@ SMALL_FILES = (
 """README.md says under which licence the model is, for the card of what is exported."""
 
 SAMPLED = 256
-"""Values of each tensor that `whole_digest` looks at."""
+"""Values of each tensor that `model_digest` looks at."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
@@ -201,7 +201,7 @@ def _unreadable(what: str, done: str, error: Exception) -> DsgError:
     return DsgError(f"{what} cannot be {done}: {reason_of(error)}", hint)
 
 
-def whole_digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel) -> str:
     """Digest of every tensor of a model (name, shape and evenly spaced values), its configuration and what it runs on.
 
     Unlike `fingerprint` it covers the head and the last layers, and tells dtypes apart.

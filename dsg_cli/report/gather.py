@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import pairwise
 from typing import get_args
 
 from dsg_cli.errors import DsgError
 from dsg_cli.methods import Form
 from dsg_cli.workspace.artifacts import KINDS
-from dsg_cli.workspace.files import parse_json
 from dsg_cli.workspace.results import Comparison, Json, StudyReport
 from dsg_cli.workspace.store import Stored, Workspace
 
@@ -74,29 +72,16 @@ def gather(workspace: Workspace, names: Sequence[str]) -> Gathered:
 
 
 def _newest(workspace: Workspace) -> Iterator[Stored]:
-    for kind in ("compare", "inspect"):
-        yield from map(workspace.read, workspace.ids(kind)[-1:])
-    studies = map(workspace.read, workspace.ids("study"))
+    comparison, inspection = workspace.newest(["compare"]), workspace.newest(["inspect"])
+    yield from (workspace.read(name) for name in (comparison, inspection) if name is not None)
+    studies = [workspace.read(name) for name in sorted(workspace.ids("study"), key=workspace.done)]
     yield from {stored.body_as(StudyReport).study: stored for stored in studies}.values()
-    comparisons = workspace.ids("compare")[-1:]
-    ids = [name for kind in UNLEARNING for name in workspace.ids(kind)]
-    newest = max(ids, key=lambda name: _time_and_number(workspace, name), default=None)
-    times = [_time_and_number(workspace, name)[0] for name in (newest, *comparisons) if name]
-    if comparisons and (newest is None or times[0] <= times[1]):
-        yield from _best_of(workspace, workspace.read(comparisons[0]))
+    newest = workspace.newest(UNLEARNING, finetuned=False) or workspace.newest(UNLEARNING)
+    if comparison is not None and (newest is None or workspace.done(newest)[0] <= workspace.done(comparison)[0]):
+        yield from _best_of(workspace, workspace.read(comparison))
     elif newest is not None:
         stored = workspace.read(newest)
         yield from (stored, *_judgements(stored))
-
-
-def _time_and_number(workspace: Workspace, artifact_id: str) -> tuple[float, int]:
-    """When it was done, by what it says itself (a copy has another time), and at one time by its number."""
-    try:
-        header = parse_json((workspace.folder / f"{artifact_id}.json").read_bytes())
-        time = datetime.fromisoformat(header["created"]).timestamp() + float(header["seconds"])
-    except (OSError, KeyError, TypeError, ValueError):  # Whoever reads it says what is wrong.
-        time = 0.0
-    return time, _number(artifact_id)
 
 
 def _judgements(stored: Stored) -> Iterator[Stored]:

@@ -26,7 +26,7 @@ from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:
     from dsg_cli.inspection.descriptions import Candidates
-    from dsg_cli.workspace.store import Finding
+    from dsg_cli.workspace.store import Verdict
 
 SHOWN_KEYWORDS = 12
 
@@ -316,14 +316,14 @@ def list_table(workspace: Workspace) -> Table:
     return Table(("artifact", "what it found", "made from"), rows)
 
 
-def verify_table(findings: Sequence[Finding]) -> Group:
+def verify_table(verdicts: Sequence[Verdict]) -> Group:
     """What was verified, and in one line whether all is well."""
     styles = {"ok": "green", "broken": "red", "unfinished": "yellow"}
     rows = [
-        [Styled(finding.name, "bold"), Styled(finding.state, styles[finding.state]), finding.remark]
-        for finding in findings
+        [Styled(verdict.name, "bold"), Styled(verdict.state, styles[verdict.state]), verdict.remark]
+        for verdict in verdicts
     ]
-    counts = {state: sum(finding.state == state for finding in findings) for state in styles}
+    counts = {state: sum(verdict.state == state for verdict in verdicts) for state in styles}
     summary = ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "nothing there"
     return terminal([Table(("", "state", ""), rows, has_head=False), summary])
 

@@ -50,9 +50,11 @@ def run(
     """
     clock, settings, named = Clock(), recipe.attack, kinds
     expand_attacks(named)
-    sources = sources or [options.agreed(lambda: newest(workspace))]
+    is_newest, sources = not sources, sources or [options.agreed(lambda: newest(workspace))]
     with options.workers.in_turn():
         composition = find_composition(workspace, sources)
+        if is_newest:
+            options.say(composition.acting)
         workspace.check_writable()
         bench = settings.bench or default_bench(composition.forget())
         kinds = possible(named, settings, bench, options.say)

@@ -21,7 +21,7 @@ from dsg_cli.evals.free_text import FreeText, Reference, Results, check_room, ev
 from dsg_cli.evals.paper_protocol import load_paper_questions, read_question_ids
 from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
-from dsg_cli.models.language_model import load_model, load_tokenizer, whole_digest
+from dsg_cli.models.language_model import load_model, load_tokenizer, model_digest
 from dsg_cli.settings import Recipe
 from dsg_cli.stages.inputs import (
     Composition,
@@ -47,11 +47,13 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
     """Evaluate the newest guardrail, model or wrapper, or those named together, and write the report."""
     clock, settings = Clock(), recipe.eval
     expected = [parse_expected(text, settings.benches) for text in settings.expect]
-    sources = sources or [options.agreed(lambda: newest(workspace))]
+    is_newest, sources = not sources, sources or [options.agreed(lambda: newest(workspace))]
     with options.workers.in_turn():
         if not settings.benches:
             raise DsgError("No bench is named.", "Give one with --bench: `dsg ls benches` lists them.")
         composition = find_composition(workspace, sources)
+        if is_newest:
+            options.say(composition.acting)
         workspace.check_writable()
         in_paper = [bench for bench in settings.benches if bench in PAPER]
         question_ids = read_question_ids(Path(settings.question_ids) if settings.question_ids else None, in_paper)
@@ -84,7 +86,7 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
     header_settings: Json = {
         **dataclasses.asdict(settings),
         "allow_mismatch": recipe.model.allow_mismatch,
-        "model_digest": whole_digest(loaded.base.model),
+        "model_digest": model_digest(loaded.base.model),
         "commits": commits(tasks) | paper_commits | free_commits,
         "asked": texts.digests(),
         "reference_digest": reference.digest if reference is not None else "",
@@ -278,7 +280,7 @@ def load_reference(reference: Reference, recipe: Recipe, base: GuardedModel) -> 
             "Name a model that was trained from the same base.",
         )
     model = dataclasses.replace(base, model=loaded.model, tokenizer=loaded.tokenizer, max_length=0)
-    return dataclasses.replace(reference, model=model, digest=whole_digest(loaded.model))
+    return dataclasses.replace(reference, model=model, digest=model_digest(loaded.model))
 
 
 def _stored_reference(named: str, workspace: Workspace, asked: Mapping[str, str]) -> Reference:

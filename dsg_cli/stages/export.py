@@ -7,7 +7,7 @@ model card; to `hf://org/name` either of them as a commit.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,6 +65,7 @@ def run(
     links: bool = True,
     is_public: bool = False,
     report: Report = silent,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Export the newest guardrail, or those named together.
 
@@ -79,6 +80,8 @@ def run(
     form = check_target(to, form)
     composition = find_composition(workspace, sources or [workspace.find("guardrail").id])
     only_guardrails(composition, "dsg export")
+    if not sources:
+        say(composition.acting)
     modules = guardrail_modules(workspace, composition)
     architecture, tokenizer_class = composition.header.model.architecture, ""
     if form == "model":

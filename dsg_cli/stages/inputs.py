@@ -6,7 +6,7 @@ that order. Beside them stands the base model, which no method has touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -290,6 +290,11 @@ class Composition:
         names = dict.fromkeys(name for stored in self.artifacts for name in _body(stored).retain)
         return [name for name in names if name not in self.forget()]
 
+    @property
+    def acting(self) -> str:
+        """What acts, as a line for who did not name it."""
+        return "acting: " + " + ".join(f"{stored.id} ({_body(stored).method})" for stored in self.artifacts)
+
     def described(self) -> list[Json]:
         """What acts, in its order, for reports."""
         return [
@@ -303,15 +308,14 @@ def _body(stored: Stored) -> Guardrail | ModelWeights | Wrapper:
 
 
 def newest(workspace: Workspace) -> str:
-    """The id of the newest artifact that unlearns."""
-    ids = [artifact_id for kind in KINDS for artifact_id in workspace.ids(kind)]
-    if not ids:
-        return workspace.find("guardrail").id  # Which says what to do.
-    return max(ids, key=lambda name: (workspace.folder / f"{name}.json").stat().st_mtime_ns)
+    """The id of the newest artifact that unlearns; a model that was finetuned must be named."""
+    return workspace.newest(KINDS, finetuned=False) or workspace.find("guardrail").id  # Which says what to do.
 
 
-def find_composition(workspace: Workspace, sources: Sequence[str]) -> Composition:
-    """The newest guardrail, model or wrapper, or those that are named together."""
+def find_composition(
+    workspace: Workspace, sources: Sequence[str], say: Callable[[str], None] = lambda _: None
+) -> Composition:
+    """The newest guardrail, model or wrapper, which `say` then names, or those that are named together."""
     artifacts = [_find(workspace, source) for source in sources or [newest(workspace)]]
     if len({stored.json["sha256"] for stored in artifacts}) < len(artifacts):
         raise DsgError("One artifact was named twice.", "Name each once.")
@@ -332,7 +336,10 @@ def find_composition(workspace: Workspace, sources: Sequence[str]) -> Compositio
             raise DsgError(f"{gated[0].id} and {stored.id} were made for sequences that begin differently (BOS).")
     model = models[0] if models else model_of(artifacts[0])
     weights = [*_history(model)] if model is not None and (models or not _is_finetuned(model)) else []
-    return Composition(artifacts, weights, guardrails, wrappers, _body((gated or artifacts)[0]).bos)
+    composition = Composition(artifacts, weights, guardrails, wrappers, _body((gated or artifacts)[0]).bos)
+    if not sources:
+        say(composition.acting)
+    return composition
 
 
 def _find(workspace: Workspace, source: str) -> Stored:

@@ -8,7 +8,7 @@ Text of the corpora is shown, and kept only with `--samples`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def run(
     clock = Clock()
     if settings.n_contexts < 1:
         raise DsgError(f"--contexts {settings.n_contexts} is too few; at least 1.")
-    choice = find_choice(workspace, source)
+    choice = find_choice(workspace, source, options.say)
     inspected, chosen = choice.artifact, choice.pick(settings.features)
     features = features_of(inspected)
     workspace.check_writable()
@@ -202,15 +202,17 @@ class FeatureChoice:
 KINDS = ("guardrail", "features")
 
 
-def find_choice(workspace: Workspace, source: str | None) -> FeatureChoice:
-    """The newest guardrail, else the newest features, or what is named.
+def find_choice(workspace: Workspace, source: str | None, say: Callable[[str], None] = lambda _: None) -> FeatureChoice:
+    """The newest guardrail, else the newest features, which `say` then names, or what is named.
 
     Args:
         source: An id or path of either kind; a guardrail also as a light file, or from the hub.
     """
     if source is None:
         kind = next((kind for kind in KINDS if workspace.ids(kind)), "features")
-        source = workspace.find(kind).id
+        stored = workspace.find(kind)
+        source = stored.id
+        say(f"acting: {source}" + (f" ({stored.body.method})" if isinstance(stored.body, Guardrail) else ""))
     name = Path(source).name
     if name.startswith("features-"):
         stored = workspace.find("features", source)

@@ -43,6 +43,8 @@ from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Workspace
 
 Write = Callable[[str, str], None]
+
+Say = Callable[[str], None]
 """Called with a side (base, guarded) and a piece of its answer."""
 
 
@@ -75,11 +77,12 @@ def run_prompts(
     *,
     sources: Sequence[str] = (),
     write: Write = lambda _side, _piece: None,
+    say: Say = lambda _: None,
 ) -> Iterator[Answers]:
     """Answer prompts one by one under the newest guardrail, model or wrapper, or under those named together."""
     if not prompts:
         raise DsgError("There is no prompt.", 'Give one, as in dsg generate "Once upon a time", or --file.')
-    models = BothModels.load(recipe, workspace, sources)
+    models = BothModels.load(recipe, workspace, sources, say)
     rows = [models.ids(prompt, recipe.generate) for prompt in prompts]
     for prompt, ids in zip(prompts, rows, strict=True):
         yield models.answer(prompt, ids, recipe.generate, write)
@@ -94,9 +97,11 @@ class BothModels:
     loaded: LoadedComposition
 
     @classmethod
-    def load(cls, recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> BothModels:
+    def load(
+        cls, recipe: Recipe, workspace: Workspace, sources: Sequence[str] = (), say: Say = lambda _: None
+    ) -> BothModels:
         """The newest guardrail, model or wrapper, or those named together."""
-        composition = find_composition(workspace, sources)
+        composition = find_composition(workspace, sources, say)
         if recipe.generate.side != "base":
             check_causal(body.gate for body in composition.bodies)
         recipe = settle(recipe, composition.header)
@@ -148,6 +153,7 @@ class Tracer:
         *,
         features: Sequence[int] = (),
         loaded: LoadedModel | None = None,
+        say: Say = lambda _: None,
     ) -> Tracer:
         """Everything read and checked.
 
@@ -156,7 +162,7 @@ class Tracer:
             features: Show these features of the SAE instead of those that were chosen.
             loaded: The artifact's model, whole or cut, if it has been loaded and checked already.
         """
-        choice = find_choice(workspace, source)
+        choice = find_choice(workspace, source, say)
         chosen = choice.pick(features)
         if choice.guardrail is not None and not features:
             slice_, site = choice.guardrail.slice, choice.guardrail.read  # All that is needed is in its own file.
@@ -193,9 +199,10 @@ def trace_prompts(
     source: str | None = None,
     features: Sequence[int] = (),
     chat: bool = False,
+    say: Say = lambda _: None,
 ) -> Iterator[Traced]:
     """Show prompts to the newest guardrail, else the newest features, or to what is named."""
-    tracer = Tracer.load(recipe, workspace, source, features=features)
+    tracer = Tracer.load(recipe, workspace, source, features=features, say=say)
     rows = [tracer.ids(prompt, chat=chat) for prompt in prompts]
     for prompt, ids in zip(prompts, rows, strict=True):
         yield tracer.traced(prompt, ids)
@@ -276,10 +283,10 @@ class Live:
         }
 
 
-def load(recipe: Recipe, workspace: Workspace, sources: Sequence[str] = ()) -> Live:
+def load(recipe: Recipe, workspace: Workspace, sources: Sequence[str] = (), say: Say = lambda _: None) -> Live:
     """Load the newest guardrail, model or wrapper, or those named together, and the base model."""
     generate = dataclasses.replace(recipe.generate, side="both")
-    models = BothModels.load(dataclasses.replace(recipe, generate=generate), workspace, sources)
+    models = BothModels.load(dataclasses.replace(recipe, generate=generate), workspace, sources, say)
     tracers = [
         Tracer.load(recipe, workspace, str(stored.path), loaded=models.loaded.model)
         for stored in models.composition.guardrails

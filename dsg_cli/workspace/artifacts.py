@@ -260,9 +260,9 @@ class FeatureSet(Body):
     median_residual_norm: Finite
     """Of retain tokens at the hook; the unit `r` of a strength."""
     probe: Annotated[Json, Shape(_Probe | Empty)] = {}
-    """A sparse probe of a token (probe.py): `features: [{index, weight}]`, `bias`, ...; empty where none was fitted."""
+    """A sparse probe of a token (guardrail/probe.py); empty where none was fitted."""
     described: Annotated[Json, Shape(_Described | Empty)] = {}
-    """Of features picked by description: {query, ranker, source, sha256, n_matched, ranking: [{index, score}]}."""
+    """Of features picked by description."""
 
 
 class Threshold(Body):
@@ -304,7 +304,7 @@ class Threshold(Body):
     percentile: Finite | None = None
     """The plain percentile of all pieces, which the paper takes; without a guarantee for few of them."""
     rates: Annotated[list[Json], Shape(list[_Rate])] = []
-    """Share gated of fresh text of each kind: [{what, is_forget, n, rate, low, high}]"""
+    """Share gated of fresh text of each kind."""
     special_ids: list[Whole]
     """Tokens that are never counted: BOS, EOS and pad."""
     bos: Whole | None
@@ -351,9 +351,9 @@ class Guardrail(Body):
     """Names of the forget corpora, or of what it was tried on if there were none: attack finds its bench by them."""
     retain: list[str]
     strength_trials: Annotated[list[Json], Shape(list[_StrengthTrial])] = []
-    """Of `--strength auto`: [{strength, setting, acc, gate_rate}] on the questions that it was chosen on."""
+    """Of `--strength auto`, on the questions that it was chosen on."""
     effect: Annotated[Json, Shape(_Effect | Empty)] = {}
-    """What it did on forget text when it was made (effect.py); empty if there was none, and in schemas before 3."""
+    """What it did on forget text when it was made; empty if there was none, and in schemas before 3."""
     method: str = "dsg"
     clamp: Literal["all", "each"] = "all"
     coefficients: list[Finite] = []
@@ -380,13 +380,12 @@ class ModelWeights(Body):
     result: ModelIdentity
     """The changed model; the header's is the one that it was made from."""
     trained: Annotated[Json, Shape(_Trained)]
-    """{n_parameters, n_changed, modules}: what was free to change, and what did."""
+    """What was free to change, and what did."""
     losses: Annotated[list[Json], Shape(list[_Losses])]
-    """[{step, loss, <term>, ...}]; of a method without steps, none."""
+    """With each term of the loss; of a method without steps, none."""
     diverged_at: Whole | None
     """The step at which a loss was not finite any more; the weights are those of the last one that was checked."""
     cost: Annotated[Json, Shape(_TrainingCost)]
-    """{forward_passes, backward_passes, forward_tokens, backward_tokens}"""
     features: list[Whole]
     """Of the SAE that guided it, in rank order."""
     special_ids: list[Whole]
@@ -418,7 +417,7 @@ class Wrapper(Body):
     """A prompt, or an answer, whose statistic exceeds it is refused."""
     refusal: str
     rates: Annotated[list[Json], Shape(list[_Rate])]
-    """Share refused of fresh text of each corpus: [{what, is_forget, n, rate, low, high}]"""
+    """Share refused of fresh text of each corpus."""
     special_ids: list[Whole]
     bos: Whole | None
     forget: list[str]
@@ -449,7 +448,7 @@ def to_json(header: Header, body: Body) -> Json:
     return {**header.model_dump(), **body.model_dump()}
 
 
-def digest_of(data: Json) -> str:
+def artifact_digest(data: Json) -> str:
     """Digest of an artifact's JSON object without the digest itself."""
     content = {key: value for key, value in data.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
@@ -471,7 +470,7 @@ def read_document(text: str, *, where: str, is_whole: bool = False) -> Json:
     try:
         data: Json = parse_json(text)
         schema, known = int(data["schema"]), KINDS[data["kind"]].schema_number
-        digest = digest_of(data)
+        digest = artifact_digest(data)
         is_as_written = not is_whole or text == artifact_text(data)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DsgError(f"{where} is not an artifact of dsg, or is damaged.") from error

@@ -34,22 +34,10 @@ LARGEST = 2**37
 SUFFIX = ".checkpoint"
 
 
-def seconds_between() -> float:
-    """How long a pass goes on between two writes: DSG_CHECKPOINT_SECONDS, else 30."""
-    text = os.environ.get("DSG_CHECKPOINT_SECONDS", "30")
-    try:
-        return float(text)
-    except ValueError as error:
-        raise DsgError(f"DSG_CHECKPOINT_SECONDS is {text!r}, which is no number of seconds.") from error
-
-
 class Checkpoint:
-    """The entries of one run of one stage.
+    """The entries of one run of one stage, in a file that is written in the context that `lock` makes.
 
-    Args:
-        path: Its file; None keeps nothing.
-        resume: Go on from the file, if it is there.
-        lock: Makes the context in which the file is written.
+    Without a path nothing is kept; with `resume` it goes on from the file, if that is there.
     """
 
     def __init__(
@@ -61,9 +49,9 @@ class Checkpoint:
     ) -> None:
         self.path = path
         self.lock = lock
-        self.entries: dict[str, State] = _read(path) if resume and path is not None and path.is_file() else {}
+        self.entries: dict[str, State] = read_entries(path) if resume and path is not None and path.is_file() else {}
         self.resumed = bool(self.entries)
-        self.interval = math.inf if path is None else seconds_between()
+        self.interval = math.inf if path is None else _seconds_between()
         self.written = time.monotonic()
 
     def entry(self, name: str) -> State | None:
@@ -71,11 +59,9 @@ class Checkpoint:
         return self.entries.get(name)
 
     def reached(self, name: str, state: Callable[[], State]) -> None:
-        """To be called where the work under a name is whole; a signal that waits is raised here.
+        """To be called where the work under a name is whole: a signal that waits is raised here.
 
-        Args:
-            name: Of the entry.
-            state: Makes what to keep; asked only if it is written now.
+        The state is made only if it is written now.
         """
         if pending() or time.monotonic() - self.written >= self.interval:
             self.keep(name, state())
@@ -108,6 +94,15 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
 
+def _seconds_between() -> float:
+    """How long a pass goes on between two writes: DSG_CHECKPOINT_SECONDS, else 30."""
+    text = os.environ.get("DSG_CHECKPOINT_SECONDS", "30")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise DsgError(f"DSG_CHECKPOINT_SECONDS is {text!r}, which is no number of seconds.") from error
+
+
 def _encoded(entries: dict[str, State]) -> bytes:
     from safetensors.torch import save
     from torch import Tensor
@@ -121,12 +116,8 @@ def _encoded(entries: dict[str, State]) -> bytes:
     return save(tensors, metadata={"entries": json.dumps(described)})
 
 
-def check_checkpoint(path: Path) -> None:
-    """Verify a checkpoint's file."""
-    _read(path)
-
-
-def _read(path: Path) -> dict[str, State]:
+def read_entries(path: Path) -> dict[str, State]:
+    """The entries in a checkpoint's file, verified."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -138,10 +129,10 @@ def _read(path: Path) -> dict[str, State]:
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
         entries: dict[str, State] = {}
         tensors = load(content)
-        for number, one in enumerate(parse_json(header["__metadata__"]["entries"])):
+        for number, entry in enumerate(parse_json(header["__metadata__"]["entries"])):
             prefix = f"{number}."
             inner = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            entries[one["name"]] = {**one["values"], **inner}
+            entries[entry["name"]] = {**entry["values"], **inner}
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DsgError(
             f"The checkpoint {path} is damaged: its digest does not match.",

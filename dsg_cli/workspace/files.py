@@ -1,4 +1,8 @@
-"""Digests of what is written down, and files and folders that are either whole or not there."""
+"""Files and folders that are either whole or not there: bounded reads, digests, locks, and signals that wait.
+
+The lock is flock itself. filelock's waits by polling, and where a file system has no locks it falls back to one that
+a killed process leaves locked.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 from dsg_cli.errors import DsgError
 
@@ -30,12 +34,7 @@ ID = re.compile(r"(" + "|".join(KIND_NAMES) + r")-([0-9]{3,18})(?![0-9])")
 def locked(path: Path) -> Iterator[None]:
     """While the block runs, no other process or thread is in a block with this lock; it waits for its turn.
 
-    Args:
-        path: An empty file that stays; whether it is locked is known to the system alone.
-
-    Raises:
-        DsgError: The file system has no locks.
-        OSError: The file cannot be made.
+    The empty file stays; whether it is locked is known to the system alone.
     """
     with path.open("ab") as file:
         try:
@@ -50,11 +49,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def held(path: Path) -> Iterator[bool]:
-    """Try to take a lock without waiting; true if nobody else has it.
-
-    Raises:
-        OSError: The file cannot be opened.
-    """
+    """Try to take a lock without waiting; true if nobody else has it."""
     with path.open("ab") as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,35 +70,22 @@ IN_USE = "in-use"
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; there is none where a name is too long for one."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
+    """Whether there is such a file; os.path, unlike Path, says no where a name is too long for one."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def is_taken(path: Path) -> bool:
     """Whether there is anything of that name."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def is_folder(path: Path) -> bool:
     """Whether there is such a folder."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON holds; text that is nested too deeply for this machine is no JSON either.
-
-    Raises:
-        ValueError: It is no JSON.
-    """
+    """What JSON holds, or a ValueError; text that is nested too deeply for this machine is no JSON either."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -112,22 +94,17 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_bounded(path: Path, largest: int) -> bytes:
     """The content of a file that must not be larger."""
+    chunks, n_read = [], 0  # A read of all at once would make room for `largest` bytes first.
     try:
         with path.open("rb") as file:
-            content = b"".join(_chunks(file, largest))
+            while n_read <= largest and (chunk := file.read(CHUNK)):
+                n_read += len(chunk)
+                chunks.append(chunk)
     except OSError as error:
         raise DsgError(f"{path} cannot be read: {error.strerror}.") from error
-    if len(content) > largest:
+    if n_read > largest:
         raise DsgError(f"{path} is larger than the {largest:,} bytes that such a file may have.")
-    return content
-
-
-def _chunks(file: BinaryIO, largest: int) -> Iterator[bytes]:
-    """What a file holds, and no more than a chunk beyond what is allowed."""
-    n_read = 0
-    while n_read <= largest and (chunk := file.read(CHUNK)):
-        n_read += len(chunk)
-        yield chunk
+    return b"".join(chunks)
 
 
 def file_digest(path: Path) -> str:
@@ -184,19 +161,19 @@ def check_new_folder(folder: Path) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a scratch folder beside `folder` and rename it once it is whole.
+    """Have `fill` make a scratch folder beside `folder`, and rename it once it is whole.
 
     Scratch folders that a killed process left there are removed.
-
-    Args:
-        folder: Where it shall be; new, or empty.
-        fill: Makes the folder that it is given, and writes into it.
     """
     check_new_folder(folder)
     folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
+        for abandoned in folder.parent.glob(f".{glob.escape(folder.name)}-????????"):
+            if (abandoned / IN_USE).is_file():
+                with held(abandoned / IN_USE) as is_abandoned:
+                    if is_abandoned:
+                        shutil.rmtree(abandoned, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             with locked(scratch / IN_USE):
@@ -210,14 +187,6 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise DsgError(
             f"{str(folder)[:200]} cannot be written: {error.strerror or error}.", "Make room, or name another folder."
         ) from error
-
-
-def _remove_abandoned(folder: Path) -> None:
-    for scratch in folder.parent.glob(f".{glob.escape(folder.name)}-????????"):
-        if (scratch / IN_USE).is_file():
-            with held(scratch / IN_USE) as is_abandoned:
-                if is_abandoned:
-                    shutil.rmtree(scratch, ignore_errors=True)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -247,11 +216,7 @@ def install() -> None:
 
 @contextmanager
 def at_safe_points() -> Iterator[None]:
-    """While the block runs, a first signal waits for `safe_point`, or for the end of the block.
-
-    Raises:
-        Signalled: After the block, if a signal came and no safe point did.
-    """
+    """While the block runs, a first signal waits for `safe_point`, or for the end of the block."""
     _State.depth += 1
     try:
         yield
@@ -261,11 +226,7 @@ def at_safe_points() -> Iterator[None]:
 
 
 def safe_point() -> None:
-    """A point at which all is whole.
-
-    Raises:
-        Signalled: A signal came since the last one.
-    """
+    """A point at which all is whole: a signal that came since the last one is raised as `Signalled`."""
     number, _State.pending = _State.pending, None
     if number is not None:
         raise Signalled(number)

@@ -55,9 +55,7 @@ class Shape:
         )
 
 
-class Metrics(Part):
-    """Values by the name of the metric; null where it could not be computed."""
-
+class _Metrics(Part):
     model_config = ConfigDict(extra="allow")
 
     __pydantic_extra__: dict[str, Number | None] = Field(init=False)
@@ -66,47 +64,37 @@ class Metrics(Part):
     acc_high: Number = 0
 
 
-class BaseMetrics(Metrics):
-    """Of the base model: with the number of questions that count, and of those that were asked."""
-
+class _BaseMetrics(_Metrics):
     n: Whole
     n_asked: Whole = 0
 
 
-class BenchResult(Part):
-    """Metrics of both models on one bench."""
-
-    base: BaseMetrics
-    unlearned: Metrics
+class _BenchResult(Part):
+    base: _BaseMetrics
+    unlearned: _Metrics
 
 
-class GateRate(Part):
-    """Share of the questions of a bench of which a choice was gated."""
-
+class _GateRate(Part):
     rate: Number
 
 
-class Condition(Part):
-    """A condition of `--expect`, with what it was held against."""
-
+class _Condition(Part):
     expect: str
     value: Number | None
     met: bool
 
 
-class Ingredient(Part):
-    """One of the artifacts that unlearn a model together."""
-
+class _Ingredient(Part):
     id: str
     kind: str
     method: str
 
 
-Expected = Annotated[list[Json], Shape(list[Condition])]
-"""[{expect, value, bound, met}]; evaluations of 0.1 have no bound."""
+Expected = Annotated[list[Json], Shape(list[_Condition])]
+"""Also `bound`, but in evaluations of 0.1."""
 
-Composition = Annotated[list[Json], Shape(list[Ingredient])]
-"""What unlearned the model, in the order in which it acts: [{id, kind, method}]"""
+Composition = Annotated[list[Json], Shape(list[_Ingredient])]
+"""What unlearned the model, in the order in which it acts."""
 
 
 class Body(Part):
@@ -125,9 +113,7 @@ class Body(Part):
         return data
 
 
-class Benches(Part):
-    """Settings of an evaluation."""
-
+class _Benches(Part):
     benches: list[str]
 
 
@@ -138,12 +124,12 @@ class EvalReport(Body):
     schema_number = 4
     made_by = "dsg eval"
     next_command = "dsg attack"
-    settings_shape = Benches
+    settings_shape = _Benches
 
     split: str
-    results: Annotated[dict[str, Json], Shape(dict[str, BenchResult])]
+    results: Annotated[dict[str, Json], Shape(dict[str, _BenchResult])]
     """bench -> side (base, unlearned) -> metric, metric_stderr, n."""
-    gate: Annotated[dict[str, Json], Shape(dict[str, GateRate])]
+    gate: Annotated[dict[str, Json], Shape(dict[str, _GateRate])]
     """bench -> rate of questions with a gated choice, number of questions."""
     expected: Expected
     question_ids: dict[str, list[str]] = {}
@@ -159,9 +145,7 @@ class EvalReport(Body):
     """Bench -> metric that could not be computed -> why."""
 
 
-class Side(Part):
-    """What a model answers at one point of an attack."""
-
+class _Side(Part):
     forget_acc: Number
     forget_low: Number = 0
     forget_high: Number = 0
@@ -169,29 +153,21 @@ class Side(Part):
     utility_acc: Number = 0
 
 
-class UnlearnedSide(Side):
-    """The same of the unlearned model."""
-
+class _UnlearnedSide(_Side):
     gate_rate: Number = 0
 
 
-class Sides(Part):
-    """Both models under the same attack."""
-
-    unlearned: UnlearnedSide
-    base: Side
+class _Sides(Part):
+    unlearned: _UnlearnedSide
+    base: _Side
 
 
-class Point(Sides):
-    """One point of the curve of an attack."""
-
+class _Point(_Sides):
     x: Number | str
     variant: str
 
 
-class AttackSummary(Part):
-    """Where most came back; nulls if the base model answers nowhere on the curve."""
-
+class _AttackSummary(Part):
     base_acc: Number
     evades_above: Number
     evaded_at: dict[str, Number | str]
@@ -205,9 +181,7 @@ class AttackSummary(Part):
     unguarded_at_worst: Number | None
 
 
-class RetainDigests(Part):
-    """Settings of an attack."""
-
+class _RetainDigests(Part):
     retain: dict[str, str] = {}
 
 
@@ -217,16 +191,15 @@ class AttackReport(Body):
     kind = "attack"
     schema_number = 4
     made_by = "dsg attack"
-    settings_shape = RetainDigests
+    settings_shape = _RetainDigests
 
     attack: str
     threat_model: str
     bench: str
-    before: Annotated[Json, Shape(Sides)]
-    """{unlearned: {forget_acc, ...}, base: {forget_acc, ...}} without any attack."""
-    curve: Annotated[list[Json], Shape(list[Point])]
-    """[{x, variant, unlearned: {forget_acc, forget_low, forget_high, n, gate_rate, ...}, base: {...}}]"""
-    summary: Annotated[Json, Shape(AttackSummary)]
+    before: Annotated[Json, Shape(_Sides)]
+    """Without any attack."""
+    curve: Annotated[list[Json], Shape(list[_Point])]
+    summary: Annotated[Json, Shape(_AttackSummary)]
     expected: Expected = []
     composition: Composition = []
 
@@ -255,32 +228,24 @@ def _with_later_sides(sides: Json) -> Json:
     return {later.get(key, key): value for key, value in sides.items()}
 
 
-class ComparedBenches(Part):
-    """Names of benches by what they are for."""
-
+class _ComparedBenches(Part):
     forget: str
     near: list[str]
     other: list[str]
 
 
-class ComparedBase(Part):
-    """Accuracies of the model that no method has changed."""
-
+class _ComparedBase(Part):
     dev: dict[str, Number]
-    test: dict[str, Metrics]
+    test: dict[str, _Metrics]
 
 
-class Relearned(Part):
-    """Accuracies at one point of the attack `relearn`."""
-
+class _Relearned(Part):
     x: Whole
     guarded: Number
     unguarded: Number
 
 
-class Cost(Part):
-    """What a method took."""
-
+class _Cost(Part):
     forward_tokens: Number
     backward_tokens: Number
     seconds: Number
@@ -288,24 +253,20 @@ class Cost(Part):
     bytes: Number
 
 
-class ComparedRow(Part):
-    """A method, with an SAE, on test questions."""
-
+class _ComparedRow(Part):
     method: str
     sae: str
     artifacts: list[str]
     values: Json
-    results: dict[str, Metrics]
+    results: dict[str, _Metrics]
     gate: dict[str, Number]
-    relearned: Relearned | Empty
-    cost: Cost | Empty
+    relearned: _Relearned | Empty
+    cost: _Cost | Empty
     n_features: Whole
     error: str
 
 
-class Trial(Part):
-    """A setting of a method, on dev questions."""
-
+class _Trial(Part):
     method: str
     values: Json
     dev: dict[str, Number]
@@ -317,20 +278,16 @@ class Trial(Part):
     error: str
 
 
-class RequestResult(Part):
-    """Accuracies after one more request."""
-
+class _RequestResult(Part):
     request: str
     artifacts: list[str]
     results: dict[str, Number]
 
 
-class RequestSequence(Part):
-    """Requests one after another."""
-
+class _RequestSequence(Part):
     method: str
     error: str
-    curve: list[RequestResult]
+    curve: list[_RequestResult]
 
 
 class Comparison(Body):
@@ -339,41 +296,34 @@ class Comparison(Body):
     kind = "compare"
     made_by = "dsg compare"
 
-    benches: Annotated[Json, Shape(ComparedBenches)]
+    benches: Annotated[Json, Shape(_ComparedBenches)]
     chance: Finite
     """Accuracy on forget questions without any knowledge."""
     criterion: str
     """By which settings were chosen, on dev questions."""
-    base: Annotated[Json, Shape(ComparedBase)]
-    """{dev: {bench: acc}, test: {bench: {acc, acc_low, acc_high, n}}} of the model that no method has changed."""
-    rows: Annotated[list[Json], Shape(list[ComparedRow])]
-    """{method, sae, artifacts, eval, attack, values, results, gate, relearned, cost, n_features, error}"""
-    trials: Annotated[list[Json], Shape(list[Trial])]
-    """{method, values, dev: {bench: acc}, forget, utility, forgetting, score, seconds, is_chosen, error}: the data of a
-    scatter of forget accuracy against utility."""
-    sequences: Annotated[list[Json], Shape(list[RequestSequence])]
-    """{method, curve: [{request, artifacts, results: {bench: acc}}], error}: requests one after another."""
+    base: Annotated[Json, Shape(_ComparedBase)]
+    """Of the model that no method has changed."""
+    rows: Annotated[list[Json], Shape(list[_ComparedRow])]
+    """Also `eval` and `attack`, the artifacts that it was measured by."""
+    trials: Annotated[list[Json], Shape(list[_Trial])]
+    """The data of a scatter of forget accuracy against utility."""
+    sequences: Annotated[list[Json], Shape(list[_RequestSequence])]
+    """Requests one after another."""
 
 
-class StudyBenches(Part):
-    """Names of benches by what they are for; of a study that asks nothing, empty lists."""
-
+class _StudyBenches(Part):
     forget: list[str]
     other: list[str]
 
 
-class StudyBase(Part):
-    """A bench's accuracy without any guardrail."""
-
+class _StudyBase(Part):
     acc: Number
     low: Number
     high: Number
     n: Whole
 
 
-class StudyRow(Part):
-    """A point and a measure; settings of the point, and what it turned out to be, are further keys."""
-
+class _StudyRow(Part):
     model_config = ConfigDict(extra="allow")
 
     __pydantic_extra__: dict[str, Number | str | bool | None] = Field(init=False)
@@ -389,9 +339,7 @@ class StudyRow(Part):
     error: str
 
 
-class StudyCost(Part):
-    """What a study took."""
-
+class _StudyCost(Part):
     n_points: Whole
     n_failed: Whole
 
@@ -407,48 +355,40 @@ class StudyReport(Body):
     """Of the lab's questions: `dev` to choose by, or `test`."""
     grid: Annotated[Json, Shape(dict[str, list[Number | str]])]
     """Setting -> values; points are all their combinations."""
-    benches: Annotated[Json, Shape(StudyBenches)]
+    benches: Annotated[Json, Shape(_StudyBenches)]
     chance: Finite
     """Accuracy on forget questions without any knowledge."""
-    base: Annotated[Json, Shape(dict[str, StudyBase])]
+    base: Annotated[Json, Shape(dict[str, _StudyBase])]
     columns: list[str]
     """Of the table, those of settings and what points turned out to be; those of what was measured follow."""
-    rows: Annotated[list[Json], Shape(list[StudyRow])]
-    """{<column>, ..., bench, metric, value, low, high, n, gate_rate, gate_low, gate_high, error}. Intervals are 95 %:
-    Wilson's of shares, by order statistics of medians. A point that failed has one row, which says why."""
-    computed: Annotated[Json, Shape(StudyCost)]
-    """{n_points, n_failed, text_passes, gate_passes, asked, n_requests}: what it took. Passes over a corpus but for
-    those of the features it began with, passes over retain text by which gates were calibrated, requests that went
-    through the whole model, and how many requests all questions of all benches are."""
+    rows: Annotated[list[Json], Shape(list[_StudyRow])]
+    """Intervals are 95 %: Wilson's of shares, by order statistics of medians. A point that failed has one row, which
+    says why."""
+    computed: Annotated[Json, Shape(_StudyCost)]
+    """What it took; also `text_passes` over a corpus but for those of the features it began with, `gate_passes` over
+    retain text by which gates were calibrated, requests that were `asked` of the whole model, and `n_requests` that all
+    questions of all benches are."""
 
 
-class InspectedGroup(Part):
-    """Text that was read."""
-
+class _InspectedGroup(Part):
     name: str
     role: Literal["forget", "near", "retain"]
     n_documents: Whole
     n_tokens: Whole
 
 
-class TokenValue(Part):
-    """A token by the logit lens."""
-
+class _TokenValue(Part):
     token: str
     value: Number
 
 
-class Neighbour(Part):
-    """Another feature whose decoder row points the same way."""
-
+class _Neighbour(Part):
     index: Whole
     cosine: Number
     is_selected: bool
 
 
-class InspectedFeature(Part):
-    """A feature; what is not known of it is null or empty."""
-
+class _InspectedFeature(Part):
     index: Whole
     roles: list[Literal["clamped", "watched"]]
     weight: Number | None
@@ -460,10 +400,10 @@ class InspectedFeature(Part):
     """group -> share of tokens on which it is active."""
     means: dict[str, Number]
     """group -> mean over all tokens."""
-    promoted: list[TokenValue]
+    promoted: list[_TokenValue]
     """By the logit lens on its decoder row."""
-    suppressed: list[TokenValue]
-    nearest: list[Neighbour]
+    suppressed: list[_TokenValue]
+    nearest: list[_Neighbour]
     words: list[str]
     """Characteristic of its strongest contexts; only with `--samples`."""
     description: str | None
@@ -471,9 +411,7 @@ class InspectedFeature(Part):
     warnings: list[str]
 
 
-class Overlap(Part):
-    """An earlier guardrail on the same SAE."""
-
+class _Overlap(Part):
     id: str
     n_features: Whole
     shared: list[Whole]
@@ -492,6 +430,6 @@ class Inspection(Body):
 
     inspected: str
     """Id of the features or the guardrail."""
-    groups: Annotated[list[Json], Shape(list[InspectedGroup])]
-    features: Annotated[list[Json], Shape(list[InspectedFeature])]
-    overlap: Annotated[list[Json], Shape(list[Overlap])]
+    groups: Annotated[list[Json], Shape(list[_InspectedGroup])]
+    features: Annotated[list[Json], Shape(list[_InspectedFeature])]
+    overlap: Annotated[list[Json], Shape(list[_Overlap])]

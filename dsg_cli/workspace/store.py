@@ -1,7 +1,7 @@
 """A workspace: a flat folder of numbered, immutable artifacts that are either complete or not there.
 
 `<kind>-<NNN>.json`, with `<kind>-<NNN>.safetensors` (tensors), `<kind>-<NNN>.jsonl` (rows), `<kind>-<NNN>.csv` (a
-table) and a folder `<kind>-<NNN>/` (files of others) beside it. A JSON file that exists is complete (committing.py). It
+table) and a folder `<kind>-<NNN>/` (files of others) beside it. A JSON file that exists is complete. It
 holds the digests of its side files and of itself; every read verifies them, and that what it was computed from is what
 lies beside it.
 """
@@ -9,28 +9,31 @@ lies beside it.
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from dsg_cli.errors import DsgError, nearest
+from dsg_cli.methods import finetunes
 from dsg_cli.workspace.artifacts import (
     KINDS,
     BodyT,
     Header,
     InputArtifact,
+    artifact_digest,
     artifact_text,
-    digest_of,
     parse_document,
     read_document,
     to_json,
 )
-from dsg_cli.workspace.checkpoints import SUFFIX, check_checkpoint
+from dsg_cli.workspace.checkpoints import SUFFIX, read_entries
 from dsg_cli.workspace.files import (
     ID,
     LARGEST_JSON,
@@ -42,6 +45,7 @@ from dsg_cli.workspace.files import (
     is_file,
     is_folder,
     locked,
+    parse_json,
     place_content,
     read_bounded,
     sync_folder,
@@ -62,12 +66,7 @@ SIDE_FILES = (".safetensors", ".jsonl", ".csv")
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """While the block runs, nobody else writes to the workspace; what a killed process left has been dealt with.
-
-    Raises:
-        DsgError: The file system has no locks.
-        OSError: The folder cannot be written to.
-    """
+    """While the block runs, nobody else writes to the workspace; what a killed process left has been dealt with."""
     with locked(folder / LOCK):
         for scratch in leftovers(folder):
             if scratch.is_dir():
@@ -83,25 +82,15 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(".*") if own.fullmatch(path.name))
 
 
-def next_id(folder: Path, kind: str) -> str:
+def _next_id(folder: Path, kind: str) -> str:
     """The number after the highest that any file of that kind has; to be asked while `writing`."""
     taken = (ID.match(path.name) for path in folder.iterdir())
     number = max((int(match[2]) for match in taken if match and match[1] == kind), default=0)
     return f"{kind}-{number + 1:03d}"
 
 
-def commit(folder: Path, artifact_id: str, files: Mapping[str, Content], text: str) -> None:
-    """Write an artifact; to be called while `writing`.
-
-    Args:
-        folder: The workspace.
-        artifact_id: Its id.
-        files: Its side files, by their names: what is in them, or a file that is moved to there.
-        text: Of its JSON file.
-
-    Raises:
-        OSError: It cannot be written; nothing of it is left.
-    """
+def _commit(folder: Path, artifact_id: str, files: Mapping[str, Content], text: str) -> None:
+    """Write an artifact while `writing`; of one that cannot be written nothing is left."""
     scratch = folder / f".{artifact_id}{PARTIAL}"
     try:
         scratch.mkdir()
@@ -187,30 +176,54 @@ class Workspace:
 
     def find(self, kind: str, wanted: str | None = None) -> Stored:
         """The newest artifact of a kind, or the one named by id or path; verified."""
-        if wanted is None:
-            ids = self.ids(kind)
-            if not ids:
-                raise DsgError(
-                    f"The workspace {self.folder} has no {kind} yet.", f"Make it with: {KINDS[kind].made_by}"
-                )
-            return self.read(ids[-1])
-        stored = self.read(wanted)
+        name = self.newest([kind]) if wanted is None else wanted
+        if name is None:
+            raise DsgError(f"The workspace {self.folder} has no {kind} yet.", f"Make it with: {KINDS[kind].made_by}")
+        stored = self.read(name)
         if stored.header.kind != kind:
             raise DsgError(f"{stored.id} is not of the kind {kind}, which {KINDS[kind].made_by} makes.")
         return stored
+
+    def newest(self, kinds: Sequence[str], *, finetuned: bool = True) -> str | None:
+        """Id of the artifact that was done last, by the time that it states: a copied file has another.
+
+        Args:
+            kinds: Of which one is wanted.
+            finetuned: Whether a model counts that was trained on text, and unlearned nothing.
+        """
+        ids = [artifact_id for kind in kinds for artifact_id in self.ids(kind)]
+        if not finetuned:
+            ids = [artifact_id for artifact_id in ids if not finetunes(str(self._stated(artifact_id).get("method")))]
+        return max(ids, key=self.done, default=None)
+
+    def done(self, artifact_id: str) -> tuple[float, int]:
+        """When it was done, and its number; what cannot be read is the newest, for who reads it says what is wrong."""
+        stated, number = self._stated(artifact_id), int(artifact_id.rpartition("-")[2])
+        try:
+            return datetime.fromisoformat(stated["created"]).timestamp() + float(stated["seconds"]), number
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return math.inf, number
+
+    def _stated(self, artifact_id: str) -> Json:
+        """What an artifact says, unverified; empty if that is not to be made out."""
+        try:
+            stated = parse_json(read_bounded(self.folder / f"{artifact_id}.json", LARGEST_JSON))
+        except (DsgError, ValueError):
+            return {}
+        return stated if isinstance(stated, dict) else {}
 
     def read(self, wanted: str) -> Stored:
         """Read and verify one artifact, by id or by path of its JSON file."""
         path = Path(wanted) if wanted.endswith(".json") else self.folder / f"{wanted}.json"
         if not is_file(path) or not (wanted.endswith(".json") or ID.fullmatch(wanted)):
             raise DsgError(f"There is no artifact {wanted[:200]} in {self.folder}.", nearest(wanted[:200], self.ids()))
-        data = read_document(_text_of(path), where=str(path), is_whole=True)
+        data = _read_json(path)
         header, body = parse_document(data, where=str(path))
         if header.id != path.stem:
             raise DsgError(f"{path} was renamed: it is {header.id[:200]}.", "Give it its name back.")
-        for one in header.inputs:
-            if not ID.fullmatch(one.id):
-                raise DsgError(f"{path} names an input {one.id[:200]!r}, which is no artifact's name.")
+        for used in header.inputs:
+            if not ID.fullmatch(used.id):
+                raise DsgError(f"{path} names an input {used.id[:200]!r}, which is no artifact's name.")
         for name, side_digest in header.files.items():
             check_side_file(name, header.id)
             side = path.parent / name
@@ -218,26 +231,22 @@ class Workspace:
                 raise DsgError(f"{path} is incomplete: {name} is missing.", "Make it again.")
             if file_digest(side) != side_digest:
                 raise DsgError(f"{side} was altered after it was written: its digest does not match.", "Make it again.")
-        stored = Stored(header, body, data, path)
-        self._check_inputs(stored)
-        return stored
+        # An artifact may travel alone; but what lies beside it under the name of an input must be that input.
+        for used in header.inputs:
+            beside = path.with_name(f"{used.id}.json")
+            if not used.is_elsewhere and beside.is_file() and _read_json(beside)["sha256"] != used.sha256:
+                raise DsgError(
+                    f"{header.id} was computed from another {used.id} than the one in {path.parent}.",
+                    f"It belongs to another chain: make it again with {body.made_by}.",
+                )
+        return Stored(header, body, data, path)
 
-    def _has(self, named: InputArtifact) -> bool:
-        path = self.folder / f"{named.id}.json"
+    def _has(self, used: InputArtifact) -> bool:
+        path = self.folder / f"{used.id}.json"
         try:
-            return path.is_file() and _digest_said(path) == named.sha256
+            return path.is_file() and bool(_read_json(path)["sha256"] == used.sha256)
         except DsgError:
             return False
-
-    def _check_inputs(self, stored: Stored) -> None:
-        """An artifact may travel alone; but what lies beside it under the name of an input must be that input."""
-        for named in stored.header.inputs:
-            path = stored.path.with_name(f"{named.id}.json")
-            if not named.is_elsewhere and path.is_file() and _digest_said(path) != named.sha256:
-                raise DsgError(
-                    f"{stored.id} was computed from another {named.id} than the one in {path.parent}.",
-                    f"It belongs to another chain: make it again with {stored.body.made_by}.",
-                )
 
     def write(
         self,
@@ -251,29 +260,23 @@ class Workspace:
     ) -> Stored:
         """Write an artifact under the next number; all or nothing.
 
-        Args:
-            header: Its id and files are filled in here.
-            body: What was found.
-            tensors: Written beside it as safetensors.
-            rows: Written beside it as JSON lines.
-            table: Written beside it, as CSV.
-            folder: Files, by their paths, of a folder beside it that is named like it; those that are given as files
-                are moved.
+        Id and files of the header are filled in here. Beside the JSON file lie tensors as safetensors, rows as JSON
+        lines, the table as CSV, and files, by their paths, of a folder of its name; content that is a file is moved.
         """
         self.check_writable()
-        content = dict(_contents(tensors, rows, table, folder or {}))
+        contents = dict(_contents(tensors, rows, table, folder or {}))
         try:
             with writing(self.folder):
-                artifact_id = next_id(self.folder, header.kind)
-                files = {f"{artifact_id}{name}": what for name, what in content.items()}
+                artifact_id = _next_id(self.folder, header.kind)
+                files = {f"{artifact_id}{suffix}": content for suffix, content in contents.items()}
                 for name in files:
                     check_side_file(name, artifact_id)
-                digests = {name: content_digest(what) for name, what in files.items()}
-                inputs = [one.replace(is_elsewhere=not self._has(one)) for one in header.inputs]
+                digests = {name: content_digest(content) for name, content in files.items()}
+                inputs = [used.replace(is_elsewhere=not self._has(used)) for used in header.inputs]
                 header = header.replace(id=artifact_id, files=digests, inputs=inputs)
                 data = to_json(header, body)
-                data["sha256"] = digest_of(data)
-                commit(self.folder, artifact_id, files, artifact_text(data))
+                data["sha256"] = artifact_digest(data)
+                _commit(self.folder, artifact_id, files, artifact_text(data))
         except OSError as error:
             raise DsgError(
                 f"The new {header.kind} cannot be written to {self.folder}: {error.strerror}.",
@@ -312,15 +315,12 @@ class Workspace:
         return next((stored for stored in artifacts if reuse_key(stored.header) == reuse_key(header)), None)
 
 
-def _text_of(path: Path) -> str:
+def _read_json(path: Path) -> Json:
     try:
-        return read_bounded(path, LARGEST_JSON).decode()
+        text = read_bounded(path, LARGEST_JSON).decode()
     except UnicodeDecodeError as error:
         raise DsgError(f"{path} is not an artifact of dsg, or is damaged.") from error
-
-
-def _digest_said(path: Path) -> str:
-    return str(read_document(_text_of(path), where=str(path), is_whole=True)["sha256"])
+    return read_document(text, where=str(path), is_whole=True)
 
 
 def _contents(
@@ -335,67 +335,50 @@ def _contents(
         yield ".jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     if table is not None:
         yield ".csv", table.encode()
-    for name, what in folder.items():
-        yield f"/{name}", what
+    yield from ((f"/{name}", content) for name, content in folder.items())
 
 
-def reuse_key(header: Header) -> tuple[object, ...]:
+OF_ONE_RUN = dict.fromkeys(("id", "created", "files", "seconds", "n_tokens", "peak_memory_mb", "notes"), True)
+
+
+def reuse_key(header: Header) -> Json:
     """What must agree for two runs to give the same result."""
-    return (
-        header.schema_number,
-        header.settings,
-        header.seed,
-        header.model,
-        header.sae,
-        [(named.id, named.sha256) for named in header.inputs],
-        header.device,
-        header.dtype,
-        header.dsg_version,
-        header.packages,
-        header.git,
-        header.trust_remote_code,
-    )
-
-
-State = Literal["ok", "broken", "unfinished"]
+    return header.model_dump(exclude={**OF_ONE_RUN, "inputs": {"__all__": {"is_elsewhere"}}})
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing in a workspace."""
-
-    name: str
-    state: State
-    remark: str = ""
-
-
-def verify_all(workspace: Workspace) -> list[Finding]:
-    """Verify every artifact with its side files and inputs, and name what else lies there.
+class Verdict:
+    """On one thing in a workspace.
 
     `broken` is what must not be relied on; `unfinished` is what an interrupted or a running command left, which does
     no harm.
     """
+
+    name: str
+    state: Literal["ok", "broken", "unfinished"]
+    remark: str = ""
+
+
+def verify_all(workspace: Workspace) -> list[Verdict]:
+    """Verify every artifact with its side files and inputs, and name what else lies there."""
     if not is_folder(workspace.folder):
         raise DsgError(f"There is no workspace {str(workspace.folder)[:200]}.", "Name another with --workspace.")
     return [*_artifacts(workspace), *_strays(workspace), *_unfinished(workspace.folder)]
 
 
-def _artifacts(workspace: Workspace) -> Iterator[Finding]:
+def _artifacts(workspace: Workspace) -> Iterator[Verdict]:
     for artifact_id in workspace.ids():
         try:
             stored = workspace.read(artifact_id)
         except DsgError as error:
-            yield Finding(artifact_id, "broken", error.message)
+            yield Verdict(artifact_id, "broken", error.message)
             continue
-        missing = [
-            one.id
-            for one in stored.header.inputs
-            if not one.is_elsewhere and not stored.path.with_name(f"{one.id}.json").is_file()
-        ]
-        yield Finding(artifact_id, "ok", f"its input {', '.join(missing)} is not here" if missing else "")
+        inputs = [used.id for used in stored.header.inputs if not used.is_elsewhere]
+        missing = [name for name in inputs if not stored.path.with_name(f"{name}.json").is_file()]
+        yield Verdict(artifact_id, "ok", f"its input {', '.join(missing)} is not here" if missing else "")
 
 
-def _strays(workspace: Workspace) -> Iterator[Finding]:
+def _strays(workspace: Workspace) -> Iterator[Verdict]:
     """Files with names of artifacts that belong to none."""
     for path in sorted(workspace.folder.iterdir()):
         match = ID.match(path.name)
@@ -404,12 +387,12 @@ def _strays(workspace: Workspace) -> Iterator[Finding]:
         if path.stem != match[0]:
             continue
         if not (workspace.folder / f"{match[0]}.json").is_file():
-            yield Finding(path.name, "broken", f"{match[0]}.json, which vouches for it, is missing")
+            yield Verdict(path.name, "broken", f"{match[0]}.json, which vouches for it, is missing")
         else:
             yield from _unlisted(workspace, path, match[0])
 
 
-def _unlisted(workspace: Workspace, path: Path, artifact_id: str) -> Iterator[Finding]:
+def _unlisted(workspace: Workspace, path: Path, artifact_id: str) -> Iterator[Verdict]:
     try:
         listed = workspace.read(artifact_id).header.files
     except DsgError:
@@ -418,21 +401,21 @@ def _unlisted(workspace: Workspace, path: Path, artifact_id: str) -> Iterator[Fi
     for file in inside:
         name = file.relative_to(workspace.folder).as_posix()
         if name not in listed:
-            yield Finding(name, "broken", f"{artifact_id} does not know it")
+            yield Verdict(name, "broken", f"{artifact_id} does not know it")
 
 
-def _unfinished(folder: Path) -> Iterator[Finding]:
+def _unfinished(folder: Path) -> Iterator[Verdict]:
     for path in leftovers(folder):
-        yield Finding(path.name, "unfinished", "the next command that writes here deals with it")
+        yield Verdict(path.name, "unfinished", "the next command that writes here deals with it")
     for path in sorted(folder.glob(f".*{SUFFIX}")):
         kind = re.match(r"\.(" + "|".join(KINDS) + r")-[0-9a-f]{16}\b", path.name)
         if kind is None:
             continue
         try:
-            check_checkpoint(path)
+            read_entries(path)
         except DsgError as error:
-            yield Finding(path.name, "broken", error.message)
+            yield Verdict(path.name, "broken", error.message)
         else:
-            yield Finding(
+            yield Verdict(
                 path.name, "unfinished", f"of an interrupted run ({kind[1]}); go on with --resume, or delete it"
             )

@@ -50,7 +50,7 @@ def make_workspace(folder: Path) -> None:
 def targets(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Of each kind of file: one, and how it is read."""
     from dsg_cli.guardrail.loading import read_light
-    from dsg_cli.workspace.checkpoints import check_checkpoint
+    from dsg_cli.workspace.checkpoints import read_entries
     from dsg_cli.workspace.store import Workspace
 
     workspace = Workspace(folder)
@@ -61,7 +61,7 @@ def targets(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
             kind = f"{stored.header.kind} {path.suffix if path.parent == folder else 'folder'}"
             found[kind] = (path, lambda artifact_id=artifact_id: workspace.read(artifact_id))
     (checkpoint,) = folder.glob(".*.checkpoint")
-    found["checkpoint"] = (checkpoint, lambda: check_checkpoint(checkpoint))
+    found["checkpoint"] = (checkpoint, lambda: read_entries(checkpoint))
     light = folder.parent / "light.safetensors"
     found["light file"] = (light, lambda: _values(read_light(light)))
     return found

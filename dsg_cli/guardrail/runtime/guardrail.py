@@ -26,7 +26,7 @@ from .errors import DsgError
 from .gates import Gate
 from .sites import parse_hook_site
 from .slice import SaeSlice, SliceSpec, tensor_names
-from .spec import NEVER, GuardrailSpec, digest_of
+from .spec import NEVER, GuardrailSpec, guardrail_digest
 
 
 class Clamp(nn.Module):
@@ -268,7 +268,7 @@ def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where
     if problem := _problem(spec, SliceSpec(**spec.slice), tensors):
         raise DsgError(f"{where}{problem}", "Make the guardrail again with dsg apply.")
     module = GuardrailModule(spec, tensors)
-    module.key = digest_of(spec, module.tensors())
+    module.key = guardrail_digest(spec, module.tensors())
     return module
 
 

@@ -71,7 +71,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
+def guardrail_digest(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of everything that a guardrail is."""
     fields = dataclasses.asdict(spec)
     # Without fields that are as they were before they existed, a guardrail keeps the digest that it had then.
