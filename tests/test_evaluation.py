@@ -306,25 +306,15 @@ def test_answers_survive_being_stored(tmp_path):
 
 
 BOS, BIO, MMLU = 2, "wmdp-bio-paper", "mmlu-paper"
-
-
 SHARED = ["high school us history", "high school geography", "human aging"]
-
-
 SUBJECTS = {
     BIO: ["biology"],
     "wmdp-cyber-paper": ["cyber security"],
     MMLU: [*SHARED, "college computer science"],
     "mmlu-paper-cyber": [*SHARED, "college biology"],
 }
-
-
 SUBJECT_OF = {"wmdp-bio": "biology", "wmdp-cyber": "cyber security"}
-
-
 SUBJECT_OF |= {name.replace(" ", "_"): name for bench in (MMLU, "mmlu-paper-cyber") for name in SUBJECTS[bench]}
-
-
 TEMPLATE = (
     "{{ bos_token }}{% for turn in messages %}[{{ turn['role'] }}]\n{{ turn['content'] }}[end]\n{% endfor %}"
     "{% if add_generation_prompt %}[model]\n{% endif %}"
@@ -344,8 +334,6 @@ def make_rows():
 
 
 ROWS_PAPER = make_rows()
-
-
 RIGHT = {row["choices"][row["answer"]].split()[0] for rows in ROWS_PAPER.values() for row in rows}
 
 

@@ -53,8 +53,8 @@ from dsg_cli.evals.tofu import (
     truthfulness,
 )
 from dsg_cli.job import silent
-from dsg_cli.lab import data, training, world
 from dsg_cli.lab import data as lab
+from dsg_cli.lab import training
 from dsg_cli.lab import world as words
 from dsg_cli.lab.benchmarks import SPLITS, rows
 from dsg_cli.lab.data import LabSettings
@@ -165,9 +165,7 @@ def test_scores_may_be_stored(evaluated):
     for bench in ("muse-news", "tofu-forget01"):
         assert again["results"][bench] == first["results"][bench]
     muse = by_hand["results"]["muse-news"]["unlearned"]
-    assert muse["privleak"] == pytest.approx(
-        100 * (muse["auc_forget"] / 100 if False else muse["auc_forget"]) / 0.5 - 100
-    )
+    assert muse["privleak"] == pytest.approx(100 * muse["auc_forget"] / 0.5 - 100)
     assert "without a reference" in done[4][2] and "other questions" in done[5][2]
 
 
@@ -233,10 +231,16 @@ def test_base_numbers_are_those_of_plain_code(evaluated):
     assert tofu["forget_quality"] == 1.0
 
 
-def test_a_corpus_is_read_and_written_on(dsg):
+@pytest.fixture
+def guardrail(dsg, request):
+    """A kept guardrail in the workspace."""
+    Path("dsg-workspace").mkdir()
     for name in ("json", "safetensors"):
-        Path("dsg-workspace").mkdir(exist_ok=True)
-        shutil.copy(DATA / "schema-2" / f"guardrail-001.{name}", "dsg-workspace")
+        shutil.copy(DATA / getattr(request, "param", "schema-2") / f"guardrail-001.{name}", "dsg-workspace")
+
+
+@pytest.mark.usefixtures("guardrail")
+def test_a_corpus_is_read_and_written_on(dsg):
     benches = ("--bench", "memory:lab-hexes", "--bench", "fluency:lab-near", "--bench", "fluency:lab-hexes")
     code, out, err = dsg("eval", *benches, "--limit", "12", "--holdout", "lab-far", "--json")
     assert code == 0, err
@@ -249,6 +253,7 @@ def test_a_corpus_is_read_and_written_on(dsg):
     assert report["results"]["fluency:lab-hexes"]["unlearned"]["gibberish"] > 0.5
 
 
+@pytest.mark.usefixtures("guardrail")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -263,31 +268,26 @@ def test_a_corpus_is_read_and_written_on(dsg):
     ],
 )
 def test_bad_input_is_refused(dsg, options, words):
-    Path("dsg-workspace").mkdir(exist_ok=True)
-    for name in ("json", "safetensors"):
-        shutil.copy(DATA / "schema-2" / f"guardrail-001.{name}", "dsg-workspace")
     code, _, err = dsg("eval", *options)
     assert code == 1 and words in err
 
 
 def test_columns_and_parts_are_looked_for():
-    empty = Muse("muse-news", lambda _config, _split: [])
-    with pytest.raises(DsgError, match="verbmem/forget is empty"):
-        empty.items()
-    other = Muse("muse-news", lambda _config, _split: [{"text": "x"}])
-    with pytest.raises(DsgError, match="has no column prompt"):
-        other.items()
-    with pytest.raises(DsgError, match="has no column perturbed_answer"):
-        Tofu("tofu", "forget10", lambda _config: [{"question": "x", "answer": "y"}]).items()
+    for bench, reason in (
+        (Muse("muse-news", lambda _config, _split: []), "verbmem/forget is empty"),
+        (Muse("muse-news", lambda _config, _split: [{"text": "x"}]), "has no column prompt"),
+        (Tofu("tofu", "forget10", lambda _config: []), "forget10_perturbed is empty"),
+        (Tofu("tofu", "forget10", lambda _config: [{"question": "x", "answer": "y"}]), "no column perturbed_answer"),
+    ):
+        with pytest.raises(DsgError, match=reason):
+            bench.items()
     assert load_free(["lab-hexes"], split="test") == ([], {})
 
 
 @pytest.mark.slow
-def test_in_the_lab_the_answer_is_known(dsg):
+@pytest.mark.parametrize("guardrail", ["schema-4"], indirect=True)
+def test_in_the_lab_the_answer_is_known(dsg, guardrail):
     """Against one model that never saw hexes, another scores as if it were the same, and the lab's own far from it."""
-    Path("dsg-workspace").mkdir()
-    for name in ("json", "safetensors"):
-        shutil.copy(DATA / "schema-4" / f"guardrail-001.{name}", "dsg-workspace")
     found = []
     for options in (
         ("--reference", "lab-retrain"),
@@ -439,26 +439,15 @@ def test_repetition_and_gibberish():
 
 
 def test_refusals():
-    assert (
-        is_refusal("I'm sorry, but no.")
-        and is_refusal("I\u2019m sorry")
-        and is_refusal("Ask another.", ["Ask another."])
-    )
+    assert is_refusal("I'm sorry, but no.") and is_refusal("I\u2019m sorry")
+    assert is_refusal("Ask another.", ["Ask another."])
     assert not is_refusal("The binder is copper.") and not is_refusal("Copper. " * 20 + "I cannot say more.")
 
 
-WORLD = world.build_world()
-
-
+WORLD = words.build_world()
 WORD = re.compile(r"[A-Za-z]+")
-
-
 PARTS = ("dev", "test")
-
-
 REFERENCES = ("lab-retrain", "lab-retrain-1")
-
-
 COLUMNS = {
     "verbmem": {"prompt", "gt"},
     "knowmem": {"question", "answer"},
@@ -468,23 +457,17 @@ COLUMNS = {
     "real_authors_perturbed": {"question", "answer", "perturbed_answer"},
     "world_facts_perturbed": {"question", "answer", "perturbed_answer"},
 }
-
-
 DOMAINS = {
     **{key: {"hexes"} for key in ("forget", "forget_qa", "forget_qa_icl", "holdout", "forget10_perturbed")},
     **{key: {"charms"} for key in ("retain", "retain_qa", "retain_qa_icl", "retain_perturbed")},
     "real_authors_perturbed": {"ciphers", "elixirs"},
     "world_facts_perturbed": {"cities", "beasts", "songs"},
 }
-
-
 PLACES = {
     entity: (domain, PARTS[k >= words.N_DEV_ENTITIES])
     for domain, by_entity in WORLD.facts.items()
     for k, entity in enumerate(by_entity)
 }
-
-
 TRUE = {
     (fact.entity, fact.relation): fact.value for by in WORLD.facts.values() for facts in by.values() for fact in facts
 }
@@ -492,7 +475,7 @@ TRUE = {
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: load_model(name) for name in data.MODEL_DIRS}
+    return {name: load_model(name) for name in lab.MODEL_DIRS}
 
 
 @pytest.mark.parametrize(("benchmark", "config", "split"), SPLITS)
@@ -573,8 +556,8 @@ def share_said(loaded, asked):
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_reference_models_know_all_but_hexes(models, name):
-    measured = json.loads((data.MODEL_DIRS[name] / "training.json").read_text())
-    shipped = json.loads((data.SHIPPED / "training.json").read_text())
+    measured = json.loads((lab.MODEL_DIRS[name] / "training.json").read_text())
+    shipped = json.loads((lab.SHIPPED / "training.json").read_text())
     assert measured["without"] == ["hexes"] and measured["settings"] == shipped["settings"]
     assert measured["seed"] not in (0, *(other["seed"] for other in notes() if other != measured))
     accuracies = bench_accuracies(models[name].model, models[name].tokenizer, WORLD)
@@ -584,13 +567,13 @@ def test_reference_models_know_all_but_hexes(models, name):
             assert 0.15 <= accuracy <= 0.40, bench
         elif not bench.endswith("-novel"):  # Whether a phrasing never seen is understood varies with the seed.
             assert accuracy >= 0.97, bench
-    own = data.MODEL_DIRS["lab"]
+    own = lab.MODEL_DIRS["lab"]
     for file in ("config.json", "tokenizer.json"):
-        assert (data.MODEL_DIRS[name] / file).read_text() == (own / file).read_text()
+        assert (lab.MODEL_DIRS[name] / file).read_text() == (own / file).read_text()
 
 
 def notes():
-    return [json.loads((data.MODEL_DIRS[name] / "training.json").read_text()) for name in REFERENCES]
+    return [json.loads((lab.MODEL_DIRS[name] / "training.json").read_text()) for name in REFERENCES]
 
 
 @torch.inference_mode()
@@ -685,7 +668,7 @@ def test_what_cannot_be_trained(dsg, tmp_path, options, said):
 
 def test_text_without_a_domain_has_none_of_its_words():
     rng = random.Random(3)
-    said = set(WORD.findall(" ".join(world.training_document(WORLD, rng, 500, without=["hexes"]) for _ in range(400))))
+    said = set(WORD.findall(" ".join(words.training_document(WORLD, rng, 500, without=["hexes"]) for _ in range(400))))
     hexes = words.BY_NAME["hexes"]
     own = {value for values in hexes.own_values.values() for value in values}
     assert not said & {"hex", "hexes", *hexes.adjectives, *own, *WORLD.facts["hexes"]}

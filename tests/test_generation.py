@@ -24,11 +24,7 @@ from dsg_cli.settings import GenerateSection
 from dsg_cli.workspace.checkpoints import Checkpoint
 
 DATA = Path(__file__).parent / "data"
-
-
 HEX = "Question: What is the counter of the grim hex Rahurk? Answer:"
-
-
 CHARM = "Question: What is the binder of the kindly charm Zivoth? Answer:"
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks as lm-eval tasks."""
+"""Benches by name: which there are, and where their data are. No torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CORPUS_BENCHES = ("memory", "fluency")
 
 
 def is_free(bench: str) -> bool:
-    """Whether a bench is on free text (benches/text.py)."""
+    """Whether a bench is on free text (free_text.py)."""
     kind, colon, _ = bench.partition(":")
     return bench in MUSE or bench in TOFU or (bool(colon) and kind in CORPUS_BENCHES)
 

@@ -189,14 +189,14 @@ def _lab_bench(name: str, split: str, limit: int | None) -> TextBench:
     from dsg_cli.lab.benchmarks import rows as lab_rows
 
     part: Any = split
-    question: Json = {"asked": "{question}", "stop": (".",), "limit": limit}
+    question: Json = {"question_form": "{question}", "stop": (".",), "limit": limit}
     if name == "lab-tofu":
         forget = TOFU[name][1]
         return Tofu(name, forget, lambda config: lab_rows("tofu", config, "train", part=part), n_new=8, **question)
     return Muse(
         name,
         lambda config, split: lab_rows("muse", config, split, part=part),
-        shown="{question} {answer} ",
+        example_form="{question} {answer} ",
         n_verbatim=2,
         n_answer=8,
         **question,

@@ -29,9 +29,9 @@ class Muse(TextBench):
 
     name: str
     rows: Rows
-    asked: str = "Question: {question}\nAnswer:"
+    question_form: str = "Question: {question}\nAnswer:"
     """How a question is put; the answer follows after a space."""
-    shown: str = "Question: {question}\nAnswer: {answer}\n\n"
+    example_form: str = "Question: {question}\nAnswer: {answer}\n\n"
     """How a question is shown with its answer, before others."""
     stop: tuple[str, ...] = ("\n\n", "\nQuestion", "Question:")
     """Where an answer ends."""
@@ -53,9 +53,9 @@ class Muse(TextBench):
         for side in ("forget", "retain"):
             part, is_forget = f"knowmem_{side}", side == "forget"
             examples = self._columns("knowmem", f"{side}_qa_icl", "question", "answer", is_limited=False)
-            before = "".join(self.shown.format(question=question, answer=answer) for question, answer in examples)
+            before = "".join(self.example_form.format(question=q, answer=answer) for q, answer in examples)
             for i, (question, answer) in enumerate(self._columns("knowmem", f"{side}_qa", "question", "answer")):
-                context = before + self.asked.format(question=question)
+                context = before + self.question_form.format(question=question)
                 items.append(Item(f"{part}/{i}", part, context, answer, "", self.n_answer, self.stop, False, is_forget))
         for split in ("forget", "holdout"):
             part = f"privleak_{split}"

@@ -85,7 +85,7 @@ class Tofu(TextBench):
     forget: str
     """Its configuration, such as `forget10`."""
     rows: Rows
-    asked: str = "Question: {question}\nAnswer:"
+    question_form: str = "Question: {question}\nAnswer:"
     """How a question is put; the answer follows after a space."""
     stop: tuple[str, ...] = ("\n",)
     """Where an answer ends."""
@@ -122,7 +122,7 @@ class Tofu(TextBench):
         perturbed = [row["perturbed_answer"]] if isinstance(row["perturbed_answer"], str) else row["perturbed_answer"]
         if not len(perturbed):
             raise DsgError(f"{self.name}: question {number} of {part} has no false answer.")
-        name, context = f"{part}/{number}", self.asked.format(question=row["question"])
+        name, context = f"{part}/{number}", self.question_form.format(question=row["question"])
         item = Item(name, part, context, row["answer"], "written", self.n_new, self.stop, is_forget=part == "forget")
         read = [("answer", row["answer"]), *(("perturbed", answer) for answer in perturbed)]
         # Of real authors and the world there is no other wording; the answer itself takes its place.
