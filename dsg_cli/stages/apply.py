@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -116,6 +116,9 @@ def _with_sae(recipe: Recipe, method: str) -> Recipe:
 
 AUTO = "auto"
 
+SATURATED = 0.02
+"""Accuracy above the lowest of all strengths that still counts as forgotten as well."""
+
 HINT = "Select other features, calibrate at a higher --alpha or another --gate, or pass --allow-ineffective."
 
 
@@ -171,7 +174,10 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
             trials = try_strengths(
                 loaded, this.header, body, tensors, questions, strengths, batch_size=recipe.eval.batch_size
             )
-            body = body.replace(strength=smallest_sufficient(trials), strength_trials=trials)
+            lowest = min(trial["acc"] for trial in trials)
+            # The smallest whose accuracy is that of the best one.
+            strength = next(trial["strength"] for trial in trials if trial["acc"] <= lowest + SATURATED)
+            body = body.replace(strength=strength, strength_trials=trials)
         hint = "" if recipe.guardrail.allow_ineffective else HINT
         longest = threshold.header.settings["lengths"][1]
         return _try_and_write(this, loaded, body, tensors, forget, longest=longest, hint=hint)
@@ -408,13 +414,3 @@ def try_strengths(
             {"strength": strength, "setting": setting, "acc": result["acc"], "gate_rate": result["gate_rate"]}
         )
     return trials
-
-
-SATURATED = 0.02
-"""Accuracy above the lowest of all strengths that still counts as forgotten as well."""
-
-
-def smallest_sufficient(trials: Sequence[Mapping[str, float]]) -> float:
-    """The smallest strength whose accuracy is that of the best one but for `SATURATED`."""
-    lowest = min(trial["acc"] for trial in trials)
-    return next(trial["strength"] for trial in trials if trial["acc"] <= lowest + SATURATED)

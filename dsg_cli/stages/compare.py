@@ -292,7 +292,15 @@ class Rivals:
             "results": {bench: report.results[bench]["unlearned"] for bench in self.test_values["eval.benches"]},
             "gate": {bench: rate["rate"] for bench, rate in report.gate.items()},
             "cost": cost_of(workspace, composition),
-            "n_features": len({index for stored in composition.named for index in _features(stored)}),
+            # Of an SAE, that the artifacts name.
+            "n_features": len(
+                {
+                    index
+                    for stored in composition.named
+                    for key in ("indices", "detectors", "features")
+                    for index in stored.json.get(key, [])
+                }
+            ),
         }
         if section.relearn_steps:
             values: Values = {
@@ -370,12 +378,6 @@ class Rivals:
 def _empty_row(name: str, sae: str, values: Values) -> Json:
     nothing: Json = {"artifacts": [], "eval": "", "attack": "", "results": {}, "gate": {}, "relearned": {}, "cost": {}}
     return {"method": name, "sae": sae, "values": values, **nothing, "n_features": 0, "error": ""}
-
-
-def _features(stored: Stored) -> list[int]:
-    """Features of an SAE that an artifact names."""
-    data: Any = stored.json
-    return [*data.get("indices", []), *data.get("detectors", []), *data.get("features", [])]
 
 
 def cost_of(workspace: Workspace, composition: Composition) -> Json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,13 +135,14 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         results = {bench: results[bench] for bench in (*first, *(name for name in results if name not in first))}
         answers: Answers = {key: answer for part in parts for key, answer in part.answers.items()}
         gate = {bench: rate for part in parts for bench, rate in part.gate.items()} if composition.has_gate else {}
+        last_held = {key: evaluation for evaluation, held in earlier.items() for key in held}
         body = EvalReport(
             split=split,
             results=results,
             gate=gate,
             expected=check_expected(expected, results, gate),
             question_ids={bench: ids for part in parts for bench, ids in part.question_ids.items()},
-            base_from=taken_from_earlier(answers, earlier),
+            base_from=dict(Counter(last_held[key] for key in answers if key in last_held)),
             composition=composition.described(),
             asked={bench: digest for part in parts for bench, digest in part.asked.items()},
             reference=_reference(reference, parts),
@@ -152,10 +153,18 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         for part in parts:
             if part.lm_eval:
                 files |= results_files(part.lm_eval, model=source, created=created, samples=settings.samples)
+        notes = _unchecked(composition)
+        if settings.num_fewshot is not None:  # lm-eval leaves a task that fixes its examples at 0 as it is.
+            for part in parts:
+                n_shot = set(part.lm_eval.get("base", {}).get("n-shot", {}).values()) - {settings.num_fewshot}
+                if n_shot:
+                    notes.append(
+                        f"Some tasks fix their number of examples: {sorted(n_shot)}, not {settings.num_fewshot}."
+                    )
         stored = this.write(
             body,
             n_tokens=sum(part.n_tokens for part in parts),
-            notes=[*_unchecked(composition), *(note for part in parts for note in _unheeded(part.lm_eval, recipe))],
+            notes=notes,
             tensors=answers_to_tensors(answers),
             rows=[row for part in parts for row in part.rows],
             folder=files,
@@ -179,13 +188,6 @@ def _unchecked(composition: Composition) -> list[str]:
         for stored, body in zip(composition.guardrails, composition.bodies, strict=True)
         if not body.forget
     ]
-
-
-def _unheeded(lm_eval_results: Json, recipe: Recipe) -> list[str]:
-    """Settings that a task overrules: lm-eval leaves a task that fixes its examples at 0 as it is."""
-    n_shot = recipe.eval.num_fewshot
-    other = sorted({n for n in lm_eval_results.get("base", {}).get("n-shot", {}).values() if n != n_shot})
-    return [f"Some tasks fix their number of examples: {other}, not {n_shot}."] if n_shot is not None and other else []
 
 
 def _check_effect(stored: Stored, composition: Composition, recipe: Recipe) -> None:
@@ -235,12 +237,6 @@ def known_texts(workspace: Workspace, asked: Mapping[str, str], earlier: Sequenc
         rows = workspace.rows(stored) if same else []
         results |= {name: [row["base"] for row in rows if row["bench"] == name] for name in same}
     return results
-
-
-def taken_from_earlier(answers: Iterable[bytes], earlier: Mapping[str, Answers]) -> dict[str, int]:
-    """How many answers came from which evaluation; of several that have one, the last."""
-    last = {key: artifact_id for artifact_id, known in earlier.items() for key in known}
-    return dict(Counter(last[key] for key in answers if key in last))
 
 
 FORM = 'Write {"muse-news": {"auc": 0.47}} or {"tofu-forget10": {"truth_ratios": [0.8, ...]}}.'

@@ -101,7 +101,12 @@ def run(
     features = features_of(inspected)
     workspace.check_writable()
     recipe = settle(recipe, inspected.header)
-    drawn = _drawn_as(recipe, features, settings.limit)
+    # Documents are drawn as select drew them, where that is known.
+    limit, seed = recipe.corpora.limit, recipe.seed
+    if features is not None:
+        limit, seed = features.header.settings["limit"], features.header.seed
+    limit = limit if settings.limit is None else settings.limit
+    drawn = replace(recipe, seed=seed, corpora=replace(recipe.corpora, limit=limit))
     groups, notes = read_groups(drawn, inspected, features, near=settings.near)
     tokenizer = load_tokenizer(recipe.model.instead or inspected.header.model.source, recipe.model)
     check_chat(tokenizer, [group.corpus for group in groups])
@@ -237,16 +242,6 @@ def features_of(stored: Stored) -> Stored | None:
         if not named.is_elsewhere and path.is_file() and (features := features_of(beside.read(str(path)))) is not None:
             return features
     return None
-
-
-def _drawn_as(recipe: Recipe, features: Stored | None, limit: int | None) -> Recipe:
-    """The recipe with the limit and the seed by which select drew documents, where they are known; or another limit."""
-    if features is not None:
-        limit = features.header.settings["limit"] if limit is None else limit
-        recipe = replace(recipe, seed=features.header.seed, corpora=replace(recipe.corpora, limit=limit))
-    elif limit is not None:
-        recipe = replace(recipe, corpora=replace(recipe.corpora, limit=limit))
-    return recipe
 
 
 NEAR_BY_DEFAULT = "lab-near"

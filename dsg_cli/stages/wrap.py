@@ -55,7 +55,12 @@ def run(
     lengths_from: list[str] = []
     notes: list[str] = []
     if isinstance(settings, Filter):
-        _check_layer(recipe, method, settings, inputs.model)
+        n_layers = int(text_config(read_config(inputs.model, recipe.model)).num_hidden_layers)
+        if settings.layer is not None and settings.layer >= n_layers:
+            raise DsgError(
+                f"methods.{section_of(method)}.layer is {settings.layer} (counted from 0), but the model has "
+                f"{n_layers} layers."
+            )
         described = {"lengths": recipe.calibrate.lengths, "max_pieces": recipe.calibrate.max_pieces}
         if settings.keywords_file is not None:
             read_keywords(settings.keywords_file)
@@ -115,15 +120,6 @@ def _topic(names: Sequence[str]) -> str:
     """What corpora are about, as far as their names say it: of files and data sets the last part of the name."""
     stems = [re.split(r"[:#@]", name.removeprefix("hf:"))[0].rsplit("/", 1)[-1] for name in names]
     return " and ".join(Path(stem).stem for stem in stems)
-
-
-def _check_layer(recipe: Recipe, method: str, settings: Filter, source: str) -> None:
-    n_layers = int(text_config(read_config(source, recipe.model)).num_hidden_layers)
-    if settings.layer is not None and settings.layer >= n_layers:
-        raise DsgError(
-            f"methods.{section_of(method)}.layer is {settings.layer} (counted from 0), but the model has {n_layers} "
-            "layers."
-        )
 
 
 def _benches_to_show(settings: InContext, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
