@@ -181,10 +181,10 @@ def test_a_full_disk_ends_a_pass_with_one_message(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_seconds_must_be_a_number(monkeypatch):
+def test_seconds_must_be_a_number(monkeypatch, tmp_path):
     monkeypatch.setenv("DSG_CHECKPOINT_SECONDS", "soon")
     with pytest.raises(DsgError, match="DSG_CHECKPOINT_SECONDS"):
-        Checkpoint()
+        Checkpoint(tmp_path / "a.checkpoint")
 
 
 def test_a_signal_waits_for_the_next_safe_point_and_a_second_does_not():
