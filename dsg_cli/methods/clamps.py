@@ -229,20 +229,81 @@ def read_steering(path: Path) -> SteeringFile:
         where = f"{path}, line {line}"
         action = cells.get("hook_action", "").lower()
         if action not in METHOD_OF:
+            hint = nearest(action[:80], filter(None, METHOD_OF))
+            raise DsgError(f"{where}: there is no action {action[:80]!r}.", hint)
+        method = METHOD_OF[action]
+        for name, value, rule in (
+            ("method", method, "a file holds actions of one kind"),
+            ("sae_release", cells.get("sae_release", ""), "a file is for one SAE"),
+            ("sae_id", cells.get("sae_id", ""), "a file is for one SAE"),
+        ):
+            if value and shared.setdefault(name, value) != value:
+                earlier = shared[name][:80]
+                raise DsgError(f"{where}: this row is for {value[:80]}, earlier ones are for {earlier}; {rule}.")
+        row = SteeringRow(
+            line=line,
+            index=_feature_index(cells, "latent_idx", where),
+            coefficient=_number(cells, "steering_coefficient", where),
+            above=0.0 if method == "static-clamp" else _number(cells, "clamp_value", where, at_least=0.0),
+            refusal=_feature_index(cells, "refuse_id", where) if method == "refusal-clamp" else None,
+        )
+        if any(earlier.index == row.index for earlier in rows):
+            raise DsgError(f"{where}: the feature {row.index} is there twice.")
+        first = rows[0] if rows else row
+        if row.refusal is not None and (row.refusal, row.coefficient) != (first.refusal, first.coefficient):
             raise DsgError(
-                f"{where}: there is no action {action[:80]!r}.", nearest(action[:80], filter(None, METHOD_OF))
+                f"{where}: another refuse_id or steering_coefficient than in the rows before.",
+                "One refusal feature can be set, to one value; split the file, and put several guardrails on together.",
             )
-        _check_agreement(shared, "method", METHOD_OF[action], where, "a file holds actions of one kind")
-        for name in ("sae_release", "sae_id"):
-            if cells.get(name):
-                _check_agreement(shared, name, cells[name], where, "a file is for one SAE")
-        row = _row(cells, METHOD_OF[action], line, where)
-        _check_row(row, rows, where)
         rows.append(row)
     if not rows:
         raise DsgError(f"{path} has no rows.", "Give a row for each feature below the names of the columns.")
     release, sae_id = shared.get("sae_release", ""), shared.get("sae_id", "")
     return SteeringFile(shared["method"], rows, release, sae_id, hashlib.sha256(content).hexdigest())
+
+
+def _cells(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Number and cells of each line below the names of the columns."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names: list[str] = []
+    try:
+        for values in reader:
+            cells, where = [value.strip() for value in values], f"{path}, line {reader.line_num}"
+            if not any(cells):
+                continue
+            if any(cells[len(names) :]) and names:
+                raise DsgError(f"{where}: there are more values than columns.")
+            if names:
+                yield reader.line_num, dict(zip(names, cells, strict=False))
+                continue
+            names = cells
+            for name in ("latent_idx", "hook_action", "steering_coefficient"):
+                if name not in names:
+                    raise DsgError(f"{where}: there is no column {name}.", "The first line names the columns.")
+            twice = [name for name in names if name and names.count(name) > 1]
+            if twice:
+                raise DsgError(f"{where}: the column {twice[0][:80]} is there twice.")
+    except csv.Error as error:
+        raise DsgError(f"{path}, line {reader.line_num}: this is no CSV: {error}.") from error
+
+
+def _feature_index(cells: dict[str, str], name: str, where: str) -> int:
+    text = cells.get(name, "")
+    match = re.fullmatch(r"([0-9]{1,9})(\.0*)?", text)  # A table with gaps writes 12 as 12.0.
+    if match is None:
+        raise DsgError(f"{where}: {name} must be a feature's number, not {text[:80]!r}.")
+    return int(match[1])
+
+
+def _number(cells: dict[str, str], name: str, where: str, *, at_least: float = -NEVER) -> float:
+    text = cells.get(name, "")
+    try:
+        value = float(text) if re.fullmatch(r"[0-9.eE+-]+", text) else None
+    except ValueError:
+        value = None
+    if value is None or not at_least <= value or abs(value) >= LARGEST_NUMBER:
+        raise DsgError(f"{where}: {name} must be a number of sensible size, not {text[:80]!r}.")
+    return value
 
 
 def steered_clamping(
@@ -283,79 +344,3 @@ def check_same_sae(steering: SteeringFile, source: str) -> list[str]:
         f"The steering file is for the SAE {steering_source}; the features are of {source}.",
         "Run dsg select with --sae, or take another file.",
     )
-
-
-def _cells(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number and cells of each line below the names of the columns."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    names: list[str] = []
-    try:
-        for values in reader:
-            cells = [value.strip() for value in values]
-            if not any(cells):
-                continue
-            if not names:
-                names = cells
-                _check_names(names, f"{path}, line {reader.line_num}")
-                continue
-            if any(cells[len(names) :]):
-                raise DsgError(f"{path}, line {reader.line_num}: there are more values than columns.")
-            yield reader.line_num, dict(zip(names, cells, strict=False))
-    except csv.Error as error:
-        raise DsgError(f"{path}, line {reader.line_num}: this is no CSV: {error}.") from error
-
-
-def _check_names(names: list[str], where: str) -> None:
-    for name in ("latent_idx", "hook_action", "steering_coefficient"):
-        if name not in names:
-            raise DsgError(f"{where}: there is no column {name}.", "The first line names the columns.")
-    twice = [name for name in names if name and names.count(name) > 1]
-    if twice:
-        raise DsgError(f"{where}: the column {twice[0][:80]} is there twice.")
-
-
-def _check_agreement(shared: dict[str, str], name: str, value: str, where: str, rule: str) -> None:
-    if shared.setdefault(name, value) != value:
-        raise DsgError(f"{where}: this row is for {value[:80]}, earlier ones are for {shared[name][:80]}; {rule}.")
-
-
-def _row(cells: dict[str, str], method: str, line: int, where: str) -> SteeringRow:
-    return SteeringRow(
-        line=line,
-        index=_feature_index(cells, "latent_idx", where),
-        coefficient=_number(cells, "steering_coefficient", where),
-        above=0.0 if method == "static-clamp" else _number(cells, "clamp_value", where, at_least=0.0),
-        refusal=_feature_index(cells, "refuse_id", where) if method == "refusal-clamp" else None,
-    )
-
-
-def _check_row(row: SteeringRow, before: list[SteeringRow], where: str) -> None:
-    """Refuse a row that does not go with those before it."""
-    if any(earlier.index == row.index for earlier in before):
-        raise DsgError(f"{where}: the feature {row.index} is there twice.")
-    if row.refusal is None or not before:
-        return
-    if (row.refusal, row.coefficient) != (before[0].refusal, before[0].coefficient):
-        raise DsgError(
-            f"{where}: another refuse_id or steering_coefficient than in the rows before.",
-            "One refusal feature can be set, to one value; split the file, and put several guardrails on together.",
-        )
-
-
-def _feature_index(cells: dict[str, str], name: str, where: str) -> int:
-    text = cells.get(name, "")
-    match = re.fullmatch(r"([0-9]{1,9})(\.0*)?", text)  # A table with gaps writes 12 as 12.0.
-    if match is None:
-        raise DsgError(f"{where}: {name} must be a feature's number, not {text[:80]!r}.")
-    return int(match[1])
-
-
-def _number(cells: dict[str, str], name: str, where: str, *, at_least: float = -NEVER) -> float:
-    text = cells.get(name, "")
-    try:
-        value = float(text) if re.fullmatch(r"[0-9.eE+-]+", text) else None
-    except ValueError:
-        value = None
-    if value is None or not at_least <= value or abs(value) >= LARGEST_NUMBER:
-        raise DsgError(f"{where}: {name} must be a number of sensible size, not {text[:80]!r}.")
-    return value

@@ -43,8 +43,6 @@ class Features:
     """Where it reads."""
     encode: Callable[[Tensor], Tensor]
     """Residuals [T, D] -> activations [T, F], float32."""
-    ranked: Sequence[int]
-    """Features that tell forget text from retain text, the first the most."""
     relevant_KD: Tensor
     """Decoder rows of the features of highest rank."""
     irrelevant_KD: Tensor
@@ -102,14 +100,8 @@ class TrainableParameters:
 def trainable_parameters(
     model: PreTrainedModel, settings: Training, *, layers: Sequence[int] | None = None, seed: int = 0
 ) -> TrainableParameters:
-    """Freeze all of the model but what the settings name; adapters are put into it in place.
-
-    Args:
-        model: Whole.
-        settings: Of the training.
-        layers: Those of the method, where the settings name none; None means all.
-        seed: Of adapters' first values.
-    """
+    """Freeze all of the model but what the settings name; adapters, whose first values the seed gives, are put into it
+    in place. `layers` are those of the method, where the settings name none; None means all."""
     layers = settings.layers if settings.layers is not None else layers
     n_layers = len(decoder_layers(model))
     beyond = [layer for layer in layers or () if not 0 <= layer < n_layers]

@@ -165,7 +165,8 @@ def make_output_filter(settings: OutputFilter, inputs: WrapperInputs) -> Wrapper
 def _filter(settings: Filter, inputs: WrapperInputs, *, method: str, side: Literal["input", "output"]) -> WrapperResult:
     """A filter with its threshold, and its rates on text that it has not seen."""
     if settings.rule == "classifier":
-        layer = middle_layer(len(decoder_layers(inputs.model.model))) if settings.layer is None else settings.layer
+        n_layers = len(decoder_layers(inputs.model.model))
+        layer = n_layers // 2 if settings.layer is None else settings.layer
         body = _wrapper(inputs, method=method, rule="classifier", side=side, layer=layer, refusal=settings.refusal)
         tensors, n_tokens = _fit(inputs, layer, settings.ridge)
     else:
@@ -187,20 +188,11 @@ def _filter(settings: Filter, inputs: WrapperInputs, *, method: str, side: Liter
     return WrapperResult(body.replace(threshold=threshold, rates=rates), tensors, n_tokens, notes)
 
 
-def middle_layer(n_layers: int) -> int:
-    """The layer that a classifier reads after unless another is named."""
-    return n_layers // 2
-
-
 def fit_classifier(forget_ND: Tensor, retain_ND: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Weight [D] and bias [] of a logistic regression of forget against retain text, float32.
+    """Weight [D] and bias [] of a logistic regression of forget against retain text, a row each text, float32.
 
-    Both classes count alike. Dimensions are standardised for the penalty, which is folded into what is returned.
-
-    Args:
-        forget_ND: A row each forget text.
-        retain_ND: A row each retain text.
-        ridge: Inverse of the strength of the penalty.
+    Both classes count alike. Dimensions are standardised for the penalty, whose strength is 1 / ridge; that is folded
+    into what is returned.
     """
     from sklearn.linear_model import LogisticRegression
 

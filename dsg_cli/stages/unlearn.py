@@ -162,7 +162,7 @@ def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Sto
     if len(irrelevant) < n_irrelevant:
         raise DsgError(f"Only {len(irrelevant)} features are irrelevant.", "Lower methods.sspu.n_irrelevant.")
     rows = [slice_sae(sae, indices)[1]["W_dec"].to(device) for indices in (relevant, irrelevant)]
-    return Features(sae.site, load_encoder(sae, device=device), relevant, *rows)
+    return Features(sae.site, load_encoder(sae, device=device), *rows)
 
 
 def save(loaded: LoadedModel, trained: TrainedWeights, folder: Path, *, base: str, dtype: str) -> Any:

@@ -161,9 +161,7 @@ def rmu_loss(m, ref, F, R, s, step):
 RELEVANT, IRRELEVANT = (torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
 ENCODER, ENCODER_BIAS = torch.randn(WIDTH, 24, generator=torch.Generator().manual_seed(6)), -3.0
 
-FEATURES = Features(
-    HookSite(1, "resid_post"), lambda x: torch.relu(x @ ENCODER + ENCODER_BIAS), [], RELEVANT, IRRELEVANT
-)
+FEATURES = Features(HookSite(1, "resid_post"), lambda x: torch.relu(x @ ENCODER + ENCODER_BIAS), RELEVANT, IRRELEVANT)
 
 
 def projector(rows_KD):
