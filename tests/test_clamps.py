@@ -244,26 +244,6 @@ class TestSelection:
             refusal_clamping(RATES, RefusalClamp(n_features=2, refusal_feature=feature), 10.0)
 
 
-@pytest.mark.parametrize(
-    "item",
-    [
-        "static_clamp.n_features=0",
-        "static_clamp.max_retain_rate=1.5",
-        "static_clamp.max_retain_rate=.nan",
-        "static_clamp.strength=auto",
-        "static_clamp.strength=0r",
-        "conditional_clamp.above=-1",
-        "conditional_clamp.above=.inf",
-        "conditional_clamp.strength=-300",
-        "refusal_clamp.coefficient=strong",
-        "refusal_clamp.refusal_feature=-1",
-    ],
-)
-def test_settings_out_of_range_are_refused_with_the_recipe(item):
-    with pytest.raises(DsgError, match=f"methods.{item.partition('=')[0]}"):
-        load_recipe(sets=[f"methods.{item}"])
-
-
 def test_without_a_gate_is_nothing_that_calibrate_takes():
     assert set(get_args(get_type_hints(CalibrateSection)["gate"])) == set(get_args(CalibratedGate))
     assert names_of("gates") == list(get_args(CalibratedGate)) and "token" not in names_of("gates")

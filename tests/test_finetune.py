@@ -231,23 +231,6 @@ def test_a_recipe_that_teaches_does_so_first(recipe, tmp_path, folders):
     assert not Workspace(tmp_path / "other").ids()
 
 
-@pytest.mark.parametrize(
-    ("key", "words"),
-    [
-        ("epochs=0", "methods.finetune.epochs"),
-        ("steps=-1", "methods.finetune.steps"),
-        ("answer_after=''", "methods.finetune.answer_after is empty"),
-        ("max_tokens=1", "methods.finetune.max_tokens"),
-        ("rows=rows", "methods.finetune.rows is 'rows'; it should be 'documents' or 'packed'"),
-    ],
-)
-def test_settings_out_of_range_are_refused(key, words):
-    with pytest.raises(DsgError, match=words):
-        load_recipe(sets=[f"methods.finetune.{key}"])
-    with pytest.raises(DsgError, match="methods.finetune: answer_after needs rows=documents"):
-        load_recipe(sets=["methods.finetune.rows=packed", "methods.finetune.answer_after=x"])
-
-
 def test_the_command_line(dsg, folders):
     model, small = ["--model", folders["model"]], ["--set", "methods.finetune.steps=2", "-w", "ws"]
     small += ["--set", "methods.finetune.accumulation=1"]

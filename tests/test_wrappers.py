@@ -578,26 +578,6 @@ class TestStage:
             with pytest.raises(DsgError, match=words):
                 stage.run(settings(folders, f"corpora.retain=[{retain}]"), Workspace(tmp_path / "w"), "input-filter")
 
-    @pytest.mark.parametrize(
-        ("value", "words"),
-        [
-            ("prompt.text=' '", "prompt.text is empty"),
-            ("in_context.n_forget=0", "n_forget is 0"),
-            ("in_context.n_retain=-1", "n_retain is -1"),
-            ("input_filter.alpha=1", "alpha is 1"),
-            ("output_filter.alpha=.nan", "alpha is nan"),
-            ("input_filter.ridge=0", "ridge is 0"),
-            ("output_filter.ridge=.inf", "ridge is inf"),
-            ("input_filter.n_keywords=0", "n_keywords is 0"),
-            ("output_filter.layer=-1", "layer is -1"),
-            ("input_filter.refusal=''", "refusal is empty"),
-            ("output_filter.keywords_file=a.txt", "output_filter: keywords_file is given; set rule=keywords"),
-        ],
-    )
-    def test_settings_out_of_range(self, value, words):
-        with pytest.raises(DsgError, match=words):
-            load_recipe(None, sets=[f"methods.{value}"])
-
 
 def test_filters_on_the_lab(lab, tmp_path):
     """The dev questions on what is forgotten are refused, so that their answers are no better than chance."""
