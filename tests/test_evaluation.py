@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -13,10 +14,12 @@ import pytest
 import torch
 import yaml
 from conftest import make_guardrail, make_sae, write_task
+from sae_lens import SAE
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dsg_cli.data.tokens import Request, encode_pair, special_ids
+from dsg_cli.data.batches import batches
+from dsg_cli.data.tokens import Request, bos_to_prepend, encode, encode_pair, special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.evals import paper_protocol as paper
 from dsg_cli.evals.benches import load_tasks
@@ -28,7 +31,8 @@ from dsg_cli.guardrail.guarded import guarded
 from dsg_cli.inference.scoring import GuardedModel, answers_from_tensors, answers_to_tensors, request_key
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import load_model
-from dsg_cli.models.sae import read_sae
+from dsg_cli.models.residuals import read_residual
+from dsg_cli.models.sae import load_encoder, read_sae
 from dsg_cli.settings import EvalSection
 from dsg_cli.stages.inputs import identify
 
@@ -52,9 +56,6 @@ def guards(loaded, sae, indices, threshold):
 @pytest.fixture(scope="module")
 def hot_features(loaded, sae):
     """Features that fire most on questions about hexes."""
-    from dsg_cli.models.residuals import read_residual
-    from dsg_cli.models.sae import load_encoder
-
     texts = [json.loads(line)["context"] for line in lab.questions_path("lab-hexes").read_text().splitlines()[:8]]
     batch = loaded.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     resid = read_residual(loaded.model, sae.site, batch["input_ids"], batch["attention_mask"])
@@ -64,8 +65,6 @@ def hot_features(loaded, sae):
 
 def plain_loop(loaded, sae, questions, indices, threshold):
     """One choice at a time, nothing shared with the package but sae-lens and transformers."""
-    from sae_lens import SAE
-
     whole = SAE.load_from_disk(sae.folder)
     special = {loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id}
     right, gates = {"base": 0, "unlearned": 0}, 0
@@ -210,8 +209,6 @@ def test_unknown_benches_are_refused(tmp_path):
 
 def test_evaluation_reads_what_calibration_reads(model, tokenizer):
     """One BOS policy: this tokenizer adds none itself; if the SAE was trained with one, every input begins with it."""
-    from dsg_cli.data.tokens import bos_to_prepend, encode
-
     assert bos_to_prepend(tokenizer, False) is None
     bos = bos_to_prepend(tokenizer, True)
     assert bos == 2 and encode(tokenizer, ["w1 w2"], bos=bos) == [[2, 5, 6]]
@@ -227,8 +224,6 @@ def test_evaluation_reads_what_calibration_reads(model, tokenizer):
 
 
 def test_a_broken_model_does_not_pass_for_an_unlearned_one(model, tokenizer):
-    import copy
-
     broken = copy.deepcopy(model)
     broken.lm_head.weight.data[:] = torch.nan
     with pytest.raises(DsgError, match="broken, not unlearned"):
@@ -236,14 +231,9 @@ def test_a_broken_model_does_not_pass_for_an_unlearned_one(model, tokenizer):
 
 
 def test_tokenizers_without_bos_or_pad(model, tokenizer):
-    import copy
-
     bare = copy.deepcopy(tokenizer)
     bare.bos_token = bare.pad_token = None
     assert special_ids(bare) == (1,)
-    from dsg_cli.data.batches import batches
-    from dsg_cli.data.tokens import bos_to_prepend
-
     assert bos_to_prepend(bare, True) is None
     assert encode_pair(bare, "", "w3", bos=None) == Request((1,), (7,))
     (batch,) = batches([[5, 6, 7], [8]], bare)
@@ -557,21 +547,13 @@ def test_question_ids_from_a_file(tmp_path):
         path.write_text(text)
         with pytest.raises(DsgError, match=re.escape(str(path))):
             paper.read_question_ids(path, [BIO, MMLU])
+    with pytest.raises(DsgError, match="of the paper's protocol"):  # No bench takes them.
+        paper.read_question_ids(path, [])
 
 
-def test_question_ids_without_a_bench_that_takes_them(tmp_path):
-    (tmp_path / "ids.json").write_text('{"wmdp-bio-paper": []}')
-    with pytest.raises(DsgError, match="of the paper's protocol"):
-        paper.read_question_ids(tmp_path / "ids.json", [])
-
-
-def test_a_tokenizer_without_letters_is_an_error():
-    tokenizer = make_tokenizer(None)
-    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("?")  # A letter is two tokens, however spelled.
-    with pytest.raises(DsgError, match="letter A"):
-        paper.Letters(tokenizer, bos=BOS)
-
-
-def test_the_unknown_token_is_no_letter(tokenizer):
-    with pytest.raises(DsgError, match="letter A"):
-        paper.Letters(tokenizer, bos=BOS)
+def test_a_tokenizer_without_letters_is_an_error(tokenizer):
+    spelling = make_tokenizer(None)
+    spelling.backend_tokenizer.normalizer = normalizers.Prepend("?")  # A letter is two tokens, however spelled.
+    for without in (spelling, tokenizer):  # The other knows none of them: the unknown token is no letter.
+        with pytest.raises(DsgError, match="letter A"):
+            paper.Letters(without, bos=BOS)

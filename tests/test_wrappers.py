@@ -27,7 +27,7 @@ from dsg_cli.inference.wrappers import (
     LARGEST,
     PRIOR_WORDS,
     log_odds,
-    n_found,
+    n_matches,
     phrases_of,
     read_keywords,
     telling_words,
@@ -263,21 +263,21 @@ class TestKeywords:
                 any(words[i : i + len(phrase)] == phrase for i in range(len(words)))
                 for phrase in (words_of(keyword) for keyword in keywords)
             )
-            assert n_found(text, phrases_of(keywords)) == expected
+            assert n_matches(text, phrases_of(keywords)) == expected
 
     def test_whole_words_in_any_case(self):
         phrases = phrases_of(["hex", "dirty bomb", "Straße"])
-        assert n_found("A HEX, a hex: hexes! vexhex", phrases) == 1
-        assert n_found("dirty\nbomb DIRTY-BOMB bomb dirty", phrases) == 1
-        assert n_found("STRASSE he\u00adx h\u200bex", phrases) == 2
-        assert n_found("", phrases) == n_found("hex es", phrases_of([])) == 0
+        assert n_matches("A HEX, a hex: hexes! vexhex", phrases) == 1
+        assert n_matches("dirty\nbomb DIRTY-BOMB bomb dirty", phrases) == 1
+        assert n_matches("STRASSE he\u00adx h\u200bex", phrases) == 2
+        assert n_matches("", phrases) == n_matches("hex es", phrases_of([])) == 0
 
     def test_no_text_takes_long(self):
         hostile = ["a" * 200_000, "\u0301\u0328" * 100_000, "e\u0301" * 100_000, "hex " * 50_000, "-" * 200_000]
         words_of("the pattern is built once")
         start = time.perf_counter()
         for text in hostile:
-            n_found(text, phrases_of(["hex", "hex hex hex hex", "a" * 50]))
+            n_matches(text, phrases_of(["hex", "hex hex hex hex", "a" * 50]))
         assert time.perf_counter() - start < 5
 
     def test_log_odds_by_hand(self):

@@ -36,7 +36,7 @@ def phrases_of(keywords: Iterable[str]) -> frozenset[Phrase]:
     return frozenset(phrase for phrase in (tuple(words_of(keyword)) for keyword in keywords) if phrase)
 
 
-def n_found(text: str, phrases: frozenset[Phrase]) -> int:
+def n_matches(text: str, phrases: frozenset[Phrase]) -> int:
     """How many different keywords a text holds, as whole words."""
     words = words_of(text)
     return sum(
@@ -152,7 +152,7 @@ def statistics_of(
     """The statistic of each text: different keywords in it, or weight . mean residual + bias."""
     if wrapper.weight_D is None:
         texts = [str(tokenizer.decode(list(row), skip_special_tokens=True)) for row in rows]
-        return [float(n_found(text, wrapper.phrases)) for text in texts]
+        return [float(n_matches(text, wrapper.phrases)) for text in texts]
     assert wrapper.body.layer is not None
     mean_ND = mean_residuals(
         model,
