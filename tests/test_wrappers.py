@@ -371,7 +371,7 @@ class TestMethods:
 
         forget, near, far = (questions(bench) for bench in ("lab-hexes", "lab-near", "lab-far"))
         material = WrapperInputs(behind(lab), forget_questions=forget, retain_questions=[near, far], seed=1)
-        text = make_in_context(InContext(n_forget=6, n_retain=4), material).body.text
+        text = make_in_context(material, InContext(n_forget=6, n_retain=4)).body.text
         parts = [f"Question:{part}".strip() for part in text.split("Question:")[1:]]
         by_context = {q.context: q for q in (*forget, *near, *far)}
         kinds = []
@@ -385,19 +385,19 @@ class TestMethods:
         assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
         assert sum(by_context[part[: part.index("Answer:") + 7]] in near for part in parts) == 2
         assert lab.tokenizer.unk_token_id not in lab.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert make_in_context(InContext(6, 4), dataclasses.replace(material, seed=2)).body.text != text
+        assert make_in_context(dataclasses.replace(material, seed=2), InContext(6, 4)).body.text != text
         with pytest.raises(DsgError, match="are to be shown"):
-            make_in_context(InContext(n_forget=500), material)
+            make_in_context(material, InContext(n_forget=500))
         single = dataclasses.replace(material, forget_questions=[Question("a", ("b",), 0)])
         with pytest.raises(DsgError, match="single choice"):
-            make_in_context(InContext(n_forget=1), single)
+            make_in_context(single, InContext(n_forget=1))
 
     def test_prompts(self, tiny):
         material = WrapperInputs(behind(tiny), topic="hexes and ciphers")
-        assert make_prompt(PromptPrefix("No {topic}, {0} {"), material).body.text == "No hexes and ciphers, {0} {\n\n"
-        assert make_prompt(PromptPrefix("No {topic}.", topic="{topic}"), material).body.text == "No {topic}.\n\n"
+        assert make_prompt(material, PromptPrefix("No {topic}, {0} {")).body.text == "No hexes and ciphers, {0} {\n\n"
+        assert make_prompt(material, PromptPrefix("No {topic}.", topic="{topic}")).body.text == "No {topic}.\n\n"
         with pytest.raises(DsgError, match="nothing says"):
-            make_prompt(PromptPrefix("{topic}"), dataclasses.replace(material, topic=""))
+            make_prompt(dataclasses.replace(material, topic=""), PromptPrefix("{topic}"))
 
 
 class TestWriting:

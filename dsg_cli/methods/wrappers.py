@@ -1,6 +1,6 @@
 """Methods that wrap the model, which stays as it is: a text in front of prompts, or a filter of prompts or answers.
 
-What makes a wrapper is a function from its settings and `WrapperInputs` to a `WrapperResult`. A filter's classifier or
+What makes a wrapper is a function from `WrapperInputs` and its settings to a `WrapperResult`. A filter's classifier or
 keywords come from the `select` part of the corpora, its threshold from the `calibrate` part of the retain corpora, and
 its rates from the `fresh` parts.
 """
@@ -74,7 +74,7 @@ class WrapperResult:
     notes: list[str] = field(default_factory=list)
 
 
-def make_prompt(settings: PromptPrefix, inputs: WrapperInputs) -> WrapperResult:
+def make_prompt(inputs: WrapperInputs, settings: PromptPrefix) -> WrapperResult:
     """Tell the model, in front of every prompt, that it does not know (2403.03329).
 
     The text, with its topic filled in; other braces stay as they are.
@@ -93,7 +93,7 @@ def topic_of(settings: PromptPrefix, otherwise: str) -> str:
     return topic
 
 
-def make_in_context(settings: InContext, inputs: WrapperInputs) -> WrapperResult:
+def make_in_context(inputs: WrapperInputs, settings: InContext) -> WrapperResult:
     """Show questions with their answers first: wrong ones on what the model is to forget (2310.07579).
 
     Questions are drawn with the seed, which also decides their order and which of the wrong choices is shown.
@@ -150,19 +150,19 @@ def _wrapper(inputs: WrapperInputs, **fields: Any) -> Wrapper:
     )
 
 
-def make_input_filter(settings: InputFilter, inputs: WrapperInputs) -> WrapperResult:
+def make_input_filter(inputs: WrapperInputs, settings: InputFilter) -> WrapperResult:
     """Refuse prompts by keywords or by a linear classifier (2403.03329); the threshold holds for prompts like retain
     text."""
-    return _filter(settings, inputs, method="input-filter", side="input")
+    return _filter(inputs, settings, method="input-filter", side="input")
 
 
-def make_output_filter(settings: OutputFilter, inputs: WrapperInputs) -> WrapperResult:
+def make_output_filter(inputs: WrapperInputs, settings: OutputFilter) -> WrapperResult:
     """Refuse answers by keywords or by a linear classifier (2403.03329); the threshold is set on retain text as it is,
     without a question in front."""
-    return _filter(settings, inputs, method="output-filter", side="output")
+    return _filter(inputs, settings, method="output-filter", side="output")
 
 
-def _filter(settings: Filter, inputs: WrapperInputs, *, method: str, side: Literal["input", "output"]) -> WrapperResult:
+def _filter(inputs: WrapperInputs, settings: Filter, *, method: str, side: Literal["input", "output"]) -> WrapperResult:
     """A filter with its threshold, and its rates on text that it has not seen."""
     if settings.rule == "classifier":
         n_layers = len(decoder_layers(inputs.model.model))
@@ -170,7 +170,7 @@ def _filter(settings: Filter, inputs: WrapperInputs, *, method: str, side: Liter
         body = _wrapper(inputs, method=method, rule="classifier", side=side, layer=layer, refusal=settings.refusal)
         tensors, n_tokens = _fit(inputs, layer, settings.ridge)
     else:
-        keywords = _keywords(settings, inputs)
+        keywords = _keywords(inputs, settings)
         body = _wrapper(inputs, method=method, rule="keywords", side=side, keywords=keywords, refusal=settings.refusal)
         tensors, n_tokens = None, 0
     module = wrapper_from_artifact(body, tensors or {}, where="The new filter")
@@ -233,7 +233,7 @@ def _fit(inputs: WrapperInputs, layer: int, ridge: float) -> tuple[dict[str, Ten
     return {"weight": weight_D, "bias": bias}, n_tokens
 
 
-def _keywords(settings: Filter, inputs: WrapperInputs) -> list[str]:
+def _keywords(inputs: WrapperInputs, settings: Filter) -> list[str]:
     if settings.keywords_file is not None:
         return read_keywords(settings.keywords_file)
     forget, retain = (

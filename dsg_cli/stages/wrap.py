@@ -111,7 +111,7 @@ def run(
             seed=recipe.seed,
             job=this.job,
         )
-        wrapper: WrapperResult = load_method(method)(settings, wrapper_inputs)
+        wrapper: WrapperResult = load_method(method)(wrapper_inputs, settings)
         this.job.progress("wrapper", 1, 1)
         return this.write(wrapper.body, n_tokens=wrapper.n_tokens, notes=wrapper.notes, tensors=wrapper.tensors)
 
