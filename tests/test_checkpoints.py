@@ -20,10 +20,10 @@ from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SETS = ["eval.benches=[lab-hexes, lab-near]", "eval.batch_size=16", "eval.limit=24", "attack.dilution_lengths=[0, 8]"]
-
-
-SETS += ["calibrate.max_pieces=512", "corpora.limit=80"]
+SETS = [
+    "eval.benches=[lab-hexes, lab-near]", "eval.batch_size=16", "eval.limit=24", "attack.dilution_lengths=[0, 8]",
+    "calibrate.max_pieces=512", "corpora.limit=80",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

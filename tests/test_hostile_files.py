@@ -48,9 +48,7 @@ VALID = {
     ".txt": "\n\n".join(row["text"] for row in ROWS).encode(),
 }
 
-
 DEEP = b"[" * 100_000
-
 
 MANY_DIGITS = b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n"
 

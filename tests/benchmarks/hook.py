@@ -92,19 +92,10 @@ def rows() -> list[tuple[str, str, str]]:
     times["the decoder layer it sits on"] = best_of(lambda: layer(resid, **options), 5)
 
     whole, block = times["the whole SAE in the hook"], times["the decoder layer it sits on"]
-    found = []
+    ratios = []
     for form in DETECTORS:
         own = times[f"the guardrail, gate {form}"]
-        found += [
-            (
-                f"hook, gate {form}: whole SAE {1000 * whole:.0f} ms, guardrail {1000 * own:.2f} ms",
-                f"{whole / own:.0f}x",
-                ">= 500x",
-            ),
-            (
-                f"hook, gate {form}: share of its layer's {1000 * block:.0f} ms",
-                f"{100 * own / block:.2f} %",
-                "<= 0.5 %",
-            ),
-        ]
-    return [*found, ("hook: its change against the whole SAE's", f"{error:.0e} of its norm", "<= 1e-3")]
+        what = f"hook, gate {form}: whole SAE {1000 * whole:.0f} ms, guardrail {1000 * own:.2f} ms"
+        share = f"hook, gate {form}: share of its layer's {1000 * block:.0f} ms"
+        ratios += [(what, f"{whole / own:.0f}x", ">= 500x"), (share, f"{100 * own / block:.2f} %", "<= 0.5 %")]
+    return [*ratios, ("hook: its change against the whole SAE's", f"{error:.0e} of its norm", "<= 1e-3")]

@@ -17,24 +17,14 @@ def rows() -> list[tuple[str, str, str]]:
     """What was compared, what it gave, and the target."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "make", folder], check=True)
-        cut, whole = (
-            json.loads(
-                subprocess.run([sys.executable, __file__, how, folder], check=True, stdout=subprocess.PIPE).stdout
-            )
-            for how in ("cut", "whole")
-        )
+        runs = [[sys.executable, __file__, how, folder] for how in ("cut", "whole")]
+        cut, whole = (json.loads(subprocess.run(run, check=True, stdout=subprocess.PIPE).stdout) for run in runs)
     assert cut["sum"] == whole["sum"], "the residuals differ"
+    what = f"select, layers 0..{LAYER} of {N_LAYERS}: {whole['seconds']:.2f} s whole, {cut['seconds']:.2f} s cut"
+    memory = f"the same: memory {whole['mb']:.0f} MB and {cut['mb']:.0f} MB, libraries apart"
     return [
-        (
-            f"select, layers 0..{LAYER} of {N_LAYERS}: {whole['seconds']:.2f} s whole, {cut['seconds']:.2f} s cut",
-            f"{whole['seconds'] / cut['seconds']:.1f}x",
-            ">= 5x",
-        ),
-        (
-            f"the same: memory {whole['mb']:.0f} MB and {cut['mb']:.0f} MB, libraries apart",
-            f"{cut['mb'] / whole['mb']:.2f}",
-            "<= 0.33",
-        ),
+        (what, f"{whole['seconds'] / cut['seconds']:.1f}x", ">= 5x"),
+        (memory, f"{cut['mb'] / whole['mb']:.2f}", "<= 0.33"),
     ]
 
 

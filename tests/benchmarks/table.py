@@ -27,16 +27,10 @@ def main() -> None:
         for what, measured, target in part.rows():
             out(f"| {what} | {measured} | {target} |\n")
             sys.stdout.flush()
-    cpu = next(
-        (line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")), platform.machine()
-    )
-    out(f"\n{cpu}, 2 threads; torch {torch.__version__}, transformers {transformers.__version__}\n")
-
-
-def cpu_lines() -> list[str]:
-    """What the system says of its processor."""
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    out(f"\n{cpu}, 2 threads; torch {torch.__version__}, transformers {transformers.__version__}\n")
 
 
 if __name__ == "__main__":

@@ -63,20 +63,17 @@ def targets(folder: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     (checkpoint,) = folder.glob(".*.checkpoint")
     found["checkpoint"] = (checkpoint, lambda: read_entries(checkpoint))
     light = folder.parent / "light.safetensors"
-    found["light file"] = (light, lambda: _values(read_light(light)))
+
+    def values() -> tuple:
+        read = read_light(light)
+        return read.header, read.body, {name: tensor.tolist() for name, tensor in read.module.tensors().items()}
+
+    found["light file"] = (light, values)
     return found
 
 
-def _values(light) -> tuple:
-    return light.header, light.body, {name: tensor.tolist() for name, tensor in light.module.tensors().items()}
-
-
 def storm(n_changes: int, *, seed: int = 0, out=sys.stdout) -> dict[str, int]:
-    """Run the storm; what was counted.
-
-    Raises:
-        AssertionError: A change went unnoticed.
-    """
+    """Run the storm; what was counted."""
     from dsg_cli.errors import DsgError
 
     rng = random.Random(seed)

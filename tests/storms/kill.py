@@ -10,6 +10,7 @@ nobody disturbed: same features, statistics bit for bit, threshold, answers.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +29,7 @@ STAGES = {
     "eval": ["eval", "--recipe", "lab"],
     "attack": ["attack", "--recipe", "lab", "--kind", "relearn", "--kind", "dilution"],
 }
-SAME = (
+SAME = [
     "features",
     "n_passed",
     "median_residual_norm",
@@ -37,7 +39,7 @@ SAME = (
     "results",
     "gate",
     "curve",
-)
+]
 """What must not depend on interruptions."""
 
 
@@ -54,20 +56,13 @@ def child(arguments: list[str], log: Path) -> int:
     from dsg_cli.cli.app import main
 
     torch.set_num_threads(1)
-    os._exit(_status(lambda: main(arguments)))
-
-
-def _status(run) -> int:
     try:
-        run()
+        main(arguments)
     except SystemExit as stop:
-        return int(stop.code or 0)
+        os._exit(int(stop.code or 0))
     except BaseException:  # A traceback belongs into the log, and the child must not go on as the parent.
-        import traceback
-
         traceback.print_exc()
-        return 70
-    return 0
+    os._exit(70)
 
 
 def finished(pid: int) -> int:
@@ -76,13 +71,11 @@ def finished(pid: int) -> int:
 
 def check_workspace(folder: Path) -> int:
     """Every visible artifact is complete and verifies; how many leftovers there are."""
-    from dsg_cli.workspace import store as verify
-    from dsg_cli.workspace.store import Workspace
+    from dsg_cli.workspace.store import Workspace, verify_all
 
-    findings = verify.verify_all(Workspace(folder))
-    broken = [finding for finding in findings if finding.state == "broken"]
-    assert not broken, broken
-    return sum(finding.state == "unfinished" for finding in findings)
+    verdicts = verify_all(Workspace(folder))
+    assert not [verdict for verdict in verdicts if verdict.state == "broken"]
+    return sum(verdict.state == "unfinished" for verdict in verdicts)
 
 
 def figures(folder: Path, artifact_id: str) -> tuple[dict, bytes]:
@@ -90,12 +83,6 @@ def figures(folder: Path, artifact_id: str) -> tuple[dict, bytes]:
     data = json.loads((folder / f"{artifact_id}.json").read_text())
     tensors = folder / f"{artifact_id}.safetensors"
     return {key: data[key] for key in SAME if key in data}, tensors.read_bytes() if tensors.exists() else b""
-
-
-def nth_newest(folder: Path, kind: str, n: int) -> str:
-    from dsg_cli.workspace.store import Workspace
-
-    return Workspace(folder).ids(kind)[-1 - n]
 
 
 def stages_on(n_documents: int | None) -> dict[str, list[str]]:
@@ -107,22 +94,11 @@ def stages_on(n_documents: int | None) -> dict[str, list[str]]:
 
 
 def storm(n_kills: int, *, seed: int = 0, n_documents: int | None = None, out=sys.stdout) -> dict[str, float]:
-    """Run the storm; what was counted.
+    """Run the storm; what was counted."""
+    from dsg_cli.workspace.store import Workspace
 
-    Raises:
-        AssertionError: Something was lost, or let through.
-    """
-    import lm_eval.evaluator
-    import lm_eval.models.huggingface  # noqa: F401
-
-    import dsg_cli.stages.run  # noqa: F401
-    from dsg_cli.stages import apply as apply
-    from dsg_cli.stages import attack as attack
-    from dsg_cli.stages import calibrate as calibrate
-    from dsg_cli.stages import evaluate as evaluate
-    from dsg_cli.stages import select as select
-    from dsg_cli.workspace import store as verify  # noqa: F401
-
+    for name in ("lm_eval.evaluator", "lm_eval.models.huggingface", "dsg_cli.stages.run"):
+        importlib.import_module(name)
     os.environ["DSG_CHECKPOINT_SECONDS"] = "0"
     rng, stages = random.Random(seed), stages_on(n_documents)
     counts: Counter[str] = Counter()
@@ -154,7 +130,7 @@ def storm(n_kills: int, *, seed: int = 0, n_documents: int | None = None, out=sy
             counts["went on from a checkpoint"] += "Going on" in log.read_text()
             assert check_workspace(stormy) == 0, sorted(path.name for path in stormy.iterdir())
             for end in range(2 if kind == "attack" else 1):
-                ids = [nth_newest(folder, kind, end) for folder in (calm, stormy)]
+                ids = [Workspace(folder).ids(kind)[-1 - end] for folder in (calm, stormy)]
                 assert figures(calm, ids[0]) == figures(stormy, ids[1]), f"{kind} differs"
         counts["artifacts"] = len(list(stormy.glob("*.json")))
     counts["seconds"] = round(time.monotonic() - began)

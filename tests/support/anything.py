@@ -34,9 +34,7 @@ ODD_TEXT = st.sampled_from(
     ["", " ", "..", "/", "a/b", "../x", "a" * 5000, "\x00", "\ud800", "[/b]", "9" * 5000, "nan", "1e999", "é", ":x:"]
 )
 
-
 TEXT = ODD_TEXT | st.text(max_size=20)
-
 
 NUMBERS = (
     st.integers()
@@ -44,15 +42,11 @@ NUMBERS = (
     | st.floats(allow_nan=False, allow_infinity=False)
 )
 
-
 PLAIN = st.none() | st.booleans() | NUMBERS | TEXT
-
 
 VALUES = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8
 )
-
-
 """Any JSON."""
 
 
