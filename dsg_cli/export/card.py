@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dsg_cli.guardrail.runtime.gates import CAUSAL_FORMS
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import finetunes
 from dsg_cli.report.evaluations import NOT_MEASURABLE, benches_of, place, ranking, shown_metrics
-from dsg_cli.report.rendering import Name, Table, code, escaped, number, one_line, share
+from dsg_cli.report.rendering import code, escaped, number, one_line, share
 from dsg_cli.report.tables import guardrail_rows
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, Threshold
 from dsg_cli.workspace.files import is_file, read_bounded
@@ -134,6 +134,22 @@ class CardGuard:
     def calibration(self) -> Threshold | None:
         return self.threshold.body_as(Threshold) if self.threshold is not None else None
 
+    def rates(self) -> list[Json]:
+        """How often the gate opens on text that is to be kept, and on text that is to be forgotten, if measured."""
+        body = self.calibration
+        if body is None:
+            return []
+        rates = [rate | {"text": _cell(without_path(rate["what"]))} for rate in body.rates]
+        if body.false_positive_rate is not None:
+            all_text = {"text": "all retain text", "is_forget": False, "n": body.n_fresh}
+            rates.insert(0, all_text | {"rate": body.false_positive_rate, "low": body.low, "high": body.high})
+        return rates
+
+    def notes(self) -> list[str]:
+        """Of all that it was made from."""
+        chain = [stored for stored in (self.features, self.threshold, self.stored) if stored]
+        return [note for stored in chain for note in stored.header.notes]
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -191,6 +207,13 @@ class CardFacts:
             newest[body.attack, body.bench, _split(stored)] = stored
         return list(newest.values())
 
+    def artifacts(self) -> list[Stored]:
+        """Every artifact that is spoken of, once."""
+        origins = [stored for guard in self.guards for stored in (guard.features, guard.threshold) if stored]
+        chain = [*self.lineage, *origins, *(guard.stored for guard in self.guards)]
+        chain += [*(stored for _, stored in self.newest_evaluations()), *self.newest_attacks()]
+        return list({stored.json["sha256"]: stored for stored in chain}.values())
+
 
 def _split(stored: Stored) -> str:
     """Which questions an evaluation or an attack asked: `test` or `dev`."""
@@ -209,38 +232,33 @@ def model_card(facts: CardFacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": _code, "name": _name, "names": _names, "quoted": _quoted}
-    evaluations, attacks = facts.shown_evaluations(), facts.newest_attacks()
-    bodies = [stored.body_as(AttackReport) for stored in attacks]
-    notes = dict.fromkeys(note for guard in facts.guards for note in _notes(guard))
+    filters = {"code": _code, "cell": _cell, "name": _name, "names": _names, "quoted": _quoted}
+    environment.filters |= {**filters, "share": lambda value: share(value, 3), "measured": _with_interval}
+    benches, attacks = facts.shown_evaluations(), facts.newest_attacks()
+    threat_models = {body.attack: body.threat_model for body in (one.body_as(AttackReport) for one in attacks)}
     text = environment.get_template("card.md.j2").render(
         facts=facts,
         finetunes=finetunes,
+        guardrail_rows=guardrail_rows,
+        shown_metrics=shown_metrics,
+        made_by=_made_by,
         topics=[*map(_name, facts.forget), *(_code(guard.query) for guard in facts.guards if guard.query)],
         gates={guard.body.gate for guard in facts.guards},
         methods={guard.body.method for guard in facts.guards},
-        notes=[PATH.sub("", note) for note in notes],
+        notes=dict.fromkeys(PATH.sub("", note) for guard in facts.guards for note in guard.notes()),
         sources=Markup("".join(f" --from {guard.stored.id}" for guard in facts.guards)),
-        evaluations=list({stored.id: stored for _, stored in evaluations}.values()),
-        asks_paper=any(bench in PAPER for bench, _ in evaluations),
-        threat_models={body.attack: body.threat_model for body in bodies},
-        untried=[_code(kind) for kind in ATTACKS if kind not in {body.attack for body in bodies}],
+        benches=benches,
+        evaluations=list({stored.id: stored for _, stored in benches}.values()),
+        asks_paper=any(bench in PAPER for bench, _ in benches),
+        attacks=_attack_rows(attacks),
+        threat_models=threat_models,
+        untried=[_code(kind) for kind in ATTACKS if kind not in threat_models],
         can_write=all(guard.body.gate in CAUSAL_FORMS for guard in facts.guards),
         base_remark=_base_remark(facts.model),
         base_arguments=_base_arguments(facts),
         files=[f"{SCHEME if facts.is_on_hub else ''}{facts.address}/{guard.file}" for guard in facts.guards],
-        guardrail_tables=[_guardrail_table(guard) for guard in facts.guards],
-        rate_tables=[_rate_table(guard.calibration) for guard in facts.guards],
-        bench_table=_table(
-            ("bench", "split", "base", "guarded", "gated", "n", "from"),
-            (row for bench, stored in evaluations for row in _bench_rows(bench, stored)),
-        ),
-        attack_table=_table(
-            ("attack", "bench", "split", "before", "worst", "at", "base there", "n", "from"),
-            _attack_rows(attacks),
-        ),
-        facts_table=_table(("", ""), ([name, Name(value)] for name, value in _provenance(facts))),
-        artifact_table=_table(("artifact", "made", "by", "seed", "sha256"), _artifact_rows(facts)),
+        provenance=_provenance(facts),
+        artifacts=facts.artifacts(),
     )
     return front_matter(facts) + "\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -293,6 +311,10 @@ def _code(text: str) -> Markup:
     return Markup(code(text))
 
 
+def _cell(text: str) -> Markup:
+    return Markup(code(text, in_table=True))
+
+
 def _name(name: str) -> Markup:
     """A model or corpus: of a path, the last part."""
     return _code(without_path(name))
@@ -305,15 +327,6 @@ def _names(names: Iterable[str]) -> Markup:
 def _quoted(text: str) -> Markup:
     """A name as a string of Python, on one line."""
     return Markup(json.dumps(text, ensure_ascii=False))
-
-
-def _table(columns: Iterable[str], rows: Iterable[list[str]]) -> Markup:
-    return Markup(Table(list(columns), list(rows)).markdown())
-
-
-def _notes(guard: CardGuard) -> list[str]:
-    chain = [stored for stored in (guard.features, guard.threshold, guard.stored) if stored]
-    return [note for stored in chain for note in stored.header.notes]
 
 
 def _base_remark(model: str) -> str:
@@ -335,69 +348,28 @@ def _base_arguments(facts: CardFacts) -> Markup:
     return Markup(f"{_quoted(source)}{revision}{remote_code}")
 
 
-def _guardrail_table(guard: CardGuard) -> Markup:
-    rows = [("guardrail", guard.stored.id), *guardrail_rows(guard.body), ("digest", guard.key)]
-    return _table(("", ""), ([name, Name(value)] for name, value in rows))
-
-
-def _rate_table(body: Threshold | None) -> str:
-    """How often the gate opens on text that is not to be forgotten, and on text that is; nothing if not measured."""
-    if body is None:
-        return ""
+def _attack_rows(attacks: list[Stored]) -> list[Json]:
+    """The point of each attack at which most came back, the one that brought back most first."""
     rows = []
-    if body.false_positive_rate is not None:
-        bounds = f"{body.false_positive_rate:.3f} [{body.low:.3f}, {body.high:.3f}]"
-        rows.append(["all retain text", "to keep", bounds, str(body.n_fresh)])
-    for rate in body.rates:
-        bounds = f"{rate['rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
-        name = Name(without_path(rate["what"]))
-        rows.append([name, "to forget" if rate["is_forget"] else "to keep", bounds, str(rate["n"])])
-    return _table(("text", "", "gated", "n"), rows) if rows else ""
-
-
-def _bench_rows(bench: str, stored: Stored) -> Iterator[list[str]]:
-    """A row a metric."""
-    body = stored.body_as(EvalReport)
-    sides, gate = body.results[bench], body.gate.get(bench)
-    for metric in shown_metrics(sides):
-        yield [
-            Name(bench if metric == "acc" else f"{bench}.{metric}"),
-            Name(body.split),
-            _with_interval(sides["base"], metric),
-            _with_interval(sides["unlearned"], metric),
-            share(gate["rate"] if gate else None, 3),
-            str(sides["unlearned"].get("n", "-")),
-            Name(stored.id),
-        ]
-
-
-def _attack_rows(attacks: list[Stored]) -> Iterator[list[str]]:
-    """The point of each attack at which most came back."""
     stored_by_body = {id(stored.body): stored for stored in attacks}
     for body in ranking([stored.body_as(AttackReport) for stored in attacks]):
         stored, summary = stored_by_body[id(body)], body.summary
         at = (summary["worst_x"], summary["worst_variant"])
         worst: Json = next((point["unlearned"] for point in body.curve if (point["x"], point["variant"]) == at), {})
         n = worst.get("n", body.before["unlearned"].get("n"))
-        yield [
-            Name(body.attack),
-            Name(body.bench),
-            Name(_split(stored)),
-            share(summary["forget_acc_before"], 3),
-            _with_interval(worst, "forget") if summary["n_measurable"] else NOT_MEASURABLE,
-            Name(place(body)),
-            share(summary["unguarded_at_worst"], 3),
-            "-" if n is None else str(n),
-            Name(stored.id),
-        ]
+        row = {"kind": body.attack, "bench": body.bench, "split": _split(stored), "place": place(body), "id": stored.id}
+        row |= {"before": summary["forget_acc_before"], "base": summary["unguarded_at_worst"]}
+        row["worst"] = _with_interval(worst, "forget") if summary["n_measurable"] else NOT_MEASURABLE
+        rows.append(row | {"n": "-" if n is None else n})
+    return rows
 
 
-def _with_interval(side: Json, metric: str) -> str:
+def _with_interval(side: Json, metric: str) -> Markup:
     """A value and its 95 % interval; `forget` is the forget accuracy under an attack."""
     value = side.get("forget_acc" if metric == "forget" else metric)
     values = [value, side.get(f"{metric}_low"), side.get(f"{metric}_high")]
     shown, *bounds = [share(x, 3) if metric in ("acc", "forget") else number(x) for x in values]
-    return f"{shown} [{', '.join(bounds)}]" if None not in values else shown
+    return Markup(shown if None in values else f"{shown} [{', '.join(bounds)}]")
 
 
 def _provenance(facts: CardFacts) -> list[tuple[str, str]]:
@@ -429,14 +401,6 @@ def _corpora(guard: CardGuard) -> list[tuple[str, Json]]:
     ]
 
 
-def _artifact_rows(facts: CardFacts) -> Iterator[list[str]]:
-    """Every artifact that is spoken of, once."""
-    origins = [stored for guard in facts.guards for stored in (guard.features, guard.threshold) if stored]
-    chain = [*facts.lineage, *origins, *(guard.stored for guard in facts.guards)]
-    chain += [*(stored for _, stored in facts.newest_evaluations()), *facts.newest_attacks()]
-    for digest, stored in {stored.json["sha256"]: stored for stored in chain}.items():
-        header = stored.header
-        commit = f" {header.git['commit'][:12]}" if header.git.get("commit") else ""
-        changed = " with changes" if commit and header.git.get("dirty") else ""
-        made_by = Name(f"dsg-cli {header.dsg_version}{commit}{changed}")
-        yield [Name(stored.id), Name(header.created), made_by, str(header.seed), Name(digest)]
+def _made_by(header: Header) -> str:
+    commit = f" {header.git['commit'][:12]}" if header.git.get("commit") else ""
+    return f"dsg-cli {header.dsg_version}{commit}{' with changes' if commit and header.git.get('dirty') else ''}"
