@@ -41,7 +41,9 @@ from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DATA = Path(__file__).parent / "data" / "schema-2"
+DATA = Path(__file__).parent / "data"
+
+SCHEMA_2 = DATA / "schema-2"
 
 
 REMOTE = {"trust_remote_code": True, "dtype": torch.float32}
@@ -52,13 +54,19 @@ QUESTION = "Question: What is the counter of the grim hex"
 
 @pytest.fixture
 def light(tmp_path):
-    workspace = Workspace(DATA)
+    workspace = Workspace(SCHEMA_2)
     stored = workspace.read("guardrail-001")
     model = stored.header.model.replace(source="/home/someone/secret/model")
     body = stored.body_as(Guardrail).replace(forget=["/home/someone/secret/hazard.jsonl", "lab-hexes"])
     path = tmp_path / "guardrail.safetensors"
     path.write_bytes(light_file(stored.header.replace(model=model), body, workspace.tensors(stored)))
     return path
+
+
+def write_folder(folder, *guardrails, base=lab.MODEL_DIR, architecture="Gemma2ForCausalLM", light_files=(), card=""):
+    names = {"architecture": architecture, "tokenizer_class": "PreTrainedTokenizerFast"}
+    export_folder(folder, base=base, guardrails=guardrails, light_files=light_files, card=card, **names)
+    return folder
 
 
 def rewrite(path, change):
@@ -71,43 +79,39 @@ def rewrite(path, change):
 
 class TestLightFile:
     def test_is_the_guardrail_without_paths(self, light):
-        found, wanted = load_guardrail(light), load_guardrail(DATA / "guardrail-001.json")
-        assert found.spec == wanted.spec and found.key == wanted.key
+        light_guard, guard = load_guardrail(light), load_guardrail(SCHEMA_2 / "guardrail-001.json")
+        assert light_guard.spec == guard.spec and light_guard.key == guard.key
         held = read_light(light)
         assert held.body.forget == ["hazard.jsonl", "lab-hexes"] and held.header.model.source == "model"
         assert b"someone" not in light.read_bytes()
 
-    def test_truncated(self, light):
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda data, _: data.update(threshold=1e9), "was altered"),
+            (lambda _, tensors: tensors["W_dec"].mul_(0.5), "do not match their digest"),
+            (lambda data, tensors: not_finite(data, tensors, float("nan")), "not finite"),
+            (lambda data, tensors: not_finite(data, tensors, float("inf")), "not finite"),
+        ],
+    )
+    def test_altered(self, light, change, words):
+        rewrite(light, change)
+        with pytest.raises(DsgError, match=words):
+            load_guardrail(light)
+
+    def test_truncated_or_something_else(self, light, tmp_path):
         light.write_bytes(light.read_bytes()[:-100])
-        with pytest.raises(DsgError, match="truncated"):
-            load_guardrail(light)
+        others = (light, "truncated"), (SCHEMA_2 / "guardrail-001.safetensors", "no light file")
+        for path, words in (*others, (tmp_path / "missing.safetensors", "There is no file")):
+            with pytest.raises(DsgError, match=words):
+                load_guardrail(path)
 
-    def test_altered_document(self, light):
-        rewrite(light, lambda data, _: data.update(threshold=1e9))
-        with pytest.raises(DsgError, match="was altered"):
-            load_guardrail(light)
 
-    def test_altered_tensor(self, light):
-        rewrite(light, lambda _, tensors: tensors["W_dec"].mul_(0.5))
-        with pytest.raises(DsgError, match="do not match their digest"):
-            load_guardrail(light)
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_values_that_are_not_finite(self, light, value):
-        def broken(data, tensors):
-            tensors["W_enc"][0, 0].fill_(value)
-            data["tensors_sha256"] = tensors_digest(tensors)
-            data["sha256"] = artifact_digest(data)
-
-        rewrite(light, broken)
-        with pytest.raises(DsgError, match="not finite"):
-            load_guardrail(light)
-
-    def test_something_else(self, light, tmp_path):
-        with pytest.raises(DsgError, match="no light file"):
-            load_guardrail(DATA / "guardrail-001.safetensors")
-        with pytest.raises(DsgError, match="There is no file"):
-            load_guardrail(tmp_path / "missing.safetensors")
+def not_finite(data, tensors, value):
+    """A value that is no number, with digests that say nothing of it."""
+    tensors["W_enc"][0, 0].fill_(value)
+    data["tensors_sha256"] = tensors_digest(tensors)
+    data["sha256"] = artifact_digest(data)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,16 +125,7 @@ def test_an_exported_model_answers_as_the_guarded_one(family, tmp_path):
         source = replace(read_sae(str(tmp_path / name)), site=SITE, write=SITE)
         gate = {"gate": "window", "threshold": 0.5, "window": 3, "strength": 20.0}
         guards.append(make_guardrail(source, [3, 11, 30], **gate))
-    folder = tmp_path / "exported"
-    export_folder(
-        folder,
-        base=tmp_path / "base",
-        architecture=type(model).__name__,
-        tokenizer_class="X",
-        guardrails=guards,
-        light_files=[],
-        card="",
-    )
+    folder = write_folder(tmp_path / "to", *guards, base=tmp_path / "base", architecture=type(model).__name__)
     linked = (tmp_path / "base").glob("*.safetensors")
     assert all(path.stat().st_nlink == 2 for path in linked)
     exported = AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
@@ -150,18 +145,8 @@ def test_an_exported_model_answers_as_the_guarded_one(family, tmp_path):
 
 @pytest.fixture(scope="module")
 def exported_lab(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lab") / "exported"
-    guardrail = load_guardrail(DATA / "guardrail-001.json")
-    export_folder(
-        folder,
-        base=lab.MODEL_DIR,
-        architecture="Gemma2ForCausalLM",
-        tokenizer_class="PreTrainedTokenizerFast",
-        guardrails=[guardrail],
-        light_files=[b"light"],
-        card="# A card\n",
-    )
-    return folder
+    guardrail = load_guardrail(SCHEMA_2 / "guardrail-001.json")
+    return write_folder(tmp_path_factory.mktemp("lab") / "to", guardrail, light_files=[b"light"], card="# A card\n")
 
 
 STRANGER = """
@@ -226,51 +211,49 @@ def test_a_broken_guard_shard_is_refused(exported_lab, tmp_path, what):
         AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
 
 
-class TestRefusals:
-    def export(self, folder, guardrail, base=lab.MODEL_DIR, architecture="Gemma2ForCausalLM"):
-        export_folder(
-            folder,
-            base=base,
-            architecture=architecture,
-            tokenizer_class="X",
-            guardrails=[guardrail],
-            light_files=[],
-            card="",
-        )
+@pytest.mark.parametrize("case", ["mean gate", "not empty", "no safetensors", "own class"])
+def test_what_cannot_be_exported(tmp_path, case):
+    folder, base, schema, architecture = tmp_path / "to", lab.MODEL_DIR, SCHEMA_2, "Gemma2ForCausalLM"
+    if case == "mean gate":
+        schema, words = DATA / "schema-1", "needs whole sequences"
+    elif case == "not empty":
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+        words = "is not empty"
+    elif case == "no safetensors":
+        base, words = tmp_path / "base", r"no model\.safetensors"
+        shutil.copytree(lab.MODEL_DIR, base, ignore=shutil.ignore_patterns("*.safetensors"))
+        (base / "pytorch_model.bin").write_bytes(b"")
+    else:
+        architecture, words = "MineForCausalLM", "no class of transformers"
+    with pytest.raises(DsgError, match=words):
+        write_folder(folder, load_guardrail(schema / "guardrail-001.json"), base=base, architecture=architecture)
+    assert [path.name for path in folder.glob("*")] == (["mine.txt"] if case == "not empty" else [])
 
-    def test_a_gate_that_needs_whole_sequences(self, tmp_path):
-        guardrail = load_guardrail(DATA.with_name("schema-1") / "guardrail-001.json")
-        with pytest.raises(DsgError, match="needs whole sequences"):
-            self.export(tmp_path / "to", guardrail)
 
-    def test_a_folder_that_is_not_empty(self, tmp_path):
-        (tmp_path / "mine.txt").write_text("mine")
-        with pytest.raises(DsgError, match="is not empty"):
-            self.export(tmp_path, load_guardrail(DATA / "guardrail-001.json"))
-        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-    def test_a_base_without_safetensors(self, tmp_path):
-        shutil.copytree(lab.MODEL_DIR, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
-        (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"")
-        with pytest.raises(DsgError, match=r"no model\.safetensors"):
-            self.export(tmp_path / "to", load_guardrail(DATA / "guardrail-001.json"), base=tmp_path / "base")
-        assert not (tmp_path / "to").exists()
-
-    def test_a_class_of_the_users_own(self, tmp_path):
-        with pytest.raises(DsgError, match="no class of transformers"):
-            self.export(tmp_path / "to", load_guardrail(DATA / "guardrail-001.json"), architecture="MineForCausalLM")
+def test_a_folder_that_an_earlier_version_exported_answers_as_it_did():
+    """It carries its own code: this version must not have to be there, nor get in its way."""
+    folder = DATA / "export-0.1"
+    model = AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
+    rows = json.loads((folder / "expected.json").read_text())
+    for row in rows:
+        ids = torch.tensor([row["prompt"]])
+        written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+        assert written == row["guarded"]
+    assert any(row["guarded"] != row["base"] for row in rows)
+    assert model.dsg_guardrails[0].counters()["n_gated"] == sum(row["guarded"] != row["base"] for row in rows)
 
 
 @pytest.fixture
 def workspace(tmp_path):
-    shutil.copytree(DATA, tmp_path / "w", ignore=shutil.ignore_patterns("features-*"))  # Of another chain.
+    shutil.copytree(SCHEMA_2, tmp_path / "w", ignore=shutil.ignore_patterns("features-*"))  # Of another chain.
     return tmp_path / "w"
 
 
 @pytest.mark.parametrize("schema", ["schema-4", "schema-5"])
 def test_all_that_a_guardrail_says_survives_both_forms(schema, tmp_path):
     """A probe with its bias and weights; a refusal clamp, in which one feature is set to another value than others."""
-    stored = Workspace(DATA.with_name(schema)).read("guardrail-001")
+    stored = Workspace(DATA / schema).read("guardrail-001")
     path = tmp_path / "g.safetensors"
     path.write_bytes(
         light_file(stored.header, stored.body_as(Guardrail), load_file(stored.path.with_suffix(".safetensors")))
@@ -282,10 +265,7 @@ def test_all_that_a_guardrail_says_survives_both_forms(schema, tmp_path):
     else:
         assert guard.gate.form == "token" and guard.spec.coefficients == [300.0] + [-300.0] * 5
         assert guard.spec.above == [NEVER] + [0.05] * 5
-    folder = tmp_path / "model"
-    options = {"architecture": "Gemma2ForCausalLM", "tokenizer_class": "PreTrainedTokenizerFast"}
-    export_folder(folder, base=lab.MODEL_DIR, guardrails=[guard], light_files=[], card="", **options)
-    exported = AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
+    exported = AutoModelForCausalLM.from_pretrained(write_folder(tmp_path / "model", guard), **REMOTE)
     loaded = load_model("lab")
     ids = loaded.tokenizer(f"{QUESTION} Rahurk? Answer:", return_tensors="pt")["input_ids"]
     with torch.no_grad(), guarded(loaded.model, guard):
@@ -301,7 +281,7 @@ KEYS = {"schema-1": "e4e98649fe35", "schema-2": "fd9a6ba0eafb", "schema-4": "e76
 @pytest.mark.parametrize("schema", KEYS)
 def test_a_guardrail_keeps_the_digest_that_its_version_gave_it(schema):
     """What was exported then, and what caches hold of it, is known by that."""
-    assert load_guardrail(DATA.with_name(schema) / "guardrail-001.json").key.startswith(KEYS[schema])
+    assert load_guardrail(DATA / schema / "guardrail-001.json").key.startswith(KEYS[schema])
 
 
 class TestCommand:
@@ -332,7 +312,7 @@ class TestCommand:
         assert code == 1 and "has no tokenizer" in err
 
     def test_a_guardrail_that_cannot_be_exported_is_not_made(self, dsg, tmp_path):
-        shutil.copytree(DATA.with_name("schema-1"), tmp_path / "w1")
+        shutil.copytree(DATA / "schema-1", tmp_path / "w1")
         before = sorted(path.name for path in (tmp_path / "w1").iterdir())
         code, _, err = dsg("apply", "--export", "model", "-w", tmp_path / "w1")
         assert code == 1 and "needs whole sequences" in err
@@ -376,7 +356,7 @@ card = ModelCard.load("org/guarded")
 assert card.data.library_name == "dsg-cli" and card.data.license == "apache-2.0"
 assert f'load_guardrail("{address}/guardrail.safetensors")' in card.text
 from dsg_cli.export.card import BaseCard, read_base_card
-from dsg_cli.model import model_folder
+from dsg_cli.models.language_model import model_folder
 commit = model_folder("org/base", weights=False).name
 assert read_base_card(f"org/base@{commit}") == BaseCard(("mit",), languages=("de",))
 assert read_base_card("org/unread") == BaseCard()
@@ -461,22 +441,19 @@ def test_lm_eval_without_this_package_agrees_question_for_question(dsg, workspac
     assert results["lab-hexes"]["unlearned"]["acc"] <= 0.30 and results["lab-near"]["unlearned"]["acc"] >= 0.95
 
 
-DATA_CARD = Path(__file__).parent / "data"
-
-
 EVAL, ATTACK = "eval", "attack"
 
 
-def judge(workspace_card, guardrail, kind=EVAL, body=None, **changed):
+def judge(judged, guardrail, kind=EVAL, body=None, **changed):
     """An evaluation or an attack made by hand, of a guardrail in a workspace."""
     header = judged_header(kind, inputs=[guardrail.as_input()], **changed)
-    return workspace_card.write(header, body or (report() if kind == EVAL else attack()))
+    return judged.write(header, body or (report() if kind == EVAL else attack()))
 
 
 @pytest.fixture
-def workspace_card(tmp_path):
+def judged(tmp_path):
     """A guardrail that can write, its threshold, an evaluation and an attack."""
-    for path in (DATA_CARD / "schema-2").glob("[gt]*-001.*"):
+    for path in SCHEMA_2.glob("[gt]*-001.*"):
         (tmp_path / "w").mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / "w")
     made = Workspace(tmp_path / "w")
@@ -485,13 +462,13 @@ def workspace_card(tmp_path):
     return made
 
 
-def facts_of(workspace_card, **changed):
-    composition = find_composition(workspace_card, ["guardrail-001"])
+def facts_of(judged, **changed):
+    composition = find_composition(judged, ["guardrail-001"])
     said = {"name": "mine", "address": "mine", "is_on_hub": False, "is_whole_model": True, "instead": None}
     return card_facts(
-        workspace_card,
+        judged,
         composition,
-        guardrail_modules(workspace_card, composition),
+        guardrail_modules(judged, composition),
         **{**said, "is_mismatched": False, **changed},
     )
 
@@ -509,8 +486,8 @@ def code_of(text):
 
 
 class TestWhatIsWritten:
-    def test_a_model_folder(self, dsg, workspace_card, tmp_path, capsys):
-        code_, _, err = dsg("export", "my guarded `model`", "-w", workspace_card.folder)
+    def test_a_model_folder(self, dsg, judged, tmp_path, capsys):
+        code_, _, err = dsg("export", "my guarded `model`", "-w", judged.folder)
         assert code_ == 0, err
         card = ModelCard.load("my guarded `model`/README.md")
         said = card.data
@@ -521,7 +498,7 @@ class TestWhatIsWritten:
         assert found["lab-hexes", "accuracy"].metric_value == 0.7 and found["gsm", "exact_match"].metric_value == 0.5
         assert set(found) == {("lab-hexes", "accuracy"), ("a|b", "accuracy"), ("gsm", "exact_match")}
         assert "eval-001" in found["a|b", "accuracy"].metric_name and found["a|b", "accuracy"].dataset_split == "test"
-        threshold = workspace_card.read("threshold-001")
+        threshold = judged.read("threshold-001")
         lengths = threshold.header.settings["lengths"]
         for words in (
             "| `lab-hexes` | `test` | 0.800 | 0.700 [0.560, 0.810] | 0.980 | 50 | `eval-001` |",
@@ -535,14 +512,14 @@ class TestWhatIsWritten:
         ):
             assert words in card.text, words
         for artifact_id in ("threshold-001", "guardrail-001", "eval-001", "attack-001"):
-            assert workspace_card.read(artifact_id).json["sha256"] in card.text
+            assert judged.read(artifact_id).json["sha256"] in card.text
         exec(code_of(card.text), {})  # Where it was written, as it stands.
         assert "'n_sequences': 1" in capsys.readouterr().out
 
     @pytest.mark.parametrize("schema", ["schema-1", "schema-2"])
     def test_light_files(self, dsg, tmp_path, capsys, schema):
         """Of a gate that can write, and of one that needs whole sequences."""
-        shutil.copytree(DATA_CARD / schema, tmp_path / "w", ignore=shutil.ignore_patterns("features-*", "eval-*"))
+        shutil.copytree(DATA / schema, tmp_path / "w", ignore=shutil.ignore_patterns("features-*", "eval-*"))
         assert dsg("export", "light", "--form", "light", "-w", tmp_path / "w")[0] == 0
         assert sorted(path.name for path in Path("light").iterdir()) == ["README.md", "guardrail.safetensors"]
         card = ModelCard.load("light/README.md")
@@ -554,7 +531,7 @@ class TestWhatIsWritten:
         assert "'n_sequences': 1" in capsys.readouterr().out
 
     def test_without_evaluations_it_says_how_to_make_them(self, dsg, tmp_path):
-        shutil.copytree(DATA_CARD / "schema-4", tmp_path / "w", ignore=shutil.ignore_patterns("eval-*"))
+        shutil.copytree(DATA / "schema-4", tmp_path / "w", ignore=shutil.ignore_patterns("eval-*"))
         assert dsg("export", "light", "--form", "light", "-w", tmp_path / "w")[0] == 0
         card = ModelCard.load("light/README.md")
         assert "model-index" not in card.content
@@ -568,7 +545,7 @@ class TestWhatIsWritten:
         assert "the threshold that it was made from was not at hand" in card.text
 
     def test_what_apply_exports_has_one(self, dsg, tmp_path):
-        for path in (DATA_CARD / "schema-2").glob("threshold-001.*"):
+        for path in SCHEMA_2.glob("threshold-001.*"):
             (tmp_path / "w").mkdir(exist_ok=True)
             shutil.copy(path, tmp_path / "w")
         code_, out, err = dsg("apply", "--strength", "4r", "--export", "model", "-w", tmp_path / "w")
@@ -578,42 +555,42 @@ class TestWhatIsWritten:
 
 
 class TestWhatCounts:
-    def test_the_newest_of_each_bench_and_split(self, workspace_card):
-        guardrail = workspace_card.read("guardrail-001")
+    def test_the_newest_of_each_bench_and_split(self, judged):
+        guardrail = judged.read("guardrail-001")
         results = {"lab-hexes": {"base": {"acc": 0.8, "n": 9}, "unlearned": {"acc": 0.2, "n": 9}}}
         judge(
-            workspace_card,
+            judged,
             guardrail,
             body=report().replace(results=results),
             settings={"benches": ["lab-hexes"]},
         )
-        judge(workspace_card, guardrail, body=report().replace(results=results, split="dev"))
-        text = model_card(facts_of(workspace_card))
+        judge(judged, guardrail, body=report().replace(results=results, split="dev"))
+        text = model_card(facts_of(judged))
         rows = [line for line in text.splitlines() if line.startswith("| `lab-hexes` | `")]
         assert [row.split(" | ")[-1] for row in rows] == ["`eval-002` |", "`eval-003` |"]
         assert "dev questions, on which settings may have been chosen" in text
         index = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
         assert sorted(one["dataset"]["split"] for one in index) == ["dev", "test", "test", "test"]
 
-    def test_of_this_guardrail_on_its_own_weights_and_whole(self, workspace_card):
-        other = workspace_card.write(
-            workspace_card.read("guardrail-001").header.replace(seed=9, inputs=[]),
-            workspace_card.read("guardrail-001").body,
-            tensors=load_file(workspace_card.folder / "guardrail-001.safetensors"),
+    def test_of_this_guardrail_on_its_own_weights_and_whole(self, judged):
+        other = judged.write(
+            judged.read("guardrail-001").header.replace(seed=9, inputs=[]),
+            judged.read("guardrail-001").body,
+            tensors=load_file(judged.folder / "guardrail-001.safetensors"),
         )
-        judge(workspace_card, other)
-        judge(workspace_card, workspace_card.read("guardrail-001"), settings={"benches": [], "allow_mismatch": True})
-        damaged = judge(workspace_card, workspace_card.read("guardrail-001"))
+        judge(judged, other)
+        judge(judged, judged.read("guardrail-001"), settings={"benches": [], "allow_mismatch": True})
+        damaged = judge(judged, judged.read("guardrail-001"))
         damaged.path.write_text(damaged.path.read_text().replace("0.7", "0.1"))
-        assert [stored.id for stored in facts_of(workspace_card).evaluations] == ["eval-001"]
+        assert [stored.id for stored in facts_of(judged).evaluations] == ["eval-001"]
 
-    def test_on_other_weights_nothing_was_measured(self, workspace_card, tmp_path):
-        text = model_card(facts_of(workspace_card, instead="lab-retrain", is_mismatched=True))
+    def test_on_other_weights_nothing_was_measured(self, judged, tmp_path):
+        text = model_card(facts_of(judged, instead="lab-retrain", is_mismatched=True))
         assert "Nothing was measured on these" in text and "model-index" not in text and "| base |" not in text
         assert "`lab-retrain`" in text
 
-    def test_a_base_of_the_hub(self, workspace_card, tmp_path):
-        facts = replace(facts_of(workspace_card), model="org/mo-del@abc", base="org/mo-del@abc", is_whole_model=False)
+    def test_a_base_of_the_hub(self, judged, tmp_path):
+        facts = replace(facts_of(judged), model="org/mo-del@abc", base="org/mo-del@abc", is_whole_model=False)
         facts = replace(facts, base_card=BaseCard(("gemma",), "", "https://example.org/terms", ("no", "en")))
         said = loaded(front_matter(facts), tmp_path).data
         assert (said.base_model, said.base_model_relation) == ("org/mo-del", "adapter")
@@ -621,9 +598,9 @@ class TestWhatCounts:
         text = model_card(facts)
         assert 'from_pretrained("org/mo-del", revision="abc")' in text and "`https://example.org/terms`" in text
 
-    def test_features_that_were_picked_by_description(self, workspace_card):
-        facts = facts_of(workspace_card)
-        features = Workspace(DATA_CARD / "schema-3").read("features-001")
+    def test_features_that_were_picked_by_description(self, judged):
+        facts = facts_of(judged)
+        features = Workspace(DATA / "schema-3").read("features-001")
         features = replace(features, body=features.body.replace(described={"query": "hex <b> | curse"}))
         stored = replace(facts.guards[0].stored, body=facts.guards[0].body.replace(forget=[]))
         facts = replace(facts, guards=[replace(facts.guards[0], stored=stored, features=features)])
@@ -634,8 +611,8 @@ class TestWhatCounts:
             replace(facts, guards=[replace(facts.guards[0], features=None)])
         )
 
-    def test_a_licence_that_is_not_known_is_not_invented(self, workspace_card, tmp_path):
-        text = model_card(replace(facts_of(workspace_card), base_card=BaseCard(), base="/home/someone/secret/base"))
+    def test_a_licence_that_is_not_known_is_not_invented(self, judged, tmp_path):
+        text = model_card(replace(facts_of(judged), base_card=BaseCard(), base="/home/someone/secret/base"))
         assert loaded(text, tmp_path).data.license is None and "which is not known here" in text
         assert "someone" not in text and "`base`" in text
 
@@ -654,21 +631,21 @@ HOSTILE = [
 class TestNamesStayNames:
     @pytest.fixture
     def hostile(self, tmp_path):
-        stored = Workspace(DATA_CARD / "schema-2").read("guardrail-001")
-        workspace_card = Workspace(tmp_path / "w")
+        stored = Workspace(SCHEMA_2).read("guardrail-001")
+        judged = Workspace(tmp_path / "w")
         forget = [*HOSTILE, "/home/someone/secret/hazard.jsonl"]
         note = "Read <b>/home/someone/secret/notes.txt</b> | and www.example.org, https://example.org"
-        guardrail = workspace_card.write(
+        guardrail = judged.write(
             stored.header.replace(notes=[note], inputs=[]),
             stored.body_as(Guardrail).replace(forget=forget),
             tensors=load_file(stored.path.with_suffix(".safetensors")),
         )
         sides = {"base": {"acc": 1.0, "n": 8}, "unlearned": {"acc": 0.25, "n": 8}}
         body = report().replace(results=dict.fromkeys(HOSTILE, sides), gate={})
-        judge(workspace_card, guardrail, body=body, settings={"benches": HOSTILE})
+        judge(judged, guardrail, body=body, settings={"benches": HOSTILE})
         for name in HOSTILE:
-            judge(workspace_card, guardrail, ATTACK, attack().replace(bench=name, threat_model=name))
-        return workspace_card
+            judge(judged, guardrail, ATTACK, attack().replace(bench=name, threat_model=name))
+        return judged
 
     def test_front_matter(self, hostile, tmp_path):
         facts = facts_of(hostile, name=HOSTILE[2] + HOSTILE[0])
@@ -734,13 +711,13 @@ def test_a_card_that_is_no_text(tmp_path):
     assert read_base_card(str(tmp_path)) == BaseCard()
 
 
-def test_a_folder_of_the_users_own(tmp_path, workspace_card, monkeypatch):
+def test_a_folder_of_the_users_own(tmp_path, judged, monkeypatch):
     """Its own card says the licence; its path is told to nobody."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "secret" / "base"
     shutil.copytree(lab.MODEL_DIR, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    stored = workspace_card.read("guardrail-001")
+    stored = judged.read("guardrail-001")
     other = Workspace(tmp_path / "other")
     other.write(
         stored.header.replace(model=stored.header.model.replace(source=str(folder)), inputs=[]),

@@ -17,9 +17,8 @@ from browser import console_errors, open_browser, requested
 from conftest import python
 
 from dsg_cli.errors import DsgError
-from dsg_cli.report import comparison as rivals
-from dsg_cli.report.figures import draw as attack
-from dsg_cli.report.figures.draw import clusters, place_labels
+from dsg_cli.report.comparison import quality_compared
+from dsg_cli.report.figures.draw import clusters, draw_all, draw_attack, place_labels
 from dsg_cli.report.figures.style import drawing
 from dsg_cli.report.findings import findings
 from dsg_cli.report.gather import Gathered, gather
@@ -27,8 +26,6 @@ from dsg_cli.report.page import report_of
 from dsg_cli.report.rendering import Styled, Table, page_templates
 from dsg_cli.workspace.results import Inspection
 from dsg_cli.workspace.store import Workspace
-
-pytestmark = pytest.mark.browser
 
 DATA = Path(__file__).parent / "data"
 
@@ -46,11 +43,11 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, name, attributes):
-        given = dict(attributes)
-        self.tags.append((name, given))
-        self.ids += [given["id"]] if "id" in given else []
-        self.last = given.get("id")
-        self.links += [given[key] for key in ("href", "src", "xlink:href") if key in given]
+        values = dict(attributes)
+        self.tags.append((name, values))
+        self.ids += [values["id"]] if "id" in values else []
+        self.last = values.get("id")
+        self.links += [values[key] for key in ("href", "src", "xlink:href") if key in values]
         if name not in ("meta", "link", "br", "path", "use", "rect", "image"):
             self.open.append(name)
 
@@ -63,7 +60,7 @@ class Page(HTMLParser):
         self.by_id[self.last] = self.by_id.get(self.last, "") + data
 
     def of(self, name):
-        return [given for one, given in self.tags if one == name]
+        return [attributes for tag, attributes in self.tags if tag == name]
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +281,7 @@ def test_a_method_that_was_not_asked_after_everything_is_not_said_to_keep_it(wor
     body = workspace.read("compare-001").body
     forget = body.benches["forget"]
     row = body.rows[0] | {"method": "npo", "results": {forget: {"acc": 0.2, "acc_low": 0.1, "acc_high": 0.3}}}
-    said = list(rivals.quality_compared(body.replace(rows=[row])))
+    said = list(quality_compared(body.replace(rows=[row])))
     assert said[0].endswith("accuracy on every other bench: none.") and "npo (0.20)" in said[1]
 
 
@@ -318,10 +315,7 @@ def test_names_in_figures_are_text_and_nothing_else(workspace):
     curve = [point | {"variant": name, "x": name} for point in stored.body.curve]
     summary = stored.body.summary | {"worst_variant": name, "worst_x": name}
     body = stored.body.replace(attack=name, bench=name, curve=curve, summary=summary)
-    for drawn in (
-        attack.draw_attack("attack-001", body),
-        attack.draw_all([("attack-001", body), ("attack-002", body)]),
-    ):
+    for drawn in (draw_attack("attack-001", body), draw_all([("attack-001", body), ("attack-002", body)])):
         page = Page(drawn.svg())
         assert not page.open and not page.of("script") and len(page.of("svg")) == 1
         assert all(drawn.content(kind) for kind in ("svg", "png", "pdf"))
@@ -395,9 +389,6 @@ def test_it_needs_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-DATA_REPORT_PAGE = Path(__file__).parent / "data"
-
-
 CONTRAST = """
 const colour = (text) => text.match(/[0-9.]+/g).map(Number);
 const linear = (v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -412,14 +403,11 @@ return [...document.querySelectorAll(arguments[0])].map((one) => {
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """A page of every kind, as a file, and how many figures it has."""
-    folder = tmp_path_factory.mktemp("page")
-    shutil.copytree(DATA_REPORT_PAGE / "schema-1", folder / "ws")
-    workspace = Workspace(folder / "ws")
-    made = report_of(gather(workspace, workspace.ids()), "A report", has_text=True)
-    (folder / "report.html").write_text(made.text, encoding="utf-8")
-    return folder / "report.html", len(made.figures)
+def file(made, tmp_path_factory):
+    """The page as a file."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(made[1].text, encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -438,17 +426,16 @@ def seen(browser, file, *, width=1000, scheme="light", media="screen"):
     browser.get(file.as_uri())
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize(("width", "scheme"), itertools.product((360, 1000), ("light", "dark")))
-def test_it_can_be_read_anywhere(browser, report, width, scheme):
-    file, n_figures = report
+def test_it_can_be_read_anywhere(browser, file, made, width, scheme):
     seen(browser, file, width=width, scheme=scheme)
-    wide, room = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-    assert wide <= room
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     sizes = browser.execute_script(
         "return [...document.querySelectorAll('figure svg')].map((one) => one.getBoundingClientRect())"
         ".map((box) => [box.width, box.height])"
     )
-    assert len(sizes) == n_figures and all(wide >= 300 and high > 60 for wide, high in sizes)
+    assert len(sizes) == len(made[1].figures) and all(wide >= 300 and high > 60 for wide, high in sizes)
     letters = browser.execute_script(
         "return [...document.querySelectorAll('figure svg text')].map((one) => one.getBoundingClientRect().height)"
     )
@@ -459,10 +446,11 @@ def test_it_can_be_read_anywhere(browser, report, width, scheme):
     assert requested(browser) <= {file.as_uri()}
 
 
-def test_themes_differ_and_figures_follow(browser, report):
+@pytest.mark.browser
+def test_themes_differ_and_figures_follow(browser, file):
     found = []
     for scheme in ("light", "dark"):
-        seen(browser, report[0], scheme=scheme)
+        seen(browser, file, scheme=scheme)
         script = "return [getComputedStyle(document.body)[arguments[0]], getComputedStyle(document.querySelector(" \
             "'figure svg text')).fill]"  # fmt: skip
         ground, _ = browser.execute_script(script, "backgroundColor")
@@ -472,9 +460,10 @@ def test_themes_differ_and_figures_follow(browser, report):
     assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
 
 
-def test_on_paper_all_of_it_is_there(browser, report):
+@pytest.mark.browser
+def test_on_paper_all_of_it_is_there(browser, file):
     """Folded tables are open, what is for screens is gone, and dark readers get black on white."""
-    seen(browser, report[0], scheme="dark", media="print")
+    seen(browser, file, scheme="dark", media="print")
     shown = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
     assert browser.execute_script(shown, "nav", "display") == "none"
     assert browser.execute_script(shown, "body", "backgroundColor") == "rgb(255, 255, 255)"
@@ -486,10 +475,11 @@ def test_on_paper_all_of_it_is_there(browser, report):
     assert printed.startswith(b"%PDF") and len(printed) > 20_000
 
 
-def test_keys_reach_the_skip_link_first_and_every_link_and_table(browser, report):
+@pytest.mark.browser
+def test_keys_reach_the_skip_link_first_and_every_link_and_table(browser, file):
     from selenium.webdriver.common.keys import Keys
 
-    seen(browser, report[0])
+    seen(browser, file)
     active = browser.switch_to.active_element
     active.send_keys(Keys.TAB)
     first = browser.switch_to.active_element
@@ -502,15 +492,15 @@ def test_keys_reach_the_skip_link_first_and_every_link_and_table(browser, report
     assert all(names) and len(set(names)) == len(names), "what scrolls has a name of its own"
 
 
-def test_what_is_hostile_neither_runs_nor_widens_it(browser, report, tmp_path):
+@pytest.mark.browser
+def test_what_is_hostile_neither_runs_nor_widens_it(browser, workspace, tmp_path):
     """A name of two thousand letters, markup, and text that is written from right to left."""
     held = Workspace(tmp_path / "ws")
-    inspected = hostile_inspection(Workspace(report[0].parent / "ws"), held)
+    inspected = hostile_inspection(workspace, held)
     file = tmp_path / "hostile.html"
     file.write_text(report_of(gather(held, [inspected.id]), NASTY, has_text=True).text, encoding="utf-8")
     seen(browser, file, width=360)
-    wide, room = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-    assert wide <= room
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     assert browser.execute_script("return document.scripts.length") == 0
     assert browser.execute_script("return document.querySelector('h1').textContent").startswith("<script>alert(1)")
     direction = "return getComputedStyle(document.querySelector('.tokens > bdi'), null).unicodeBidi"

@@ -61,15 +61,15 @@ def export_folder(
     """Write a guarded model, all or nothing.
 
     Args:
-        folder: Where; new, or empty.
+        folder: New, or empty.
         base: Folder of the base model.
         architecture: Its class in transformers, such as `Gemma2ForCausalLM`.
         tokenizer_class: Class of its tokenizer.
-        guardrails: One or several; each decides by its own gate.
+        guardrails: Each decides by its own gate.
         light_files: Their light files, which lie in the folder too.
-        card: Its model card.
-        links: Hard-link the base's weights where the file system can; else, or where it cannot, copy them.
-        allow_mismatch: Whether the guardrails were made for other weights, and are wanted on these all the same.
+        card: Text of its model card.
+        links: Hard-link the base's weights where the file system can; else copy them.
+        allow_mismatch: Put guardrails on weights that they were not made for.
     """
     check_causal(guard.gate.form for guard in guardrails)
     config = read_config(str(base))
@@ -86,7 +86,9 @@ def export_folder(
         partial.mkdir()
         _copy_small_files(base, partial, tokenizer_class)
         _place_weights(base, shards, partial, guardrails, links=links)
-        _write_config(base, partial, config, architecture, guardrails, allow_mismatch=allow_mismatch)
+        values: Json = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        guards = {exported.ALLOW_MISMATCH: allow_mismatch, exported.PREFIX: list(map(exported.describe, guardrails))}
+        _write_json(partial / "config.json", _config(values, config, architecture, guards))
         _write_code(partial, type(config).__name__, architecture)
         for number, content in enumerate(light_files):
             (partial / light_name(number)).write_bytes(content)
@@ -145,7 +147,11 @@ def _place_weights(
     n_bytes = 0
     for number, (name, tensors) in enumerate(shards.items(), start=1):
         placed = f"base-{number:05d}-of-{len(shards):05d}.safetensors"
-        _link_or_copy((base / name).resolve(), partial / placed, links=links)
+        source = (base / name).resolve()
+        try:
+            (os.link if links else shutil.copyfile)(source, partial / placed)
+        except OSError:  # Another file system, or one without links.
+            shutil.copyfile(source, partial / placed)
         n_bytes += (partial / placed).stat().st_size
         weight_map |= dict.fromkeys(tensors, placed)
     held = {
@@ -159,44 +165,20 @@ def _place_weights(
     _write_json(partial / INDEX, index)
 
 
-def _link_or_copy(source: Path, target: Path, *, links: bool) -> None:
-    if links:
-        try:
-            os.link(source, target)
-            return
-        except OSError:  # Another file system, or one without links.
-            pass
-    shutil.copyfile(source, target)
-
-
-def _write_config(
-    base: Path,
-    partial: Path,
-    config: Any,
-    architecture: str,
-    guardrails: Sequence[GuardrailModule],
-    *,
-    allow_mismatch: bool,
-) -> None:
-    values: Json = json.loads((base / "config.json").read_text(encoding="utf-8"))
+def _config(values: Json, config: Any, architecture: str, guards: Json) -> Json:
+    """The base's configuration with a model type of its own, which names the code to load it by."""
     values.pop("_name_or_path", None)
     values |= {
-        "model_type": _model_type(config),
+        # The base's type stays readable in it: clients look for parts of it, such as `gemma`.
+        "model_type": f"dsg_{config.model_type}",
         # `transformers serve` looks for a class of this name in transformers itself.
         "architectures": ["AutoModelForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{CONFIGURATION.removesuffix('.py')}.DsgConfig",
             "AutoModelForCausalLM": f"{MODELING.removesuffix('.py')}.Dsg{architecture}",
         },
-        exported.ALLOW_MISMATCH: allow_mismatch,
-        exported.PREFIX: [exported.describe(guard) for guard in guardrails],
     }
-    _write_json(partial / "config.json", sealed({"vocab_size": config.vocab_size} | values))
-
-
-def _model_type(config: Any) -> str:
-    # The base's type stays readable in it: clients look for parts of it, such as `gemma`.
-    return f"dsg_{config.model_type}"
+    return sealed({"vocab_size": config.vocab_size} | values | guards)
 
 
 def _write_code(partial: Path, config_class: str, architecture: str) -> None:

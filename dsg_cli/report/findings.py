@@ -20,7 +20,7 @@ from dsg_cli.workspace.store import Stored
 
 
 @dataclass(frozen=True)
-class Finding:
+class Sentence:
     """A sentence, and the ids of the artifacts that its numbers are from; none for what holds of any guardrail."""
 
     text: str
@@ -36,51 +36,51 @@ MOST_METRICS = 4
 """Of a bench on free text in a sentence; the table has them all."""
 
 
-def findings(gathered: Gathered) -> dict[str, list[Finding]]:
+def findings(gathered: Gathered) -> dict[str, list[Sentence]]:
     """Heading -> sentences."""
     comparisons = [(stored.id, stored.body_as(Comparison)) for stored in gathered.of("compare")]
     studies = [(stored.id, stored.body_as(StudyReport)) for stored in gathered.of("study")]
 
-    def compared(sentences: Callable[[Comparison], Iterator[str]]) -> list[Finding]:
-        return [Finding(sentence, (name,)) for name, body in comparisons for sentence in sentences(body)]
+    def compared(sentences: Callable[[Comparison], Iterator[str]]) -> list[Sentence]:
+        return [Sentence(sentence, (name,)) for name, body in comparisons for sentence in sentences(body)]
 
-    def studied(sentences: Callable[[StudyReport], Iterator[str]]) -> list[Finding]:
-        return [Finding(sentence, (name,)) for name, body in studies for sentence in sentences(body)]
+    def studied(sentences: Callable[[StudyReport], Iterator[str]]) -> list[Sentence]:
+        return [Sentence(sentence, (name,)) for name, body in studies for sentence in sentences(body)]
 
     quality = [*_quality(gathered), *compared(quality_compared), *studied(accuracies_studied)]
     costs = [*_costs(gathered), *compared(costs_compared), *studied(costs_studied)]
     return {
-        "What was unlearned": [*_unlearned(gathered)] or [Finding("Nothing yet: dsg apply.")],
-        "How well": quality or [Finding("No evaluation is part of this report: dsg eval.")],
-        "At what cost": costs or [Finding("Nothing was measured.")],
+        "What was unlearned": [*_unlearned(gathered)] or [Sentence("Nothing yet: dsg apply.")],
+        "How well": quality or [Sentence("No evaluation is part of this report: dsg eval.")],
+        "At what cost": costs or [Sentence("Nothing was measured.")],
         "What it does not protect against": [
             *_attacks(gathered),
             *compared(relearning_compared),
-            Finding(STANDING),
+            Sentence(STANDING),
         ],
     }
 
 
-def _unlearned(gathered: Gathered) -> Iterator[Finding]:
+def _unlearned(gathered: Gathered) -> Iterator[Sentence]:
     for stored in gathered.artifacts:
         body, model = stored.body, stored.header.model.source
         if isinstance(body, Guardrail | ModelWeights | Wrapper):
             topics = ", ".join(body.forget) or "what its features stand for"
             is_taught = isinstance(body, ModelWeights) and finetunes(body.method)
             aim = f"{model} was taught" if is_taught else f"{model} is to stop answering about {topics}"
-            yield Finding(f"{aim}: {_means(stored)}.", (stored.id,))
+            yield Sentence(f"{aim}: {_means(stored)}.", (stored.id,))
             if isinstance(body, Guardrail) and not body.effect:
-                yield Finding("It was never tried on text that it should catch.", (stored.id,))
+                yield Sentence("It was never tried on text that it should catch.", (stored.id,))
     ids = {stored.id for stored in gathered.artifacts}
     for stored in gathered.of("compare"):
         comparison = stored.body_as(Comparison)
-        yield Finding(subject_compared(comparison, stored.header.model.source), (stored.id,))
+        yield Sentence(subject_compared(comparison, stored.header.model.source), (stored.id,))
         detailed = dict.fromkeys(row["method"] for row in comparison.rows if ids & set(row["artifacts"]))
         if detailed:
-            yield Finding(f"Of these, {', '.join(detailed)} is shown in detail.", (stored.id,))
+            yield Sentence(f"Of these, {', '.join(detailed)} is shown in detail.", (stored.id,))
     for stored in gathered.of("study"):
         study = stored.body_as(StudyReport)
-        yield Finding(f"Study {study_headline(study)}; varied: {', '.join(study.grid)}.", (stored.id,))
+        yield Sentence(f"Study {study_headline(study)}; varied: {', '.join(study.grid)}.", (stored.id,))
 
 
 def _means(stored: Stored) -> str:
@@ -100,7 +100,7 @@ def _means(stored: Stored) -> str:
     return f"{body.method}, by {body.rule} on the {body.side}"
 
 
-def _quality(gathered: Gathered) -> Iterator[Finding]:
+def _quality(gathered: Gathered) -> Iterator[Sentence]:
     corpora_by_digest = {
         stored.json["sha256"]: stored.body.forget
         for stored in gathered.artifacts
@@ -119,7 +119,7 @@ def _quality(gathered: Gathered) -> Iterator[Finding]:
         sentences += [f"{line}." for line in refusals(body.refused)]
         if missed := [outcome["expect"] for outcome in body.expected if not outcome["met"]]:
             sentences.append(f"Expected, and not met: {', '.join(missed)}.")
-        yield from (Finding(sentence, (stored.id,)) for sentence in sentences)
+        yield from (Sentence(sentence, (stored.id,)) for sentence in sentences)
 
 
 def _domain(bench: str) -> str:
@@ -165,20 +165,20 @@ def _text_metrics(body: EvalReport, bench: str) -> str:
     return f"{bench}: {'; '.join(changes)}" + (f"; {more} further numbers in the table" if more > 0 else "")
 
 
-def _costs(gathered: Gathered) -> Iterator[Finding]:
+def _costs(gathered: Gathered) -> Iterator[Sentence]:
     for stored in gathered.of("threshold"):
         body = stored.body_as(Threshold)
         if body.false_positive_rate is not None:
             rate = f"{body.false_positive_rate:.1%} of {body.n_fresh:,} fresh pieces of retain text are gated"
             bounds = f"95 %: {body.low:.1%} to {body.high:.1%}"
-            yield Finding(f"{rate} ({bounds}); {_promise(stored, body)}.", (stored.id,))
+            yield Sentence(f"{rate} ({bounds}); {_promise(stored, body)}.", (stored.id,))
     for stored in gathered.of("eval"):
         rates = [f"{bench} {gate['rate']:.2f}" for bench, gate in stored.body_as(EvalReport).gate.items()]
         if rates:
-            yield Finding(f"Share of questions gated: {', '.join(rates)}.", (stored.id,))
+            yield Sentence(f"Share of questions gated: {', '.join(rates)}.", (stored.id,))
     for stored in (*gathered.of("guardrail"), *gathered.of("wrapper")):
         paths = [path for path in (stored.path, stored.path.with_suffix(".safetensors")) if path.is_file()]
-        yield Finding(f"{sum(path.stat().st_size for path in paths) / 1000:,.0f} kB beside the model.", (stored.id,))
+        yield Sentence(f"{sum(path.stat().st_size for path in paths) / 1000:,.0f} kB beside the model.", (stored.id,))
     makers = [stored for kind in ("threshold", *UNLEARNING) for stored in gathered.of(kind)]
     used = {one.id for stored in makers for one in stored.header.inputs}
     steps = [
@@ -189,7 +189,7 @@ def _costs(gathered: Gathered) -> Iterator[Finding]:
     if steps:
         seconds = ", ".join(f"{stored.header.seconds:,.1f} s for {stored.id}" for stored in steps)
         devices = ", ".join(dict.fromkeys(stored.header.device for stored in steps))
-        yield Finding(f"Making it took {seconds}, on {devices}.", tuple(stored.id for stored in steps))
+        yield Sentence(f"Making it took {seconds}, on {devices}.", tuple(stored.id for stored in steps))
 
 
 def _promise(stored: Stored, body: Threshold) -> str:
@@ -200,7 +200,7 @@ def _promise(stored: Stored, body: Threshold) -> str:
     return f"it was set for {body.alpha:.1%}{how}"
 
 
-def _attacks(gathered: Gathered) -> Iterator[Finding]:
+def _attacks(gathered: Gathered) -> Iterator[Sentence]:
     """Attacks that got past it one by one, the one that brought back most first; then all others."""
     ids = {id(stored.body): stored.id for stored in gathered.of("attack")}
     bodies = ranking([stored.body_as(AttackReport) for stored in gathered.of("attack")])
@@ -216,20 +216,20 @@ def _attacks(gathered: Gathered) -> Iterator[Finding]:
             accuracy = f"accuracy on {body.bench} {before} before, {after} after ({place(body)})"
             unguarded = f"{share(summary['unguarded_at_worst'])} without the guard"
             sentence = f"{body.attack} gets past it: {accuracy}; {unguarded}. {body.threat_model}"
-            yield Finding(sentence, (ids[id(body)],))
+            yield Sentence(sentence, (ids[id(body)],))
     if resisted:
         worst = ", ".join(f"{body.attack} {share(body.summary['forget_acc_worst'])}" for body in resisted)
-        yield Finding(f"These brought back at most: {worst}.", tuple(ids[id(body)] for body in resisted))
+        yield Sentence(f"These brought back at most: {worst}.", tuple(ids[id(body)] for body in resisted))
     if unknown:
         names = ", ".join(body.attack for body in unknown)
-        yield Finding(f"{NOT_MEASURABLE.capitalize()}: {names}.", tuple(ids[id(body)] for body in unknown))
+        yield Sentence(f"{NOT_MEASURABLE.capitalize()}: {names}.", tuple(ids[id(body)] for body in unknown))
     if bodies:
         n = sum(body.summary["n_points"] for body in bodies)
         untried = [kind for kind in ATTACKS if kind not in {body.attack for body in bodies}]
         is_one_composition = len({repr(body.composition) for body in bodies}) == 1
         rest = f" Not tried: {', '.join(untried)}." if untried and is_one_composition else ""
-        yield Finding(
+        yield Sentence(
             f"Accuracies are the worst of {n} points tried. That one fails is no proof that none succeeds.{rest}"
         )
     elif not gathered.of("compare"):
-        yield Finding("No attack is part of this report: dsg attack --kind all.")
+        yield Sentence("No attack is part of this report: dsg attack --kind all.")
