@@ -241,7 +241,7 @@ def test_a_folder_that_an_earlier_version_exported_answers_as_it_did():
         written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
         assert written == row["guarded"]
     assert any(row["guarded"] != row["base"] for row in rows)
-    assert model.dsg_guardrails[0].counters()["n_gated"] == sum(row["guarded"] != row["base"] for row in rows)
+    assert model.dsg_guardrails[0].counters()["n_gated"] == 3
 
 
 @pytest.fixture
