@@ -30,7 +30,7 @@ from dsg_cli.workspace.store import Workspace
 DATA = Path(__file__).parent / "data"
 
 
-NASTY = "<script>alert(1)</script> \"'&\x1b[31m\u202eabc\ud800 " + "long" * 500
+NASTY = "<script>alert(1)</script> \"'&\x1b[31m\u202eabc\ud800\ufffe " + "long" * 500
 
 
 class Page(HTMLParser):
@@ -81,6 +81,22 @@ def made(workspace):
 @pytest.fixture(scope="module")
 def page(made):
     return Page(made[1].text)
+
+
+def ids_of(gathered):
+    return {stored.id for stored in gathered.artifacts}
+
+
+def sentences(gathered, heading):
+    return [sentence.text for sentence in findings(gathered)[heading]]
+
+
+def with_results(workspace, results, **changed):
+    """What a report of the evaluation gathers, with other results."""
+    stored = workspace.read("eval-001")
+    others = [one for one in gather(workspace, ["eval-001", "guardrail-001"]).artifacts if one.id != "eval-001"]
+    changed = dataclasses.replace(stored, body=stored.body.replace(results=results, **changed))
+    return Gathered([*others, changed], {"eval-001": workspace.rows(stored)})
 
 
 def test_it_needs_nothing_but_itself(page):
@@ -136,12 +152,11 @@ def test_numbers_are_the_artifacts_and_name_them(made, workspace):
 
 
 def test_without_names_it_takes_the_newest_and_what_they_are_made_from(tmp_path, workspace):
-    found = {one.id for one in gather(workspace, []).artifacts}
-    assert {"compare-001", "study-001"} <= found
+    assert {"compare-001", "study-001"} <= ids_of(gather(workspace, []))
     alone = Workspace(tmp_path / "ws")
     shutil.copytree(workspace.folder, alone.folder, ignore=shutil.ignore_patterns("compare-*", "model-*", "wrapper-*"))
-    found = {one.id for one in gather(alone, []).artifacts}
-    assert {"guardrail-001", "threshold-001", "features-001", "eval-001", "attack-001"} <= found
+    newest = {"guardrail-001", "threshold-001", "features-001", "eval-001", "attack-001"}
+    assert newest <= ids_of(gather(alone, []))
     assert [one.id for one in gather(alone, ["eval-001"]).artifacts][-1] == "eval-001"
 
 
@@ -259,53 +274,49 @@ def test_of_a_comparison_the_row_that_did_best_on_dev_questions_is_shown_too(tmp
     body = compared.body.replace(rows=rows, trials=trials)
     held.write(compared.header.replace(files={}, created="2026-12-01T00:00:00+00:00"), body)
     gathered = gather(held, [])
-    found = {one.id for one in gathered.artifacts}
-    assert "model-001" in found and not {"wrapper-001", "compare-001"} & found
+    assert "model-001" in ids_of(gathered) and not {"wrapper-001", "compare-001"} & ids_of(gathered)
     assert "Of these, npo is shown in detail." in report_of(gathered, "t").text
     held.write(compared.header.replace(files={}, created="2026-11-25T08:00:00+00:00"), body)
-    found = {one.id for one in gather(held, []).artifacts}
-    assert "wrapper-001" in found and "model-001" not in found
+    assert {"wrapper-001", "model-001"} & ids_of(gather(held, [])) == {"wrapper-001"}
 
 
 def test_a_question_in_other_words_is_about_the_same(workspace):
-    gathered = gather(workspace, ["eval-001"])
-    stored = next(one for one in gathered.artifacts if one.id == "eval-001")
-    asked = {"lab-hexes-terse": stored.body.results["lab-hexes"], "lab-near-held": stored.body.results["lab-near"]}
-    changed = dataclasses.replace(stored, body=stored.body.replace(results=asked, gate={}, expected=[]))
-    others = [one for one in gathered.artifacts if one.id != "eval-001"]
-    said = [one.text for one in findings(Gathered([*others, changed], {}))["How well"]]
-    assert said[0].startswith("To forget: lab-hexes-terse") and said[1].startswith("To keep: lab-near-held")
+    results = workspace.read("eval-001").body.results
+    asked = {"lab-hexes-terse": results["lab-hexes"], "lab-near-held": results["lab-near"]}
+    forgotten, kept, *_ = sentences(with_results(workspace, asked, gate={}, expected=[]), "How well")
+    assert forgotten.startswith("To forget: lab-hexes-terse") and kept.startswith("To keep: lab-near-held")
 
 
 def test_a_method_that_was_not_asked_after_everything_is_not_said_to_keep_it(workspace):
     body = workspace.read("compare-001").body
     forget = body.benches["forget"]
     row = body.rows[0] | {"method": "npo", "results": {forget: {"acc": 0.2, "acc_low": 0.1, "acc_high": 0.3}}}
-    said = list(quality_compared(body.replace(rows=[row])))
-    assert said[0].endswith("accuracy on every other bench: none.") and "npo (0.20)" in said[1]
+    both, forgets_alone = quality_compared(body.replace(rows=[row]))
+    assert both.endswith("accuracy on every other bench: none.") and "npo (0.20)" in forgets_alone
 
 
-def test_a_finding_says_whether_it_is_guessing(workspace):
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.1, 0.4, "not to be told from guessing, which gives 0.25"),
+        (0.3, 0.6, "more than guessing"),
+        (0.0, 0.1, "less than guessing"),
+    ],
+)
+def test_a_finding_says_whether_it_is_guessing(workspace, low, high, verdict):
     """Chance is that of the questions asked; without intervals nothing is claimed."""
-    stored = workspace.read("eval-001")
-    (chance,) = {gather(workspace, ["eval-001"]).chance(stored, "lab-hexes")}
-    assert chance == 0.25
-    said = {}
-    for low, high in ((0.1, 0.4), (0.3, 0.6), (0.0, 0.1)):
-        after = stored.body.results["lab-hexes"]["unlearned"] | {"acc_low": low, "acc_high": high}
-        sides = {"lab-hexes": stored.body.results["lab-hexes"] | {"unlearned": after}}
-        changed = dataclasses.replace(stored, body=stored.body.replace(results=sides))
-        others = [one for one in gather(workspace, ["eval-001", "guardrail-001"]).artifacts if one.id != "eval-001"]
-        gathered = Gathered([*others, changed], {"eval-001": workspace.rows(stored)})
-        said[low] = " ".join(one.text for one in findings(gathered)["How well"])
-    assert "not to be told from guessing, which gives 0.25" in said[0.1]
-    assert "more than guessing" in said[0.3] and "less than guessing" in said[0.0]
+    sides = workspace.read("eval-001").body.results["lab-hexes"]
+    after = sides["unlearned"] | {"acc_low": low, "acc_high": high}
+    gathered = with_results(workspace, {"lab-hexes": sides | {"unlearned": after}})
+    assert gathered.chance(workspace.read("eval-001"), "lab-hexes") == 0.25
+    assert verdict in " ".join(sentences(gathered, "How well"))
 
 
 def test_what_was_not_tried_is_said(workspace):
-    texts = [one.text for one in findings(gather(workspace, ["attack-001"]))["What it does not protect against"]]
-    assert any("Not tried: split, paraphrase" in text and "dilution" not in text for text in texts)
-    assert findings(gather(workspace, ["features-001"]))["What it does not protect against"][0].artifacts == ()
+    heading = "What it does not protect against"
+    untried = [text for text in sentences(gather(workspace, ["attack-001"]), heading) if "Not tried: split" in text]
+    assert len(untried) == 1 and "paraphrase" in untried[0] and "dilution" not in untried[0]
+    assert findings(gather(workspace, ["features-001"]))[heading][0].artifacts == ()
 
 
 def test_names_in_figures_are_text_and_nothing_else(workspace):
@@ -448,16 +459,14 @@ def test_it_can_be_read_anywhere(browser, file, made, width, scheme):
 
 @pytest.mark.browser
 def test_themes_differ_and_figures_follow(browser, file):
-    found = []
+    script = "const body = getComputedStyle(document.body); return [body.backgroundColor, body.color, " \
+        "getComputedStyle(document.querySelector('figure svg text')).fill]"  # fmt: skip
+    colours = []
     for scheme in ("light", "dark"):
         seen(browser, file, scheme=scheme)
-        script = "return [getComputedStyle(document.body)[arguments[0]], getComputedStyle(document.querySelector(" \
-            "'figure svg text')).fill]"  # fmt: skip
-        ground, _ = browser.execute_script(script, "backgroundColor")
-        ink, letters = browser.execute_script(script, "color")
-        assert ink == letters
-        found.append((ground, ink))
-    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+        colours.append(browser.execute_script(script))
+    assert all(ink == letters for _, ink, letters in colours)
+    assert all(light != dark for light, dark in zip(*colours, strict=True))
 
 
 @pytest.mark.browser
