@@ -6,7 +6,6 @@ import json
 import math
 import random
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,15 +128,20 @@ def calibrated(selected, *sets):
     return recipe, calibrate.run(recipe, workspace, source=features.id)
 
 
-def test_the_probe_and_its_guarantee(selected):
+@pytest.fixture(scope="module")
+def by_probe(selected):
+    """The threshold of the recipe as it is."""
+    return calibrated(selected)[1]
+
+
+def test_the_probe_and_its_guarantee(selected, by_probe):
     _, features = selected
     probe = features.body_as(FeatureSet).probe
     assert len(probe["features"]) == 8 and probe["path"][-1]["balanced_accuracy"] > 0.85
-    _, stored = calibrated(selected)
-    body = stored.body_as(Threshold)
+    body = by_probe.body_as(Threshold)
     assert body.detectors == [one["index"] for one in probe["features"]]
     assert body.weights == [one["weight"] for one in probe["features"]] and body.bias == probe["bias"]
-    rows = [json.loads(line) for line in stored.path.with_suffix(".jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in by_probe.path.with_suffix(".jsonl").read_text().splitlines()]
     assert {row["part"] for row in rows} == {"calibrate", "fresh", "long", "forget", "questions"}
     # The threshold is the largest of what each corpus asks for by itself: none exceeds alpha, one is at it.
     shares = {}
@@ -154,10 +158,9 @@ def test_the_probe_and_its_guarantee(selected):
     assert all(row["length"] > 128 for row in rows if row["part"] == "long")
 
 
-def test_pooled_is_the_weaker_guarantee(selected):
-    _, each = calibrated(selected)
+def test_pooled_is_the_weaker_guarantee(selected, by_probe):
     _, pooled = calibrated(selected, "calibrate.guarantee=pooled")
-    assert pooled.body_as(Threshold).threshold < each.body_as(Threshold).threshold
+    assert pooled.body_as(Threshold).threshold < by_probe.body_as(Threshold).threshold
     _, plain = calibrated(selected, "calibrate.guarantee=pooled", "calibrate.quantile=percentile")
     assert plain.body_as(Threshold).threshold == plain.body_as(Threshold).percentile
 
@@ -234,6 +237,5 @@ def test_formatting_features_are_named():
     assert formatting_notes(chat, plain, [1, 2, 3]) == []
 
 
-def test_no_text_is_kept(selected):
-    _, stored = calibrated(selected)
-    assert "Rahurk" not in stored.path.read_text() + Path(stored.path.with_suffix(".jsonl")).read_text()
+def test_no_text_is_kept(by_probe):
+    assert "Rahurk" not in by_probe.path.read_text() + by_probe.path.with_suffix(".jsonl").read_text()
