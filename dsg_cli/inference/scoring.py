@@ -35,13 +35,13 @@ from dsg_cli.inference.wrappers import (
     WrapperModule,
     has_filter,
     in_front,
+    n_matches,
     prefix_ids,
     read_by,
-    statistics_of,
 )
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.language_model import context_length, devices_of
-from dsg_cli.models.residuals import OomSplitter
+from dsg_cli.models.residuals import OomSplitter, mean_residuals
 from dsg_cli.workspace.checkpoints import State
 from dsg_cli.workspace.files import at_safe_points
 from dsg_cli.workspace.results import Json
@@ -210,9 +210,7 @@ class GuardedModel:
         for wrapper in (wrapper for wrapper in wrappers if wrapper.is_filter):
             texts = [read_by(wrapper.body, request)[-room:] for request in requests]
             distinct = list(dict.fromkeys(texts))
-            statistics = statistics_of(
-                wrapper, self.model, self.tokenizer, distinct, batch_size=self.batch_size, job=job.named("filter")
-            )
+            statistics = self.filter_statistics(wrapper, distinct, job.named("filter"))
             of_text = dict(zip(distinct, (v if math.isfinite(v) else LARGEST for v in statistics), strict=True))
             for own, text in zip(values, texts, strict=True):
                 own.append((of_text[text], wrapper))
@@ -223,6 +221,26 @@ class GuardedModel:
             )
             for own in values
         ]
+
+    def filter_statistics(
+        self, wrapper: WrapperModule, rows: Sequence[Sequence[int]], job: Job = PLAIN_JOB
+    ) -> list[float]:
+        """The statistic of each text: different keywords in it, or weight . mean residual + bias."""
+        if wrapper.weight_D is None:
+            texts = [str(self.tokenizer.decode(list(row), skip_special_tokens=True)) for row in rows]
+            return [float(n_matches(text, wrapper.phrases)) for text in texts]
+        assert wrapper.body.layer is not None
+        mean_ND = mean_residuals(
+            self.model, self.tokenizer, rows, layer=wrapper.body.layer, batch_size=self.batch_size, job=job
+        )
+        if mean_ND.shape[1] != len(wrapper.weight_D):
+            raise DsgError(
+                f"The filter reads {len(wrapper.weight_D)} values a token; this model has {mean_ND.shape[1]}.",
+                "Take the model that it was made for.",
+            )
+        value_N = (mean_ND.double() @ wrapper.weight_D.double() + wrapper.bias).tolist()
+        special = set(special_ids(self.tokenizer))
+        return [value if set(row) - special else -LARGEST for value, row in zip(value_N, rows, strict=True)]
 
     def _wrapped(self, requests: Sequence[Request], verdicts: Sequence[Verdict]) -> list[Request]:
         """What the model is given instead of each request: a refusal in place of its context, or prefixes before it."""

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.data.readers import text_of
 from dsg_cli.data.tokens import Request, encode, special_ids, words_of
 from dsg_cli.errors import DsgError
-from dsg_cli.job import PLAIN_JOB, Job
-from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.workspace.artifacts import Wrapper
 
 Phrase = tuple[str, ...]
@@ -138,38 +136,6 @@ def has_filter(wrappers: Sequence[WrapperModule]) -> bool:
 def on_side(wrappers: Sequence[WrapperModule], side: str) -> list[WrapperModule]:
     """The filters of prompts, or those of answers."""
     return [wrapper for wrapper in wrappers if wrapper.is_filter and wrapper.body.side == side]
-
-
-def statistics_of(
-    wrapper: WrapperModule,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-    job: Job = PLAIN_JOB,
-) -> list[float]:
-    """The statistic of each text: different keywords in it, or weight . mean residual + bias."""
-    if wrapper.weight_D is None:
-        texts = [str(tokenizer.decode(list(row), skip_special_tokens=True)) for row in rows]
-        return [float(n_matches(text, wrapper.phrases)) for text in texts]
-    assert wrapper.body.layer is not None
-    mean_ND = mean_residuals(
-        model,
-        tokenizer,
-        rows,
-        layer=wrapper.body.layer,
-        batch_size=batch_size,
-        job=job,
-    )
-    if mean_ND.shape[1] != len(wrapper.weight_D):
-        raise DsgError(
-            f"The filter reads {len(wrapper.weight_D)} values a token; this model has {mean_ND.shape[1]}.",
-            "Take the model that it was made for.",
-        )
-    value_N = (mean_ND.double() @ wrapper.weight_D.double() + wrapper.bias).tolist()
-    special = set(special_ids(tokenizer))
-    return [value if set(row) - special else -LARGEST for value, row in zip(value_N, rows, strict=True)]
 
 
 def prefix_ids(wrappers: Sequence[WrapperModule], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from dsg_cli.evals.questions import Question
 from dsg_cli.guardrail.calibration import threshold_of
 from dsg_cli.guardrail.runtime.sites import decoder_layers
 from dsg_cli.inference.scoring import GuardedModel
-from dsg_cli.inference.wrappers import WrapperModule, read_keywords, statistics_of, telling_words, wrapper_from_artifact
+from dsg_cli.inference.wrappers import WrapperModule, read_keywords, telling_words, wrapper_from_artifact
 from dsg_cli.intervals import rate_above
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.residuals import mean_residuals
@@ -259,14 +259,8 @@ def _statistics(
 ) -> list[tuple[Piece, float]]:
     """Pieces of one part of corpora with their statistics."""
     pieces = _pieces(inputs, corpora, part)
-    values = statistics_of(
-        module,
-        inputs.model.model,
-        inputs.model.tokenizer,
-        [piece.ids for piece in pieces],
-        batch_size=inputs.model.batch_size,
-        job=Job(progress=inputs.job.progress, name=f"{part} pieces"),
-    )
+    job = Job(progress=inputs.job.progress, name=f"{part} pieces")
+    values = inputs.model.filter_statistics(module, [piece.ids for piece in pieces], job)
     if not all(map(math.isfinite, values)):
         raise DsgError("On a piece of text an activation is not finite.", "Check the weights, or try --dtype float32.")
     return list(zip(pieces, values, strict=True))
