@@ -69,7 +69,9 @@ def run(hub, root, script, **variables):
 @pytest.fixture(scope="module")
 def done(hub, root):
     """The script, run once."""
-    return run(hub, root, SCRIPT)
+    finished = run(hub, root, SCRIPT)
+    assert finished.returncode == 0, finished.stderr
+    return finished
 
 
 def artifact(root: Path, name: str):
@@ -77,7 +79,6 @@ def artifact(root: Path, name: str):
 
 
 def test_the_commands_work_word_for_word(done, hub, root):
-    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["features-001", "threshold-001", "guardrail-001", "eval-001", "eval-002"]
     features = artifact(root, "features-001")
     assert features["model"]["source"].startswith("google/gemma-2-2b-it@") and features["model"]["width"] == 2304
@@ -96,7 +97,6 @@ def test_the_commands_work_word_for_word(done, hub, root):
 def test_lm_evals_own_results_lie_beside_the_report(done, root):
     from lm_eval.utils import make_table
 
-    assert done.returncode == 0, done.stderr
     found = sorted((root / "dsg-workspace" / "eval-002").rglob("*"))
     files = [path for path in found if path.is_file()]
     assert [path.relative_to(root / "dsg-workspace" / "eval-002").parts[0] for path in files] == ["base", "unlearned"]
@@ -107,7 +107,6 @@ def test_lm_evals_own_results_lie_beside_the_report(done, root):
 
 
 def test_after_one_run_all_of_it_works_offline(done, hub, root):
-    assert done.returncode == 0, done.stderr
     warm = run(hub, root, f"{sys.executable} -c \"import datasets as d; d.load_dataset('cais/mmlu', 'all')\"")
     assert warm.returncode == 0, warm.stderr
     before = len(hub.requests)
@@ -126,7 +125,6 @@ def test_after_one_run_all_of_it_works_offline(done, hub, root):
 
 
 def test_base_answers_of_an_earlier_evaluation_are_taken(done, hub, root):
-    assert done.returncode == 0, done.stderr
     script = "dsg eval --bench wmdp-bio --bench wmdp-cyber --json > both.json"
     again = run(hub, root, script)
     assert again.returncode == 0, again.stderr
@@ -142,7 +140,6 @@ SUBJECTS = ("high_school_us_history", "high_school_geography", "human_aging", "c
 
 def test_the_papers_recipe_prints_its_numbers_beside_ours(done, hub, root):
     """The stand-in answers by its words, not by the order of options, so that the questions are named."""
-    assert done.returncode == 0, done.stderr
     ids = {"wmdp-bio-paper": [f"wmdp-bio/{i}" for i in range(24)]}
     ids["mmlu-paper"] = [f"{subject}/{i}" for subject in SUBJECTS for i in range(4)]
     (root / "ids.json").write_text(json.dumps(ids))
@@ -184,7 +181,6 @@ WRONG = {
 
 
 def test_what_is_wrong_is_said_in_one_message(done, hub, root):
-    assert done.returncode == 0, done.stderr
     found = run_commands(environment(hub, root), root, *(shlex.split(command) for command in WRONG))
     for (code, out, message), (command, words) in zip(found, WRONG.items(), strict=True):
         assert code == 1 and not out and message.startswith("error: ") and message.count("\n") <= 3, (command, message)
@@ -192,7 +188,6 @@ def test_what_is_wrong_is_said_in_one_message(done, hub, root):
 
 
 def test_gated_data_says_where_to_ask_and_that_a_file_works(done, hub, root):
-    assert done.returncode == 0, done.stderr
     hub.gated.add("cais/wmdp-bio-forget-corpus")
     try:
         fresh = {"HF_HOME": str(root / "fresh-cache")}
@@ -288,28 +283,19 @@ EXPECTED = {
 }
 
 
-@pytest.fixture(scope="module")
-def hub_root(tmp_path_factory):
-    hub_root = tmp_path_factory.mktemp("hub")
-    populate(hub_root)
-    return hub_root
-
-
-def test_the_real_libraries_read_them(hub_root, tmp_path):
+def test_the_real_libraries_read_them(hub, tmp_path):
     some = {"cais/mmlu": list(EXPECTED["cais/mmlu"])}  # Its 57 subjects are read by lm-eval.
     asked = json.dumps([FEATURES, SAE_ID, list(EXPECTED), some])
-    with LoopbackHub(hub_root) as hub:
-        done = python("-c", READ, asked, env=hub.environment(tmp_path / "cache"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", READ, asked, env=hub.environment(tmp_path / "cache"), cwd=tmp_path)
     read, hazard, general = json.loads(done.stdout.splitlines()[-1])
     assert read == {f"{name} {config}": splits for name, of in EXPECTED.items() for config, splits in of.items()}
     assert (hazard, general) == ([24] * 3, [4] * 57)
 
 
-def test_they_are_the_same_bytes_each_time(hub_root, tmp_path):
+def test_they_are_the_same_bytes_each_time(root, tmp_path):
     populate(tmp_path)
     first, second = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (hub_root, tmp_path)
+        for folder in (root / "hub", tmp_path)
     )
     assert first == second and sum(map(len, first.values())) < 80e6
