@@ -155,34 +155,56 @@ class Step:
 def plan(recipe: Recipe) -> list[Step]:
     """Every step of a run, after the checks that need no download."""
     check_recipe(recipe)
-    stages = [*_select(recipe), *_calibrate(recipe), *_apply(recipe), *_evaluate(recipe), *_attack(recipe)]
-    return [*_finetune(recipe), *stages] if recipe.methods.finetune.corpora else stages
+    return list(_steps(recipe))
 
 
-def _finetune(recipe: Recipe) -> Iterator[Step]:
-    section, model = recipe.methods.finetune, recipe.model.source
-    yield Step("finetune", "read", f"model {model}", _model_size(model))
-    for name in section.corpora:
-        yield Step("finetune", "read", f"corpus {name}", _corpus_size(name, section.limit))
-    length = f"{section.steps:,} steps" if section.steps else f"{section.epochs:g} epochs"
-    yield Step("finetune", "compute", f"training of {'adapters' if section.lora else section.trained}", length)
-    size = "an adapter" if section.lora else "as large as the model"
-    yield Step("finetune", "write", "model-NNN: what all that follows is on", size)
+def _steps(recipe: Recipe) -> Iterator[Step]:
+    model, corpora = recipe.model.source, recipe.corpora
+    finetune = recipe.methods.finetune
+    if finetune.corpora:
+        yield Step("finetune", "read", f"model {model}", _model_size(model))
+        for name in finetune.corpora:
+            yield Step("finetune", "read", f"corpus {name}", _corpus_size(name, finetune.limit))
+        length = f"{finetune.steps:,} steps" if finetune.steps else f"{finetune.epochs:g} epochs"
+        yield Step("finetune", "compute", f"training of {'adapters' if finetune.lora else finetune.trained}", length)
+        size = "an adapter" if finetune.lora else "as large as the model"
+        yield Step("finetune", "write", "model-NNN: what all that follows is on", size)
 
-
-def _select(recipe: Recipe) -> Iterator[Step]:
-    section = recipe.select
-    model, sae = recipe.model.source, recipe.sae.source
     yield Step("select", "read", f"model {model}, up to the SAE's layer", _model_size(model))
-    yield Step("select", "read", f"SAE {sae}", _sae_size(sae))
-    if section.describe is not None:
+    yield Step("select", "read", f"SAE {recipe.sae.source}", _sae_size(recipe.sae.source))
+    if recipe.select.describe is not None:
         yield Step("select", "read", *_descriptions(recipe))
-    for role, names in (("forget", recipe.corpora.forget), ("retain", recipe.corpora.retain)):
+    for role, names in (("forget", corpora.forget), ("retain", corpora.retain)):
         for name in names:
-            yield Step("select", "read", f"{role} corpus {name}", _corpus_size(name, recipe.corpora.limit))
-    budget = section.max_rows * section.seq_len * (2 if recipe.corpora.forget else 1)
-    yield Step("select", "compute", "one pass over each corpus's select part", f"at most {budget:,} tokens")
+            yield Step("select", "read", f"{role} corpus {name}", _corpus_size(name, corpora.limit))
+    n_tokens = recipe.select.max_rows * recipe.select.seq_len * (2 if corpora.forget else 1)
+    yield Step("select", "compute", "one pass over each corpus's select part", f"at most {n_tokens:,} tokens")
     yield Step("select", "write", "features-NNN: six statistics of every feature", "48 bytes a feature of the SAE")
+
+    gate, lengths, n_rows = recipe.calibrate.gate, recipe.calibrate.lengths, 2 * recipe.calibrate.max_pieces
+    pieces = f"gate {gate} on pieces of {lengths[0]} to {lengths[1]} tokens"
+    yield Step("calibrate", "compute", pieces, f"about {n_rows * sum(lengths) // 2:,} tokens at most")
+    yield Step("calibrate", "write", "threshold-NNN, a row a piece", f"at most {n_rows:,} rows")
+
+    n_detectors = recipe.calibrate.n_detectors if gate == "window" else 0
+    n_features = (len(recipe.select.features) or recipe.select.n_features) + n_detectors
+    what = f"guardrail-NNN: {n_features} features, clamped to -{recipe.guardrail.strength}"
+    yield Step("apply", "write", what, f"{8 * n_features} bytes times the model's width, about")
+
+    for bench in recipe.eval.benches:
+        n = QUESTIONS.get(bench)
+        if bench in lab.bench_names():
+            lines = lab.questions_path(bench).read_text(encoding="utf-8").splitlines()
+            n = sum(f'"split": "{recipe.eval.split}"' in line for line in lines)
+        size = "size unknown before it is read" if n is None else f"{min(n, recipe.eval.limit or n):,} questions"
+        how = "24 orders until one fails, chat prompt" if bench in PAPER else "through lm-eval"
+        how = "written and read" if is_free(bench) else how
+        yield Step("eval", "compute", f"{bench}, base and guarded, {how}", size)
+    yield Step("eval", "write", "eval-NNN, a row a question, and lm-eval's own results", "about 300 bytes a question")
+
+    for kind in expand_attacks(recipe.attack.kinds) if recipe.attack.kinds else ():
+        yield Step("attack", "compute", f"{kind}, guarded and unguarded", "every forget question at every point")
+        yield Step("attack", "write", "attack-NNN", "a few kB")
 
 
 def _descriptions(recipe: Recipe) -> tuple[str, str]:
@@ -195,43 +217,6 @@ def _descriptions(recipe: Recipe) -> tuple[str, str]:
     if name is None:
         raise DsgError(f"Nobody is known to have described the features of {recipe.sae.source}.", INSTEAD)
     return f"{what}: neuronpedia:{name}", "a few MB, unless they are in the cache"
-
-
-def _calibrate(recipe: Recipe) -> Iterator[Step]:
-    section = recipe.calibrate
-    n_tokens = 2 * section.max_pieces * sum(section.lengths) // 2
-    pieces = f"gate {section.gate} on pieces of {section.lengths[0]} to {section.lengths[1]} tokens"
-    yield Step("calibrate", "compute", pieces, f"about {n_tokens:,} tokens at most")
-    yield Step("calibrate", "write", "threshold-NNN, a row a piece", f"at most {2 * section.max_pieces:,} rows")
-
-
-def _apply(recipe: Recipe) -> Iterator[Step]:
-    n_features = (len(recipe.select.features) or recipe.select.n_features) + (
-        recipe.calibrate.n_detectors if recipe.calibrate.gate == "window" else 0
-    )
-    what = f"guardrail-NNN: {n_features} features, clamped to -{recipe.guardrail.strength}"
-    yield Step("apply", "write", what, f"{8 * n_features} bytes times the model's width, about")
-
-
-def _evaluate(recipe: Recipe) -> Iterator[Step]:
-    section = recipe.eval
-    for bench in section.benches:
-        n = QUESTIONS.get(bench)
-        size = "size unknown before it is read" if n is None else f"{min(n, section.limit or n):,} questions"
-        if bench in lab.bench_names():
-            lines = lab.questions_path(bench).read_text(encoding="utf-8").splitlines()
-            n = sum(f'"split": "{section.split}"' in line for line in lines)
-            size = f"{min(n, section.limit or n):,} questions"
-        how = "24 orders until one fails, chat prompt" if bench in PAPER else "through lm-eval"
-        how = "written and read" if is_free(bench) else how
-        yield Step("eval", "compute", f"{bench}, base and guarded, {how}", size)
-    yield Step("eval", "write", "eval-NNN, a row a question, and lm-eval's own results", "about 300 bytes a question")
-
-
-def _attack(recipe: Recipe) -> Iterator[Step]:
-    for kind in expand_attacks(recipe.attack.kinds) if recipe.attack.kinds else ():
-        yield Step("attack", "compute", f"{kind}, guarded and unguarded", "every forget question at every point")
-        yield Step("attack", "write", "attack-NNN", "a few kB")
 
 
 def _model_size(source: str) -> str:
