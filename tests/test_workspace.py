@@ -29,6 +29,8 @@ from dsg_cli.workspace.artifacts import (
     ModelWeights,
     Wrapper,
     artifact_digest,
+    parse_document,
+    to_json,
 )
 from dsg_cli.workspace.files import write_atomically
 from dsg_cli.workspace.store import Workspace
@@ -279,6 +281,42 @@ def test_every_schema_of_every_kind_is_kept_and_reads(kind, tmp_path):
         assert headline(stored) and artifact_table(stored)
         if stored.path.with_suffix(".safetensors").exists():
             assert workspace.tensors(stored)
+
+
+def test_sides_of_an_attack_had_other_names():
+    data = json.loads((DATA / "schema-3" / "attack-001.json").read_text())
+    body = parse_document(data, where="it")[1]
+    assert body.before == {"unlearned": data["before"]["guarded"], "base": data["before"]["unguarded"]}
+    assert [point["unlearned"] for point in body.curve] == [point["guarded"] for point in data["curve"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        *(({"threshold": value}, "threshold") for value in ("0.3", True, None, 10**400)),
+        *(({"window": value}, "window") for value in ("0", 1.0, 2**63, True)),
+        *(({"indices": value}, "indices") for value in (1, ["1"], {"0": 1})),
+        ({"seed": "0"}, "seed"),
+        ({"strength_setting": 2}, "strength_setting"),
+        ({"inputs": [{"id": "features-001"}]}, "inputs.0.sha256"),
+        ({"git": {"commit": "x"}}, "git"),
+        ({"slice": {"activation": "topk", "other": 1}}, "slice.other"),
+        (
+            {"strength_trials": [{"strength": "1", "setting": "r", "acc": 0, "gate_rate": 0}]},
+            "strength_trials.0.strength",
+        ),
+    ],
+)
+def test_what_no_version_writes_is_refused_by_its_name(change, name):
+    """Nothing is converted: a string is no number, and a number no string."""
+    with pytest.raises(DsgError, match=f"it is not an artifact of dsg: {name}"):
+        parse_document(to_json(HEADER, BODY) | change, where="it")
+
+
+def test_settings_that_later_stages_read_are_checked():
+    data = to_json(header("model", settings={"forget": [], "retain": [{"name": "a"}]}), made(ModelWeights))
+    with pytest.raises(DsgError, match="settings.retain.0.sha256"):
+        parse_document(data, where="it")
 
 
 N = 8

@@ -491,7 +491,8 @@ def parse_document(data: Json, *, where: str) -> tuple[Header, Body]:
         return header, kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        name = ".".join(map(str, first["loc"]))[:200]
+        above = ["settings"] if error.title == kind.settings_shape.__name__ else []
+        name = ".".join(map(str, (*above, *first["loc"])))[:200]
         raise DsgError(f"{where} is not an artifact of dsg: {name}: {first['msg'][:200]}.") from error
     except (AttributeError, LookupError, TypeError, RecursionError) as error:
         raise DsgError(f"{where} is not an artifact of dsg, or is damaged.") from error
