@@ -18,7 +18,7 @@ from .errors import DsgError
 from .gates import Gate
 from .sites import parse_hook_site
 from .slices import SaeSlice, SliceSpec, tensor_names
-from .spec import GuardrailSpec, artifact_digest
+from .spec import GuardrailSpec, digest_of
 
 
 class Watched(NamedTuple):
@@ -246,5 +246,5 @@ def build_guardrail(spec: GuardrailSpec, tensors: Mapping[str, Tensor], *, where
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise DsgError(f"{where} holds values that are not finite.", "Make the guardrail again with dsg apply.")
     module = GuardrailModule(spec, tensors)
-    module.key = artifact_digest(spec, module.tensors())
+    module.key = digest_of(spec, module.tensors())
     return module

@@ -64,7 +64,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def artifact_digest(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
+def digest_of(spec: GuardrailSpec, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of everything that a guardrail is."""
     said = dataclasses.asdict(spec)
     # Without what is as it always was before it could be said, a guardrail keeps the digest that it had then.
