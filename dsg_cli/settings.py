@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -73,50 +73,20 @@ def _number(value: object) -> object:
     return value
 
 
-def _strength(text: str) -> str:
-    if strength_of(text, 1.0) is None:
-        raise ValueError("give a positive number, or a multiple of the median residual norm such as 2r")
-    return text
+def must(is_fine: Callable[[Any], bool], words: str) -> AfterValidator:
+    """Refuse values for which a claim does not hold, in these words."""
+
+    def check(value: Any) -> Any:
+        if not is_fine(value):
+            raise ValueError(words)
+        return value
+
+    return AfterValidator(check)
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("write what is said")
-    return text
-
-
-def _different(values: list[Any]) -> list[Any]:
-    if len(set(map(repr, values))) < len(values):
-        raise ValueError("it has a value twice; give each once")
-    return values
-
-
-def _ascending(values: list[Any]) -> list[Any]:
-    if not values or sorted(set(values)) != values:
-        raise ValueError("give ascending numbers, each once")
-    return values
-
-
-def _from_zero(values: list[int]) -> list[int]:
-    if _ascending(values)[0] != 0:
-        raise ValueError("give ascending whole numbers that begin with 0, the state before the attack")
-    return values
-
-
-def _from_zero_or_none(values: list[int]) -> list[int]:
-    return _from_zero(values) if values else values
-
-
-def _from_one(values: list[int]) -> list[int]:
-    if _ascending(values)[0] != 1:
-        raise ValueError("give ascending whole numbers that begin with 1, the whole question")
-    return values
-
-
-def _shortest_and_longest(lengths: list[int]) -> list[int]:
-    if len(lengths) != 2 or lengths[0] > lengths[1]:
-        raise ValueError("give the shortest and the longest, such as 8:128")
-    return lengths
+def _rises(values: Sequence[float], first: float | None = None) -> bool:
+    """Whether numbers ascend, from `first` on if there is one."""
+    return bool(values) and sorted(set(values)) == values and first in (None, values[0])
 
 
 def _as_written(value: Any, check: ValidatorFunctionWrapHandler) -> list[Any]:
@@ -144,19 +114,27 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 Rate = Annotated[Number, Field(gt=0, lt=1)]
 Percentile = Annotated[Number, Field(ge=0, lt=100)]
 Activation = Annotated[Number, Field(ge=0, lt=LARGEST_STRENGTH)]
-Strength = Annotated[str, AfterValidator(_strength)]
-"""A number, or a multiple of the median residual norm such as `2r`."""
-Spoken = Annotated[str, AfterValidator(_not_blank)]
+Strength = Annotated[
+    str,
+    must(
+        lambda text: strength_of(text, 1.0) is not None,
+        "give a positive number, or a multiple of the median residual norm such as 2r",
+    ),
+]
+Spoken = Annotated[str, must(str.strip, "write what is said")]
 Rival = Annotated[str, AfterValidator(_rival)]
 """A method that unlearns, and so can be compared."""
 Several = Annotated[list[T], BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value])]
 NotEmpty = Field(min_length=1)
-Each = AfterValidator(_different)
+Each = must(lambda values: len(set(map(repr, values))) == len(values), "it has a value twice; give each once")
 Axis = Annotated[Several[T], NotEmpty, Each, WrapValidator(_as_written)]
 """Values that a study tries; they are stored as they were written."""
-Ascending = AfterValidator(_ascending)
-FromZero = Annotated[Several[Whole], AfterValidator(_from_zero)]
-FromOne = Annotated[Several[Whole], AfterValidator(_from_one)]
+Ascending = must(_rises, "give ascending numbers, each once")
+Steps = must(
+    lambda values: not values or _rises(values, 0),
+    "give ascending whole numbers that begin with 0, the state before the attack",
+)
+FromZero = Annotated[Several[Whole], NotEmpty, Steps]
 Figure = Annotated[
     Annotated[Number, Tag("(number)")] | Annotated[dict[str, Number], Tag("(metrics)")],
     Discriminator(lambda value: "(metrics)" if isinstance(value, Mapping) else "(number)"),
@@ -290,7 +268,13 @@ class CalibrateSection:
     """File of prompts (one a line, or .jsonl of {"prompt"}) whose lengths the pieces take, instead of `lengths`."""
     questions: Several[str] = listed()
     """Benches whose dev questions the gate is tried on too; by default the lab's one on what is forgotten."""
-    lengths: Annotated[Several[Count], AfterValidator(_shortest_and_longest)] = listed(8, 128)
+    lengths: Annotated[
+        Several[Count],
+        must(
+            lambda lengths: len(lengths) == 2 and lengths[0] <= lengths[1],
+            "give the shortest and the longest, such as 8:128",
+        ),
+    ] = listed(8, 128)
     """Retain text is cut to pieces of random lengths from the first to the second, in counted tokens."""
     rows: Rows = "documents"
     """`packed` joins documents with EOS before it cuts; with lengths 1024:1024 the paper's rows."""
@@ -683,7 +667,10 @@ class AttackSection:
     """Benign tokens put around each question."""
     dilution_places: Annotated[Several[DilutionPlace], NotEmpty] = listed(*get_args(DilutionPlace))
     """Where they are put; `after` the question is still before the words that ask for the answer."""
-    split_parts: FromOne = listed(1, 2, 3, 4)
+    split_parts: Annotated[
+        Several[Whole],
+        must(lambda parts: _rises(parts, 1), "give ascending whole numbers that begin with 1, the whole question"),
+    ] = listed(1, 2, 3, 4)
     """Parts that each question is asked in: turns of a chat, or with benign text between them."""
     split_filler_tokens: Count = 16
     """Benign tokens between two parts, for a model without a chat template."""
@@ -767,7 +754,7 @@ class CompareSection:
     """Bench -> another on the same, whose questions settings are searched on; the lab's benches have dev questions."""
     saes: Several[str] = listed()
     """Further SAEs on which methods that need one are run, with the settings that were chosen on the first."""
-    relearn_steps: Annotated[Several[Whole], AfterValidator(_from_zero_or_none)] = listed(0, 10, 20, 40)
+    relearn_steps: Annotated[Several[Whole], Steps] = listed(0, 10, 20, 40)
     """Of the attack by relearning; empty leaves it out."""
     relearn_learning_rate: Rate = 3e-4
     sequence: Several[str] = listed()

@@ -24,13 +24,13 @@ from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.guardrail.selection import SelectedFeature, selected_features
 from dsg_cli.inspection.contexts import AFTER, BEFORE, NOTHING, Contexts, distinct_contexts, read_contexts
 from dsg_cli.inspection.features import (
-    Evidence,
     Group,
     Read,
     Rows,
-    doubts,
-    doubts_of,
+    feature_warnings,
+    formatting_warnings,
     is_bare,
+    shared_warnings,
     template_tokens,
     with_near,
 )
@@ -126,41 +126,33 @@ def test_nearest_features_are_those_of_all_pairs(sae, monkeypatch):
     assert len(nearest_features(sae, [5], 100)[0]) == N_FEATURES - 1
 
 
-def evidence(**changes):
-    few = {"forget_rate": 0.1, "near_rates": {"near": 0.01}, "kept_rate": 0.02, "peaks": ["hex"] * 6}
-    return Evidence(**{**few, "template_peaks": 0, "weight": None, **changes})
-
-
-class TestDoubts:
+class TestWarnings:
     def test_of_a_feature_that_is_what_it_should_be_nothing_is_said(self):
-        assert doubts(evidence()) == []
+        assert formatting_warnings(["hex"] * 6, 0, 0.02) == [] and shared_warnings(0.1, {"near": 0.01}) == []
 
     @pytest.mark.parametrize(
-        ("changes", "words"),
+        ("peaks", "n_template", "rate", "words"),
         [
-            ({"peaks": [".", ",", " ", "hex", "x", "7"]}, "4 of its 6 strongest contexts peak on a token without"),
-            ({"template_peaks": 3}, "3 of its 6 strongest contexts peak in the chat template"),
-            ({"kept_rate": 0.21}, "active on 21.0% of the tokens of what is retained"),
-            ({"near_rates": {"a": 0.0, "b": 0.05}}, "shared with b: active on 5.0%"),
-            ({"forget_rate": 0.0, "near_rates": {"a": 0.001}}, "shared with a"),
+            ([".", ",", " ", "hex", "x", "7"], 0, 0.02, "4 of its 6 strongest contexts peak on a token without"),
+            (["hex"] * 6, 3, 0.02, "3 of its 6 strongest contexts peak in the chat template"),
+            (["hex"] * 6, 0, 0.21, "active on 21.0% of the tokens of what is retained"),
+            (["."] * 3, 0, 0.02, ""),
+            (["."] * 2 + ["hex"] * 3, 0, 0.02, ""),
+            (["hex"] * 6, 0, 0.2, ""),
         ],
     )
-    def test_each_doubt(self, changes, words):
-        (said,) = doubts(evidence(**changes))
-        assert words in said
+    def test_formatting(self, peaks, n_template, rate, words):
+        warnings = formatting_warnings(peaks, n_template, rate)
+        assert len(warnings) == bool(words) and words in "".join(warnings)
 
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {"peaks": ["."] * 3},
-            {"peaks": ["."] * 2 + ["hex"] * 3},
-            {"near_rates": {"a": 0.049}},
-            {"near_rates": {"a": 0.9}, "weight": -0.5},
-            {"kept_rate": 0.2},
-        ],
-    )
-    def test_what_raises_none(self, changes):
-        assert doubts(evidence(**changes)) == []
+    def test_shared(self):
+        assert shared_warnings(0.1, {"a": 0.0, "b": 0.05})[0].startswith("shared with b: active on 5.0%")
+        assert len(shared_warnings(0.0, {"a": 0.001})) == 1 and shared_warnings(0.1, {"a": 0.049}) == []
+        tokenizer = load_tokenizer("lab")
+        reads = [read_of(name, role, contexts_of([[5]], [1.0], 0.1)) for name, role in (("f", "forget"), ("a", "near"))]
+        for weight, n in ((None, 1), (0.5, 1), (-0.5, 0)):
+            feature = SelectedFeature(3, ["watched"], weight)
+            assert len(feature_warnings(reads, 0, feature, 10, tokenizer)) == n, weight
 
     def test_bare_tokens(self):
         assert all(map(is_bare, [".", " ", "\n", "7", "", " («", "▁"])) and not any(
@@ -212,7 +204,7 @@ class TestGroups:
             read_of("f", "forget", contexts_of(ids, strong + weak, 0.1)),
             read_of("n", "near", contexts_of(ids[5:], weak, 0.01)),
         ]
-        (said,) = doubts_of(reads, 0, SelectedFeature(3, ["clamped"]), 10, tokenizer)
+        (said,) = feature_warnings(reads, 0, SelectedFeature(3, ["clamped"]), 10, tokenizer)
         assert said.startswith("looks like formatting: 5 of its 5")
 
     def test_chat_against_plain_text_and_the_chat_template(self, monkeypatch):
@@ -224,12 +216,12 @@ class TestGroups:
         on_template = contexts_of([[i, hex_] for i in range(10, 15)], [2.0] * 5, 0.3)
         plain = contexts_of([[10, charm]], [0.1], 0.001)
         reads = [read_of("f", "forget", plain), read_of("c", "near", on_template, is_chat=True)]
-        said = doubts_of([*reads, read_of("p", "retain", plain)], 0, SelectedFeature(3, []), 10, tokenizer)
+        said = feature_warnings([*reads, read_of("p", "retain", plain)], 0, SelectedFeature(3, []), 10, tokenizer)
         assert any("peak in the chat template" in one for one in said)
         assert any("30.0% of the tokens of chat-formatted retain text" in one for one in said)
         # The same words in plain text are words.
         reads = [read_of("f", "forget", plain), read_of("c", "near", on_template)]
-        assert not any("template" in one for one in doubts_of(reads, 0, SelectedFeature(3, []), 10, tokenizer))
+        assert not any("template" in one for one in feature_warnings(reads, 0, SelectedFeature(3, []), 10, tokenizer))
 
 
 RETAINED = ("lab-far", "lab-ciphers", "lab-elixirs")

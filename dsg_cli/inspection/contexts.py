@@ -68,7 +68,7 @@ def distinct_contexts(contexts: Contexts, feature: int) -> list[Context]:
 
     What follows the peak has no part in it.
     """
-    found: dict[tuple[int, ...], Context] = {}
+    distinct: dict[tuple[int, ...], Context] = {}
     for n, row in enumerate(contexts.row_CN[feature].tolist()):
         if row == NOTHING:
             break
@@ -77,8 +77,8 @@ def distinct_contexts(contexts: Contexts, feature: int) -> list[Context]:
         acts = contexts.acts_CNW[feature, n][there_W].tolist()
         position, peak = int(contexts.position_CN[feature, n]), float(contexts.peak_CN[feature, n])
         at = int(there_W[:BEFORE].sum())
-        found.setdefault(tuple(ids[: at + 1]), Context(row, position, peak, ids, acts, at))
-    return list(found.values())
+        distinct.setdefault(tuple(ids[: at + 1]), Context(row, position, peak, ids, acts, at))
+    return list(distinct.values())
 
 
 @torch.inference_mode()
@@ -120,7 +120,7 @@ def read_contexts(
         job.progress(f"{job.name}, tokens", n_read, total)
     if not kept.n_tokens:
         raise DsgError(f"The {job.name} has no token that counts: all are padding, BOS or EOS.")
-    return kept.found(job.name)
+    return kept.contexts(job.name)
 
 
 class _Kept:
@@ -170,7 +170,7 @@ class _Kept:
             "acts": empty(window, 0.0),
         }
 
-    def found(self, what: str) -> Contexts:
+    def contexts(self, what: str) -> Contexts:
         active_C, total_C = self.sums
         if not total_C.isfinite().all():
             raise DsgError(
@@ -213,12 +213,9 @@ class Description:
 def describe_features(
     contexts: Contexts, tokenizer: PreTrainedTokenizerBase, *, report: Report = silent
 ) -> list[Description]:
-    """A description of every feature that fired on a word.
+    """A description of every feature that fired on a word: the words with the largest tf * idf, the best first.
 
-    Args:
-        contexts: Of all features, feature 0 first.
-        tokenizer: The model's.
-        report: Progress.
+    tf is a word's share of the feature's peaks, idf its rarity among features. `contexts` are of all, feature 0 first.
     """
     n_features = len(contexts.rate_C)
     frequency: dict[int, dict[str, float]] = {}
@@ -230,7 +227,7 @@ def describe_features(
     for words in frequency.values():
         for word, tf in words.items():
             total[word] = total.get(word, 0.0) + tf
-    rarity = {word: math.log((1 + len(frequency)) / (1 + several)) for word, several in total.items()}
+    rarity = {word: math.log((1 + len(frequency)) / (1 + tf)) for word, tf in total.items()}
     return [
         Description(
             index=j,
@@ -244,7 +241,7 @@ def describe_features(
 
 def _frequencies(contexts: Contexts, j: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Word -> tf, for one feature."""
-    found: dict[str, float] = {}
+    frequencies: dict[str, float] = {}
     peaks = contexts.peak_CN[j].abs().tolist()
     for n, peak in enumerate(peaks):
         if not peak:
@@ -256,8 +253,8 @@ def _frequencies(contexts: Contexts, j: int, tokenizer: PreTrainedTokenizerBase)
             weights[word] = max(weights.get(word, 0.0), least + (1 - least) * act / peak)
         for word, weight in weights.items():
             if weight:
-                found[word] = found.get(word, 0.0) + weight * peak / sum(peaks)
-    return found
+                frequencies[word] = frequencies.get(word, 0.0) + weight * peak / sum(peaks)
+    return frequencies
 
 
 def _words(ids: list[int], acts: list[float], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, float, bool]]:
@@ -269,7 +266,7 @@ def _words(ids: list[int], acts: list[float], tokenizer: PreTrainedTokenizerBase
     runs: list[tuple[str, float, bool]] = []
     before, held = "", 0.0
     for number, place in enumerate(places, start=1):
-        text = tokenizer.decode([ids[one] for one in places[:number]], skip_special_tokens=True)
+        text = tokenizer.decode([ids[at] for at in places[:number]], skip_special_tokens=True)
         held = max(held, acts[place])
         if text.endswith("\ufffd") and number < len(places):
             continue  # Part of a character, whose other parts follow.

@@ -61,7 +61,7 @@ def read_descriptions(path: Path, n_features: int, *, source: str = "", may_be_e
     """
     content = read_bounded(path, LARGEST)
     texts: dict[int, list[str]] = {}
-    for number, (index, said) in enumerate(_rows(path, _text(path, content)), start=1):
+    for number, (index, value) in enumerate(_rows(path, _text(path, content)), start=1):
         j = _index(index)
         if j is None:
             raise DsgError(f"{path}, entry {number}: the index is no whole number.", FORMS)
@@ -69,9 +69,9 @@ def read_descriptions(path: Path, n_features: int, *, source: str = "", may_be_e
             raise DsgError(
                 f"{path} describes feature {j}; the SAE has {n_features:,}.", "Take the descriptions of this very SAE."
             )
-        several = texts.setdefault(j, [])
-        several += [text for text in map(cleaned, _said(path, number, said)) if text and text not in several]
-    described = {j: "; ".join(several)[:LONGEST] for j, several in sorted(texts.items()) if several}
+        known = texts.setdefault(j, [])
+        known += [text for text in map(cleaned, _texts_of(path, number, value)) if text and text not in known]
+    described = {j: "; ".join(known)[:LONGEST] for j, known in sorted(texts.items()) if known}
     if not described and not may_be_empty:
         raise DsgError(f"{path} describes no feature.", FORMS)
     return Descriptions(described, source or path.name, hashlib.sha256(content).hexdigest())
@@ -120,34 +120,22 @@ def _unpacked(path: Path, content: bytes) -> bytes:
 def _rows(path: Path, text: str) -> Iterator[tuple[Any, Any]]:
     """Index and what is said of it, for each entry."""
     first = text.lstrip()[:1]
-    if first == "[":
-        yield from (_parts(path, number, one) for number, one in enumerate(_array(path, text), start=1))
-    elif first == "{":
-        # Not splitlines: a description may hold one of the other characters that end lines.
-        lines = (line for line in text.split("\n") if line.strip())
-        for number, line in enumerate(lines, start=1):
-            yield _parts(path, number, _parsed(path, line, f"entry {number}"))
-    else:
+    if first not in ("[", "{"):
         yield from _columns(path, text)
-
-
-def _array(path: Path, text: str) -> list[Any]:
-    found = _parsed(path, text, "the whole")
-    assert isinstance(found, list)
-    return found
-
-
-def _parsed(path: Path, text: str, what: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise DsgError(f"{path}: {what} is no JSON.", FORMS) from error
-
-
-def _parts(path: Path, number: int, entry: Any) -> tuple[Any, Any]:
-    if not isinstance(entry, dict) or "index" not in entry or not {"description", "explanations"} & set(entry):
-        raise DsgError(f"{path}, entry {number} has no index or no description.", FORMS)
-    return entry["index"], entry["description"] if "description" in entry else entry["explanations"]
+        return
+    # Not splitlines: a description may hold one of the other characters that end lines.
+    lines = [text] if first == "[" else [line for line in text.split("\n") if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries = parse_json(line)
+        except ValueError as error:
+            raise DsgError(
+                f"{path}: {'the whole' if first == '[' else f'entry {number}'} is no JSON.", FORMS
+            ) from error
+        for place, entry in enumerate(entries if first == "[" else [entries], start=number):
+            if not isinstance(entry, dict) or "index" not in entry or not {"description", "explanations"} & set(entry):
+                raise DsgError(f"{path}, entry {place} has no index or no description.", FORMS)
+            yield entry["index"], entry["description"] if "description" in entry else entry["explanations"]
 
 
 def _columns(path: Path, text: str) -> Iterator[tuple[Any, Any]]:
@@ -168,13 +156,13 @@ def _index(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < 10**DIGITS else None
 
 
-def _said(path: Path, number: int, value: Any) -> list[str]:
+def _texts_of(path: Path, number: int, value: Any) -> list[str]:
     """The descriptions in an entry; null is none."""
-    several = value if isinstance(value, list) else [value]
-    found = [one.get("description") if isinstance(one, dict) else one for one in several]
-    if not all(one is None or isinstance(one, str) for one in found):
+    values = value if isinstance(value, list) else [value]
+    texts = [part.get("description") if isinstance(part, dict) else part for part in values]
+    if not all(text is None or isinstance(text, str) for text in texts):
         raise DsgError(f"{path}, entry {number}: the description is no text.", FORMS)
-    return [one for one in found if one]
+    return [text for text in texts if text]
 
 
 K1, B = 1.5, 0.75
@@ -215,28 +203,23 @@ def _stem(word: str) -> str:
 
 
 def rank_by_terms(query: str, descriptions: Mapping[int, str]) -> list[Match]:
-    """Every feature whose description shares a term with the query, the best first.
-
-    Args:
-        query: Words, in any order.
-        descriptions: Of features, by index.
-    """
+    """Every feature whose description shares a term with the query, the best first by BM25."""
     import bm25s
 
-    wanted = list(dict.fromkeys(terms_of(query)))
-    if not wanted:
+    query_terms = list(dict.fromkeys(terms_of(query)))
+    if not query_terms:
         raise DsgError(f"The query {query[:100]!r} holds no word that tells anything.", "Name what is to be forgotten.")
     indices = sorted(descriptions)
     documents = [terms_of(descriptions[j]) for j in indices]
     known = {term for terms in documents for term in terms}
-    found = [term for term in wanted if term in known]
-    if not found:
+    known_terms = [term for term in query_terms if term in known]
+    if not known_terms:
         raise DsgError(
             f"No description matches {query[:100]!r}.", "Describe it in other words, or rank by --embedding NAME."
         )
     ranker = bm25s.BM25(k1=K1, b=B, method="lucene", dtype="float64")
     ranker.index(documents, show_progress=False)
-    scores = ranker.get_scores(found)
+    scores = ranker.get_scores(known_terms)
     return ranked({j: float(score) for j, score in zip(indices, scores, strict=True) if score > 0})
 
 
@@ -264,12 +247,7 @@ def rank_by_embedding(
 ) -> list[Match]:
     """Every feature, by the cosine of its description to the query.
 
-    Args:
-        query: What is looked for.
-        descriptions: Of features, by index.
-        name: Of the embedding model: a folder, org/name or org/name@revision.
-        device: Where it runs.
-        report: Progress.
+    The embedding model `name` is a folder, org/name or org/name@revision.
     """
     import torch
 
@@ -287,24 +265,23 @@ def embedded(texts: Sequence[str], name: str, *, device: str = "cpu", report: Re
 
     tokenizer, model = _loaded(name, device)
     tokenizer.padding_side = "right"
-    found = torch.zeros(len(texts), model.config.get_text_config().hidden_size)
+    config = model.config.get_text_config()
+    vectors_ND = torch.zeros(len(texts), config.hidden_size)
+    longest = min(LONGEST_EMBEDDED, getattr(config, "max_position_embeddings", LONGEST_EMBEDDED))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    longest = min(
-        LONGEST_EMBEDDED, getattr(model.config.get_text_config(), "max_position_embeddings", LONGEST_EMBEDDED)
-    )
     for start in range(0, len(order), BATCH):
-        some = order[start : start + BATCH]
+        rows = order[start : start + BATCH]
         batch = tokenizer(
-            [texts[i] for i in some], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            [texts[i] for i in rows], padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
         states_BLD = model(**inputs).last_hidden_state.float()
         mask_BL1 = inputs["attention_mask"][..., None]
-        found[some] = ((states_BLD * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)).cpu()
-        report("embedding descriptions", start + len(some), len(order))
-    if not found.isfinite().all():
+        vectors_ND[rows] = ((states_BLD * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)).cpu()
+        report("embedding descriptions", start + len(rows), len(order))
+    if not vectors_ND.isfinite().all():
         raise DsgError(f"The embedding model {name} gives values that are not finite.", "Take another.")
-    return found
+    return vectors_ND
 
 
 def _loaded(name: str, device: str) -> tuple[Any, Any]:

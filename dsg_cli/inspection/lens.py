@@ -36,7 +36,7 @@ VOCABULARY_CHUNK = 16_384
 
 
 @dataclass(frozen=True)
-class Said:
+class LensTokens:
     """Tokens of one direction, with their centred logits for one unit of it, the strongest first."""
 
     promoted: list[tuple[str, float]]
@@ -46,31 +46,23 @@ class Said:
 @torch.inference_mode()
 def logit_lens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, site: HookSite, rows_CP: Tensor, n_tokens: int
-) -> list[Said] | None:
-    """What each of C directions promotes and suppresses.
+) -> list[LensTokens] | None:
+    """What each of C directions, written at `site`, promotes and suppresses: `n_tokens` either way.
 
-    Args:
-        model: Whole, or cut after any layer: only its last norm and its head are used.
-        tokenizer: The model's.
-        site: Where the directions are written.
-        rows_CP: The directions.
-        n_tokens: So many tokens either way.
-
-    Returns:
-        None where the lens does not apply: directions that are not of the residual stream, or a last norm or a head
-        that is of no form known here.
+    The model may be cut after any layer: only its last norm and its head are used. None where the lens does not apply:
+    directions that are not of the residual stream, or a last norm or a head that is of no form known here.
     """
     logits_CV = lens_logits(model, site, rows_CP, len(tokenizer))
     if logits_CV is None:
         return None
     most, least = (logits_CV.topk(min(n_tokens, logits_CV.shape[1]), largest=largest) for largest in (True, False))
 
-    def told(values: Tensor, ids: Tensor) -> list[tuple[str, float]]:
+    def tokens(values: Tensor, ids: Tensor) -> list[tuple[str, float]]:
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
         return [(str(tokenizer.decode([token])), value) for token, value in pairs]
 
     return [
-        Said(told(most.values[c], most.indices[c]), told(least.values[c], least.indices[c]))
+        LensTokens(tokens(most.values[c], most.indices[c]), tokens(least.values[c], least.indices[c]))
         for c in range(len(rows_CP))
     ]
 
@@ -129,13 +121,7 @@ def decoder_rows(sae: SaeSource, indices: Sequence[int]) -> Tensor:
 
 
 def nearest_features(sae: SaeSource, indices: Sequence[int], n: int) -> list[list[tuple[int, float]]]:
-    """Of each of some features, the n others whose decoder rows have the largest cosine with its own.
-
-    Args:
-        sae: Where from; its rows are read in chunks.
-        indices: The features.
-        n: How many.
-    """
+    """Of each of some features, the n others whose decoder rows have the largest cosine with its own."""
     rows_CP = _unit(decoder_rows(sae, indices))
     own_C = torch.tensor(list(indices))
     best_CN, place_CN = torch.empty(len(indices), 0), torch.empty(len(indices), 0, dtype=torch.long)

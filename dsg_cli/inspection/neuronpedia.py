@@ -41,8 +41,8 @@ SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Descriptions:
-    """What was found, and what went wrong."""
+class PageDescriptions:
+    """What the pages of features say, and what went wrong."""
 
     texts: dict[int, str]
     """Feature -> its description, of those that have one."""
@@ -54,17 +54,17 @@ def place_of(source: str) -> str | None:
     """MODEL/SOURCE of an SAE `RELEASE/ID`, if sae-lens's list has one, under whatever name."""
     release, _, sae_id = source.partition("/")
     listed = releases().get(release) if sae_id else None  # Of the lab, or a folder: the list of thousands is not read.
-    own = next((one for one in listed["saes"] if str(one["id"]) == sae_id), None) if listed else None
+    own = next((sae for sae in listed["saes"] if str(sae["id"]) == sae_id), None) if listed else None
     if own is None or listed is None:
         return None
-    same = [
-        one.get("neuronpedia")
-        for several in releases().values()
-        if several["repo_id"] == listed["repo_id"]
-        for one in several["saes"]
-        if one["path"] == own["path"]
+    namesakes = [
+        sae.get("neuronpedia")
+        for other in releases().values()
+        if other["repo_id"] == listed["repo_id"]
+        for sae in other["saes"]
+        if sae["path"] == own["path"]
     ]
-    place = own.get("neuronpedia") or next((one for one in same if one), None)
+    place = own.get("neuronpedia") or next(filter(None, namesakes), None)
     return place if place and PLACE.fullmatch(place) else None
 
 
@@ -73,13 +73,10 @@ def page_of(place: str, index: int) -> str:
     return f"{SERVER}/{place}/{index}"
 
 
-def described(place: str, indices: Sequence[int], report: Report = silent) -> Descriptions:
-    """Descriptions of features, from the cache or from the server; a server that fails is not asked again.
+def described(place: str, indices: Sequence[int], report: Report = silent) -> PageDescriptions:
+    """Descriptions of features of `place`, MODEL/SOURCE, from the cache or from the server.
 
-    Args:
-        place: model/source.
-        indices: The features.
-        report: Progress.
+    A server that fails is not asked again.
     """
     texts: dict[int, str] = {}
     note = ""
@@ -95,7 +92,7 @@ def described(place: str, indices: Sequence[int], report: Report = silent) -> De
         if text:
             texts[index] = text
         report("Neuronpedia", n, len(indices))
-    return Descriptions(texts, note)
+    return PageDescriptions(texts, note)
 
 
 def _server() -> str:
@@ -142,10 +139,10 @@ def _clean(text: str) -> str:
 
 def _kept(path: Path) -> str | None:
     try:
-        found = parse_json(path.read_bytes())["description"]
+        text = parse_json(path.read_bytes())["description"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return _clean(found) if isinstance(found, str) else None
+    return _clean(text) if isinstance(text, str) else None
 
 
 def _keep(path: Path, text: str) -> None:
@@ -172,13 +169,7 @@ LARGEST_LISTING = 8 * 2**20
 
 
 def fetch_descriptions(name: str, n_features: int, *, report: Report = silent) -> Path:
-    """The file of an SAE's descriptions, downloaded if it is not in the cache.
-
-    Args:
-        name: MODEL/SOURCE.
-        n_features: How many the SAE has.
-        report: Progress.
-    """
+    """The file of the descriptions of an SAE, MODEL/SOURCE, downloaded if it is not in the cache."""
     path = cache_folder() / "neuronpedia" / f"{name}.jsonl"
     if path.is_file():
         return path

@@ -21,9 +21,9 @@ from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.selection import EPSILON, SelectedFeature, score_of, selected_features
 from dsg_cli.inspection.contexts import read_contexts
-from dsg_cli.inspection.features import Group, Read, Rows, context_rows, doubts_of, with_near, words_of_all
+from dsg_cli.inspection.features import Group, Read, Rows, context_rows, feature_warnings, with_near, words_of_all
 from dsg_cli.inspection.lens import decoder_rows, logit_lens, nearest_features
-from dsg_cli.inspection.neuronpedia import Descriptions, described, place_of
+from dsg_cli.inspection.neuronpedia import PageDescriptions, described, place_of
 from dsg_cli.job import Job
 from dsg_cli.models.language_model import LoadedModel, context_length, load_tokenizer
 from dsg_cli.models.sae import SaeSource
@@ -371,7 +371,7 @@ def _describe(
     lens = logit_lens(loaded.model, tokenizer, sae.write, decoder_rows(sae, indices), N_TOKENS)
     nearest = nearest_features(sae, indices, N_NEAREST)
     place = place_of(sae.identity.source) if settings.neuronpedia else None
-    descriptions = described(place, indices, job.progress) if place else Descriptions({}, "")
+    descriptions = described(place, indices, job.progress) if place else PageDescriptions({}, "")
     words = words_of_all(reads, len(indices), tokenizer) if settings.samples else [[] for _ in indices]
     selected = {feature.index for feature in choice.features}
     rows = [
@@ -385,7 +385,7 @@ def _describe(
             "nearest": [{"index": j, "cosine": cosine, "is_selected": j in selected} for j, cosine in nearest[c]],
             "words": words[c],
             "description": descriptions.texts.get(feature.index),
-            "warnings": doubts_of(reads, c, feature, sae.identity.n_features, tokenizer),
+            "warnings": feature_warnings(reads, c, feature, sae.identity.n_features, tokenizer),
         }
         for c, feature in enumerate(chosen)
     ]
