@@ -276,11 +276,6 @@ class Composition:
         """Whether every gate decides while a sequence is still being written."""
         return all(body.gate in CAUSAL_FORMS for body in self.bodies)
 
-    @property
-    def has_gate(self) -> bool:
-        """Whether anything decides about questions: guardrails or filters."""
-        return bool(self.guardrails) or any(stored.body_as(Wrapper).rule != "prefix" for stored in self.wrappers)
-
     def forget(self) -> list[str]:
         """Names of all forget corpora."""
         return list(dict.fromkeys(name for stored in self.artifacts for name in _body(stored).forget))
