@@ -22,12 +22,8 @@ class Clock:
 
     def close(self, header: Header, *, n_tokens: int = 0) -> Header:
         """The header with wall seconds, tokens read and peak memory of the process."""
-        measured = {
-            "seconds": round(time.monotonic() - self.start, 3),
-            "n_tokens": n_tokens,
-            "peak_memory_mb": round(peak_memory_mb(header.device), 1),
-        }
-        return header.replace(**measured)
+        seconds, memory = round(time.monotonic() - self.start, 3), round(peak_memory_mb(header.device), 1)
+        return header.replace(seconds=seconds, n_tokens=n_tokens, peak_memory_mb=memory)
 
 
 def git_state() -> Json:
