@@ -102,21 +102,17 @@ def generate(model, ids, n_new=N_NEW, **options):
     return found.tolist()
 
 
-def test_cached_generation_equals_one_sequence_alone(served, expected):
+WAYS = ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}, {"use_cache": False})
+"""To generate: with a cache that grows, with one that does not, with the prompt in chunks, without a cache."""
+
+
+def test_generation_in_every_way_equals_one_sequence_alone(served, expected):
     model, guard = served
     with guarded(model, guard, allow_mismatch=True):
         for ids, answer in zip(PROMPTS, expected, strict=True):
-            assert generate(model, [ids])[0] == answer
-            assert generate(model, [ids], use_cache=False)[0] == answer
+            for way in WAYS:
+                assert generate(model, [ids], **way)[0] == answer, way
     assert guard.counters()["n_gated"] > 0
-
-
-def test_static_cache_and_chunked_prefill(served, expected):
-    model, guard = served
-    with guarded(model, guard, allow_mismatch=True):
-        for ids, answer in zip(PROMPTS, expected, strict=True):
-            assert generate(model, [ids], cache_implementation="static")[0] == answer
-            assert generate(model, [ids], prefill_chunk_size=2)[0] == answer
 
 
 def test_left_padded_batch(served, expected):
@@ -174,11 +170,10 @@ def test_in_bfloat16_wherever_the_unguarded_model_does_it_too(served):
     """Rounding differs with the shape of a call; where it moves no token of the bare model, it moves none here."""
     bare, guard = served
     model = copy.deepcopy(bare).to(torch.bfloat16)
-    ways = ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}, {"use_cache": False})
     n_compared = 0
     for ids in PROMPTS:
         expected = alone(model, ids)
-        stable = [way for way in ways if generate(model, [ids], **way)[0] == expected]
+        stable = [way for way in WAYS if generate(model, [ids], **way)[0] == expected]
         with guarded(model, guard, allow_mismatch=True):
             expected = alone(model, ids)
             for way in stable:
