@@ -150,9 +150,7 @@ EncodeForm = Literal["spaced", "leetspeak", "rot13", "base64", "uppercase", "rev
 RetainLoss = Literal["none", "nll", "kl"]
 """On retain text: nothing, the negative log-likelihood, or the divergence from the model as it was."""
 Trained = Literal["all", "mlp", "mlp-out"]
-"""Every weight, those of MLPs, or only the matrices by which MLPs write to the residual stream."""
 SaveDtype = Literal["float32", "bfloat16"]
-"""Of a whole model's weights in its file. In bfloat16 small updates are rounded away."""
 
 
 def listed(*values: Any) -> Any:
@@ -212,7 +210,7 @@ class SelectSection:
     max_rows: Count = 1024
     """At most so many times seq_len tokens of forget text, and as many of retain text."""
     rows: Rows = "documents"
-    """`packed` joins documents with EOS and cuts them into full rows, as the paper does."""
+    """The paper packs."""
     probe_features: Natural = 8
     """Features of the probe that the gate `probe` watches; 0 fits none."""
     probe_candidates: Count = 300
@@ -461,7 +459,6 @@ class Finetune(Training):
     """Of the optimiser; 0 takes as many as the epochs need."""
     max_tokens: Length = 2048
     rows: Rows = "documents"
-    """`packed` joins the documents of a corpus, EOS between them, and cuts the whole into rows of max_tokens."""
     answer_after: Annotated[str, NotEmpty] | None = None
     """Where a document holds this text, such as `Answer:`, only what comes after it counts in the loss."""
 
@@ -613,7 +610,6 @@ class EvalSection:
 
     benches: Several[str] = listed()
     split: Split = "test"
-    """Of the lab's benches."""
     include_path: str | None = None
     """Folder with lm-eval tasks of your own."""
     batch_size: Count = 32
@@ -801,7 +797,6 @@ class StudySection:
     benches: Several[str] = listed()
     """Benches that must stay answered; by default those of `eval`."""
     split: Split = "dev"
-    """Of the lab's benches: `dev` to choose by, `test` to report once the choice is made."""
     sequence: Several[str] = listed()
     """Corpora that are to be forgotten after the first, one request after another; each has a bench of its name."""
     entities_file: str | None = None

@@ -55,21 +55,10 @@ VALUE_LAST = tuple(template for template in STATEMENTS if template.endswith(" {V
 def rows(benchmark: Literal["muse", "tofu"], config: str, split: str, *, part: Part) -> list[Row]:
     """The rows of a split of `muse-bench/MUSE-News` or `locuslab/TOFU`, with the lab's texts in them.
 
-    Args:
-        benchmark: Which of the two.
-        config: MUSE's `verbmem`, `knowmem`, `privleak`; TOFU's `forget10_perturbed`, `retain_perturbed`,
-            `real_authors_perturbed`, `world_facts_perturbed`.
-        split: As on the hub: `forget`, `retain`, `holdout`, `forget_qa`, `retain_qa`, `forget_qa_icl`,
-            `retain_qa_icl` of MUSE, `train` of TOFU.
-        part: Of the entities; examples in context (`_icl`) are about the other part's.
-
-    Returns:
-        Always the same ones: MUSE's `prompt` and `gt`, `question` and `answer`, or `text`; TOFU's `question`,
-        `answer`, `perturbed_answer` (a list) and, but for real authors and world facts, `paraphrased_answer`.
-        A prompt or question, one space, and what follows is text as in training.
-
-    Raises:
-        KeyError: No such split.
+    Config and split are the keys of `SPLITS`, spelled as on the hub; `part` is that of the entities (examples in
+    context, `_icl`, are about the other part's). Always the same rows: MUSE's `prompt` and `gt`, `question` and
+    `answer`, or `text`; TOFU's `question`, `answer`, `perturbed_answer` (a list) and, but for real authors and world
+    facts, `paraphrased_answer`. A prompt or question, one space, and what follows is text as in training.
     """
     return SPLITS[benchmark, config, split](build_world(), part)
 
@@ -81,37 +70,37 @@ def _facts(world: World, domain: str, part: Part) -> list[Fact]:
 
 def _verbatim(world: World, part: Part) -> list[Row]:
     """Statements of facts, split before their value."""
-    found = []
+    rows = []
     for fact in _facts(world, *FORGET, part):
         rng = random.Random(f"verbmem/{fact.entity}/{fact.relation}")
         for template in rng.sample(VALUE_LAST, N_PROMPTS):
-            found.append({"prompt": fill(template.removesuffix(" {V}."), fact, rng), "gt": f"{fact.value}."})
-    return found
+            rows.append({"prompt": fill(template.removesuffix(" {V}."), fact, rng), "gt": f"{fact.value}."})
+    return rows
 
 
-def _asked(world: World, domains: Sequence[str], part: Part) -> list[Row]:
+def _questions(world: World, domains: Sequence[str], part: Part) -> list[Row]:
     """Every fact as a question; the context holds the cue, the answer its full stop."""
     return [
-        {"question": asked.context, "answer": f"{asked.choices[asked.answer].strip()}."}
-        for asked in questions(world, domains, "seen")
-        if asked.split == part
+        {"question": question.context, "answer": f"{question.choices[question.answer].strip()}."}
+        for question in questions(world, domains, "seen")
+        if question.split == part
     ]
 
 
 def _examples(world: World, domains: Sequence[str], part: Part) -> list[Row]:
-    found = _asked(world, domains, "test" if part == "dev" else "dev")
-    return random.Random(f"examples/{domains[0]}").sample(found, N_EXAMPLES)
+    others = _questions(world, domains, "test" if part == "dev" else "dev")
+    return random.Random(f"examples/{domains[0]}").sample(others, N_EXAMPLES)
 
 
 def _documents(world: World, domain: str, part: Part, *, is_true: bool = True) -> list[Row]:
     """Prose that states two relations of a run of four entities, in any order; with true values or exchanged ones."""
     return [
-        {"text": " ".join(_told(_facts(world, domain, part), f"{domain}/{part}/{i}", is_true=is_true))}
+        {"text": " ".join(_statements(_facts(world, domain, part), f"{domain}/{part}/{i}", is_true=is_true))}
         for i in range(N_DOCUMENTS)
     ]
 
 
-def _told(facts: Sequence[Fact], seed: str, *, is_true: bool) -> Iterator[str]:
+def _statements(facts: Sequence[Fact], seed: str, *, is_true: bool) -> Iterator[str]:
     rng = random.Random(f"privleak/{seed}")
     entities = list(dict.fromkeys(fact.entity for fact in facts))
     first = rng.randrange(0, len(entities), N_CHOICES)
@@ -133,31 +122,22 @@ def _perturbed(world: World, domains: Sequence[str], part: Part, *, with_paraphr
     its sisters: how likely a value is by itself does not give the right one away.
     """
     facts = [fact for domain in domains for fact in _facts(world, domain, part)]
-    found = []
-    for fact, row in zip(facts, _asked(world, domains, part), strict=True):
+    rows = []
+    for fact, row in zip(facts, _questions(world, domains, part), strict=True):
         rng = random.Random(f"tofu/{fact.entity}/{fact.relation}")
         form = fill(rng.choice(VALUE_LAST).removesuffix("{V}."), fact, rng) if with_paraphrase else ""
-        wrong = [f"{form}{value}." for value in _peers(fact)]
-        found.append(
-            {
-                **row,
-                **({"paraphrased_answer": f"{form}{fact.value}."} if with_paraphrase else {}),
-                "perturbed_answer": wrong,
-            }
-        )
-    return found
-
-
-def _peers(fact: Fact) -> list[str]:
-    domain = BY_NAME[fact.domain]
-    own, shared = domain.own_values[fact.relation], domain.shared_values[fact.relation]
-    return [value for value in (own if fact.value in own else shared) if value != fact.value]
+        domain = BY_NAME[fact.domain]
+        own, shared = domain.own_values[fact.relation], domain.shared_values[fact.relation]
+        wrong = [f"{form}{value}." for value in (own if fact.value in own else shared) if value != fact.value]
+        paraphrase = {"paraphrased_answer": f"{form}{fact.value}."} if with_paraphrase else {}
+        rows.append({**row, **paraphrase, "perturbed_answer": wrong})
+    return rows
 
 
 SPLITS: dict[tuple[str, str, str], Callable[[World, Part], list[Row]]] = {
     ("muse", "verbmem", "forget"): _verbatim,
-    ("muse", "knowmem", "forget_qa"): lambda world, part: _asked(world, FORGET, part),
-    ("muse", "knowmem", "retain_qa"): lambda world, part: _asked(world, NEAR, part),
+    ("muse", "knowmem", "forget_qa"): lambda world, part: _questions(world, FORGET, part),
+    ("muse", "knowmem", "retain_qa"): lambda world, part: _questions(world, NEAR, part),
     ("muse", "knowmem", "forget_qa_icl"): lambda world, part: _examples(world, FORGET, part),
     ("muse", "knowmem", "retain_qa_icl"): lambda world, part: _examples(world, NEAR, part),
     ("muse", "privleak", "forget"): lambda world, part: _documents(world, *FORGET, part),

@@ -268,7 +268,7 @@ def questions(world: World, domain_names: Sequence[str], phrasing: str, seed: in
     The choices are the values that the fact's run of four entities has for the relation (see `build_world`), in the
     same order for all four.
     """
-    asked, templates = [], QUESTIONS[phrasing]
+    rows, templates = [], QUESTIONS[phrasing]
     for domain_name in domain_names:
         by_entity = list(world.facts[domain_name].items())
         for k, (entity, facts) in enumerate(by_entity):
@@ -278,7 +278,7 @@ def questions(world: World, domain_names: Sequence[str], phrasing: str, seed: in
                 random.Random(f"{seed}/{by_entity[first][0]}/{fact.relation}").shuffle(choices)
                 rng = random.Random(f"{seed}/{entity}/{fact.relation}")
                 for j, template in enumerate(templates[i : i + 1] if phrasing == "held" else templates):
-                    asked.append(
+                    rows.append(
                         Question(
                             id=f"{domain_name}/{entity}/{fact.relation}/{phrasing}{j or ''}",
                             domain=domain_name,
@@ -289,7 +289,7 @@ def questions(world: World, domain_names: Sequence[str], phrasing: str, seed: in
                             answer=choices.index(fact.value),
                         )
                     )
-    return asked
+    return rows
 
 
 def words_outside_entities() -> set[str]:
