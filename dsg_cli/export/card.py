@@ -145,6 +145,12 @@ class CardGuard:
             rates.insert(0, all_text | {"rate": body.false_positive_rate, "low": body.low, "high": body.high})
         return rates
 
+    def corpora(self) -> list[tuple[str, Json]]:
+        """Corpora that calibration read, or the method itself: role, and name with digest."""
+        settings = (self.threshold or self.stored).header.settings
+        corpora = [(role, corpus) for role in ("forget", "retain") for corpus in settings.get(role) or []]
+        return [(role, one) for role, one in corpora if isinstance(one, dict) and {"name", "sha256"} <= set(one)]
+
     def notes(self) -> list[str]:
         """Of all that it was made from."""
         chain = [stored for stored in (self.features, self.threshold, self.stored) if stored]
@@ -232,8 +238,9 @@ def model_card(facts: CardFacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"code": _code, "cell": _cell, "name": _name, "names": _names, "quoted": _quoted}
-    environment.filters |= {**filters, "share": lambda value: share(value, 3), "measured": _with_interval}
+    environment.filters |= {"code": _code, "cell": _cell, "name": _name, "names": _names, "quoted": _quoted}
+    environment.filters |= {"without_path": without_path, "share": lambda value: share(value, 3)}
+    environment.filters["measured"] = _with_interval
     benches, attacks = facts.shown_evaluations(), facts.newest_attacks()
     threat_models = {body.attack: body.threat_model for body in (one.body_as(AttackReport) for one in attacks)}
     text = environment.get_template("card.md.j2").render(
@@ -254,10 +261,14 @@ def model_card(facts: CardFacts) -> str:
         threat_models=threat_models,
         untried=[_code(kind) for kind in ATTACKS if kind not in threat_models],
         can_write=all(guard.body.gate in CAUSAL_FORMS for guard in facts.guards),
-        base_remark=_base_remark(facts.model),
-        base_arguments=_base_arguments(facts),
+        repository=REPOSITORY.fullmatch(facts.model),
+        lab_folder=f"lab/{lab.MODEL_DIRS[facts.model].name}" if facts.model in lab.MODEL_DIRS else "",
+        has_remote_code=any(guard.header.trust_remote_code for guard in facts.guards),
         files=[f"{SCHEME if facts.is_on_hub else ''}{facts.address}/{guard.file}" for guard in facts.guards],
-        provenance=_provenance(facts),
+        header=facts.guards[0].header,
+        saes={guard.header.sae.sha256: guard.header.sae for guard in facts.guards if guard.header.sae}.values(),
+        corpora={(role, corpus["name"]): corpus for guard in facts.guards for role, corpus in guard.corpora()},
+        versions=", ".join(f"{name} {version}" for name, version in facts.guards[0].header.packages.items()),
         artifacts=facts.artifacts(),
     )
     return front_matter(facts) + "\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -329,25 +340,6 @@ def _quoted(text: str) -> Markup:
     return Markup(json.dumps(text, ensure_ascii=False))
 
 
-def _base_remark(model: str) -> str:
-    """What to know before the model that the guardrails are put on is loaded."""
-    if model in lab.MODEL_DIRS:
-        return Markup("# `dsg lab export lab` writes it.")
-    return "" if REPOSITORY.fullmatch(model) else Markup("# The model that it was made for, wherever it lies.")
-
-
-def _base_arguments(facts: CardFacts) -> Markup:
-    """By which it is loaded."""
-    match, source = REPOSITORY.fullmatch(facts.model), facts.model
-    if match:
-        source = match[1]
-    elif facts.model in lab.MODEL_DIRS:
-        source = f"lab/{lab.MODEL_DIRS[facts.model].name}"
-    revision = f", revision={_quoted(match[2])}" if match and match[2] else ""
-    remote_code = ", trust_remote_code=True" if any(guard.header.trust_remote_code for guard in facts.guards) else ""
-    return Markup(f"{_quoted(source)}{revision}{remote_code}")
-
-
 def _attack_rows(attacks: list[Stored]) -> list[Json]:
     """The point of each attack at which most came back, the one that brought back most first."""
     rows = []
@@ -370,35 +362,6 @@ def _with_interval(side: Json, metric: str) -> Markup:
     values = [value, side.get(f"{metric}_low"), side.get(f"{metric}_high")]
     shown, *bounds = [share(x, 3) if metric in ("acc", "forget") else number(x) for x in values]
     return Markup(shown if None in values else f"{shown} [{', '.join(bounds)}]")
-
-
-def _provenance(facts: CardFacts) -> list[tuple[str, str]]:
-    """Model, SAEs, corpora and versions."""
-    header = facts.guards[0].header
-    model = header.model
-    rows = [
-        ("model", f"{without_path(model.source)}, {model.n_layers} layers, width {model.width}"),
-        ("its fingerprint", f"{model.fingerprint} (layers 0 to {model.last_layer})"),
-    ]
-    for sae in {guard.header.sae.sha256: guard.header.sae for guard in facts.guards if guard.header.sae}.values():
-        revision = f" at {sae.revision}" if sae.revision else ""
-        rows.append(("SAE", f"{without_path(sae.source)}{revision}, {sae.n_features} features, at {sae.hook}"))
-        rows.append(("its weights", sae.sha256))
-    corpora = {(role, corpus["name"]): corpus for guard in facts.guards for role, corpus in _corpora(guard)}
-    for (role, name), corpus in corpora.items():
-        revision = f" at {corpus['revision']}" if corpus.get("revision") else ""
-        rows.append((role, f"{without_path(name)}{revision}, texts {corpus['sha256']}"))
-    versions = ", ".join(f"{name} {version}" for name, version in header.packages.items())
-    return [*rows, ("versions", versions), ("run", f"{header.device}, {header.dtype}")]
-
-
-def _corpora(guard: CardGuard) -> list[tuple[str, Json]]:
-    """Corpora that calibration read, or the method itself: their names and digests."""
-    settings = (guard.threshold or guard.stored).header.settings
-    corpora = [(role, corpus) for role in ("forget", "retain") for corpus in settings.get(role) or []]
-    return [
-        (role, corpus) for role, corpus in corpora if isinstance(corpus, dict) and {"name", "sha256"} <= set(corpus)
-    ]
 
 
 def _made_by(header: Header) -> str:
