@@ -184,6 +184,7 @@ class GuardedModel:
             One score a request, in their order.
         """
         cache = cache if cache is not None else AnswerCache()
+        assert not (cache.known and self.decides)  # Nothing is known of what gates and filters would decide.
         verdicts = self.verdicts(self.wrappers, requests, job)
         requests = self._wrapped(requests, verdicts)
         keys = [request_key(request, self.max_length) for request in requests]
