@@ -163,7 +163,7 @@ def test_an_artifact_says_what_it_was_trained_on(made, recipe, folders):
     assert body.losses[-1]["loss"] < body.losses[0]["loss"]
 
 
-def test_what_was_taught_is_what_is_unlearned_from(made, recipe, folders):
+def test_what_was_finetuned_is_what_is_unlearned_from(made, recipe, folders):
     taught = str(made.folder / "model-001")
     alone, npo, guard = (find_composition(made, [name]) for name in ("model-001", "model-002", "guardrail-001"))
     assert alone.base == str(folders["model"].resolve()) and alone.model == taught
@@ -201,13 +201,13 @@ def test_a_limit_and_a_weight_are_its_own(recipe, tmp_path, folders):
 def test_it_is_compared_with_nothing(made, recipe):
     assert "finetune" not in compared_methods(CompareSection()) and "npo" in compared_methods(CompareSection())
     for sets in ("compare.methods=[npo, finetune]", "compare.grids={finetune: {epochs: [1]}}"):
-        with pytest.raises(DsgError, match="compare names finetune, which teaches"):
+        with pytest.raises(DsgError, match="is .finetune.; it teaches, and is compared with nothing"):
             load_recipe(sets=[sets])
     with pytest.raises(DsgError, match="model-001 was taught"):
         compare.run(recipe("compare.forget=mine"), made, sources=["model-001"])
 
 
-def test_a_recipe_that_teaches_does_so_first(recipe, tmp_path, folders):
+def test_a_recipe_that_finetunes_does_so_first(recipe, tmp_path, folders):
     workspace = Workspace(tmp_path)
     chain = run_recipe.run(recipe(), workspace)
     assert [stored.id for stored in chain] == [
