@@ -464,20 +464,9 @@ def judged(tmp_path):
 
 def facts_of(judged, **changed):
     composition = find_composition(judged, ["guardrail-001"])
-    said = {"name": "mine", "address": "mine", "is_on_hub": False, "is_whole_model": True, "instead": None}
-    return card_facts(
-        judged,
-        composition,
-        guardrail_modules(judged, composition),
-        **{**said, "is_mismatched": False, **changed},
-    )
-
-
-def loaded(text, tmp_path):
-    """A card as the hub's own client reads it from a file."""
-    path = tmp_path / "README.md"
-    path.write_text(text, encoding="utf-8")
-    return ModelCard.load(path)
+    facts = {"name": "mine", "address": "mine", "is_on_hub": False, "is_whole_model": True, "instead": None}
+    modules = guardrail_modules(judged, composition)
+    return card_facts(judged, composition, modules, **facts | {"is_mismatched": False} | changed)
 
 
 def code_of(text):
@@ -536,10 +525,8 @@ class TestWhatIsWritten:
         card = ModelCard.load("light/README.md")
         assert "model-index" not in card.content
         commands = re.findall(r"```bash\n(.*?)\n```", card.text)
-        assert commands == [
-            "dsg eval --from guardrail-001 --bench BENCH",
-            "dsg attack --from guardrail-001 --kind all",
-        ]
+        names = "--from guardrail-001"
+        assert commands == [f"dsg eval {names} --bench BENCH", f"dsg attack {names} --kind all"]
         for command in commands:
             assert dsg(*command.split()[1:], "--help")[0] == 0
         assert "the threshold that it was made from was not at hand" in card.text
@@ -558,12 +545,7 @@ class TestWhatCounts:
     def test_the_newest_of_each_bench_and_split(self, judged):
         guardrail = judged.read("guardrail-001")
         results = {"lab-hexes": {"base": {"acc": 0.8, "n": 9}, "unlearned": {"acc": 0.2, "n": 9}}}
-        judge(
-            judged,
-            guardrail,
-            body=report().replace(results=results),
-            settings={"benches": ["lab-hexes"]},
-        )
+        judge(judged, guardrail, body=report().replace(results=results), settings={"benches": ["lab-hexes"]})
         judge(judged, guardrail, body=report().replace(results=results, split="dev"))
         text = model_card(facts_of(judged))
         rows = [line for line in text.splitlines() if line.startswith("| `lab-hexes` | `")]
@@ -592,7 +574,7 @@ class TestWhatCounts:
     def test_a_base_of_the_hub(self, judged, tmp_path):
         facts = replace(facts_of(judged), model="org/mo-del@abc", base="org/mo-del@abc", is_whole_model=False)
         facts = replace(facts, base_card=BaseCard(("gemma",), "", "https://example.org/terms", ("no", "en")))
-        said = loaded(front_matter(facts), tmp_path).data
+        said = ModelCard(front_matter(facts)).data
         assert (said.base_model, said.base_model_relation) == ("org/mo-del", "adapter")
         assert said.license == "gemma" and said.license_link.endswith("/terms") and said.language == ["no", "en"]
         text = model_card(facts)
@@ -607,13 +589,33 @@ class TestWhatCounts:
         text = model_card(facts)
         assert "from answering about `hex <b> | curse`." in text and "To forget: no corpus." in text
         assert "picked by their descriptions, for the words `hex <b> | curse`" in text and features.id in text
-        assert "what its features stand for" in model_card(
-            replace(facts, guards=[replace(facts.guards[0], features=None)])
-        )
+        facts = replace(facts, guards=[replace(facts.guards[0], features=None)])
+        assert "what its features stand for" in model_card(facts)
+
+    @pytest.mark.parametrize(
+        ("settings", "promise"),
+        [
+            ({"threshold": 0.3}, "The threshold was given, not calibrated: nothing promises how much is gated. What"),
+            (
+                {"quantile": "percentile"},
+                "The threshold is the percentile of retain text that 0.05 exceeded; it promises",
+            ),
+            (
+                {"lengths": None},
+                "was set so that 0.05 of further texts like those of all retain corpora together are gated.",
+            ),
+        ],
+    )
+    def test_what_a_threshold_promises(self, judged, settings, promise):
+        facts = facts_of(judged)
+        threshold = facts.guards[0].threshold
+        header = threshold.header.replace(settings=threshold.header.settings | settings)
+        guard = replace(facts.guards[0], threshold=replace(threshold, header=header))
+        assert promise in model_card(replace(facts, guards=[guard]))
 
     def test_a_licence_that_is_not_known_is_not_invented(self, judged, tmp_path):
         text = model_card(replace(facts_of(judged), base_card=BaseCard(), base="/home/someone/secret/base"))
-        assert loaded(text, tmp_path).data.license is None and "which is not known here" in text
+        assert ModelCard(text).data.license is None and "which is not known here" in text
         assert "someone" not in text and "`base`" in text
 
 
@@ -649,7 +651,7 @@ class TestNamesStayNames:
 
     def test_front_matter(self, hostile, tmp_path):
         facts = facts_of(hostile, name=HOSTILE[2] + HOSTILE[0])
-        card = loaded(model_card(facts), tmp_path)
+        card = ModelCard(model_card(facts))
         assert len(card.data.eval_results) == len(HOSTILE) and card.data.model_name == "two --- lines" + HOSTILE[0]
         assert {one.metric_value for one in card.data.eval_results} == {0.25}
         assert {"a|b", "two --- lines", HOSTILE[0]} <= {one.dataset_name for one in card.data.eval_results}
@@ -679,14 +681,8 @@ class TestNamesStayNames:
 @pytest.mark.parametrize(
     ("text", "known"),
     [
-        (
-            "---\nlicense: gemma\nlanguage: [en, no]\n---\n# x",
-            BaseCard(("gemma",), languages=("en",)),
-        ),  # `no` is False.
-        (
-            "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n",
-            BaseCard(("other",), "mine", "LICENSE"),
-        ),
+        ("---\nlicense: gemma\nlanguage: [en, no]\n---\n# x", BaseCard(("gemma",), languages=("en",))),  # `no`: False.
+        ("---\nlicense: other\nlicense_name: a\nlicense_link: b\n---\n", BaseCard(("other",), "a", "b")),
         ("---\nlicense: [mit, apache-2.0]\n---", BaseCard(("mit", "apache-2.0"))),
         ("---\r\nlicense: mit\r\n---\r\n", BaseCard(("mit",))),
         ("---\nlicense: '<script>'\nlicense_name: [x]\nlanguage: {a: b}\n---\n", BaseCard()),

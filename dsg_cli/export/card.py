@@ -149,7 +149,7 @@ class CardGuard:
         """Corpora that calibration read, or the method itself: role, and name with digest."""
         settings = (self.threshold or self.stored).header.settings
         corpora = [(role, corpus) for role in ("forget", "retain") for corpus in settings.get(role) or []]
-        return [(role, one) for role, one in corpora if isinstance(one, dict) and {"name", "sha256"} <= set(one)]
+        return [(role, item) for role, item in corpora if isinstance(item, dict) and {"name", "sha256"} <= set(item)]
 
     def notes(self) -> list[str]:
         """Of all that it was made from."""
@@ -242,7 +242,7 @@ def model_card(facts: CardFacts) -> str:
     environment.filters |= {"without_path": without_path, "share": lambda value: share(value, 3)}
     environment.filters["measured"] = _with_interval
     benches, attacks = facts.shown_evaluations(), facts.newest_attacks()
-    threat_models = {body.attack: body.threat_model for body in (one.body_as(AttackReport) for one in attacks)}
+    threat_models = {body.attack: body.threat_model for body in (stored.body_as(AttackReport) for stored in attacks)}
     text = environment.get_template("card.md.j2").render(
         facts=facts,
         finetunes=finetunes,

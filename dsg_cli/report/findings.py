@@ -180,7 +180,7 @@ def _costs(gathered: Gathered) -> Iterator[Sentence]:
         paths = [path for path in (stored.path, stored.path.with_suffix(".safetensors")) if path.is_file()]
         yield Sentence(f"{sum(path.stat().st_size for path in paths) / 1000:,.0f} kB beside the model.", (stored.id,))
     makers = [stored for kind in ("threshold", *UNLEARNING) for stored in gathered.of(kind)]
-    used = {one.id for stored in makers for one in stored.header.inputs}
+    used = {item.id for stored in makers for item in stored.header.inputs}
     steps = [
         stored
         for stored in (*gathered.of("features"), *makers)

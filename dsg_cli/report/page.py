@@ -122,7 +122,7 @@ def _tree(artifacts: Sequence[Stored]) -> list[Json]:
         return {"id": stored.id, "headline": headline(stored), "below": below}
 
     ids = {stored.id for stored in artifacts}
-    return [node(stored) for stored in artifacts if not {one.id for one in stored.header.inputs if one.sha256} & ids]
+    return [node(stored) for stored in artifacts if not {used.id for used in stored.header.inputs if used.sha256} & ids]
 
 
 def _origin(stored: Stored, ids: set[str]) -> Json:

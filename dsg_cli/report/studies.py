@@ -212,7 +212,7 @@ def _of_cost(_body: StudyReport, point: Point) -> list[str]:
     overhead = point[1].get(("", "overhead"), {})
     value = overhead.get("value")
     return [
-        *(share(None if one is None else 1000 * one) for one in seconds),
+        *(share(None if duration is None else 1000 * duration) for duration in seconds),
         "-" if value is None else f"{value:+.1%}",
         interval(overhead, digits="+.1%", between=" to "),
     ]
