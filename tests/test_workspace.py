@@ -32,7 +32,7 @@ from dsg_cli.workspace.artifacts import (
     parse_document,
     to_json,
 )
-from dsg_cli.workspace.files import write_atomically
+from dsg_cli.workspace.files import KIND_NAMES, write_atomically
 from dsg_cli.workspace.store import Workspace
 
 BODY, HEADER = made(Guardrail), header()
@@ -268,6 +268,10 @@ DATA = Path(__file__).parent / "data"
 
 def _all_but(kind):
     return lambda folder, names: [n for n in names if Path(folder).parent == DATA and not n.startswith(f"{kind}-")]
+
+
+def test_kinds_are_known_by_name_without_what_they_hold():
+    assert tuple(KINDS) == KIND_NAMES
 
 
 @pytest.mark.parametrize("kind", KINDS)
