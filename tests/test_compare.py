@@ -143,7 +143,7 @@ def test_an_interrupted_search_goes_on_with_the_trials_it_has(recipe, compared, 
 @pytest.mark.parametrize(
     ("sets", "words"),
     [
-        (["compare.methods=[npoo]"], "names no method npoo"),
+        (["compare.methods=[npoo]"], "compare.methods.0 is 'npoo'; there is no method"),
         (["compare.grids={npo: {betta: [1]}}", "compare.methods=[npo]"], "betta"),
         (["compare.grids={npo: {beta: [0]}}", "compare.methods=[npo]"], r"methods\.npo\.beta is 0"),
         (["compare.budget=0"], r"compare\.budget is 0"),
