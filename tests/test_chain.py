@@ -163,7 +163,7 @@ def test_a_shell_script_chains_by_json_and_exit_codes(tmp_path):
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("eval", "attacks", "failed")
     )
     assert met["expected"][0]["met"] is True and len(attacks) == 2 and failed["expected"][0]["met"] is False
-    assert (tmp_path / "failed.txt").read_text().startswith("not met")
+    assert (tmp_path / "failed.txt").read_text().startswith("acting: guardrail-001 (dsg)\nnot met")
     assert "There is no artifact eval-009" in (tmp_path / "error.txt").read_text()
 
 
