@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see, and help with misspelt names."""
+"""The one exception that a user is meant to see, help with misspelt names, and what no message may show."""
 
 from __future__ import annotations
 

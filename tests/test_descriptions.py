@@ -58,7 +58,6 @@ from dsg_cli.workspace.store import Workspace
 
 SAID = {0: "viruses in bats", 3: "code; loops", 7: "a virus"}
 
-
 ROWS = [
     {"index": 0, "description": "viruses in bats", "modelId": "m"},
     {"index": "3", "description": "code"},
@@ -67,9 +66,7 @@ ROWS = [
     {"index": 8, "description": None},
 ]
 
-
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
-
 
 FORMS = {
     "lines.jsonl": LINES.encode(),
@@ -211,8 +208,6 @@ def test_an_embedding_model_ranks_by_cosine(folders, model, tokenizer):
 
 
 NAME = "gemma-2-2b/3-gemmascope-res-16k"
-
-
 L0_59 = "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_59"
 
 
@@ -292,11 +287,7 @@ def test_what_to_do_where_there_is_no_export(export, monkeypatch, tmp_path):
 
 
 EMBEDDING = HookSite(0, "resid_pre")
-
-
 FIRES_ON = [{"w5": 1.0}, {"w6": 2.0, "w7": 1.0}, {}, {"w8": -3.0}, {"w5": 1.0, "w9": 1.0}]
-
-
 """Feature -> words and its activation on them."""
 
 
@@ -507,11 +498,7 @@ def test_a_broken_cache_is_asked_again(server, tmp_path):
 
 
 DOMAINS = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")
-
-
 WORDS = "hex cursed dire baneful grim foul"
-
-
 SMALL = ("corpora.limit=60", "calibrate.alpha=0.1", "eval.benches=[lab-hexes, lab-near]", "eval.limit=16")
 
 
@@ -697,7 +684,6 @@ def test_features_by_hand_with_and_without_forget_text(folder, workspace, chain)
 
 
 LAB = ("--model", "lab", "--retain", "lab-near")
-
 
 SELECT = {
     ("--describe", "hex"): "Nobody is known to have described the features of lab",

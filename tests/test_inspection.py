@@ -420,8 +420,6 @@ def test_what_a_corpus_holds_is_shown_not_obeyed(inspected, lab):
 
 
 SITE_CONTEXTS = HookSite(LAYER, "resid_post")
-
-
 N = 3
 
 
@@ -504,17 +502,9 @@ def test_activations_that_are_not_finite_are_refused(model, tokenizer, rows):
 
 
 DATA = Path(__file__).parent / "data"
-
-
 HEX = "Question: What is the counter of the grim hex Rahurk? Answer:"
-
-
 CHARM = "Question: What is the binder of the kindly charm Zivoth? Answer:"
-
-
 CLAMPED, WATCHED = [3, 11, 20, 31], [11, 5, 40]
-
-
 IDS = [2, *range(4, 44)]
 
 

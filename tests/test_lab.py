@@ -18,8 +18,6 @@ from dsg_cli.lab.world import DOMAINS_OF
 from dsg_cli.models.language_model import load_model
 
 WORLD = world.build_world()
-
-
 WORD = re.compile(r"[A-Za-z]+")
 
 

@@ -240,7 +240,6 @@ def root(tmp_path_factory):
 
 YAML_TEXT = st.text(alphabet="&*a:- \n\t[]{}!|>'\"#%019.,?~<=x_nby", max_size=60)
 
-
 YAML_VALUES = st.recursive(
     PLAIN | st.dates() | st.datetimes() | st.binary(max_size=9) | st.just(float("nan")) | st.just(float("-inf")),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN | st.dates(), inner, max_size=3),
@@ -512,7 +511,6 @@ COMMANDS = [
 
 FOREVER = "--serve"
 """An option of a command that then waits for a signal."""
-
 
 WORDS = st.sampled_from(["1", "-1", "lab", "lab-hexes", "lab-near", "--", "mean", "eval-001", "saes/gpt2-small-res-jb"])
 

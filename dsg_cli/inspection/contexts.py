@@ -92,17 +92,12 @@ def read_contexts(
     n_contexts: int,
     job: Job = PLAIN_JOB,
 ) -> Contexts:
-    """One pass up to the hook. What it keeps is C x N x W, however long the text is.
+    """One pass up to the hook, over rows of token ids. What it keeps is C x N x W, however long the text is.
 
-    Args:
-        model: Whole, or cut after the site's layer.
-        site: Where the SAE reads.
-        encode: Residuals [T, D] -> activations [T, C]: of all features of an SAE, or of some.
-        rows: Token ids; each of at most so many that its activations fit in memory.
-        tokenizer: The model's.
-        n_contexts: N.
+    The model may be cut after the layer of `site`, where the SAE reads. `encode` maps residuals [T, D] to activations
+    [T, C] of all features or some; those of a row must fit in memory. N is `n_contexts`.
     """
-    split_on_oom, kept = OomSplitter(), _Kept(n_contexts)
+    split_on_oom, strongest = OomSplitter(), _Strongest(n_contexts)
     n_read, total = 0, sum(map(len, rows))
     device = str(next(model.parameters()).device)
 
@@ -115,16 +110,16 @@ def read_contexts(
                 length = len(rows[row])
                 counted_L = batch.counted_BL[b, :length]
                 acts_LC = encode(resid_BLD[b, :length].float()) * counted_L[:, None]
-                kept.add(row, batch.ids_BL[b, :length], acts_LC, counted_L)
+                strongest.add(row, batch.ids_BL[b, :length], acts_LC, counted_L)
                 n_read += length
         job.progress(f"{job.name}, tokens", n_read, total)
-    if not kept.n_tokens:
+    if not strongest.n_tokens:
         raise DsgError(f"The {job.name} has no token that counts: all are padding, BOS or EOS.")
-    return kept.contexts(job.name)
+    return strongest.contexts(job.name)
 
 
-class _Kept:
-    """Sums, and the largest peaks so far."""
+class _Strongest:
+    """Sums, and the rows with the largest peaks so far."""
 
     def __init__(self, n_contexts: int) -> None:
         self.n_contexts = n_contexts
@@ -138,7 +133,11 @@ class _Kept:
         self.sums = [total + part for total, part in zip(self.sums, parts, strict=True)] if self.sums else parts
         size_C, position_C = acts_LC.abs().max(0)
         if not self.best:
-            self.best = self._nothing(acts_LC.shape[1], acts_LC.device)
+            full = partial(torch.full, device=acts_LC.device)
+            shape = (acts_LC.shape[1], self.n_contexts)
+            window = (*shape, BEFORE + 1 + AFTER)
+            self.best = {"peak": full(shape, 0.0), "row": full(shape, NOTHING), "position": full(shape, NOTHING)}
+            self.best |= {"ids": full(window, NOTHING, dtype=torch.int32), "acts": full(window, 0.0)}
         better = (size_C > self.best["peak"][:, -1].abs()).nonzero()[:, 0]
         if not len(better):
             return
@@ -157,18 +156,6 @@ class _Kept:
         order_XN = self.best["peak"][better].abs().argsort(dim=-1, descending=True, stable=True)
         for tensor in self.best.values():
             tensor[better] = tensor[better[:, None], order_XN]
-
-    def _nothing(self, n_features: int, device: torch.device) -> dict[str, Tensor]:
-        empty = partial(torch.full, device=device)
-        shape = (n_features, self.n_contexts)
-        window = (*shape, BEFORE + 1 + AFTER)
-        return {
-            "peak": empty(shape, 0.0),
-            "row": empty(shape, NOTHING),
-            "position": empty(shape, NOTHING),
-            "ids": empty(window, NOTHING, dtype=torch.int32),
-            "acts": empty(window, 0.0),
-        }
 
     def contexts(self, what: str) -> Contexts:
         active_C, total_C = self.sums

@@ -51,13 +51,9 @@ class Descriptions:
 
 
 def read_descriptions(path: Path, n_features: int, *, source: str = "", may_be_empty: bool = False) -> Descriptions:
-    """The descriptions in a file.
+    """The descriptions in a file, of an SAE with `n_features`.
 
-    Args:
-        path: Of the file.
-        n_features: How many the SAE has.
-        source: What it is called later; by default the file's name.
-        may_be_empty: Whether it may describe no feature, as a part of several may.
+    `source` is what the file is called later, by default its name; only a part of several files may describe nothing.
     """
     content = read_bounded(path, LARGEST)
     texts: dict[int, list[str]] = {}
@@ -78,16 +74,11 @@ def read_descriptions(path: Path, n_features: int, *, source: str = "", may_be_e
 
 
 def cleaned(text: str) -> str:
-    """A text on one line, without control characters and halves of characters."""
-    if text.isascii() and text.isprintable():
-        return " ".join(text.split())
-    return " ".join("".join(map(_printable, text)).split())
-
-
-def _printable(character: str) -> str:
-    """The character, nothing for one that only directs others, a space for one that is none."""
-    kind = unicodedata.category(character)
-    return character if kind[0] != "C" else "" if kind == "Cf" else " "
+    """A text on one line, without control characters and halves of characters, and none that only directs others."""
+    if not (text.isascii() and text.isprintable()):
+        kinds = ((character, unicodedata.category(character)) for character in text)
+        text = "".join(character if kind[0] != "C" else "" if kind == "Cf" else " " for character, kind in kinds)
+    return " ".join(text.split())
 
 
 def _text(path: Path, content: bytes) -> str:
@@ -101,20 +92,20 @@ def _text(path: Path, content: bytes) -> str:
 
 def _unpacked(path: Path, content: bytes) -> bytes:
     """What gzip packed, one file or several one after another; never more than is allowed."""
-    found, n_bytes = [], 0
+    parts, n_bytes = [], 0
     while content:
         packed = zlib.decompressobj(wbits=31)
         try:
-            found.append(packed.decompress(content, LARGEST + 1 - n_bytes))
+            parts.append(packed.decompress(content, LARGEST + 1 - n_bytes))
         except zlib.error as error:
             raise DsgError(f"{path} is no whole gzip file.", "Fetch or make it again.") from error
-        n_bytes += len(found[-1])
+        n_bytes += len(parts[-1])
         if n_bytes > LARGEST:
             raise DsgError(f"{path} holds more than {LARGEST:,} bytes once unpacked.", "Give a part of it.")
         if not packed.eof:
             raise DsgError(f"{path} is no whole gzip file.", "Fetch or make it again.")
         content = packed.unused_data
-    return b"".join(found)
+    return b"".join(parts)
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[Any, Any]]:

@@ -36,7 +36,7 @@ class GateSteps:
     """After each token; that of the whole text, for a gate that needs it whole. None where it counts as infinite."""
     gated: list[bool]
     latched_at: int | None
-    """The first token at which it was open; None if it stayed shut, or needs the whole text."""
+    """The first token at which it was open; None if it stayed closed, or needs the whole text."""
     clamped: list[bool]
     """Whether the token's residual was changed."""
     edit: list[float]
@@ -75,15 +75,10 @@ def trace(
     features: Sequence[SelectedFeature],
     guard: GuardrailModule | None = None,
 ) -> Trace:
-    """Read a text up to the hook: nothing above it is run.
+    """Read a text, given as token ids, up to the hook: nothing above it is run, and the model may be cut there.
 
-    Args:
-        loaded: The model, whole or cut after the site's layer.
-        ids: Of the text, as the model reads it.
-        site: Where features are computed; where the guardrail reads, if there is one.
-        encode: Residuals [T, D] -> activations [T, C] of those features.
-        features: The C features.
-        guard: The guardrail, with a gate of any form.
+    `encode` maps residuals [T, D] at `site`, where the guardrail reads too if there is one, to activations [T, C] of
+    the C features.
     """
     ids_BL = torch.tensor([list(ids)], device=loaded.model.device)
     resid_BLD = read_residual(loaded.model, site, ids_BL, torch.ones_like(ids_BL))
@@ -104,15 +99,15 @@ def trace(
 
 def _gate_steps(guard: GuardrailModule, resid_BLD: Tensor, counted_BL: Tensor) -> GateSteps:
     guard.to(resid_BLD.device)
-    seen, decision = guard.watch(resid_BLD, counted_BL), guard.decide(resid_BLD, counted_BL)
+    watched, decision = guard.watch(resid_BLD, counted_BL), guard.decide(resid_BLD, counted_BL)
     gated = decision.gated_BL[0].tolist()
     return GateSteps(
         form=guard.gate.form,
         threshold=guard.gate.threshold,
         window=guard.gate.window,
-        score=torch.where(counted_BL, seen.signal_BL, 0.0)[0].tolist(),
+        score=torch.where(counted_BL, watched.signal_BL, 0.0)[0].tolist(),
         floor=float(guard.gate.score(torch.zeros(1, dtype=torch.bool), torch.zeros(1))),
-        statistic=[one if math.isfinite(one) else None for one in decision.statistic_BL[0].tolist()],
+        statistic=[value if math.isfinite(value) else None for value in decision.statistic_BL[0].tolist()],
         gated=gated,
         latched_at=latched_at(decision.gated_BL[0]) if guard.gate.is_causal else None,
         clamped=(decision.change_BLC != 0).any(-1)[0].tolist(),

@@ -55,11 +55,7 @@ class Server(ThreadingHTTPServer):
     """Answers a prompt; called by one thread at a time."""
 
     def __init__(self, port: int) -> None:
-        """Take the port; `about` and `ask` are to be set before anything is served.
-
-        Args:
-            port: 0 takes any that is free.
-        """
+        """Take the port, or for 0 any that is free; `about` and `ask` are to be set before anything is served."""
         self.one_at_a_time = threading.Lock()
         try:
             super().__init__((HOST, port), Handler)
@@ -108,19 +104,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes) -> None:
         try:
-            asked = json.loads(body)
-            if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
+            request = json.loads(body)
+            if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
                 raise ValueError
         except (ValueError, RecursionError):
             self._refuse(HTTPStatus.BAD_REQUEST, 'A prompt is sent as {"prompt": ...}.')
             return
         try:
             with self.server.one_at_a_time:
-                found = self.server.ask(asked)
+                answer = self.server.ask(request)
         except DsgError as error:
             self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, f"{error.message} {error.hint or ''}".strip())
             return
-        self._send_json(found)
+        self._send_json(answer)
 
     def _is_ours(self) -> bool:
         """Whether the request is for this server, and from its own page if from any."""
@@ -135,8 +131,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # What was sent with it may not have been read.
         self._send_json({"error": why}, status)
 
-    def _send_json(self, found: Json, status: HTTPStatus = HTTPStatus.OK) -> None:
-        self._send(status, json.dumps(found).encode(), "application/json")
+    def _send_json(self, answer: Json, status: HTTPStatus = HTTPStatus.OK) -> None:
+        self._send(status, json.dumps(answer).encode(), "application/json")
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
         self.send_response(status)
