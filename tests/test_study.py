@@ -71,6 +71,11 @@ def stability(workspace):
     return study.run(recipe_for("stability"), workspace, "stability")
 
 
+@pytest.fixture(scope="module")
+def whole(stability):
+    return stability.body_as(StudyReport)
+
+
 @pytest.fixture
 def alone(workspace, stability, tmp_path):
     """A workspace of its own with the features that every study begins with."""
@@ -105,19 +110,18 @@ def wilson_by_hand(k, n, z=1.959963984540054):
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def test_one_pass_serves_every_point(stability, workspace):
-    body = stability.body_as(StudyReport)
-    assert body.columns == list(OF_A_GUARDRAIL) and body.split == "dev" and body.study == "stability"
-    assert body.computed["n_points"] == 12 and body.computed["n_failed"] == 4
-    assert body.computed["text_passes"] == 0 and body.computed["gate_passes"] == 1
+def test_one_pass_serves_every_point(stability, workspace, whole):
+    assert whole.columns == list(OF_A_GUARDRAIL) and whole.split == "dev" and whole.study == "stability"
+    assert whole.computed["n_points"] == 12 and whole.computed["n_failed"] == 4
+    assert whole.computed["text_passes"] == 0 and whole.computed["gate_passes"] == 1
     # The base model answers all questions once; a guarded one only what its gate opens on.
-    assert body.computed["n_requests"] < body.computed["asked"] < (1 + 8) * body.computed["n_requests"] / 2
+    assert whole.computed["n_requests"] < whole.computed["asked"] < (1 + 8) * whole.computed["n_requests"] / 2
     assert [stored.id for stored in stability.header.inputs] == ["features-001"]
     assert stability.header.inputs[0].sha256 == workspace.read("features-001").json["sha256"]
     assert not {"threshold", "guardrail", "eval"} & {name.split("-")[0] for name in workspace.ids()}
 
 
-def test_a_point_is_what_the_stages_find(stability, alone):
+def test_a_point_is_what_the_stages_find(whole, alone):
     """Strength, features and alpha of one point, through calibrate, apply and eval."""
     point = {"n_features": 8, "strength": "16r", "ratio_percentile": 95.0, "alpha": 0.1}
     values = {AXES[name].key: value for name, value in point.items()}
@@ -126,41 +130,37 @@ def test_a_point_is_what_the_stages_find(stability, alone):
     threshold = calibrate.run(recipe, alone).body_as(Threshold)
     apply.run(recipe, alone)
     report = evaluate.run(recipe, alone).body_as(EvalReport)
-    body = stability.body_as(StudyReport)
-    assert row_at(body, "threshold", **point)["value"] == pytest.approx(threshold.threshold, rel=1e-5)
-    row = row_at(body, "false_positive_rate", **point)
+    assert row_at(whole, "threshold", **point)["value"] == pytest.approx(threshold.threshold, rel=1e-5)
+    row = row_at(whole, "false_positive_rate", **point)
     assert row["value"] == pytest.approx(threshold.false_positive_rate) and row["n"] == threshold.n_fresh
     for bench, sides in report.results.items():
-        row = row_at(body, bench=bench, **point)
+        row = row_at(whole, bench=bench, **point)
         assert row["value"] == sides["unlearned"]["acc"] and row["gate_rate"] == report.gate[bench]["rate"]
-        assert body.base[bench]["acc"] == sides["base"]["acc"] and row["n"] == sides["base"]["n"]
-    assert row_at(body, bench="lab-hexes", **point)["value"] <= 0.4
+        assert whole.base[bench]["acc"] == sides["base"]["acc"] and row["n"] == sides["base"]["n"]
+    assert row_at(whole, bench="lab-hexes", **point)["value"] <= 0.4
 
 
-def test_a_larger_alpha_never_raises_the_threshold_and_a_strength_leaves_the_gate_alone(stability):
-    body = stability.body_as(StudyReport)
+def test_a_larger_alpha_never_raises_the_threshold_and_a_strength_leaves_the_gate_alone(whole):
     for n_features in (4, 8):
         low, high = (
-            {row["value"] for row in rows_at(body, "threshold", n_features=n_features, alpha=alpha)}
+            {row["value"] for row in rows_at(whole, "threshold", n_features=n_features, alpha=alpha)}
             for alpha in (0.05, 0.1)
         )
         assert len(low) == len(high) == 1 and min(high) <= min(low)
         for bench in ("lab-hexes", "lab-near"):
-            rates = {row["gate_rate"] for row in rows_at(body, bench=bench, n_features=n_features, alpha=0.05)}
+            rates = {row["gate_rate"] for row in rows_at(whole, bench=bench, n_features=n_features, alpha=0.05)}
             assert len(rates) == 1
 
 
-def test_a_point_that_fails_keeps_its_row(stability):
-    failed = [row for row in stability.body_as(StudyReport).rows if row["error"]]
+def test_a_point_that_fails_keeps_its_row(whole):
+    failed = [row for row in whole.rows if row["error"]]
     assert len(failed) == 4 and {row["n_features"] for row in failed} == {700}
     assert all("700 were asked for" in row["error"] and row["value"] is None for row in failed)
-    assert failures(stability.body_as(StudyReport)) == [
-        f"n 700, strength 1r, ratio % 95, alpha 0.05 and 3 more: {failed[0]['error']}"
-    ]
+    assert failures(whole) == [f"n 700, strength 1r, ratio % 95, alpha 0.05 and 3 more: {failed[0]['error']}"]
 
 
-def test_intervals(stability):
-    for row in rows_at(stability.body_as(StudyReport)):
+def test_intervals(whole):
+    for row in rows_at(whole):
         k = round(row["value"] * row["n"])
         assert (row["low"], row["high"]) == pytest.approx(wilson_by_hand(k, row["n"]))
         n_gated = round(row["gate_rate"] * row["n"])
@@ -172,13 +172,12 @@ def test_intervals(stability):
     assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 
 
-def test_the_table_beside_it_holds_the_same_rows(stability, workspace):
-    body = stability.body_as(StudyReport)
+def test_the_table_beside_it_holds_the_same_rows(stability, workspace, whole):
     path = workspace.folder / f"{stability.id}.csv"
     assert path.name in stability.header.files
     read = list(csv.DictReader(path.open()))
-    assert list(read[0]) == [*body.columns, *MEASURES] and len(read) == len(body.rows)
-    for text, row in zip(read, body.rows, strict=True):
+    assert list(read[0]) == [*whole.columns, *MEASURES] and len(read) == len(whole.rows)
+    for text, row in zip(read, whole.rows, strict=True):
         for name, value in row.items():
             assert text[name] == ("" if value is None else str(value)), name
             if isinstance(value, float):
@@ -195,7 +194,7 @@ def test_gates_that_watch_the_clamped_features_see_the_text_together(workspace, 
     assert row_at(body, "threshold", n_features=8, ratio_percentile=95.0)["value"] == pytest.approx(threshold.threshold)
 
 
-def test_less_forget_text(workspace, stability):
+def test_less_forget_text(workspace, whole):
     body = measured(workspace, "data-efficiency")
     assert not failures(body)
     # Two retain corpora once, and forget text of each share.
@@ -210,9 +209,9 @@ def test_less_forget_text(workspace, stability):
     # All of it is what stability has at the recipe's own settings, but for rounding of the probe.
     point = {"n_features": 8, "strength": "16r", "alpha": 0.05}
     for bench in ("lab-hexes", "lab-near"):
-        whole = row_at(body, bench=bench, by="documents", share=100.0)
-        own = row_at(stability.body_as(StudyReport), bench=bench, **point)
-        assert whole["value"] == own["value"] and whole["gate_rate"] == own["gate_rate"]
+        all_text = row_at(body, bench=bench, by="documents", share=100.0)
+        own = row_at(whole, bench=bench, **point)
+        assert all_text["value"] == own["value"] and all_text["gate_rate"] == own["gate_rate"]
     assert "\N{HORIZONTAL ELLIPSIS}" not in (text := printed(body)) and "documents" in text and "gated" in text
     named, others = (rows_at(body, f"acc_{which}", share=10.0, by="entities") for which in ("named", "not_named"))
     n_both = row_at(body, share=10.0, by="entities", bench="lab-hexes")["n"]
@@ -279,12 +278,12 @@ def test_every_layer_with_an_sae(workspace, tmp_path, folders):
     assert f"blocks.{layer + 1}" in "".join(row["hook"] or "" for row in body.rows)
 
 
-def test_other_seeds(workspace, stability):
+def test_other_seeds(workspace, whole):
     body = measured(workspace, "seeds")
     assert body.computed["n_points"] == 4 and body.computed["n_failed"] == 0
     point = {"n_features": 8, "strength": "16r", "alpha": 0.05}
     for bench in ("lab-hexes", "lab-near"):
-        own = row_at(stability.body_as(StudyReport), bench=bench, **point)
+        own = row_at(whole, bench=bench, **point)
         same = row_at(body, bench=bench, sae="lab", seed=0)
         assert same["value"] == own["value"] and same["gate_rate"] == own["gate_rate"]
     thresholds = {(row["sae"], row["seed"]): row["value"] for row in rows_at(body, "threshold")}
@@ -359,7 +358,7 @@ def test_the_two_ways_take_turns(monkeypatch):
     assert len(called) == 12 and [called[i] for i in range(0, 12, 2)] == [True, False] * 3
 
 
-def test_an_interrupted_study_goes_on_with_the_points_it_has(stability, alone, tmp_path):
+def test_an_interrupted_study_goes_on_with_the_points_it_has(whole, alone, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     install()
 
@@ -380,7 +379,7 @@ def test_an_interrupted_study_goes_on_with_the_points_it_has(stability, alone, t
     stored = study.run(recipe, alone, "stability", options=options)
     numbers = [done for what, done in seen if what == "stability, points"]
     assert numbers == list(range(4, 13))
-    assert stored.body_as(StudyReport).rows == stability.body_as(StudyReport).rows
+    assert stored.body_as(StudyReport).rows == whole.rows
     assert study.run(recipe, alone, "stability", options=RunOptions(reuse=True)).id == stored.id
     assert not list(tmp_path.glob(".study*"))
 
@@ -396,15 +395,14 @@ def test_a_table_that_was_altered_is_refused(stability, workspace, tmp_path):
     assert [one.state for one in verify.verify_all(Workspace(tmp_path))] == ["broken"]
 
 
-def test_the_tables_fit(stability):
-    body = stability.body_as(StudyReport)
-    rows = [row for row in body.rows if row["strength"] == "16r"]
-    for report in (body, body.replace(grid=body.grid | {"strength": ["16r"]}, rows=rows)):
+def test_the_tables_fit(stability, whole):
+    rows = [row for row in whole.rows if row["strength"] == "16r"]
+    for report in (whole, whole.replace(grid=whole.grid | {"strength": ["16r"]}, rows=rows)):
         for shown in (printed(report), study_markdown(report)):
             assert "failed" in shown and "700 were asked for" in shown and "dev questions" in shown
-    forget = row_at(body, bench="lab-hexes", n_features=8, strength="16r", alpha=0.05)
-    assert f" {forget['value']:.2f} / " in study_markdown(body)
-    assert "12 points, dev, best score" in study_headline(body) and artifact_table(stability)
+    forget = row_at(whole, bench="lab-hexes", n_features=8, strength="16r", alpha=0.05)
+    assert f" {forget['value']:.2f} / " in study_markdown(whole)
+    assert "12 points, dev, best score" in study_headline(whole) and artifact_table(stability)
 
 
 def test_every_study_has_its_module_and_its_axes():
@@ -481,16 +479,15 @@ def test_text_and_questions_of_ones_own(folders, tmp_path):
         study.run(load_recipe(sets=[*sets, "study.grids={}"]), Workspace(tmp_path / "b"), "stability")
 
 
-def test_going_on_from_features(stability, workspace):
+def test_going_on_from_features(stability, workspace, whole):
     """Their corpora, SAE and selection, whatever the recipe says."""
     recipe = load_recipe(
         sets=["study.grids={stability: {n_features: [8], strength: [16r], alpha: [0.05]}}", *SETS[5:7]]
     )
     recipe = with_values(recipe, {"study.grids.stability.ratio_percentile": [95.0], "corpora.limit": 9})
     body = study.run(recipe, workspace, "stability", source="features-001").body_as(StudyReport)
-    own = stability.body_as(StudyReport)
     for bench in ("lab-hexes", "lab-near"):
-        expected = row_at(own, bench=bench, n_features=8, strength="16r", alpha=0.05)
+        expected = row_at(whole, bench=bench, n_features=8, strength="16r", alpha=0.05)
         assert row_at(body, bench=bench)["value"] == expected["value"]
     with pytest.raises(DsgError, match="not of the kind features"):
         study.run(recipe, workspace, "stability", source=stability.id)
