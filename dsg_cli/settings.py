@@ -492,7 +492,7 @@ class StaticClamp:
     strength: Strength = "20"
     """A number, or a multiple of the median residual norm such as `2r`."""
     steering_file: str | None = None
-    """Features and coefficients from a steering CSV (methods/steering.py) in place of the above."""
+    """Features and coefficients from a steering CSV (methods/clamps.py) in place of the above."""
 
 
 @dataclass(frozen=True, config=CONFIG)
