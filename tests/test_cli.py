@@ -164,7 +164,7 @@ def chain(dsg, folders):
         (["attack", "--kind", "relern"], "Did you mean relearn"),
         (["attack", "--kind", "dilution", "--expect", "relearn<=0.3"], "which is not run"),
         (["attack", "--kind", "dilution", "--bench", "lab-far", "--expect", "dilution.f1<=0.3"], "has no metric f1"),
-        (["attack", "--kind", "dilution", "--set", "attack.dilution_lengths=[]"], "attack.dilution_lengths is []"),
+        (["attack", "--kind", "dilution", "--set", "attack.dilution_lengths=[]"], "attack.dilution_lengths is empty"),
         (["attack", "--kind", "dilution"], "No bench is named like the forget corpus"),
         (["attack", "--kind", "relearn", "--bench", "lab-hexes", "--set", "attack.relearn_steps=[3, 1]"], "ascending"),
         (
