@@ -208,7 +208,6 @@ def test_an_embedding_model_ranks_by_cosine(folders, model, tokenizer):
 
 
 NAME = "gemma-2-2b/3-gemmascope-res-16k"
-L0_59 = "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_59"
 
 
 class Export(BaseHTTPRequestHandler):
@@ -317,12 +316,9 @@ def found(model, tokenizer, rows):
 def test_a_feature_is_described_by_the_word_on_which_it_fires(found):
     assert found[0].description.split(", ")[0] == "w5"
     assert found[3].description.split(", ")[0] == "w8"
+    assert found[1].description.split(", ")[0] == "w6"  # The peak weighs most.
     assert set(found) == {0, 1, 3, 4}  # A dead one is not described.
     assert found[4].description.split(", ")[:2] in (["w9", "w5"], ["w5", "w9"])
-
-
-def test_the_peak_weighs_most(found):
-    assert found[1].description.split(", ")[0] == "w6"
 
 
 def test_counts_are_those_of_the_text(found, rows, tokenizer):
@@ -403,9 +399,6 @@ def test_descriptions_are_short_and_the_same_each_time(found, model, tokenizer):
     assert words(many, many) == words(many, many)
 
 
-PLACE = "gemma-2-2b/3-gemmascope-res-16k"
-
-
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """Answers by feature: what is in `answers`, else 404; `asked` are the paths."""
@@ -441,24 +434,24 @@ def said(*texts):
 
 
 def test_places_of_sae_lens():
-    assert place_of("gemma-scope-2b-pt-res-canonical/layer_3/width_16k/canonical") == PLACE
-    assert place_of("gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_59") == PLACE  # Listed under another name, too.
+    assert place_of("gemma-scope-2b-pt-res-canonical/layer_3/width_16k/canonical") == NAME
+    assert place_of("gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_59") == NAME  # Listed under another name, too.
     assert place_of("gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_142") is None
     assert place_of("lab") is None and place_of("no/such") is None and place_of("/some/folder") is None
-    assert page_of(PLACE, 7) == "https://www.neuronpedia.org/gemma-2-2b/3-gemmascope-res-16k/7"
+    assert page_of(NAME, 7) == "https://www.neuronpedia.org/gemma-2-2b/3-gemmascope-res-16k/7"
 
 
 def test_the_first_description_is_kept_and_not_asked_for_again(server):
     server.answers.update({1: said("", "words about spells", "more"), 2: said()})
-    first = described(PLACE, [1, 2, 3])
+    first = described(NAME, [1, 2, 3])
     assert first.texts == {1: "words about spells"} and first.note == ""
-    assert server.asked == [f"/api/feature/{PLACE}/{j}" for j in (1, 2, 3)]
-    assert described(PLACE, [1, 2, 3]) == first and len(server.asked) == 3
+    assert server.asked == [f"/api/feature/{NAME}/{j}" for j in (1, 2, 3)]
+    assert described(NAME, [1, 2, 3]) == first and len(server.asked) == 3
 
 
 def test_nothing_in_an_answer_reaches_a_terminal_or_fills_a_page(server):
     server.answers.update({1: said("a\x1b[31mb\x07\n\u202ec"), 2: said("x" * 100_000)})
-    texts = described(PLACE, [1, 2]).texts
+    texts = described(NAME, [1, 2]).texts
     assert texts[1] == "a[31mb c" and len(texts[2]) == LONGEST and texts[2].endswith("...")
 
 
@@ -477,24 +470,24 @@ def test_nothing_in_an_answer_reaches_a_terminal_or_fills_a_page(server):
 def test_a_bad_answer_is_a_note_and_the_server_is_left_alone(server, monkeypatch, answer, words):
     monkeypatch.setattr("dsg_cli.inspection.neuronpedia.SECONDS", 0.2)
     server.answers.update({1: answer, 2: said("fine")})
-    found = described(PLACE, [1, 2])
+    found = described(NAME, [1, 2])
     assert found.texts == {} and words in found.note and len(server.asked) == 1
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "file:///etc", "nowhere"])
 def test_no_server_is_a_note(server, monkeypatch, address):
     monkeypatch.setenv("DSG_NEURONPEDIA", address)
-    found = described(PLACE, [1])
+    found = described(NAME, [1])
     assert found.texts == {} and found.note.startswith("Neuronpedia gave no description of feature 1: ")
 
 
 def test_a_broken_cache_is_asked_again(server, tmp_path):
     server.answers[1] = said("fine")
-    kept = tmp_path / "cache" / "neuronpedia" / PLACE / "1.json"
+    kept = tmp_path / "cache" / "neuronpedia" / NAME / "1.json"
     kept.parent.mkdir(parents=True)
     for content in (b"{", b"[]", b'{"description": 3}', b"\xff"):
         kept.write_bytes(content)
-        assert described(PLACE, [1]).texts == {1: "fine"}
+        assert described(NAME, [1]).texts == {1: "fine"}
 
 
 DOMAINS = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")
@@ -588,10 +581,8 @@ def test_an_embedding_model_ranks_too(folder, workspace):
     stored = select.run(small(folder, "select.embedding=lab", "select.max_retain_rate=null"), workspace)
     described = stored.body.described
     assert described["ranker"] == "embedding lab" and len(stored.body.features) == 12
-    n_described = len((folder / "lab.jsonl").read_text().splitlines())
-    assert len(described["ranking"]) == n_described and all(
-        -1.001 <= row["score"] <= 1.001 for row in described["ranking"]
-    )
+    assert len(described["ranking"]) == len((folder / "lab.jsonl").read_text().splitlines())
+    assert all(-1.001 <= row["score"] <= 1.001 for row in described["ranking"])
 
 
 def test_other_descriptions_are_another_selection(folder, workspace, chain):
@@ -770,17 +761,8 @@ def test_describe_and_select_as_commands(dsg, tmp_path):
     small = ("--model", "lab", "--limit", "12")
     code, out, err = dsg("describe", "mine.jsonl", "--force", "--corpus", "lab-hexes", *small)
     assert code == 0 and out == "mine.jsonl\n", err
-    words = (
-        "--describe",
-        "hex dragon",
-        "--descriptions",
-        "mine.jsonl",
-        "-n",
-        "3",
-        "--set",
-        "select.max_retain_rate=0.2",
-    )
-    code, out, err = dsg("select", *words, *LAB, "--limit", "12")
+    words = ["--descriptions", "mine.jsonl", "-n", "3", "--set", "select.max_retain_rate=0.2", "--limit", "12"]
+    code, out, err = dsg("select", "--describe", "hex dragon", *words, *LAB)
     assert code == 0 and out == "features-001\n", err
     assert "match 'hex dragon'" in err and "No description has the word dragon" in err
     code, out, err = dsg("select", "--features", "5, 9", "--samples", *LAB, "--limit", "12", "--json", "--quiet")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,10 +91,7 @@ def test_a_person_types_a_prompt(looked, prompts, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    server = Server(0)
-    server.about, server.ask = looked.about(), looked.ask
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    with open_browser(tmp_path) as browser:
+    with serving(looked.about(), looked.ask) as server, open_browser(tmp_path) as browser:
         browser.get(server.url)
         WebDriverWait(browser, 20).until(lambda b: "lab" in b.find_element(By.ID, "about").text)
 
@@ -122,8 +121,6 @@ def test_a_person_types_a_prompt(looked, prompts, tmp_path):
         assert browser.title == "dsg: what does the gate see?"
         assert not browser.find_elements(By.CSS_SELECTOR, "#tokens b, #tokens script")
         assert console_errors(browser) == []
-    server.shutdown()
-    server.server_close()
 
 
 JSON = {"Content-Type": "application/json"}
@@ -135,21 +132,22 @@ def answer(asked):
     return {"said": asked["prompt"].upper()}
 
 
+@contextlib.contextmanager
 def serving(about, ask):
-    made = Server(0)
-    made.about, made.ask = about, ask
-    return made
+    server = Server(0)
+    server.about, server.ask = about, ask
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join(5)
 
 
 @pytest.fixture(scope="module")
 def server():
-    made = serving({"model": "a <b>"}, answer)
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
-    thread.join(5)
+    with serving({"model": "a <b>"}, answer) as server:
+        yield server
 
 
 @pytest.fixture
@@ -179,11 +177,8 @@ def test_the_page_needs_nothing_but_its_own_parts(ask):
     for name, kind in (("page.css", "text/css"), ("page.js", "text/javascript")):
         assert name.encode() in page
         got, part = ask("GET", f"/{name}")
-        assert (
-            got.status == 200
-            and got.headers["Content-Type"].startswith(kind)
-            and b"http:" not in part.replace(b"http://www.w3.org/2000/svg", b"")
-        )
+        assert got.status == 200 and got.headers["Content-Type"].startswith(kind)
+        assert b"http:" not in part.replace(b"http://www.w3.org/2000/svg", b"")
     assert b"innerHTML" not in part
 
 
@@ -193,20 +188,17 @@ def test_about_and_answers(ask):
     assert got.status == 200 and json.loads(found) == {"said": "WHY"} and got.headers["Cache-Control"] == "no-store"
 
 
-def test_what_is_wrong_with_a_prompt_is_said(ask):
-    got, found = ask("POST", "/api/ask", {"prompt": "bad"}, JSON)
-    assert got.status == 422 and json.loads(found) == {"error": "The prompt is bad. Give another."}
-
-
-@pytest.mark.parametrize("body", ["", "no json", "[]", '{"prompt": 3}', "[" * 10_000])
-def test_a_body_that_is_no_prompt(ask, body):
-    got, found = ask("POST", "/api/ask", body, JSON)
-    assert got.status == 400 and "prompt" in json.loads(found)["error"]
-
-
-def test_a_body_that_is_too_long_is_not_read(ask):
-    got, _ = ask("POST", "/api/ask", None, JSON | {"Content-Length": str(LONGEST + 1)})
-    assert got.status == 413
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "words"),
+    [
+        ({"prompt": "bad"}, {}, 422, "The prompt is bad. Give another."),
+        *((body, {}, 400, "prompt") for body in ("", "no json", "[]", '{"prompt": 3}', "[" * 10_000)),
+        (None, {"Content-Length": str(LONGEST + 1)}, 413, "more than"),  # It is not read.
+    ],
+)
+def test_what_is_wrong_with_a_prompt_is_said(ask, body, headers, status, words):
+    got, found = ask("POST", "/api/ask", body, JSON | headers)
+    assert got.status == status and words in json.loads(found)["error"]
 
 
 @pytest.mark.parametrize(
@@ -244,21 +236,13 @@ def test_one_prompt_is_answered_at_a_time():
         inside.pop()
         return {}
 
-    made = serving({}, slow)
-    threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def send():
-        connection = http.client.HTTPConnection(HOST, made.server_port, timeout=10)
+    def send(port):
+        connection = http.client.HTTPConnection(HOST, port, timeout=10)
         connection.request("POST", "/api/ask", '{"prompt": "a"}', JSON)
-        assert connection.getresponse().status == 200
+        return connection.getresponse().status
 
-    threads = [threading.Thread(target=send) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    made.shutdown()
-    made.server_close()
+    with serving({}, slow) as server, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(send, [server.server_port] * 4)) == [200] * 4
     assert most == [1, 1, 1, 1]
 
 
@@ -277,18 +261,7 @@ def test_a_port_that_is_taken_is_refused(server):
 
 def test_the_command_says_where_it_is_and_ends_by_a_signal(tmp_path):
     guardrail = Path(__file__).parent / "data" / "schema-4" / "guardrail-001.json"
-    command = [
-        sys.executable,
-        "-m",
-        "dsg_cli",
-        "inspect",
-        str(guardrail),
-        "--serve",
-        "--port",
-        "0",
-        "-w",
-        str(tmp_path),
-    ]
+    command = [*f"{sys.executable} -m dsg_cli inspect".split(), guardrail, *["--serve", "--port", "0", "-w"], tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().strip()
         connection = http.client.HTTPConnection(url.removeprefix("http://").rstrip("/"), timeout=60)
