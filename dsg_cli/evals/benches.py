@@ -114,7 +114,7 @@ def metrics_of(tasks: Sequence[Any]) -> dict[str, set[str]]:
 
 def commits(tasks: Sequence[Any]) -> dict[str, str]:
     """Task -> the commit of the hub that its questions were read from, for those that come from it."""
-    single = [one for task in tasks for one in (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task])]
+    single = [inner for task in tasks for inner in getattr(task, "get_all_tasks", lambda task=task: [task])()]
     return {task.config.task: commit for task in single if (commit := commit_read(task.eval_docs))}
 
 
@@ -162,7 +162,7 @@ def load_free(
     if holdout and not any(name.startswith("memory:") for name in names):
         raise DsgError("eval.holdout is for benches memory:CORPUS.", "Name one, or leave it out.")
     commits: dict[str, str] = {}
-    found: list[TextBench] = []
+    loaded: list[TextBench] = []
     for name in names:
         kind, _, corpus = name.partition(":")
         bench: TextBench
@@ -177,11 +177,12 @@ def load_free(
         elif kind == "fluency":
             bench = Fluency(name, _texts(corpus, limit, seed))
         else:
-            bench = Memory(name, _texts(corpus, limit, seed), [t for one in holdout for t in _texts(one, limit, seed)])
+            unseen = [text for other in holdout for text in _texts(other, limit, seed)]
+            bench = Memory(name, _texts(corpus, limit, seed), unseen)
         if not bench.items():
             raise DsgError(f"The bench {name} has no questions.")
-        found.append(bench)
-    return found, commits
+        loaded.append(bench)
+    return loaded, commits
 
 
 def _lab_bench(name: str, split: str, limit: int | None) -> TextBench:

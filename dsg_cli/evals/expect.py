@@ -63,13 +63,15 @@ def parse_expected(text: str, benches: Sequence[str]) -> Expected:
 
 def check_metrics(expected: Sequence[Expected], metrics: Mapping[str, Collection[str]]) -> None:
     """Refuse a condition on what will not be measured, before it is; `metrics` are those of every bench."""
-    for one in expected:
-        if one.bench not in metrics:
-            raise DsgError(f"--expect {one.text!r}: {one.bench} stands for several benches.", "Name one of them.")
-        known = metrics[one.bench]
+    for claim in expected:
+        if claim.bench not in metrics:
+            raise DsgError(f"--expect {claim.text!r}: {claim.bench} stands for several benches.", "Name one of them.")
+        known = metrics[claim.bench]
         # What follows from a metric is called after it: acc_low, acc_stderr, exact_match_<filter>.
-        if one.metric not in (GATE, "n") and not any(f"{one.metric}_".startswith(f"{name}_") for name in known):
-            raise DsgError(f"The bench {one.bench} has no metric {one.metric}.", nearest(one.metric, [*known, GATE]))
+        if claim.metric not in (GATE, "n") and not any(f"{claim.metric}_".startswith(f"{name}_") for name in known):
+            raise DsgError(
+                f"The bench {claim.bench} has no metric {claim.metric}.", nearest(claim.metric, [*known, GATE])
+            )
 
 
 def check_expected(expected: Sequence[Expected], results: Mapping[str, Json], gate: Mapping[str, Json]) -> list[Json]:
@@ -80,18 +82,18 @@ def check_expected(expected: Sequence[Expected], results: Mapping[str, Json], ga
         results: bench -> side -> metric, as in an EvalReport.
         gate: bench -> rate of gated questions.
     """
-    return [_checked(one, results.get(one.bench, {}), gate.get(one.bench, {})) for one in expected]
+    return [_check(claim, results.get(claim.bench, {}), gate.get(claim.bench, {})) for claim in expected]
 
 
-def _checked(one: Expected, sides: Json, gate: Json) -> Json:
-    metrics = {GATE: gate["rate"]} if one.metric == GATE and gate else sides.get("unlearned", {})
-    if one.metric not in metrics:
-        raise DsgError(f"The bench {one.bench} has no metric {one.metric}.", nearest(one.metric, metrics))
-    value = metrics[one.metric]
-    bound = one.offset + (one.factor * sides["base"][one.metric] if one.factor else 0.0)
+def _check(claim: Expected, sides: Json, gate: Json) -> Json:
+    metrics = {GATE: gate["rate"]} if claim.metric == GATE and gate else sides.get("unlearned", {})
+    if claim.metric not in metrics:
+        raise DsgError(f"The bench {claim.bench} has no metric {claim.metric}.", nearest(claim.metric, metrics))
+    value = metrics[claim.metric]
+    bound = claim.offset + (claim.factor * sides["base"][claim.metric] if claim.factor else 0.0)
     # 0.8 - 0.1 is a little more than 0.7 to a computer; a build must not fail by that.
     difference = 0.0 if math.isclose(value, bound, rel_tol=1e-9, abs_tol=1e-12) else value - bound
-    return {"expect": one.text, "value": value, "bound": bound, "met": COMPARISONS[one.comparison](difference, 0.0)}
+    return {"expect": claim.text, "value": value, "bound": bound, "met": COMPARISONS[claim.comparison](difference, 0.0)}
 
 
 def _read_bound(text: str) -> tuple[float, float] | None:

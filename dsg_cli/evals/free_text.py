@@ -172,9 +172,10 @@ def _results_of(
         read = [i for i, item in enumerate(items) if not item.n_new]
         of_item: dict[int, Json] = {}
         for numbers, compute in ((written, _write), (read, _read)):
-            found, n = compute(side, model, base, [items[i] for i in numbers], free, job) if numbers else ([], 0)
-            of_item |= dict(zip(numbers, found, strict=True))
-            n_tokens += n
+            if numbers:
+                values, n = compute(side, model, base, [items[i] for i in numbers], free, job)
+                of_item |= dict(zip(numbers, values, strict=True))
+                n_tokens += n
         results[bench.name] = [of_item[i] for i in range(len(items))]
     return results, n_tokens
 
@@ -235,7 +236,7 @@ def _read(
     tokenizer, room = model.tokenizer, model.max_length
     wholes = [free.pair(tokenizer, item) for item in items]
     # A text longer than the context is read as far as it fits.
-    requests = [Request(one.context, one.continuation[: max(1, room + 1 - len(one.context))]) for one in wholes]
+    requests = [Request(pair.context, pair.continuation[: max(1, room + 1 - len(pair.context))]) for pair in wholes]
     longest = max(len(request.inputs(room)) for request in requests)
     size = max(1, min(model.batch_size, LOGIT_BYTES // (4 * longest * len(tokenizer))))
     cache = AnswerCache()
@@ -263,7 +264,7 @@ def _measure(tail_CV: Tensor, target_C: Tensor) -> Json:
     square_C = (probability_CV * finite_CV.clamp(min=-1e6).square()).sum(-1)
     logprobs = logprob_C.tolist()
     expected = zip(logprobs, mean_C.tolist(), (square_C - mean_C.square()).tolist(), strict=True)
-    relative = [standardised(*one) for one in expected]
+    relative = [standardised(*values) for values in expected]
     is_first = (tail_CV.argmax(-1) == target_C).tolist()
     return {
         "n_tokens": len(logprobs),

@@ -130,12 +130,12 @@ class Letters:
         else:
             text += "\nAnswer:"
         ids = tuple(with_bos(self.tokenizer(text, add_special_tokens=False)["input_ids"], self.bos))
-        return [Request(ids, (token,)) for several in self.ids for token in several]
+        return [Request(ids, (token,)) for tokens in self.ids for token in tokens]
 
     def loglikelihoods(self, scores: Sequence[Score]) -> list[float]:
         """Of each letter: its likelier token counts."""
         values = iter(score.loglikelihood for score in scores)
-        return [max(next(values) for _ in several) for several in self.ids]
+        return [max(next(values) for _ in tokens) for tokens in self.ids]
 
 
 def evaluate_paper(
@@ -167,13 +167,13 @@ def evaluate_paper(
     result = EvalResult(answers=sides["base"].cache.answers)
     for bench, questions in benches.items():
         named = named_questions(bench, questions, question_ids or {})
-        asked = _first_of_each(questions, settings.limit) if named is None else named
-        of_base = dict(zip([question.id for question in asked], sides["base"].answer(asked, ORDERS[0]), strict=True))
-        right = [question for question in asked if of_base[question.id].choice == question.answer]
+        pool = _first_of_each(questions, settings.limit) if named is None else named
+        of_base = dict(zip([question.id for question in pool], sides["base"].answer(pool, ORDERS[0]), strict=True))
+        right = [question for question in pool if of_base[question.id].choice == question.answer]
         kept = _known_in_every_order(sides["base"], right) if named is None else named
         if not kept:
             raise DsgError(
-                f"The base model answers none of the {len(asked)} questions of {bench} rightly in all {len(ORDERS)} "
+                f"The base model answers none of the {len(pool)} questions of {bench} rightly in all {len(ORDERS)} "
                 "orders of their options.",
                 "Choose a stronger model, or another bench.",
             )
@@ -182,7 +182,7 @@ def evaluate_paper(
         for side, own in answers.items():
             k = sum(answer.choice == question.answer for question, answer in zip(kept, own, strict=True))
             result.results.setdefault(bench, {})[side] = {"acc": k / n, "n": n, **counts(k, n)}
-        result.results[bench]["base"] |= {"n_asked": len(asked), "acc_asked": len(right) / len(asked)}
+        result.results[bench]["base"] |= {"n_asked": len(pool), "acc_asked": len(right) / len(pool)}
         rows = [
             _row(bench, question, of_base[question.id], answer, settings.samples)
             for question, answer in zip(kept, of_unlearned, strict=True)
