@@ -194,10 +194,10 @@ def test_what_needs_text_says_so(tiny, name, settings, words):
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        ("split_parts=[]", "begin with 1"),
+        ("split_parts=[]", "attack.split_parts is empty"),
         ("split_parts=[2, 3]", "begin with 1"),
         ("split_filler_tokens=0", "at least 1"),
-        ("few_shot_counts=[4, 1]", "begin with 0"),
+        ("few_shot_counts=[4, 1]", "attack.few_shot_counts is"),
         ("dilution_places=[]", "dilution_places is empty"),
         ("encode_forms=[]", "encode_forms is empty"),
         ("encode_forms=[rot12]", "rot13"),
@@ -246,8 +246,9 @@ def test_dilution_puts_benign_tokens_in_their_places(tiny, place, start):
     handle = tiny.base.model.register_forward_pre_hook(
         lambda _module, _args, kwargs: rows.extend(kwargs["input_ids"].tolist()), with_kwargs=True
     )
-    run("dilution", tiny, replace(TINY, benign=[[9, 9, 9, 9]]), lengths=[4], places=[place])
+    run("dilution", tiny, replace(TINY, benign=[[9, 9, 9, 9]]), lengths=[0, 4], places=[place])
     handle.remove()
+    rows = [row for row in rows if len(row) == max(map(len, rows))]  # Those of length 4.
     benign = {1: [1, 2, 3, 4], 3: [3, 4, 5, 6]}[start] if place != "around" else [1, 2, 5, 6]
     assert all([i for i, token in enumerate(row) if token == 9 and i not in (0,)][:4] == benign for row in rows[:4])
 
