@@ -758,7 +758,7 @@ class CompareSection:
 
 
 @with_config(CONFIG)
-class Grid(TypedDict, total=False):
+class GridValues(TypedDict, total=False):
     """What a study may vary: setting -> values."""
 
     n_features: Axis[Count]
@@ -775,7 +775,7 @@ class Grid(TypedDict, total=False):
     batch_size: Axis[Count]
 
 
-def _of_its_study(grids: dict[str, Grid]) -> dict[str, Grid]:
+def _of_its_study(grids: dict[str, GridValues]) -> dict[str, GridValues]:
     for name, grid in grids.items():
         if name not in STUDIES:
             raise ValueError(f"there is no study {name[:200]}. {nearest(name[:200], STUDIES)}")
@@ -790,7 +790,7 @@ def _of_its_study(grids: dict[str, Grid]) -> dict[str, Grid]:
 class StudySection:
     """What is varied, and on which questions it is measured."""
 
-    grids: Annotated[dict[str, Grid], AfterValidator(_of_its_study)] = field(default_factory=dict)
+    grids: Annotated[dict[str, GridValues], AfterValidator(_of_its_study)] = field(default_factory=dict)
     """Study -> setting -> values; a setting that is not named has the study's own default, or the recipe's value."""
     forget: str | None = None
     """Bench on what is to be forgotten; by default the one named like the first forget corpus."""

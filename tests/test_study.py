@@ -24,7 +24,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.recipe import load_recipe, with_values
 from dsg_cli.report.studies import failures, study_headline, study_markdown, study_table
 from dsg_cli.report.tables import artifact_table
-from dsg_cli.settings import Grid
+from dsg_cli.settings import GridValues
 from dsg_cli.stages import apply, calibrate, evaluate, study
 from dsg_cli.stages.stage import RunOptions
 from dsg_cli.studies import AXES, OF_A_GUARDRAIL, STUDIES, load_study, points_of
@@ -409,7 +409,7 @@ def test_every_study_has_its_module_and_its_axes():
     for name, one in STUDIES.items():
         assert callable(load_study(name))
         assert set(one.axes) <= set(AXES) and set(one.default) <= set(one.axes) and set(one.needs) <= set(one.axes)
-    assert set(AXES) == set(Grid.__annotations__)
+    assert set(AXES) == set(GridValues.__annotations__)
     assert points_of({"a": [1, 2], "b": ["x"]}) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
 
 

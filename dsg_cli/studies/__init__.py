@@ -34,7 +34,7 @@ AXES = {
     "length": Axis(int),
     "batch_size": Axis(int),
 }
-"""What their values may be is in settings.Grid."""
+"""What their values may be is in settings.GridValues."""
 
 OF_A_GUARDRAIL = ("n_features", "strength", "ratio_percentile", "alpha")
 """What one pass over the text serves every value of."""
