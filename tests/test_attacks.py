@@ -240,17 +240,20 @@ def test_tokens_stand_where_they_should(lab):
     assert insert(context, 2, before=(5, 6), after=(7, 8), n_cue=2) == (2, 5, 6, 10, 11, 12, 7, 8, 20, 21)
 
 
-@pytest.mark.parametrize(("place", "start"), [("before", 1), ("after", 3), ("around", 1)])
-def test_dilution_puts_benign_tokens_in_their_places(tiny, place, start):
+@pytest.mark.parametrize(
+    ("place", "places"), [("before", [1, 2, 3, 4]), ("after", [3, 4, 5, 6]), ("around", [1, 2, 5, 6])]
+)
+def test_dilution_puts_benign_tokens_in_their_places(tiny, place, places):
     rows = []
     handle = tiny.base.model.register_forward_pre_hook(
         lambda _module, _args, kwargs: rows.extend(kwargs["input_ids"].tolist()), with_kwargs=True
     )
-    run("dilution", tiny, replace(TINY, benign=[[9, 9, 9, 9]]), lengths=[0, 4], places=[place])
-    handle.remove()
+    try:
+        run("dilution", tiny, replace(TINY, benign=[[9, 9, 9, 9]]), lengths=[0, 4], places=[place])
+    finally:
+        handle.remove()
     rows = [row for row in rows if len(row) == max(map(len, rows))]  # Those of length 4.
-    benign = {1: [1, 2, 3, 4], 3: [3, 4, 5, 6]}[start] if place != "around" else [1, 2, 5, 6]
-    assert all([i for i, token in enumerate(row) if token == 9 and i not in (0,)][:4] == benign for row in rows[:4])
+    assert rows and all([i for i, token in enumerate(row) if token == 9] == places for row in rows)
 
 
 def test_short_documents_are_joined_until_they_are_long_enough():

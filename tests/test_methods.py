@@ -81,7 +81,7 @@ def test_every_method_leaves_a_model_that_anyone_can_load(name, recipe, folders,
     base = AutoModelForCausalLM.from_pretrained(folders["model"])
     ids = torch.arange(4, 30)[None]
     assert not torch.equal(changed(input_ids=ids).logits, base(input_ids=ids).logits)
-    own = load_composition(workspace, find_composition(workspace, []), recipe())
+    own = load_composition(workspace, find_composition(workspace, [stored.id]), recipe())
     assert torch.equal(own.model.model(input_ids=ids).logits, changed(input_ids=ids).logits)
     assert torch.equal(own.base.model(input_ids=ids).logits, base(input_ids=ids).logits)
     moved = {
