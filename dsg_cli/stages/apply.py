@@ -52,11 +52,8 @@ def run_method(
 ) -> Stored:
     """Apply a method and write what it makes.
 
-    Args:
-        recipe: Model, corpora, SAE and the method's settings.
-        method: One of `METHODS`.
-        source: Artifact to go on from; without it what the recipe names, or else the newest features (for `dsg` the
-            newest threshold).
+    `source` is the artifact to go on from; without it what the recipe names, or else the newest features (for `dsg` the
+    newest threshold).
     """
     from dsg_cli.stages import calibrate, select, unlearn, wrap
 
@@ -199,13 +196,7 @@ CLAMP_HINT = "Take other features, more of them or a lower `above` (--set method
 def run_clamp(
     recipe: Recipe, workspace: Workspace, method: str, *, source: str | None = None, options: RunOptions = QUIET
 ) -> Stored:
-    """Build a guardrail that clamps from the newest features, or from those named, and write it.
-
-    Args:
-        recipe: Its settings are those of `methods` that are called like the method.
-        method: One of `CLAMPINGS`.
-        source: Features by id or path.
-    """
+    """Build a guardrail that clamps from the newest features, or from those named, and write it."""
     assert method in CLAMPINGS
     if options.workers.n > 1:
         return options.by_first(

@@ -42,11 +42,8 @@ def run(
 ) -> list[Stored]:
     """Attack the newest guardrail, model or wrapper, or those named together, in every way that is named.
 
-    Args:
-        recipe: Settings of the attacks, and the questions that are asked.
-        kinds: Attacks by name, or groups of them.
-        sources: What is attacked, by id or path.
-        base_curves: What earlier calls with the same recipe measured of base models, by their weights.
+    `kinds` are attacks or groups of them; `base_curves` what earlier calls with the same recipe measured of base
+    models, by their weights.
     """
     clock, settings, named = Clock(), recipe.attack, kinds
     expand_attacks(named)
@@ -182,15 +179,7 @@ def read_rephrasings(
     kinds: Sequence[str],
     load: Callable[[str], list[Question]],
 ) -> Rephrasings:
-    """What those attacks need.
-
-    Args:
-        settings: They name benches and files.
-        bench: That is attacked.
-        questions: Of it.
-        kinds: The attacks.
-        load: From the name of a bench to its questions.
-    """
+    """What those attacks on a bench need, from the benches and files that the settings name; `load` reads a bench."""
     benches: list[str] = []
     rephrasings: dict[str, dict[str, list[Question]]] = {}
     if "paraphrase" in kinds:

@@ -163,9 +163,7 @@ def chunk_lengths(
 ) -> list[int]:
     """Lengths of calibration chunks in tokens, BOS not counted, each as likely as the others; what the model can read.
 
-    Args:
-        settings: Say a range, or that prompts are as long as those of the user.
-        prompts: Those of the user.
+    They are a range of the settings, or those of the user's prompts.
     """
     lengths: Sequence[int] = range(settings.lengths[0], settings.lengths[1] + 1)
     if settings.lengths_from is not None:

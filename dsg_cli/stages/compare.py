@@ -48,11 +48,7 @@ Values = dict[str, Any]
 def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), options: RunOptions = QUIET) -> Stored:
     """Compare methods, or the artifacts that are named, and write what was found.
 
-    Args:
-        recipe: Model, corpora, SAE, benches, grids, and the settings of every method.
-        sources: Artifacts to be collected instead of a search: `guardrail-001`, or `model-001+guardrail-002` for what
-            acts together.
-        options: How it is run; one that goes on takes trials and artifacts that are there.
+    `sources` are collected instead of a search: `guardrail-001`, or `model-001+guardrail-002` for what acts together.
     """
     clock, section = Clock(), recipe.compare
     if options.workers.n > 1:

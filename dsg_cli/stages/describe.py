@@ -43,13 +43,9 @@ def run(
     is_forced: bool = False,
     options: RunOptions = QUIET,
 ) -> list[Description]:
-    """Describe every feature that fires on the corpora, and write the file.
+    """Describe every feature that fires on the corpora, and write the file: in place of another only if `is_forced`.
 
-    Args:
-        recipe: Model, SAE, seed, and how many documents of a corpus are read.
-        path: The file.
-        corpora: Names; what is to be forgotten need not be told from the rest.
-        is_forced: Replace the file, if there is one.
+    What is to be forgotten need not be told from the rest.
     """
     _check_path(path, is_forced)
     check_named(corpora, role="described")

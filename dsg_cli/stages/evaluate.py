@@ -243,12 +243,7 @@ FORM = 'Write {"muse-news": {"auc": 0.47}} or {"tofu-forget10": {"truth_ratios":
 
 
 def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str]) -> Reference | None:
-    """What `eval.reference` means; no weights are loaded yet.
-
-    Args:
-        recipe: Names it.
-        asked: Bench that needs a reference -> digest of all that is asked.
-    """
+    """What `eval.reference` means for benches that need one (-> digest of what is asked); no weights are loaded yet."""
     named = recipe.eval.reference
     if named is None:
         return None

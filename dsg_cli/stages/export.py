@@ -67,15 +67,10 @@ def run(
     report: Report = silent,
     say: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Export the newest guardrail, or those named together.
+    """Export the newest guardrail, or those named together, to a folder, a `.safetensors` file, or `hf://org/name`.
 
-    Args:
-        recipe: For device and dtype of the check that the model is the right one.
-        to: A folder, a `.safetensors` file, or `hf://org/name`.
-        sources: Guardrails by id or path.
-        form: `light` or `model`; by default what `to` says, and `light` to a hub.
-        links: Hard-link the base's weights rather than copy them.
-        is_public: Whether a new repository is public.
+    `form` is `light` or `model`; by default what `to` says, and `light` to a hub. `links` hard-links the base's weights
+    rather than copying them; `is_public` is for a new repository.
     """
     form = check_target(to, form)
     composition = find_composition(workspace, sources or [workspace.find("guardrail").id])
@@ -163,17 +158,10 @@ def card_facts(
     instead: str | None,
     is_mismatched: bool,
 ) -> CardFacts:
-    """All that is known of what is exported.
+    """All that is known of what is exported: a composition and its guardrails as modules, loaded by `address`.
 
-    Args:
-        composition: They, and what they are on.
-        modules: The same, in their order.
-        name: Of the folder or repository.
-        address: By which it is loaded.
-        is_on_hub: Whether that is a repository.
-        is_whole_model: Whether the model goes with them.
-        instead: The model that they are put on, if it is another copy than that of the artifacts.
-        is_mismatched: They may be on other weights than those that they were made for.
+    With `instead` they are put on another copy of the model than that of the artifacts; if `is_mismatched`, they may be
+    on other weights than those that they were made for.
     """
     # The model's name is that of the artifacts, unless it says nothing elsewhere and another copy was named.
     model = composition.model

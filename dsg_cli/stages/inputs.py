@@ -45,12 +45,7 @@ def identify(loaded: LoadedModel, last_layer: int) -> ModelIdentity:
 
 
 def load_chain_model(header: Header, recipe: Recipe, *, cut: bool) -> LoadedModel:
-    """The model that an artifact was made with.
-
-    Args:
-        recipe: For device and dtype.
-        cut: Load layers up to the hook only.
-    """
+    """The model that an artifact was made with, whole or (`cut`) up to the hook; device and dtype are the recipe's."""
     source = recipe.model.instead or header.model.source
     loaded = load_model(source, recipe.model, last_layer=header.model.last_layer if cut else None)
     if not recipe.model.allow_mismatch:
@@ -143,11 +138,9 @@ def read_method_inputs(
 ) -> MethodInputs:
     """Read the corpora, and check all that can be checked before weights are loaded.
 
-    Args:
-        recipe: Names the model and the corpora; what is finetuned on stands in the method's settings.
-        method: What for; one without a forget corpus may have no corpora at all.
-        origin: A features or a model artifact that the recipe was taken from.
-        reads_text: Whether the method reads corpora, or only says their names.
+    A method without a forget corpus may have no corpora at all; what is finetuned on stands in the method's settings.
+    `origin` is the features or model artifact that the recipe was taken from; without `reads_text` corpora are only
+    named.
     """
     is_finetuned = finetunes(method)
     names = {"forget": recipe.corpora.forget, "retain": recipe.corpora.retain}
@@ -198,12 +191,8 @@ def reload_corpora(
 ) -> tuple[list[Corpus], list[str]]:
     """Corpora, those of an earlier stage at the commits that it read, and a note on each whose text is another now.
 
-    Args:
-        origin: Its settings say which corpora it read in this role, and how.
-        names: As a recipe names them, weights included.
-        role: forget, retain or train.
-        limit: Documents of each.
-        since: When it changed, for the notes; by default since `origin`.
+    The settings of `origin` say which corpora it read in this role (forget, retain or train), and how; `names` are
+    those of a recipe, weights included. The notes say that text has changed since `since`, by default since `origin`.
     """
     described: dict[str, Json] = {corpus["name"]: corpus for corpus in origin.header.settings.get(role, [])}
     revisions = {name: corpus["revision"] for name, corpus in described.items() if corpus.get("revision")}
@@ -417,13 +406,7 @@ class LoadedComposition:
 def load_composition(
     workspace: Workspace, composition: Composition, recipe: Recipe, *, cut: bool = False
 ) -> LoadedComposition:
-    """Load all that acts, and the base model beside it.
-
-    Args:
-        composition: What is to be loaded.
-        recipe: Device and dtype, and which other model to put it on.
-        cut: Only the layers that guardrails cover.
-    """
+    """Load all that acts, and the base model beside it; if `cut`, only the layers that guardrails cover."""
     guardrails, weights = guardrail_modules(workspace, composition), composition.weights
     wrappers = []
     for stored in composition.wrappers:

@@ -210,8 +210,7 @@ KINDS = ("guardrail", "features")
 def find_choice(workspace: Workspace, source: str | None, say: Callable[[str], None] = lambda _: None) -> FeatureChoice:
     """The newest guardrail, else the newest features, which `say` then names, or what is named.
 
-    Args:
-        source: An id or path of either kind; a guardrail also as a light file, or from the hub.
+    A guardrail may also be named as a light file, or from the hub.
     """
     if source is None:
         kind = next((kind for kind in KINDS if workspace.ids(kind)), "features")
@@ -252,11 +251,8 @@ def read_groups(
 ) -> tuple[list[Group], list[str]]:
     """The corpora of select, and those that are named as near; and a note on each that has changed since.
 
-    Args:
-        recipe: Says by which limit and seed documents are drawn.
-        inspected: The guardrail or the features.
-        features: The features that it was made from, if they are at hand.
-        near: Names of near corpora, of those that select had or others.
+    Documents are drawn by the recipe's limit and seed. `features` are those that the guardrail was made from, if they
+    are at hand; near corpora may be some of theirs, or others.
     """
     if features is not None:
         names = {role: [corpus["name"] for corpus in features.header.settings[role]] for role in ("forget", "retain")}

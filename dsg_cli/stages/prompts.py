@@ -239,15 +239,11 @@ class Live:
         }
 
     def ask(self, request: Json) -> Json:
-        """Answer a prompt.
+        """Answer `{prompt}`, which may come with `{chat, on_trigger, max_new_tokens}`.
 
-        Args:
-            request: {prompt}, and perhaps {chat, on_trigger, max_new_tokens}.
-
-        Returns:
-            {tokens, n_prompt, guardrails: [{id, gate, threshold, score, floor, statistic, latched_at, clamped,
-            features}], base, guarded}. floor: the score of a token on which no feature is active. A null among numbers
-            could not be computed, and counts as the strongest signal there is.
+        The answer is {tokens, n_prompt, guardrails: [{id, gate, threshold, score, floor, statistic, latched_at,
+        clamped, features}], base, guarded}. floor: the score of a token on which no feature is active. A null among
+        numbers could not be computed, and counts as the strongest signal there is.
         """
         models, loaded, prompt = self.models, self.models.loaded, request["prompt"]
         settings = _settings(models.recipe.generate, request)

@@ -39,11 +39,8 @@ def run(
 ) -> list[Stored]:
     """Select, calibrate, apply, evaluate and attack; each stage reads the artifact that the one before it wrote.
 
-    Args:
-        recipe: All settings; it must name corpora and benches. If it says what to finetune on
-            (`methods.finetune.corpora`), the model is trained on that first, and all that follows is on the result.
-        options: How it is run; one that goes on takes the artifacts that are there.
-        done: Called with each artifact once it is written.
+    If the recipe says what to finetune on (`methods.finetune.corpora`), the model is trained on that first, and all
+    that follows is on the result. A run that goes on takes the artifacts that are there; `done` is called with each.
     """
     check_recipe(recipe)
     check_data(recipe)

@@ -60,12 +60,7 @@ def run(
     options: RunOptions = QUIET,
     ranked: Callable[[Candidates], Any] = lambda _: None,
 ) -> Stored:
-    """Select features and write them.
-
-    Args:
-        recipe: Model, SAE, corpora and settings.
-        ranked: Called with what is picked without text, before any text is read.
-    """
+    """Select features and write them; `ranked` is called with what is picked without text, before any text is read."""
     clock = Clock()
     with options.workers.in_turn():
         inputs = read_inputs(recipe, workspace, options=options)
@@ -132,12 +127,7 @@ class SelectionInputs:
 def read_inputs(
     recipe: Recipe, workspace: Workspace, *, loaded: LoadedModel | None = None, options: RunOptions = QUIET
 ) -> SelectionInputs:
-    """Everything checked and read.
-
-    Args:
-        recipe: Model, SAE, corpora and settings.
-        loaded: The model, if it has been loaded already.
-    """
+    """Everything checked and read; the model too, unless it has been loaded already."""
     names, settings = recipe.corpora, recipe.select
     if names.forget or not is_picked(settings):
         check_named(names.forget, role="forget")
@@ -237,12 +227,8 @@ def select(
 ) -> tuple[FeatureSet, dict[str, Tensor], list[str]]:
     """Features and probe, the statistics of every feature of the SAE, and notes.
 
-    Args:
-        inputs: What is read.
-        settings: Of the selection.
-        job: Its checkpoint keeps the passes of statistics.
-        cache: What earlier calls with the same model computed.
-        keeps_residuals: Whether further calls will fit probes on the same retain text.
+    `cache` has what earlier calls with the same model computed; `keeps_residuals` if further calls will fit probes on
+    the same retain text.
     """
     encoder = load_encoder(inputs.sae, device=str(inputs.loaded.model.device))
     by_role: dict[str, list[FeatureStatistics]] = {role: [] for role in inputs.corpora}

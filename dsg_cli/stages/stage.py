@@ -98,15 +98,9 @@ class Stage:
     ) -> Stored:
         """The artifact, written by the first worker, in all of them.
 
-        Args:
-            body: What was computed.
-            n_tokens: Tokens that passed through the model, or a part of it.
-            notes: What the work has found that a person should know, after the notes of the header.
-            model: In place of the header's, if it was put on another.
-            tensors: Beside it, as safetensors.
-            rows: Beside it, as JSON lines.
-            table: Beside it, as CSV.
-            folder: Files of a folder beside it; those that are given as paths are moved.
+        `notes` come after those of the header, and `model` replaces the header's, if the work was put on another.
+        Beside the artifact lie tensors as safetensors, rows as JSON lines, a table as CSV, and a folder, into which
+        files given as paths are moved.
         """
         stored = None
         if self.job.workers.is_first:
@@ -135,19 +129,10 @@ def stage(
 ) -> Iterator[Stage]:
     """One run of a stage, from when all is known that determines its result.
 
-    Its checkpoint is gone after the block, unless that fails or is interrupted.
-
-    Args:
-        kind: Of the artifact.
-        recipe: Settled.
-        clock: Started with the stage.
-        settings: All that it is computed from and is not in another field of the header.
-        origin: The artifact that it goes on from, whose model and SAE are taken.
-        inputs: Artifacts that it is computed from, if others than `origin`.
-        model: That it is about, if there is no `origin`.
-        sae: Likewise.
-        notes: What a person should know of it.
-        is_reusable: Whether equal headers mean equal results; not where nothing vouches for the data.
+    Its checkpoint is gone after the block, unless that fails or is interrupted. `settings` are all that it is computed
+    from and is not in another field of the header. If it goes on from an artifact `origin`, model and SAE are that
+    one's, and it is the only input unless others are named. Equal headers mean equal results only if `is_reusable`; not
+    where nothing vouches for the data.
     """
     if origin is not None:
         inputs, model, sae = [origin] if inputs is None else inputs, origin.header.model, origin.header.sae

@@ -51,11 +51,8 @@ def run(
 ) -> Stored:
     """Measure every point of a study's grid, and write the table.
 
-    Args:
-        recipe: Model, SAE, corpora, gate, grid and benches.
-        name: Of the study.
-        source: Features to begin with, whose model, SAE, corpora and selection are then taken.
-        options: How it is run; one that goes on takes the points that are there.
+    `source` names features to begin with, whose model, SAE, corpora and selection are then taken. A run that goes on
+    takes the points that are there.
     """
     clock = Clock()
     check_study(name)
@@ -164,9 +161,7 @@ def run(
 class SweepBases:
     """What guardrails of a sweep are built on, at any values of a recipe; each is selected once, and nothing written.
 
-    Args:
-        recipe: Settled, and in agreement with the features.
-        features: What the study begins with.
+    The recipe is settled, and in agreement with the features.
     """
 
     def __init__(

@@ -45,10 +45,7 @@ def run(
 ) -> Stored:
     """Change the weights of a model by a method, and write them.
 
-    Args:
-        recipe: Model, corpora, and the method's settings.
-        method: One that changes weights.
-        origin: Features (which a method that an SAE guides must have) or a model, whose model and corpora are taken.
+    `origin` is features (which a method that an SAE guides must have) or a model, whose model and corpora are taken.
     """
     if options.workers.n > 1:
         raise DsgError(f"{method} trains in one process.", "Run dsg apply without torchrun.")
@@ -168,11 +165,7 @@ def features_of(recipe: Recipe, workspace: Workspace, method: str, features: Sto
 def save(loaded: LoadedModel, trained: TrainedWeights, folder: Path, *, base: str, dtype: str) -> Any:
     """Write what was trained, as transformers or PEFT read it; the trained model, without adapters in it.
 
-    Args:
-        trained: What a method did to it.
-        folder: Where to.
-        base: The model that it was made from, by its name.
-        dtype: Of a whole model's weights.
+    `base` is the model that it was made from, by its name; `dtype` is of a whole model's weights.
     """
     if trained.adapter is None:
         model = loaded.model.to(getattr(torch, dtype))

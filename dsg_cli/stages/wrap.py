@@ -35,12 +35,7 @@ from dsg_cli.workspace.store import Stored, Workspace
 def run(
     recipe: Recipe, workspace: Workspace, method: str, *, origin: Stored | None = None, options: RunOptions = QUIET
 ) -> Stored:
-    """Make a wrapper and write it.
-
-    Args:
-        method: `prompt`, `in-context`, `input-filter` or `output-filter`.
-        origin: Features or a model, whose model and corpora are taken.
-    """
+    """Make a wrapper and write it; model and corpora are those of `origin`, features or a model, if there is one."""
     assert check_method(method).form == "wrapper"
     if options.workers.n > 1:
         return options.by_first(workspace, lambda alone: run(recipe, workspace, method, origin=origin, options=alone))

@@ -121,10 +121,7 @@ def load_study(name: str) -> Callable[..., list[dict[str, Any]]]:
 def grid_of(name: str, grids: Mapping[str, Mapping[str, Any]], sequence: Sequence[str]) -> Grid:
     """Setting -> values of a study, in the order of its columns; what a recipe does not name has the study's default.
 
-    Args:
-        name: Of the study.
-        grids: `study.grids` of the recipe, whose values are as they were written: numbers where text is meant.
-        sequence: Further requests to forget, for the study `sequential`.
+    Values in `grids` are as they were written: numbers where text is meant. `sequence` are further requests to forget.
     """
     study, named = STUDIES[name], grids.get(name, {})
     for axis in study.needs:

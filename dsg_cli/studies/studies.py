@@ -133,14 +133,9 @@ def rows_of_data_efficiency(point: Json, sweep: Sweep) -> list[Json]:
 
 
 def share_of(corpora: Sequence[Corpus], by: str, share: float, *, seed: int, names: Sequence[str]) -> Kept:
-    """A share of forget corpora.
+    """A share of forget corpora, in percent of their `documents` or `entities`; at least one of them is kept.
 
-    Args:
-        corpora: The forget text.
-        by: `documents` or `entities`.
-        share: In percent; at least one of them is kept.
-        seed: Of the order in which they are taken.
-        names: Of entities; those that no document names do not count.
+    The seed is of the order in which they are taken. Names that no document has do not count as entities.
     """
     texts = [text for corpus in corpora for text in corpus.part("select")]
     named = {text: set(_naming(names).findall(text)) for text in texts} if names else {}

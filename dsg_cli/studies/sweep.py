@@ -187,11 +187,9 @@ class Sweep:
         return self._once(("chunks", part, length, is_packed), draw)
 
     def accuracy(self, guardrails: Sequence[SweptGuardrail], bos: int | None) -> dict[str, list[Outcome]]:
-        """Outcome of every question by bench, under guardrails that act together or of the base model.
+        """Outcome of every question by bench, under guardrails that act together or, without any, of the base model.
 
-        Args:
-            guardrails: None for the base model.
-            bos: Token that every sequence begins with, as the text did on which they were made.
+        Every sequence begins with `bos`, as the text did on which they were made.
         """
         if ("requests", bos) not in self._cache:
             tokenizer = self.loaded.tokenizer
