@@ -34,8 +34,8 @@ from dsg_cli.models.sae import read_sae
 from dsg_cli.recipe import load_recipe
 from dsg_cli.report.rendering import code, escaped
 from dsg_cli.stages import export
+from dsg_cli.stages.composition import find_composition, guardrail_modules
 from dsg_cli.stages.export import card_facts
-from dsg_cli.stages.inputs import find_composition, guardrail_modules
 from dsg_cli.workspace.artifacts import Guardrail, artifact_digest
 from dsg_cli.workspace.store import Workspace
 

@@ -28,7 +28,7 @@ from dsg_cli.stages import apply as method
 from dsg_cli.stages import compare, evaluate
 from dsg_cli.stages import run as run_recipe
 from dsg_cli.stages.compare import compared_methods
-from dsg_cli.stages.inputs import find_composition
+from dsg_cli.stages.composition import find_composition
 from dsg_cli.stages.run import plan
 from dsg_cli.workspace.artifacts import FeatureSet, ModelWeights
 from dsg_cli.workspace.results import EvalReport

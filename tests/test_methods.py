@@ -28,7 +28,7 @@ from dsg_cli.stages import apply as method
 from dsg_cli.stages import attack, evaluate, export
 from dsg_cli.stages import prompts as generate
 from dsg_cli.stages.compare import best_trial, settings_to_try
-from dsg_cli.stages.inputs import find_composition, load_composition
+from dsg_cli.stages.composition import find_composition, load_composition
 from dsg_cli.stages.stage import RunOptions
 from dsg_cli.workspace import store as verify
 from dsg_cli.workspace.artifacts import Guardrail, ModelWeights

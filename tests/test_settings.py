@@ -557,7 +557,7 @@ def no_work(tmp_path, monkeypatch):
 
     from dsg_cli.errors import DsgError
     from dsg_cli.evals import benches as tasks
-    from dsg_cli.stages import inputs
+    from dsg_cli.stages import composition, inputs
     from dsg_cli.stages import select as select
 
     index = tasks.task_index
@@ -569,6 +569,7 @@ def no_work(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "task_index", lambda folders, _: index(folders, False))  # Thousands take seconds.
     monkeypatch.setattr(select, "load_model", stop)
     monkeypatch.setattr(inputs, "load_model", stop)
+    monkeypatch.setattr(composition, "load_model", stop)
     shutil.copytree(DATA / "schema-1", tmp_path / "dsg-workspace")
     monkeypatch.chdir(tmp_path)
 

@@ -21,7 +21,7 @@ from handmade import header, made
 from dsg_cli.errors import DsgError
 from dsg_cli.report.gather import gather
 from dsg_cli.report.tables import artifact_table, headline
-from dsg_cli.stages.inputs import find_composition
+from dsg_cli.stages.composition import find_composition
 from dsg_cli.workspace import provenance, store
 from dsg_cli.workspace.artifacts import (
     KINDS,

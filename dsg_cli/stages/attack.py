@@ -23,7 +23,8 @@ from dsg_cli.evals.questions import Question, default_bench, load_questions
 from dsg_cli.guardrail.runtime.sites import fingerprint
 from dsg_cli.lab import data as lab
 from dsg_cli.settings import AttackSection, Recipe
-from dsg_cli.stages.inputs import Composition, find_composition, identify, load_composition, newest
+from dsg_cli.stages.composition import Composition, find_composition, load_composition, newest
+from dsg_cli.stages.inputs import identify
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.files import file_digest
 from dsg_cli.workspace.provenance import Clock

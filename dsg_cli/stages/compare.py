@@ -31,7 +31,8 @@ from dsg_cli.recipe import values_at, with_values
 from dsg_cli.settings import CompareSection, Recipe
 from dsg_cli.stages import attack, evaluate
 from dsg_cli.stages.apply import run_method
-from dsg_cli.stages.inputs import Composition, find_composition, identify, load_composition, named_model
+from dsg_cli.stages.composition import Composition, find_composition, load_composition
+from dsg_cli.stages.inputs import identify, named_model
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import ModelWeights
 from dsg_cli.workspace.checkpoints import Checkpoint

@@ -23,14 +23,8 @@ from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import load_model, load_tokenizer, model_digest
 from dsg_cli.settings import Recipe
-from dsg_cli.stages.inputs import (
-    Composition,
-    find_composition,
-    identify,
-    load_composition,
-    named_model,
-    newest,
-)
+from dsg_cli.stages.composition import Composition, find_composition, load_composition, newest
+from dsg_cli.stages.inputs import identify, named_model
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import Header
 from dsg_cli.workspace.files import Content, is_file, parse_json

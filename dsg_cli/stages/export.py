@@ -24,7 +24,7 @@ from dsg_cli.lab import data as lab
 from dsg_cli.methods import check_method
 from dsg_cli.models.language_model import model_folder
 from dsg_cli.settings import Recipe
-from dsg_cli.stages.inputs import (
+from dsg_cli.stages.composition import (
     Composition,
     find_composition,
     guardrail_modules,

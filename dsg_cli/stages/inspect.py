@@ -29,16 +29,8 @@ from dsg_cli.models.language_model import LoadedModel, context_length, load_toke
 from dsg_cli.models.sae import SaeSource
 from dsg_cli.models.sae_slice import load_slice
 from dsg_cli.settings import Recipe
-from dsg_cli.stages.inputs import (
-    chain_sae,
-    check_tokens,
-    find_composition,
-    guardrail_modules,
-    identify,
-    load_chain_model,
-    only_guardrails,
-    read_corpora,
-)
+from dsg_cli.stages.composition import find_composition, guardrail_modules, only_guardrails
+from dsg_cli.stages.inputs import chain_sae, check_tokens, identify, load_chain_model, read_corpora
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, SaeIdentity
 from dsg_cli.workspace.provenance import Clock

@@ -29,14 +29,8 @@ from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.sae_slice import load_slice
 from dsg_cli.settings import GenerateSection, Recipe
-from dsg_cli.stages.inputs import (
-    Composition,
-    LoadedComposition,
-    chain_sae,
-    find_composition,
-    load_chain_model,
-    load_composition,
-)
+from dsg_cli.stages.composition import Composition, LoadedComposition, find_composition, load_composition
+from dsg_cli.stages.inputs import chain_sae, load_chain_model
 from dsg_cli.stages.inspect import FeatureChoice, find_choice
 from dsg_cli.stages.stage import settle
 from dsg_cli.workspace.results import Json
