@@ -22,7 +22,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.evals.questions import Question
 from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.settings import AttackSection
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 
 def attack_dilution(target: Target, knowledge: AttackerKnowledge, settings: AttackSection) -> list[Json]:

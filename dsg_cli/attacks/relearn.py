@@ -27,7 +27,7 @@ from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.job import ALONE
 from dsg_cli.models.language_model import add_adapters, linear_layers
 from dsg_cli.settings import AttackSection
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 UNRELATED_TOKENS = 128
 """Of each benign text, at most."""

@@ -26,7 +26,7 @@ from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.job import ALONE, Job
 from dsg_cli.models.residuals import replace_residual
 from dsg_cli.settings import AttackSection
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 Loss = Callable[[AnswerBatch], Tensor]
 

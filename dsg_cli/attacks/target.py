@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from dsg_cli.evals.questions import Change, Question, accuracy
 from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.job import PLAIN_JOB, Job
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 UNLEARNED, BASE = SIDES = ("unlearned", "base")
 

@@ -26,7 +26,7 @@ from dsg_cli.intervals import wilson
 from dsg_cli.models.language_model import devices_of, final_norm, linear_layers
 from dsg_cli.models.residuals import replace_residual
 from dsg_cli.settings import AttackSection
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 
 def attack_unhook(target: Target, knowledge: AttackerKnowledge, _settings: AttackSection) -> list[Json]:

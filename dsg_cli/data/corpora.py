@@ -20,7 +20,7 @@ from dsg_cli.data.hub import read_hub
 from dsg_cli.data.readers import READERS, Documents, listed, read_file, read_folder
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.lab import data as lab
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 Part = Literal["select", "calibrate", "fresh"]
 PARTS: tuple[tuple[Part, float], ...] = (("select", 0.5), ("calibrate", 0.8), ("fresh", 1.0))

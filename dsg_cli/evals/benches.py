@@ -22,8 +22,8 @@ from dsg_cli.evals.muse import Muse
 from dsg_cli.evals.passages import MOST, Fluency, Memory
 from dsg_cli.evals.tofu import Tofu
 from dsg_cli.lab import data as lab
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import is_folder
-from dsg_cli.workspace.results import Json
 
 LM_EVAL_TASKS = Path(str(importlib.util.find_spec("lm_eval").origin)).parent / "tasks"  # type: ignore[union-attr]
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsg_cli.errors import DsgError, nearest
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 

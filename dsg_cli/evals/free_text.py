@@ -41,7 +41,7 @@ from dsg_cli.inference.scoring import UNDECIDED, AnswerCache, GuardedModel
 from dsg_cli.inference.wrappers import prefix_ids
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.settings import EvalSection
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 
 @dataclass(frozen=True)

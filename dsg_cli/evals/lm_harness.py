@@ -26,7 +26,7 @@ from dsg_cli.inference.scoring import UNDECIDED, Answer, AnswerCache, Decision, 
 from dsg_cli.inference.wrappers import prefix_ids, with_prefixes
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.settings import EvalSection
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 
 def request_texts(arguments: Sequence[Any]) -> tuple[str, ...]:

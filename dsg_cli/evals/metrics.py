@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dsg_cli.intervals import wilson
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 
 @dataclass

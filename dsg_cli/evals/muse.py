@@ -15,7 +15,7 @@ from typing import Any
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.free_text import Item, PartResults, TextBench
 from dsg_cli.evals.metrics import auc, auc_interval, mean_of, privleak
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 MIN_K = "min_k_40"
 

@@ -22,8 +22,8 @@ from dsg_cli.evals.metrics import EvalResult, counts, gate_rate
 from dsg_cli.inference.scoring import UNDECIDED, Answer, AnswerCache, Decision, GuardedModel, Score
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.settings import EvalSection
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import parse_json
-from dsg_cli.workspace.results import Json
 
 LETTERS = "ABCD"
 

@@ -15,7 +15,7 @@ from dsg_cli.errors import DsgError
 from dsg_cli.evals.free_text import Item, PartResults, TextBench
 from dsg_cli.evals.metrics import auc, auc_interval, mean_of
 from dsg_cli.intervals import wilson
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 SCORES = ("loss_score", "zlib_score", "min_k_20", "min_k_plus_20")
 

@@ -16,7 +16,7 @@ from dsg_cli.inference.scoring import GuardedModel, Score
 from dsg_cli.intervals import wilson
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.settings import EvalSection
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 Change = Callable[[tuple[int, ...], int], tuple[int, ...]]
 """The context's token ids and the question's number -> the ids that the model is given instead."""

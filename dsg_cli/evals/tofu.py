@@ -16,7 +16,7 @@ from typing import Any
 from dsg_cli.errors import DsgError
 from dsg_cli.evals.free_text import Item, PartResults, TextBench
 from dsg_cli.evals.metrics import mean_of
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 
 def probability(loss: float) -> float:

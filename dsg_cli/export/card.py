@@ -28,8 +28,9 @@ from dsg_cli.report.evaluations import NOT_MEASURABLE, benches_of, place, rankin
 from dsg_cli.report.rendering import code, escaped, number, one_line, share
 from dsg_cli.report.tables import guardrail_rows
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, Threshold
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import is_file, read_bounded
-from dsg_cli.workspace.results import AttackReport, EvalReport, Json
+from dsg_cli.workspace.results import AttackReport, EvalReport
 from dsg_cli.workspace.store import Stored
 
 CARD_FILE = "README.md"

@@ -26,8 +26,8 @@ from dsg_cli.guardrail.runtime import exported
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.runtime.spec import sealed
 from dsg_cli.models.language_model import read_config, text_config
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import write_folder
-from dsg_cli.workspace.results import Json
 
 RUNTIME = Path(exported.__file__).parent
 

@@ -16,8 +16,8 @@ from dsg_cli.guardrail.guarded import module_from_artifact
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
 from dsg_cli.guardrail.runtime.spec import tensors_digest
 from dsg_cli.workspace.artifacts import Guardrail, Header, artifact_digest, parse_document, read_document, to_json
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import is_file, is_folder
-from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Workspace
 
 LIGHT_FILE = "guardrail.safetensors"

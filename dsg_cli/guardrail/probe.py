@@ -22,8 +22,8 @@ from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.guardrail.statistics import FeatureStatistics
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.residuals import OomSplitter, read_residual
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import at_safe_points, safe_point
-from dsg_cli.workspace.results import Json
 
 CLIP = 8.0
 """Bound of a token's logit at run time."""

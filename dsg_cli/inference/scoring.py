@@ -42,9 +42,9 @@ from dsg_cli.inference.wrappers import (
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.language_model import context_length, devices_of
 from dsg_cli.models.residuals import OomSplitter, mean_residuals
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.checkpoints import State
 from dsg_cli.workspace.files import at_safe_points
-from dsg_cli.workspace.results import Json
 
 Measure = Callable[[Tensor, Tensor], Any]
 """Log-probabilities [C, V] and target ids [C] of a continuation -> a JSON value."""

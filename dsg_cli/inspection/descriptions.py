@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsg_cli.errors import DsgError, reason_of
 from dsg_cli.job import Report, silent
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import parse_json, read_bounded
-from dsg_cli.workspace.results import Json
 
 if TYPE_CHECKING:
     from torch import Tensor

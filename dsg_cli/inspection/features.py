@@ -24,7 +24,7 @@ from dsg_cli.data.corpora import Corpus
 from dsg_cli.data.tokens import as_chat, token_texts
 from dsg_cli.guardrail.selection import SelectedFeature, formatting_notes
 from dsg_cli.inspection.contexts import Contexts, describe_features, distinct_contexts
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dsg_cli.guardrail.runtime.sites import HookSite
 from dsg_cli.guardrail.selection import SelectedFeature
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.residuals import read_residual
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 
 @dataclass(frozen=True)

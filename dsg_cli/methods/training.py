@@ -24,9 +24,9 @@ from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.methods.text import NameSpans, TrainingRows
 from dsg_cli.models.language_model import add_adapters, devices_of, linear_layers
 from dsg_cli.settings import RetainLoss, Training
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.checkpoints import State
 from dsg_cli.workspace.files import at_safe_points
-from dsg_cli.workspace.results import Json
 
 RETAIN_SEED = 2**31
 """Added to the seed of retain text, so that the two orders differ."""

@@ -29,7 +29,7 @@ from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.residuals import mean_residuals
 from dsg_cli.settings import Filter, InContext, InputFilter, OutputFilter, PromptPrefix
 from dsg_cli.workspace.artifacts import Wrapper
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 SLOT = "{topic}"
 

@@ -12,7 +12,8 @@ from rich.console import Group
 
 from dsg_cli.methods import METHODS
 from dsg_cli.report.rendering import Name, Styled, Table, View, code, interval, share, spread, terminal
-from dsg_cli.workspace.results import Comparison, Json
+from dsg_cli.workspace.body import Json
+from dsg_cli.workspace.results import Comparison
 
 UNHARMED = 0.98
 """Share of the base model's accuracy on every other bench from which on a method is said to harm none."""

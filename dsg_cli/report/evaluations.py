@@ -10,7 +10,8 @@ from dsg_cli.evals.expect import GATE, parse_expected
 from dsg_cli.methods import finetunes
 from dsg_cli.report.rendering import Styled, Table, exact, fold, interval, number, share
 from dsg_cli.settings import PublishedSection
-from dsg_cli.workspace.results import AttackReport, EvalReport, Json
+from dsg_cli.workspace.body import Json
+from dsg_cli.workspace.results import AttackReport, EvalReport
 from dsg_cli.workspace.store import Stored
 
 SIDES = {"base": "base", "unlearned": "guarded"}

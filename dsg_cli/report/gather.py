@@ -10,7 +10,8 @@ from typing import get_args
 from dsg_cli.errors import DsgError
 from dsg_cli.methods import Form
 from dsg_cli.workspace.artifacts import KINDS
-from dsg_cli.workspace.results import Comparison, Json, StudyReport
+from dsg_cli.workspace.body import Json
+from dsg_cli.workspace.results import Comparison, StudyReport
 from dsg_cli.workspace.store import Stored, Workspace
 
 UNLEARNING = get_args(Form)

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from dsg_cli.inspection.neuronpedia import page_of, place_of
 from dsg_cli.report.rendering import Styled, Table, page_templates, visible
-from dsg_cli.workspace.results import Inspection, Json
+from dsg_cli.workspace.body import Json
+from dsg_cli.workspace.results import Inspection
 from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from dsg_cli.report.inspections import feature_parts
 from dsg_cli.report.rendering import HIDDEN, View, page_templates
 from dsg_cli.report.tables import KIND_VIEWS, artifact_view, facts, headline
 from dsg_cli.workspace.artifacts import FeatureSet, Threshold
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import is_taken, write_atomically
-from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Json, StudyReport
+from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, StudyReport
 from dsg_cli.workspace.store import Stored
 
 

@@ -19,7 +19,7 @@ from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -9,7 +9,8 @@ from rich.console import Group
 
 from dsg_cli.evals.metrics import unlearning_score
 from dsg_cli.report.rendering import Name, Styled, Table, View, fold, interval, share, spread, terminal
-from dsg_cli.workspace.results import Json, StudyReport
+from dsg_cli.workspace.body import Json
+from dsg_cli.workspace.results import StudyReport
 
 HEADS = {
     "n_features": "n",

@@ -20,7 +20,8 @@ from dsg_cli.report.evaluations import (
 from dsg_cli.report.rendering import Name, Table, View, code, interval, share, terminal
 from dsg_cli.settings import PublishedSection
 from dsg_cli.workspace.artifacts import Guardrail, Header, ModelWeights, Threshold
-from dsg_cli.workspace.results import AttackReport, EvalReport, Json
+from dsg_cli.workspace.body import Json
+from dsg_cli.workspace.results import AttackReport, EvalReport
 from dsg_cli.workspace.store import Stored
 
 

@@ -21,7 +21,8 @@ from dsg_cli.report.inspections import inspection_table, inspection_view
 from dsg_cli.report.rendering import Styled, Table, View, pairs, terminal, visible
 from dsg_cli.report.studies import study_headline, study_table, study_view
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, Header, ModelWeights, Threshold, Wrapper
-from dsg_cli.workspace.results import Json, StudyReport
+from dsg_cli.workspace.body import Json
+from dsg_cli.workspace.results import StudyReport
 from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:

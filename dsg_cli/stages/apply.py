@@ -39,8 +39,8 @@ from dsg_cli.settings import GuardrailSection, ModelSection, Recipe, SaeSection,
 from dsg_cli.stages.inputs import chain_sae, check_tokens, load_chain_model, reload_corpora, taken_from
 from dsg_cli.stages.stage import QUIET, RunOptions, Stage, settle, stage
 from dsg_cli.workspace.artifacts import KINDS, FeatureSet, Guardrail, Header, Threshold
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace
 
 ORIGINS = ("features", "model")

@@ -26,9 +26,10 @@ from dsg_cli.settings import AttackSection, Recipe
 from dsg_cli.stages.composition import Composition, find_composition, load_composition, newest
 from dsg_cli.stages.inputs import identify
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import file_digest
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import AttackReport, Json
+from dsg_cli.workspace.results import AttackReport
 from dsg_cli.workspace.store import Stored, Workspace
 
 

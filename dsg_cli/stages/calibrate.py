@@ -34,8 +34,8 @@ from dsg_cli.settings import CalibrateSection, Recipe
 from dsg_cli.stages.inputs import chain_sae, load_chain_model, reload_corpora, spelled
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import FeatureSet, Threshold
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace
 
 LONG = 2

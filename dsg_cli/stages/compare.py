@@ -35,9 +35,10 @@ from dsg_cli.stages.composition import Composition, find_composition, load_compo
 from dsg_cli.stages.inputs import identify, named_model
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import ModelWeights
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.checkpoints import Checkpoint
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Json
+from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport
 from dsg_cli.workspace.store import Stored, Workspace
 
 CRITERION = "harmonic mean of forgetting (fall of forget accuracy to chance) and utility (other accuracy over base)"

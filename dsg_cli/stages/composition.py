@@ -23,8 +23,8 @@ from dsg_cli.models.language_model import LoadedModel, load_model
 from dsg_cli.settings import Recipe
 from dsg_cli.stages.inputs import check_identity, check_tokens, folder_of
 from dsg_cli.workspace.artifacts import Guardrail, Header, ModelWeights, Wrapper
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import ID
-from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace
 
 ACTING_KINDS = ("model", "guardrail", "wrapper")

@@ -27,9 +27,10 @@ from dsg_cli.stages.composition import Composition, find_composition, load_compo
 from dsg_cli.stages.inputs import identify, named_model
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import Header
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import Content, is_file, parse_json
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import EvalReport, Json
+from dsg_cli.workspace.results import EvalReport
 from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:

@@ -34,8 +34,9 @@ from dsg_cli.stages.composition import (
 )
 from dsg_cli.stages.stage import settle
 from dsg_cli.workspace.artifacts import ModelWeights, Threshold
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import check_new_folder, is_folder, is_taken, write_atomically, write_folder
-from dsg_cli.workspace.results import AttackReport, EvalReport, Json
+from dsg_cli.workspace.results import AttackReport, EvalReport
 from dsg_cli.workspace.store import Stored, Workspace
 
 

@@ -17,7 +17,7 @@ from dsg_cli.models.language_model import LoadedModel, load_model, load_tokenize
 from dsg_cli.models.sae import SaeSource, read_sae
 from dsg_cli.settings import ModelSection, Recipe
 from dsg_cli.workspace.artifacts import Header, ModelIdentity, ModelWeights
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.store import Stored, Workspace
 
 

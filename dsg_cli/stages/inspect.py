@@ -33,8 +33,9 @@ from dsg_cli.stages.composition import find_composition, guardrail_modules, only
 from dsg_cli.stages.inputs import chain_sae, check_tokens, identify, load_chain_model, read_corpora
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import FeatureSet, Guardrail, SaeIdentity
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import Inspection, Json
+from dsg_cli.workspace.results import Inspection
 from dsg_cli.workspace.store import Stored, Workspace
 
 MOST_TOKENS = 2**18

@@ -33,7 +33,7 @@ from dsg_cli.stages.composition import Composition, LoadedComposition, find_comp
 from dsg_cli.stages.inputs import chain_sae, load_chain_model
 from dsg_cli.stages.inspect import FeatureChoice, find_choice
 from dsg_cli.stages.stage import settle
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.store import Workspace
 
 Write = Callable[[str, str], None]

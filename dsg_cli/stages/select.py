@@ -48,8 +48,8 @@ from dsg_cli.settings import Recipe, SelectSection
 from dsg_cli.stages.inputs import check_world, identify, named_model
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import FeatureSet, SaeIdentity
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace
 
 

@@ -24,10 +24,10 @@ from dsg_cli.errors import DsgError
 from dsg_cli.job import ALONE, Job, Report, Workers, launched, silent
 from dsg_cli.settings import Recipe
 from dsg_cli.workspace.artifacts import KINDS, Header, ModelIdentity, SaeIdentity
+from dsg_cli.workspace.body import Body, Json
 from dsg_cli.workspace.checkpoints import SUFFIX, Checkpoint
 from dsg_cli.workspace.files import Content, Signalled
 from dsg_cli.workspace.provenance import Clock, git_state
-from dsg_cli.workspace.results import Body, Json
 from dsg_cli.workspace.store import Stored, Workspace, reuse_key, writing
 
 if TYPE_CHECKING:

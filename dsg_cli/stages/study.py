@@ -37,9 +37,10 @@ from dsg_cli.studies import STUDIES, check_study, grid_of, load_study, points_of
 from dsg_cli.studies.studies import known_names
 from dsg_cli.studies.sweep import Sweep, SweepBase, accuracy_row, csv_text, failed_row
 from dsg_cli.workspace.artifacts import FeatureSet
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import at_safe_points
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import Json, StudyReport
+from dsg_cli.workspace.results import StudyReport
 from dsg_cli.workspace.store import Stored, Workspace
 
 SECTIONS = ("model", "sae", "corpora", "select", "calibrate", "guardrail", "study")

@@ -34,9 +34,9 @@ from dsg_cli.stages.inputs import (
 )
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import FeatureSet, ModelWeights
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import Content
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace
 
 

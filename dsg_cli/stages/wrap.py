@@ -26,9 +26,9 @@ from dsg_cli.settings import Filter, InContext, Recipe
 from dsg_cli.stages.calibrate import chunk_lengths
 from dsg_cli.stages.inputs import identify, load_whole, read_method_inputs, taken_from
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
+from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import file_digest
 from dsg_cli.workspace.provenance import Clock
-from dsg_cli.workspace.results import Json
 from dsg_cli.workspace.store import Stored, Workspace
 
 

@@ -38,7 +38,7 @@ from dsg_cli.studies.sweep import (
     rate_row,
     row_of,
 )
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 WARM_UP = 2
 """Pairs that are not counted."""

@@ -40,7 +40,7 @@ from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import CalibrateSection, parse_strength
 from dsg_cli.studies import OF_A_GUARDRAIL
 from dsg_cli.workspace.artifacts import FeatureSet
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 T = TypeVar("T")
 

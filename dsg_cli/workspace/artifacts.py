@@ -1,7 +1,8 @@
-"""What a stage writes down: a header (where it came from), and the bodies of the chain; how a file holds them.
+"""What a stage writes, as pydantic classes: a header (where it came from), and the bodies of the chain; their JSON.
 
 An artifact is one JSON object, header and body side by side, with a digest of itself; tensors and rows lie beside it.
-store.py reads and writes the files, results.py holds the bodies that say what was measured.
+store.py reads and writes the files, results.py holds the bodies that say what was measured, body.py what all have in
+common.
 """
 
 from __future__ import annotations
@@ -14,22 +15,9 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.spec import CalibratedGate, Gate
+from dsg_cli.workspace.body import Body, Empty, Finite, Json, Number, Part, Shape, Whole
 from dsg_cli.workspace.files import parse_json
-from dsg_cli.workspace.results import (
-    AttackReport,
-    Body,
-    Comparison,
-    Empty,
-    EvalReport,
-    Finite,
-    Inspection,
-    Json,
-    Number,
-    Part,
-    Shape,
-    StudyReport,
-    Whole,
-)
+from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Inspection, StudyReport
 
 
 class ModelIdentity(Part):

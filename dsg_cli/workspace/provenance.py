@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsg_cli.workspace.artifacts import Header
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from dsg_cli.workspace.artifacts import (
     read_document,
     to_json,
 )
+from dsg_cli.workspace.body import Body, Json
 from dsg_cli.workspace.checkpoints import SUFFIX, read_entries
 from dsg_cli.workspace.files import (
     ID,
@@ -51,7 +52,6 @@ from dsg_cli.workspace.files import (
     sync_folder,
     write_atomically,
 )
-from dsg_cli.workspace.results import Body, Json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 
 from dsg_cli.errors import DsgError
-from dsg_cli.workspace.results import Json
+from dsg_cli.workspace.body import Json
 
 HOST = "127.0.0.1"
 

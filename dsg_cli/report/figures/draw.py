@@ -29,7 +29,8 @@ from dsg_cli.report.figures.style import (
 from dsg_cli.report.rendering import share, short
 from dsg_cli.report.studies import Point, mean_over, points_of
 from dsg_cli.workspace.artifacts import Threshold
-from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Json, StudyReport
+from dsg_cli.workspace.body import Json
+from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, StudyReport
 
 
 def _share_axis(axes: Any, names: Sequence[str], label: str) -> None:
