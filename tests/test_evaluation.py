@@ -29,12 +29,14 @@ from dsg_cli.evals.paper_protocol import evaluate_paper
 from dsg_cli.evals.questions import questions_of
 from dsg_cli.guardrail.guarded import guarded
 from dsg_cli.inference.scoring import GuardedModel, answers_from_tensors, answers_to_tensors, request_key
+from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import load_model
 from dsg_cli.models.residuals import read_residual
 from dsg_cli.models.sae import load_encoder, read_sae
 from dsg_cli.settings import EvalSection
 from dsg_cli.stages.inputs import identify
+from dsg_cli.workspace.checkpoints import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +230,13 @@ def test_a_broken_model_does_not_pass_for_an_unlearned_one(model, tokenizer):
     broken.lm_head.weight.data[:] = torch.nan
     with pytest.raises(DsgError, match="broken, not unlearned"):
         GuardedModel(broken, tokenizer).loglikelihoods([Request((2, 5), (6,))])
+
+
+def test_what_was_kept_of_other_requests_is_not_taken(model, tokenizer, tmp_path):
+    job = Job(checkpoint=Checkpoint(tmp_path / "kept"), name="scoring")
+    guarded_model, first, second = GuardedModel(model, tokenizer), [Request((2, 5), (6,))], [Request((2, 7), (8,))]
+    guarded_model.loglikelihoods(first, job)
+    assert guarded_model.loglikelihoods(second, job) == guarded_model.loglikelihoods(second)
 
 
 def test_tokenizers_without_bos_or_pad(model, tokenizer):

@@ -102,6 +102,13 @@ def test_equals_decode_of_the_clamped_plus_error(model, whole, threshold):
     assert n_gated or threshold == 0.6
 
 
+def test_a_statistic_that_is_no_number_opens_the_gate(model, whole, monkeypatch):
+    module, batch = guard(whole, threshold=1e9), pad_rows([ROWS[0]], 0, SPECIAL)
+    monkeypatch.setattr(Gate, "scan", lambda _, signal, *__: (signal * torch.nan, signal[..., None]))
+    module(read_residual(model, AT_LAYER, batch.ids_BL, batch.mask_BL), batch.counted_BL)
+    assert module.last_gated_B.all()
+
+
 def test_batch_of_one_equals_a_padded_batch_of_eight(model, whole):
     """Neither padding nor its side moves a decision or a logit."""
     module = guard(whole)
