@@ -34,20 +34,11 @@ from dsg_cli.workspace.results import AttackReport, EvalReport
 from dsg_cli.workspace.store import Stored
 
 CARD_FILE = "README.md"
-
-LARGEST = 2**20
-"""Bytes of a card that is read."""
-
-LONGEST = 300
-"""Characters of a licence's name or address."""
-
+LARGEST = 2**20  # Bytes of a card that is read.
+LONGEST = 300  # Characters of a licence's name or address.
 LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}")
-
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}(?:-[A-Za-z0-9]{2,8})*|code|multilingual")
-
-PATH = re.compile(r"(?<![\w./:])/(?:[^\s/]+/)+")
-"""The folders of a path in running text."""
-
+PATH = re.compile(r"(?<![\w./:])/(?:[^\s/]+/)+")  # The folders of a path in running text.
 TAGS = ["unlearning", "sparse-autoencoder", "guardrail", "dsg-cli", "arxiv:2504.08192"]
 
 
@@ -55,8 +46,7 @@ TAGS = ["unlearning", "sparse-autoencoder", "guardrail", "dsg-cli", "arxiv:2504.
 class BaseCard:
     """What is known of a base model; empty where its card does not say."""
 
-    licence: tuple[str, ...] = ()
-    """Identifiers, as the hub spells them."""
+    licence: tuple[str, ...] = ()  # Identifiers, as the hub spells them.
     licence_name: str = ""
     licence_link: str = ""
     languages: tuple[str, ...] = ()
@@ -109,13 +99,10 @@ class CardGuard:
     """One guardrail of an export."""
 
     stored: Stored
-    key: str
-    """Digest of what it does: numbers and tensors."""
-    file: str
-    """Its light file's name."""
+    key: str  # Digest of what it does: numbers and tensors.
+    file: str  # Its light file's name.
     threshold: Stored | None
-    features: Stored | None
-    """What it was made from, if that lies beside it."""
+    features: Stored | None  # What it was made from, if that lies beside it.
 
     @property
     def header(self) -> Header:
@@ -153,7 +140,6 @@ class CardGuard:
         return [(role, item) for role, item in corpora if isinstance(item, dict) and {"name", "sha256"} <= set(item)]
 
     def notes(self) -> list[str]:
-        """Of all that it was made from."""
         chain = [stored for stored in (self.features, self.threshold, self.stored) if stored]
         return [note for stored in chain for note in stored.header.notes]
 
@@ -162,35 +148,27 @@ class CardGuard:
 class CardFacts:
     """What is exported, and what is known of it."""
 
-    name: str
-    """Of the folder or the repository."""
-    address: str
-    """By which it is loaded: the folder's name, or `org/name` on the hub."""
+    name: str  # Of the folder or the repository.
+    address: str  # By which it is loaded: the folder's name, or `org/name` on the hub.
     is_on_hub: bool
     is_whole_model: bool
     architecture: str
-    model: str
-    """What the guardrails are on, by its name."""
-    base: str
-    """What that was made from, before any method trained it: usually the same."""
+    model: str  # What the guardrails are on, by its name.
+    base: str  # What that was made from, before any method trained it: usually the same.
     base_card: BaseCard
     guards: list[CardGuard]
-    lineage: list[Stored]
-    """Trainings between the base and the model, the first one first."""
+    lineage: list[Stored]  # Trainings between the base and the model, the first one first.
     evaluations: list[Stored]
     """Of exactly these guardrails together, on the weights that they were made for; oldest first."""
     attacks: list[Stored]
-    is_mismatched: bool
-    """They were put on other weights: nothing was measured there."""
+    is_mismatched: bool  # They were put on other weights: nothing was measured there.
 
     @property
     def forget(self) -> list[str]:
-        """Corpora to forget, each once."""
         return list(dict.fromkeys(name for guard in self.guards for name in guard.body.forget))
 
     @property
     def retain(self) -> list[str]:
-        """Corpora to retain, each once."""
         names = dict.fromkeys(name for guard in self.guards for name in guard.body.retain)
         return [name for name in names if name not in self.forget]
 
@@ -215,7 +193,6 @@ class CardFacts:
         return list(newest.values())
 
     def artifacts(self) -> list[Stored]:
-        """Every artifact that is spoken of, once."""
         origins = [stored for guard in self.guards for stored in (guard.features, guard.threshold) if stored]
         chain = [*self.lineage, *origins, *(guard.stored for guard in self.guards)]
         chain += [*(stored for _, stored in self.newest_evaluations()), *self.newest_attacks()]
@@ -223,7 +200,6 @@ class CardFacts:
 
 
 def _split(stored: Stored) -> str:
-    """Which questions an evaluation or an attack asked: `test` or `dev`."""
     if isinstance(stored.body, EvalReport):
         return stored.body.split
     return str(stored.header.settings.get("split", "test"))
@@ -337,7 +313,6 @@ def _names(names: Iterable[str]) -> Markup:
 
 
 def _quoted(text: str) -> Markup:
-    """A name as a string of Python, on one line."""
     return Markup(json.dumps(text, ensure_ascii=False))
 
 

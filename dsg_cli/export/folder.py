@@ -30,13 +30,9 @@ from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import write_folder
 
 RUNTIME = Path(exported.__file__).parent
-
 INDEX = "model.safetensors.index.json"
-
 SINGLE = "model.safetensors"
-
 GUARD_SHARD = "dsg-guardrails.safetensors"
-
 CONFIGURATION, MODELING = "configuration_dsg.py", "modeling_dsg.py"
 
 COPIED = (
@@ -124,7 +120,6 @@ def _base_weights(base: Path) -> dict[str, list[str]]:
 
 
 def _copy_small_files(base: Path, partial: Path, tokenizer_class: str) -> None:
-    """Tokenizer, generation settings, chat template and licence."""
     for path in sorted(base.iterdir()):
         if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COPIED):
             shutil.copyfile(path, partial / path.name)
@@ -182,7 +177,6 @@ def _config(values: Json, config: Any, architecture: str, guards: Json) -> Json:
 
 
 def _write_code(partial: Path, config_class: str, architecture: str) -> None:
-    """The runtime as it is, and two classes on top of the base's."""
     for path in RUNTIME.glob("*.py"):
         if path.name != "__init__.py":
             shutil.copyfile(path, partial / path.name)

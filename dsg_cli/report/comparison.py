@@ -15,8 +15,7 @@ from dsg_cli.report.rendering import Name, Styled, Table, View, code, interval, 
 from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.results import Comparison
 
-UNHARMED = 0.98
-"""Share of the base model's accuracy on every other bench from which on a method is said to harm none."""
+UNHARMED = 0.98  # Share of the base model's accuracy on every other bench from which on a method is said to harm none.
 
 
 def comparison_view(body: Comparison) -> View:

@@ -14,12 +14,8 @@ from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.results import AttackReport, EvalReport
 from dsg_cli.workspace.store import Stored
 
-SIDES = {"base": "base", "unlearned": "guarded"}
-"""What tables call the sides of a bench."""
-
-DERIVED = ("_low", "_high", "_stderr", "_count")
-"""Endings of what follows from a metric."""
-
+SIDES = {"base": "base", "unlearned": "guarded"}  # What tables call the sides of a bench.
+DERIVED = ("_low", "_high", "_stderr", "_count")  # Endings of what follows from a metric.
 NOT_MEASURABLE = "not measurable on this model"
 
 
@@ -37,8 +33,7 @@ class ExpectationRow:
     expect: str
     is_met: bool
     base: str
-    unlearned: str
-    """What was held against the bound; of an attack, where most came back."""
+    unlearned: str  # What was held against the bound; of an attack, where most came back.
     bound: str
     n: str
 
@@ -191,7 +186,6 @@ def curve_table(body: AttackReport) -> Table:
 
 
 def _evasions(body: AttackReport) -> str:
-    """Where each variant first brought back more than half of what the guard took away."""
     first = [f"{variant + ': ' if variant else ''}{shown_x(x)}" for variant, x in body.summary["evaded_at"].items()]
     return f" Above {body.summary['evades_above']:.2f} from {'; '.join(first)}." if first else ""
 

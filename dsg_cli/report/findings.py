@@ -32,8 +32,7 @@ STANDING = (
     "back: it protects a model behind an interface, not one that is given away."
 )
 
-MOST_METRICS = 4
-"""Of a bench on free text in a sentence; the table has them all."""
+MOST_METRICS = 4  # Of a bench on free text in a sentence; the table has them all.
 
 
 def findings(gathered: Gathered) -> dict[str, list[Sentence]]:
@@ -84,7 +83,6 @@ def _unlearned(gathered: Gathered) -> Iterator[Sentence]:
 
 
 def _means(stored: Stored) -> str:
-    """By which something is unlearned."""
     body = stored.body
     if isinstance(body, Guardrail):
         sae = stored.header.sae.source if stored.header.sae else "unknown"

@@ -14,24 +14,18 @@ from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.results import Comparison, StudyReport
 from dsg_cli.workspace.store import Stored, Workspace
 
-UNLEARNING = get_args(Form)
-"""Kinds of what unlearns."""
-
-WITH_ROWS = ("threshold", "inspect", "eval")
-"""Kinds whose rows a report shows."""
+UNLEARNING = get_args(Form)  # Kinds of what unlearns.
+WITH_ROWS = ("threshold", "inspect", "eval")  # Kinds whose rows a report shows.
 
 
 @dataclass(frozen=True)
 class Gathered:
     """What a report shows."""
 
-    artifacts: list[Stored]
-    """In the order of kinds, then of numbers."""
-    rows: dict[str, list[Json]]
-    """Id -> rows beside it, of kinds that have some to show."""
+    artifacts: list[Stored]  # In the order of kinds, then of numbers.
+    rows: dict[str, list[Json]]  # Id -> rows beside it, of kinds that have some to show.
 
     def of(self, kind: str) -> list[Stored]:
-        """The artifacts of one kind."""
         return [stored for stored in self.artifacts if stored.header.kind == kind]
 
     def chance(self, stored: Stored, bench: str) -> float | None:

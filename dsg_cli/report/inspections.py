@@ -23,13 +23,8 @@ HEAT_STYLES = ("", "black on grey82", "black on khaki1", "black on orange1", "bo
 """From nothing on; each with enough contrast on dark and on light."""
 
 ROLES = ("forget", "near", "retain")
-
-MOST_CONTEXTS = 5
-"""On a page, of a feature in each group."""
-
-LONGEST_WHOLE = 48
-"""Tokens of a prompt that is shown whole in the table."""
-
+MOST_CONTEXTS = 5  # On a page, of a feature in each group.
+LONGEST_WHOLE = 48  # Tokens of a prompt that is shown whole in the table.
 TOKEN_WIDTH = 14
 
 
@@ -190,7 +185,6 @@ def _by_role(rows: Sequence[Json], body: Inspection) -> dict[str, list[Json]]:
 
 
 def _weight(feature: Json) -> str:
-    """In the gate's score."""
     return "" if feature["weight"] is None else f"{feature['weight']:+.2f}"
 
 
@@ -210,7 +204,6 @@ def _rate_of(feature: Json, body: Inspection, role: str) -> float | None:
 
 
 def _warning_marks(feature: Json) -> str:
-    """A letter each kind of warning."""
     kinds = {"F": "formatting", "S": "shared with"}
     return "".join(mark for mark, words in kinds.items() if any(words in warning for warning in feature["warnings"]))
 

@@ -52,7 +52,6 @@ def report_of(gathered: Gathered, title: str, published: Sequence[Json] = (), *,
     drawn = {name: [figure for figure in of if figure is not None] for name, of in figures.items()}
 
     def link(artifact: str) -> Markup:
-        """To the entry of an artifact, if the page has one."""
         html = '<a href="#from-{0}" class="id">{0}</a>' if artifact in ids else '<span class="id">{0}</span>'
         return Markup(html).format(artifact.translate(HIDDEN))
 
@@ -127,7 +126,6 @@ def _tree(artifacts: Sequence[Stored]) -> list[Json]:
 
 
 def _origin(stored: Stored, ids: set[str]) -> Json:
-    """What an artifact was made from, with what, and at what cost."""
     header = stored.header
     inputs = [used.id for used in header.inputs if used.id in ids]
     inputs += [f"{used.id} (not in this report; {used.sha256[:12]})" for used in header.inputs if used.id not in ids]

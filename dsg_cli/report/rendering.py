@@ -48,15 +48,11 @@ class Table:
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    caption: str = ""
-    """Above it on a page; a terminal and Markdown show none."""
-    notes: Sequence[str] = ()
-    """Sentences below it, on a terminal and on a page."""
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Column -> options of rich."""
+    caption: str = ""  # Above it on a page; a terminal and Markdown show none.
+    notes: Sequence[str] = ()  # Sentences below it, on a terminal and on a page.
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # Column -> options of rich.
     has_head: bool = True
-    fold: str = ""
-    """On a page: the words under which it is folded away."""
+    fold: str = ""  # On a page: the words under which it is folded away.
 
     def __rich__(self) -> Group:
         table = RichTable(box=None, pad_edge=False, show_header=self.has_head)
@@ -83,12 +79,8 @@ def _is_number(cell: str) -> bool:
     return not isinstance(cell, Markup) and (not cell.strip() or cell.strip()[0] in "-+.<0123456789")
 
 
-View = list[Table | str]
-"""Tables, and lines of text between and below them."""
-
-
-LONG = 12
-"""Rows from which on a table that a figure shows too is folded on a page."""
+View = list[Table | str]  # Tables, and lines of text between and below them.
+LONG = 12  # Rows from which on a table that a figure shows too is folded on a page.
 
 
 def fold(rows: Sequence[object], noun: str) -> str:

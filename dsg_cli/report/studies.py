@@ -24,12 +24,8 @@ HEADS = {
 """Columns of settings that have a shorter name in a table."""
 
 TERMINAL_WIDTH = 80
-
-LEFT_OUT = ("score", "95 %", "of", "false pos.")
-"""Columns that go first where a terminal is too narrow."""
-
-Point = tuple[Json, dict[tuple[str, str], Json], str]
-"""Settings; bench and metric -> row; what went wrong."""
+LEFT_OUT = ("score", "95 %", "of", "false pos.")  # Columns that go first where a terminal is too narrow.
+Point = tuple[Json, dict[tuple[str, str], Json], str]  # Settings; bench and metric -> row; what went wrong.
 
 
 def study_view(body: StudyReport) -> View:
@@ -140,8 +136,7 @@ def points_of(body: StudyReport) -> list[Point]:
     return list(points.values())
 
 
-Lines = tuple[list[str], list[list[str]]]
-"""Columns and rows."""
+Lines = tuple[list[str], list[list[str]]]  # Columns and rows.
 
 
 def _lines(
@@ -161,7 +156,6 @@ def _lines(
 
 
 def _strengths(body: StudyReport, points: Sequence[Point]) -> Lines:
-    """Strengths side by side: forget / other accuracy."""
     strengths = body.grid["strength"]
     rest = [name for name in body.grid if name != "strength" and len(body.grid[name]) > 1]
     lines: dict[str, tuple[list[str], dict[str, str]]] = {}

@@ -93,7 +93,6 @@ def _expectation_table(body: EvalReport | AttackReport) -> Table:
 
 
 def _attack_table(attacks: Sequence[AttackReport]) -> Table:
-    """The point of each attack at which most came back."""
     rows = [
         [
             attack.attack,

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from dsg_cli.workspace.store import Verdict
 
 SHOWN_KEYWORDS = 12
-
 SHOWN_CANDIDATES = 40
 
 
@@ -60,7 +59,6 @@ def guardrail_rows(body: Guardrail) -> list[tuple[str, str]]:
 
 
 def _targets(body: Guardrail, digits: str = ".3g") -> str:
-    """What features are set to: one number, or those of all."""
     if not body.coefficients:
         return f"-{body.strength:{digits}}"
     targets = _once_if_equal(body.coefficients, digits)
@@ -125,7 +123,6 @@ def wrapper_rows(body: Wrapper) -> list[tuple[str, str]]:
 
 
 def _rate_row(rate: Json) -> tuple[str, str]:
-    """One rate of a kind of text, with its interval."""
     name = f"{'caught' if rate['is_forget'] else 'gated'}: {rate['what']}"
     return name, f"{rate['rate']:.3f} of {rate['n']} (95 %: {rate['low']:.3f} to {rate['high']:.3f})"
 
@@ -170,7 +167,6 @@ def features_table(body: FeatureSet) -> Table:
 
 
 def _picked_table(body: FeatureSet) -> Table:
-    """Features that were named by hand or by their descriptions, with what was measured."""
     ranking = {row["index"]: row for row in body.described.get("ranking", [])}
     has_forget, has_texts = bool(body.forget_tokens), any("description" in row for row in ranking.values())
     columns = ["rank", "feature", *["score"] * bool(ranking), *["forget"] * has_forget, "retain"]
@@ -205,10 +201,8 @@ def candidates_table(candidates: Candidates) -> Table:
 class KindView:
     """How a kind of artifact is shown."""
 
-    heading: str
-    """Of its section of a report."""
-    headline: Callable[[Stored, Any], str]
-    """The one number or two that an artifact, with this body, is about."""
+    heading: str  # Of its section of a report.
+    headline: Callable[[Stored, Any], str]  # The one number or two that an artifact, with this body, is about.
     view: Callable[[Stored, Any], View]
 
 

@@ -34,7 +34,6 @@ from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, Stud
 
 
 def _share_axis(axes: Any, names: Sequence[str], label: str) -> None:
-    """Shares from left to right, and a line for each name from above to below."""
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlim(-0.03, 1.05)
@@ -42,9 +41,7 @@ def _share_axis(axes: Any, names: Sequence[str], label: str) -> None:
     axes.grid(axis="x")
 
 
-MOST_VARIANTS = 5
-"""Lines in the figure of an attack; the table has them all."""
-
+MOST_VARIANTS = 5  # Lines in the figure of an attack; the table has them all.
 MOST_TICKS, WIDELY = 9, 30
 
 
@@ -138,7 +135,6 @@ def _ticks(axes: Any, xs: Sequence[float]) -> None:
 
 
 def _attack_points(axes: Any, names: Sequence[str], points: Sequence[Json]) -> None:
-    """A line each: its name, and what both sides answer."""
     for at, point in enumerate(reversed(points)):
         side = point["unlearned"]
         if "forget_low" in side and "forget_high" in side:
@@ -148,14 +144,9 @@ def _attack_points(axes: Any, names: Sequence[str], points: Sequence[Json]) -> N
     _share_axis(axes, [short(name, 44) for name in names], "accuracy; bars are 95 % intervals")
 
 
-NEAR = 7.0
-"""Points of a figure within which two markers count as one."""
-
-LETTER, LINE = 5.0, 9.5
-"""Width of a digit and height of a line of labels, in points."""
-
-WRAPPED = 4
-"""Numbers in a line of a label."""
+NEAR = 7.0  # Points of a figure within which two markers count as one.
+LETTER, LINE = 5.0, 9.5  # Width of a digit and height of a line of labels, in points.
+WRAPPED = 4  # Numbers in a line of a label.
 
 
 @dataclass(frozen=True)
@@ -163,14 +154,12 @@ class Cluster:
     """Points that lie on one another."""
 
     data: tuple[float, float]
-    x: float
-    """In points from the lower left of the figure."""
+    x: float  # In points from the lower left of the figure.
     y: float
     numbers: list[int]
 
 
-Box = tuple[float, float, float, float]
-"""Left, bottom, right and top, in points."""
+Box = tuple[float, float, float, float]  # Left, bottom, right and top, in points.
 
 
 def clusters(axes: Any, points: Sequence[tuple[float, float, int]]) -> list[Cluster]:
@@ -202,7 +191,6 @@ def place_labels(axes: Any, all_clusters: Sequence[Cluster]) -> None:
 
 
 def _boxes_around(cluster: Cluster, width: float, height: float) -> list[Box]:
-    """Places for a label, the nearest first."""
     middles = [
         (cluster.x + dx * (far + width / 2), cluster.y + dy * (far + height / 2))
         for far in (7, 14, 22)
@@ -212,7 +200,6 @@ def _boxes_around(cluster: Cluster, width: float, height: float) -> list[Box]:
 
 
 def _covered(box: Box, taken: Sequence[Box]) -> float:
-    """Area of a box that others have."""
     return sum(
         max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
         * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
@@ -221,7 +208,6 @@ def _covered(box: Box, taken: Sequence[Box]) -> float:
 
 
 def _outside(box: Box, frame: Box) -> float:
-    """How far a box stands out of a frame."""
     return sum(max(0.0, x) for x in (frame[0] - box[0], frame[1] - box[1], box[2] - frame[2], box[3] - frame[3]))
 
 
@@ -234,9 +220,7 @@ FORMS = {
 """What a method makes -> how the key says it, colour, marker."""
 
 KEY_COLUMNS = 3
-
-LEAST_RANGE = 0.8
-"""Of utilities: the axis begins there, or further left."""
+LEAST_RANGE = 0.8  # Of utilities: the axis begins there, or further left.
 
 
 def draw_comparison(artifact: str, body: Comparison) -> Drawn | None:
@@ -286,7 +270,6 @@ def draw_comparison(artifact: str, body: Comparison) -> Drawn | None:
 
 
 def _frame(axes: Any, body: Comparison, largest: float) -> None:
-    """Room for labels to the right, and a key of what is not a method."""
     least = min(axes.get_xlim()[0], LEAST_RANGE)
     axes.set_xticks([tick for tick in axes.get_xticks() if least <= tick < 1.001])
     axes.set_xlim(least, largest + 0.17 * (largest - least))
@@ -371,13 +354,9 @@ def draw_evaluation(
     return Drawn(f"{artifact}-accuracy", artifact, title, f"{'; '.join(accuracies)}.", figure)
 
 
-COLOURS = "cividis"
-"""Even in lightness, also for those who do not see all colours."""
-
+COLOURS = "cividis"  # Even in lightness, also for those who do not see all colours.
 ON_DARK, ON_LIGHT = "#ffffff", "#010101"  # Pure black would be left out of an SVG, and follow the page.
-
-DARK = 0.55
-"""Values below it are on a dark ground."""
+DARK = 0.55  # Values below it are on a dark ground.
 
 
 def heat_map(
@@ -401,9 +380,7 @@ def heat_map(
     axes.spines[:].set_visible(False)
 
 
-TEST_PARTS = ("fresh", "forget")
-"""What did not set the threshold."""
-
+TEST_PARTS = ("fresh", "forget")  # What did not set the threshold.
 N_BINS = 40
 
 
@@ -463,7 +440,6 @@ MEASURES = {"length": ("false_positive_rate", "forget_gate_rate"), "cost": ("ove
 """Of studies that ask nothing."""
 
 MEASURE_NAMES = {"false_positive_rate": "false positives", "forget_gate_rate": "forget text gated"}
-
 LABELS = {"cost": "overhead: guarded over plain, less 1", "length": "share of texts"}
 
 SETTINGS = {
@@ -585,5 +561,4 @@ def _group_name(setting: str, value: object) -> str:
 
 
 def _setting_name(setting: str) -> str:
-    """A setting in words."""
     return SETTINGS.get(setting, setting.replace("_", " "))

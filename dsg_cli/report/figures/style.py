@@ -32,21 +32,14 @@ COLOURS = {
 """Name -> on a light ground and on a dark one."""
 
 CYCLE = tuple(light for light, _ in COLOURS.values())
-
 FORGET, KEPT, OTHER, *_, GREY = CYCLE
-
-INK, LINE = "#1a1b1c", "#c3c4c5"
-"""Of text and axes, and of grids: what a page replaces by its own."""
-
+INK, LINE = "#1a1b1c", "#c3c4c5"  # Of text and axes, and of grids: what a page replaces by its own.
 THEME = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()} | {INK: "currentColor", LINE: "var(--line)"}
 """What a page says instead of a colour."""
 
 THEMED = re.compile("|".join(THEME))
-
 SVG = "{http://www.w3.org/2000/svg}"
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p")
-
 DASHES = ("-", "--", "-.", ":")
 
 STYLE: Any = {
@@ -73,24 +66,18 @@ STYLE: Any = {
     "text.parse_math": False,
 }
 
-PIXELS = 1.3
-"""Of a page to a point of a figure, where there is room."""
-
-NARROWEST = 420
-"""Pixels; on a narrower screen a figure scrolls, so that what is written in it can be read."""
+PIXELS = 1.3  # Of a page to a point of a figure, where there is room.
+NARROWEST = 420  # Pixels; on a narrower screen a figure scrolls, so that what is written in it can be read.
 
 
 @dataclass(frozen=True)
 class Drawn:
     """One figure."""
 
-    name: str
-    """Of its file, and in the page."""
-    artifact: str
-    """Id of what its numbers are from; empty where it names them itself."""
+    name: str  # Of its file, and in the page.
+    artifact: str  # Id of what its numbers are from; empty where it names them itself.
     title: str
-    description: str
-    """What it shows, for those who do not see it: with its numbers."""
+    description: str  # What it shows, for those who do not see it: with its numbers.
     figure: Figure
 
     def svg(self) -> Markup:
