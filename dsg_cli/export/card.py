@@ -55,8 +55,7 @@ class BaseCard:
 def read_base_card(source: str) -> BaseCard:
     """The base model's card, from its folder or from the local cache; nothing is downloaded.
 
-    Args:
-        source: A model of the lab, a folder by its absolute path, or a repository at a commit.
+    The source is a model of the lab, a folder by its absolute path, or a repository at a commit.
     """
     from huggingface_hub import ModelCard
 
@@ -68,14 +67,8 @@ def read_base_card(source: str) -> BaseCard:
         if not text.lstrip().startswith("---"):
             return BaseCard()
         data = ModelCard(text, ignore_metadata_errors=True).data
-    except (
-        DsgError,
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ):  # A card that cannot be read says nothing.
-        return BaseCard()
+    except (DsgError, yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return BaseCard()  # A card that cannot be read says nothing.
     return BaseCard(
         licence=_matching(data.get("license"), LICENCE),
         licence_name=_printable(data.get("license_name")),
@@ -266,21 +259,13 @@ def front_matter(facts: CardFacts) -> str:
     for bench, stored in facts.shown_evaluations():
         unlearned = stored.body_as(EvalReport).results[bench]["unlearned"]
         n = f", n = {unlearned['n']}" if "n" in unlearned else ""
+        task: Json = {"task_type": "text-generation", "task_name": "Text generation", "dataset_split": _split(stored)}
+        task |= dict.fromkeys(("dataset_type", "dataset_name"), one_line(bench))
         for metric in shown_metrics({"unlearned": unlearned}):
             if metric in unlearned:
                 kind = "accuracy" if metric == "acc" else one_line(metric)
-                results.append(
-                    EvalResult(
-                        task_type="text-generation",
-                        task_name="Text generation",
-                        dataset_type=one_line(bench),
-                        dataset_name=one_line(bench),
-                        dataset_split=_split(stored),
-                        metric_type=kind,
-                        metric_value=unlearned[metric],
-                        metric_name=f"{kind} under the guardrail{n} ({stored.id})",
-                    )
-                )
+                name = f"{kind} under the guardrail{n} ({stored.id})"
+                results.append(EvalResult(**task, metric_type=kind, metric_value=unlearned[metric], metric_name=name))
     data = ModelCardData(
         language=list(card.languages) or None,
         library_name="transformers" if facts.is_whole_model else "dsg-cli",

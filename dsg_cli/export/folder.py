@@ -54,16 +54,11 @@ def export_folder(
     links: bool = True,
     allow_mismatch: bool = False,
 ) -> None:
-    """Write a guarded model, all or nothing.
+    """Write a guarded model with the guardrails' light files and its card into a new or empty folder, or nothing.
 
     Args:
-        folder: New, or empty.
         base: Folder of the base model.
         architecture: Its class in transformers, such as `Gemma2ForCausalLM`.
-        tokenizer_class: Class of its tokenizer.
-        guardrails: Each decides by its own gate.
-        light_files: Their light files, which lie in the folder too.
-        card: Text of its model card.
         links: Hard-link the base's weights where the file system can; else copy them.
         allow_mismatch: Put guardrails on weights that they were not made for.
     """

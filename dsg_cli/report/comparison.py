@@ -90,17 +90,14 @@ def quality_table(body: Comparison) -> Table:
     for row in body.rows:
         forget = row["results"].get(body.benches["forget"], {})
         gate_rates = [row["gate"][bench] for bench in other_benches(body) if bench in row["gate"]]
-        rows.append(
-            [
-                Name(_row_name(body, row)),
-                share(forget.get("acc")),
-                interval(forget, "acc"),
-                *(share(mean_accuracy(row["results"], body.benches[role])) for role in ("near", "other")),
-                share(sum(gate_rates) / len(gate_rates) if gate_rates else None),
-                share(row["relearned"].get("guarded")),
-                share(scores.get(row["method"])),
-            ]
-        )
+        numbers = [
+            *(mean_accuracy(row["results"], body.benches[role]) for role in ("near", "other")),
+            sum(gate_rates) / len(gate_rates) if gate_rates else None,
+            row["relearned"].get("guarded"),
+            scores.get(row["method"]),
+        ]
+        forgotten = [share(forget.get("acc")), interval(forget, "acc")]
+        rows.append([Name(_row_name(body, row)), *forgotten, *map(share, numbers)])
     if base := body.base["test"]:
         relearned = next((row["relearned"]["unguarded"] for row in body.rows if row["relearned"]), None)
         means = [share(mean_accuracy(base, body.benches[role])) for role in ("near", "other")]
@@ -112,19 +109,12 @@ def quality_table(body: Comparison) -> Table:
 
 def cost_table(body: Comparison) -> Table:
     """What each took to make; it does not count evaluation and search."""
-    rows = [
-        [
-            Name(_row_name(body, row)),
-            f"{row['cost']['forward_tokens']:,}",
-            f"{row['cost']['backward_tokens']:,}",
-            f"{row['cost']['seconds']:.1f}",
-            f"{row['cost']['peak_memory_mb']:,.0f}",
-            f"{row['cost']['bytes'] / 1000:,.0f}",
-            str(row["n_features"]) if row["n_features"] else "-",
-        ]
-        for row in body.rows
-        if row["cost"]
-    ]
+    formats = {"forward_tokens": ",", "backward_tokens": ",", "seconds": ".1f", "peak_memory_mb": ",.0f"}
+    rows = []
+    for row in body.rows:
+        if cost := row["cost"]:
+            numbers = [*(format(cost[key], digits) for key, digits in formats.items()), f"{cost['bytes'] / 1000:,.0f}"]
+            rows.append([Name(_row_name(body, row)), *numbers, str(row["n_features"] or "-")])
     columns = ("method", "forward", "backward", "seconds", "peak MB", "kB", "features")
     return Table(columns, rows, "what each took to make", notes=["forward, backward: tokens through the model."])
 

@@ -73,12 +73,8 @@ def shown_metrics(sides: Json) -> list[str]:
     unlearned = sides["unlearned"]
     if "acc" in unlearned:
         return ["acc"]
-    names = [
-        name
-        for name, value in unlearned.items()
-        if isinstance(value, int | float) and name != "n" and not name.endswith(DERIVED) and name[:6] != "gated_"
-    ]
-    return names or ["acc"]
+    names = [name for name, value in unlearned.items() if isinstance(value, int | float) and name != "n"]
+    return [name for name in names if not name.endswith(DERIVED) and name[:6] != "gated_"] or ["acc"]
 
 
 def refusals(refused: dict[str, Json]) -> list[str]:
@@ -89,14 +85,10 @@ def refusals(refused: dict[str, Json]) -> list[str]:
     ]
 
 
-def shown_benches(body: EvalReport, benches: Sequence[str]) -> list[str]:
-    """Of an evaluation's results those of benches that were named, not of their parts."""
-    return [bench for bench in body.results if bench in benches] or list(body.results)
-
-
 def benches_of(stored: Stored) -> list[str]:
-    """The benches of an evaluation that a reader wants to see."""
-    return shown_benches(stored.body_as(EvalReport), stored.header.settings.get("benches", []))
+    """The benches of an evaluation that were named, without their parts."""
+    results, named = stored.body_as(EvalReport).results, stored.header.settings.get("benches", [])
+    return [bench for bench in results if bench in named] or list(results)
 
 
 def evaluation_table(stored: Stored) -> Table:
@@ -182,12 +174,10 @@ def curve_table(body: AttackReport) -> Table:
     if not body.summary["n_measurable"]:
         note += f" {NOT_MEASURABLE.capitalize()}: unguarded, it cannot answer."
     caption = f"{body.attack}, every point of its curve"
-    return Table(columns, rows, caption, [note + _evasions(body)], fold=fold(body.curve, "points"))
-
-
-def _evasions(body: AttackReport) -> str:
-    first = [f"{variant + ': ' if variant else ''}{shown_x(x)}" for variant, x in body.summary["evaded_at"].items()]
-    return f" Above {body.summary['evades_above']:.2f} from {'; '.join(first)}." if first else ""
+    evaded = [f"{variant + ': ' if variant else ''}{shown_x(x)}" for variant, x in body.summary["evaded_at"].items()]
+    if evaded:
+        note += f" Above {body.summary['evades_above']:.2f} from {'; '.join(evaded)}."
+    return Table(columns, rows, caption, [note], fold=fold(body.curve, "points"))
 
 
 def attack_headline(body: AttackReport) -> str:
@@ -207,14 +197,10 @@ def ranking(attacks: Sequence[AttackReport]) -> list[AttackReport]:
 def ranking_table(attacks: Sequence[AttackReport]) -> Table:
     """One line an attack, at the point where most came back."""
     keys = ("forget_acc_before", "forget_acc_worst", "gate_rate_at_worst", "unguarded_at_worst")
-    rows = [
-        [
-            attack.attack,
-            *(share(attack.summary[key]) for key in keys),
-            place(attack) if attack.summary["n_measurable"] else NOT_MEASURABLE,
-        ]
-        for attack in ranking(attacks)
-    ]
+    rows = []
+    for attack in ranking(attacks):
+        where = place(attack) if attack.summary["n_measurable"] else NOT_MEASURABLE
+        rows.append([attack.attack, *(share(attack.summary[key]) for key in keys), where])
     note = "Accuracy on forget questions, guarded, where most came back; and the unguarded model there."
     return Table(("attack", "before", "worst", "gated", "unguarded", "where"), rows, notes=[note])
 
@@ -241,9 +227,7 @@ def shown_x(x: float | str) -> str:
 def beside(section: PublishedSection, results: Json) -> list[Json]:
     """`[{bench, side, metric, published, measured, difference}]`; null where nothing was measured.
 
-    Args:
-        section: Of a recipe.
-        results: bench -> side -> metric -> value, of an evaluation.
+    `results` are an evaluation's: bench -> side -> metric -> value.
     """
     rows: list[Json] = []
     for bench, sides in section.results.items():

@@ -52,11 +52,7 @@ def findings(gathered: Gathered) -> dict[str, list[Sentence]]:
         "What was unlearned": [*_unlearned(gathered)] or [Sentence("Nothing yet: dsg apply.")],
         "How well": quality or [Sentence("No evaluation is part of this report: dsg eval.")],
         "At what cost": costs or [Sentence("Nothing was measured.")],
-        "What it does not protect against": [
-            *_attacks(gathered),
-            *compared(relearning_compared),
-            Sentence(STANDING),
-        ],
+        "What it does not protect against": [*_attacks(gathered), *compared(relearning_compared), Sentence(STANDING)],
     }
 
 
@@ -136,20 +132,16 @@ def _forgotten(gathered: Gathered, stored: Stored, bench: str) -> str:
         return f"{change}."
     if "acc_low" not in unlearned or "acc_high" not in unlearned:
         return f"{change}; guessing gives {chance:.2f}."
-    verdict = "not to be told from guessing"
-    if unlearned["acc_low"] > chance:
-        verdict = "more than guessing"
-    elif unlearned["acc_high"] < chance:
-        verdict = "less than guessing"
+    is_more, is_less = unlearned["acc_low"] > chance, unlearned["acc_high"] < chance
+    verdict = "more than guessing" if is_more else "less than guessing" if is_less else "not to be told from guessing"
     return f"{change}: {verdict}, which gives {chance:.2f}."
 
 
 def _change(body: EvalReport, bench: str) -> str:
     base, unlearned = (body.results[bench][side] for side in ("base", "unlearned"))
     bounds = interval(unlearned, "acc")
-    return f"{bench} {share(base.get('acc'))} before, {share(unlearned.get('acc'))} after" + (
-        f" (95 %: {bounds})" if bounds != "-" else ""
-    )
+    known = f" (95 %: {bounds})" if bounds != "-" else ""
+    return f"{bench} {share(base.get('acc'))} before, {share(unlearned.get('acc'))} after{known}"
 
 
 def _text_metrics(body: EvalReport, bench: str) -> str:

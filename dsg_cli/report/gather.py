@@ -36,13 +36,10 @@ class Gathered:
 
 
 def gather(workspace: Workspace, names: Sequence[str]) -> Gathered:
-    """Read and verify artifacts.
+    """Read and verify artifacts by their ids or paths; all evaluations and attacks of what unlearns come along.
 
-    Args:
-        workspace: Where they are.
-        names: Ids or paths; all evaluations and attacks of what unlearns come along. Without any, the newest
-            comparison, inspection and study of each name, and the newest guardrail, model or wrapper. Where that was
-            made in the course of the comparison, it is the row with the highest dev score instead.
+    Without names, the newest comparison, inspection and study of each name, and the newest guardrail, model or wrapper.
+    Where that was made in the course of the comparison, it is the row with the highest dev score instead.
     """
     named = [workspace.read(name) for name in names]
     judgements = [other for stored in named if stored.header.kind in UNLEARNING for other in _judgements(stored)]
@@ -51,10 +48,11 @@ def gather(workspace: Workspace, names: Sequence[str]) -> Gathered:
         raise DsgError(f"The workspace {workspace.folder} holds nothing to report.", "Try: dsg demo")
     origins = [origin for stored in chosen if stored.header.kind != "compare" for origin in _origins(stored)]
     by_path = {str(stored.path.resolve()): stored for stored in (*chosen, *origins)}
-    order = list(KINDS)
-    artifacts = sorted(
-        by_path.values(), key=lambda stored: (order.index(stored.header.kind), _number(stored.id), str(stored.path))
-    )
+
+    def place(stored: Stored) -> tuple[int, int, str]:
+        return list(KINDS).index(stored.header.kind), int(stored.id.rsplit("-", 1)[1]), str(stored.path)
+
+    artifacts = sorted(by_path.values(), key=place)
     for above, stored in pairwise(artifacts):
         if above.id == stored.id:
             raise DsgError(f"Two artifacts are called {stored.id}.", "Report one workspace at a time.")
@@ -106,7 +104,3 @@ def _origins(stored: Stored) -> Iterator[Stored]:
             origin = Workspace(path.parent).read(str(path))
             if origin.json["sha256"] == used.sha256:
                 yield from (origin, *_origins(origin))
-
-
-def _number(artifact_id: str) -> int:
-    return int(artifact_id.rsplit("-", 1)[1])

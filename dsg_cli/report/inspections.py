@@ -17,7 +17,7 @@ from dsg_cli.workspace.results import Inspection
 from dsg_cli.workspace.store import Stored, Workspace
 
 if TYPE_CHECKING:
-    from dsg_cli.inspection.trace import GateSteps, Trace, Traced
+    from dsg_cli.inspection.trace import Trace, Traced
 
 HEAT_STYLES = ("", "black on grey82", "black on khaki1", "black on orange1", "bold white on red3")
 """From nothing on; each with enough contrast on dark and on light."""
@@ -26,16 +26,13 @@ ROLES = ("forget", "near", "retain")
 MOST_CONTEXTS = 5  # On a page, of a feature in each group.
 LONGEST_WHOLE = 48  # Tokens of a prompt that is shown whole in the table.
 TOKEN_WIDTH = 14
+CUT: Json = {"no_wrap": True, "overflow": "ellipsis"}  # Columns whose cells end in dots where there is no room.
 
 
 def heat(tokens: Sequence[str], values: Sequence[float], *, largest: float, marked: int | None = None) -> Text:
-    """A line of text, shaded by the magnitude of a number of each token in four steps.
+    """A line of text, shaded in four steps by each token's value as a share of the largest.
 
-    Args:
-        tokens: Of the line.
-        values: A number each.
-        largest: The number that is as strong as can be.
-        marked: The token to stand between « and ».
+    The token at place `marked` stands between « and ».
     """
     line = Text()
     for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
@@ -53,9 +50,7 @@ def heat(tokens: Sequence[str], values: Sequence[float], *, largest: float, mark
 def inspection_view(stored: Stored, rows: Sequence[Json] | None = None) -> Group:
     """The table, and a block a feature.
 
-    Args:
-        stored: The inspection.
-        rows: Its contexts, with their text; by default those beside it, which have text only with `--samples`.
+    `rows` are its contexts: by default those beside it, which have text only with `--samples`.
     """
     body = stored.body_as(Inspection)
     if rows is None:
@@ -63,10 +58,10 @@ def inspection_view(stored: Stored, rows: Sequence[Json] | None = None) -> Group
         rows = Workspace(stored.path.parent).rows(stored) if has_rows else []
     with_text = [row for row in rows if "tokens" in row]
     place = place_of(stored.header.sae.source if stored.header.sae else "")
-    blocks = [
-        _feature_block(feature, body, [row for row in with_text if row["feature"] == feature["index"]], place)
-        for feature in body.features
-    ]
+    blocks = []
+    for feature in body.features:
+        contexts = [row for row in with_text if row["feature"] == feature["index"]]
+        blocks.append(_feature_block(feature, body, contexts, place))
     missing = [] if with_text else [Text("Contexts are kept without their text; --samples keeps it.", style="dim")]
     return Group(inspection_table(body), *map(Text, overlap_lines(body)), *missing, *blocks)
 
@@ -88,12 +83,7 @@ def inspection_table(body: Inspection) -> Table:
     ]
     note = "share of tokens on which each is active; F looks like formatting, S shared with near text"
     options = {
-        name: {
-            "no_wrap": True,
-            "overflow": "ellipsis",
-            "min_width": width,
-            "justify": "right" if width == 6 else "left",
-        }
+        name: CUT | {"min_width": width, "justify": "right" if width == 6 else "left"}
         for name, width in zip(columns, widths, strict=True)
     }
     return Table(columns, rows, notes=[Styled(note, "dim")], options=options)
@@ -113,20 +103,16 @@ def _feature_block(feature: Json, body: Inspection, rows: Sequence[Json], place:
     weight = f"; weight {_weight(feature)}" if feature["weight"] is not None else ""
     title = Text(f"\nfeature {feature['index']}", style="bold")
     title.append(f"  {', '.join(feature['roles']) or 'not chosen'}{weight}", style="not bold")
-    lines = [(name, Text(text, style="yellow" if name == "doubt" else "")) for name, text in
-             block_lines(feature, body, place)]  # fmt: skip
-    parts: list[RenderableType] = [title, _indented(lines, style="dim")]
+    lines = block_lines(feature, body, place)
+    styled = [(name, Text(text, style="yellow" if name == "doubt" else "")) for name, text in lines]
+    parts: list[RenderableType] = [title, _indented(styled, style="dim")]
     largest = max((abs(row["peak"]) for row in rows), default=0.0)
     for role, contexts in _by_role(rows, body).items():
         names = ", ".join(visible(name) for name in dict.fromkeys(row["group"] for row in contexts))
-        shaded = [
-            (f"{row['peak']:.3g}", heat(row["tokens"], row["activations"], largest=largest, marked=row["at"]))
-            for row in contexts
-        ]
-        parts += [
-            Padding(Text(f"{role}: {names}", style="dim"), (0, 0, 0, 2)),
-            _indented(shaded, justify="right", width=6),
-        ]
+        texts = [heat(row["tokens"], row["activations"], largest=largest, marked=row["at"]) for row in contexts]
+        shaded = [(f"{row['peak']:.3g}", text) for row, text in zip(contexts, texts, strict=True)]
+        parts.append(Padding(Text(f"{role}: {names}", style="dim"), (0, 0, 0, 2)))
+        parts.append(_indented(shaded, justify="right", width=6))
     return Group(*parts)
 
 
@@ -163,8 +149,7 @@ def _tokens_line(tokens: Sequence[Json]) -> str:
 def nearest_text(feature: Json) -> str:
     """Features with nearly the same decoder row, with the cosine."""
     return ", ".join(
-        f"{other['index']} ({other['cosine']:.2f}{', chosen' if other['is_selected'] else ''})"
-        for other in feature["nearest"]
+        f"{other['index']} ({other['cosine']:.2f}{', chosen' * other['is_selected']})" for other in feature["nearest"]
     )
 
 
@@ -190,9 +175,7 @@ def _weight(feature: Json) -> str:
 
 def rate_text(rate: float | None) -> str:
     """A share of tokens; one that is not 0 never looks like it."""
-    if rate is None:
-        return "-"
-    return "0%" if rate == 0 else "<0.1%" if rate < 0.001 else f"{rate:.1%}"
+    return "-" if rate is None else "0%" if rate == 0 else "<0.1%" if rate < 0.001 else f"{rate:.1%}"
 
 
 def _rate_of(feature: Json, body: Inspection, role: str) -> float | None:
@@ -204,8 +187,8 @@ def _rate_of(feature: Json, body: Inspection, role: str) -> float | None:
 
 
 def _warning_marks(feature: Json) -> str:
-    kinds = {"F": "formatting", "S": "shared with"}
-    return "".join(mark for mark, words in kinds.items() if any(words in warning for warning in feature["warnings"]))
+    warnings = "\n".join(feature["warnings"])
+    return "F" * ("formatting" in warnings) + "S" * ("shared with" in warnings)
 
 
 def inspection_page(stored: Stored, rows: Sequence[Json]) -> str:
@@ -224,10 +207,7 @@ def inspection_page(stored: Stored, rows: Sequence[Json]) -> str:
 def feature_parts(stored: Stored, rows: Sequence[Json], *, has_text: bool = True) -> Json:
     """What a page shows of features: a part each, and a note on texts that are missing.
 
-    Args:
-        stored: The inspection.
-        rows: Its contexts.
-        has_text: Whether what is text of corpora is shown.
+    `rows` are contexts; without `has_text` nothing that is text of corpora is shown.
     """
     body = stored.body_as(Inspection)
     place = place_of(stored.header.sae.source) if stored.header.sae else None
@@ -240,18 +220,12 @@ def feature_parts(stored: Stored, rows: Sequence[Json], *, has_text: bool = True
     parts = []
     for feature in body.features:
         own = [row for row in rows if row["feature"] == feature["index"] and row.get("tokens") and has_text]
-        contexts = [
-            row for group in body.groups
-            for row in [row for row in own if row["group"] == group["name"]][:MOST_CONTEXTS]
-        ]  # fmt: skip
-        rates = [
-            [
-                group["name"],
-                *(f"{feature[key].get(group['name'], 0.0):.4g}" for key in ("rates", "means")),
-                group["role"],
-            ]
-            for group in body.groups
-        ]
+        contexts, rates = [], []
+        for group in body.groups:
+            name = group["name"]
+            contexts += [row for row in own if row["group"] == name][:MOST_CONTEXTS]
+            numbers = [f"{feature[key].get(name, 0.0):.4g}" for key in ("rates", "means")]
+            rates.append([name, *numbers, group["role"]])
         weight = f", weight {feature['weight']:.3g} in the gate's score" if feature["weight"] is not None else ""
         parts.append(
             {
@@ -298,7 +272,8 @@ def _trace_headline(trace: Trace) -> str:
     if gate is None:
         return f"{len(trace.features)} features; coloured by the strongest of them"
     rule = f"{gate.form} > {gate.threshold:.3f}"
-    peak = _statistic(max_statistic(gate))
+    finite = [value for value in gate.statistic if value is not None]  # None counts as infinite.
+    peak = _statistic(max(finite) if len(finite) == len(gate.statistic) else None)
     if not any(gate.gated):
         return f"{rule} stayed shut, at {peak}; nothing was clamped"
     if gate.latched_at is None:
@@ -310,19 +285,13 @@ def _trace_headline(trace: Trace) -> str:
     return f"{rule} {opened}; {n} token{'' if n == 1 else 's'} clamped, largest edit {max(gate.edit):.2g}"
 
 
-def max_statistic(gate: GateSteps) -> float | None:
-    """The largest; None where one counts as infinite."""
-    finite = [value for value in gate.statistic if value is not None]
-    return max(finite) if len(finite) == len(gate.statistic) else None
-
-
 def _trace_table(trace: Trace) -> Table:
     gate = trace.gate
-    is_short = len(trace.tokens) <= LONGEST_WHOLE
+    is_whole = len(trace.tokens) <= LONGEST_WHOLE
     rows = []
     for i, token in enumerate(trace.tokens):
         is_latched = gate is not None and i == gate.latched_at
-        if not (is_short or is_latched or any(activations[i] for activations in trace.activations)):
+        if not (is_whole or is_latched or any(activations[i] for activations in trace.activations)):
             continue
         cells = []
         if gate:
@@ -331,10 +300,9 @@ def _trace_table(trace: Trace) -> Table:
             cells = [score, _statistic(gate.statistic[i]), state, f"{gate.edit[i]:.2g}" if gate.clamped[i] else ""]
         rows.append([str(i + 1), visible(token.strip(" ")), *cells, _active_features(trace, i)])
     columns = ["#", "token", *(["score", "statistic", "gate", "edit"] if gate else []), "strongest features"]
-    options: dict[str, Json] = {name: {"no_wrap": True, "overflow": "ellipsis"} for name in columns}
-    options["token"]["max_width"] = TOKEN_WIDTH
-    for name in columns[2:4] if gate else ():
-        options[name]["justify"] = "right"
+    options = dict.fromkeys(columns, CUT) | {"token": CUT | {"max_width": TOKEN_WIDTH}}
+    if gate:
+        options |= dict.fromkeys(("score", "statistic"), CUT | {"justify": "right"})
     notes = ["* is clamped where the gate is open" if gate else "* would be clamped"]
     if n_left_out := len(trace.tokens) - len(rows):
         notes.append(f"{n_left_out} tokens on which no feature is active are left out")
@@ -345,10 +313,8 @@ def _active_features(trace: Trace, i: int) -> str:
     activations = zip(trace.features, trace.activations, strict=True)
     active = sorted(((acts[i], feature) for feature, acts in activations if acts[i]), key=lambda pair: -abs(pair[0]))
     most = 2 if trace.gate else 4
-    parts = [
-        f"{feature.index}{'*' if 'clamped' in feature.roles else ''} {value:.3g}" for value, feature in active[:most]
-    ]
-    return "  ".join([*parts, *([f"+{len(active) - most}"] if len(active) > most else [])])
+    parts = [f"{feature.index}{'*' * ('clamped' in feature.roles)} {value:.3g}" for value, feature in active[:most]]
+    return "  ".join([*parts, *[f"+{len(active) - most}"] * (len(active) > most)])
 
 
 def _statistic(value: float | None) -> str:

@@ -36,13 +36,9 @@ class Report:
 
 
 def report_of(gathered: Gathered, title: str, published: Sequence[Json] = (), *, has_text: bool = False) -> Report:
-    """Everything in one page.
+    """Everything in one page, with rows of `evaluations.beside` for a recipe's published numbers.
 
-    Args:
-        gathered: What it is about.
-        title: Of the page.
-        published: Rows of `evaluations.beside`.
-        has_text: Whether text of corpora, where an inspection kept some, is shown.
+    With `has_text` it shows text of corpora, where an inspection kept some.
     """
     artifacts, ids = gathered.artifacts, {stored.id for stored in gathered.artifacts}
     figures = {stored.id: _figures(stored, gathered) for stored in artifacts}
@@ -139,14 +135,9 @@ def _origin(stored: Stored, ids: set[str]) -> Json:
 def write_report(
     report: Report, output: Path, figures: Path | None, formats: Sequence[str], *, force: bool = False
 ) -> list[Path]:
-    """Write both, each file whole or not at all; returns the paths of the figures.
+    """Write the page and, into a folder if one is named, its figures: each file whole or not at all.
 
-    Args:
-        report: The page.
-        output: Its file.
-        figures: Folder for its figures, if they are wanted as files.
-        formats: `svg`, `png`, `pdf`.
-        force: Replace files that are there.
+    Returns the paths of the figures, in every one of the formats `svg`, `png`, `pdf` that is named.
     """
     drawn = [(figure, kind) for figure in report.figures for kind in formats] if figures is not None else []
     paths = [(figures or Path()) / f"{figure.name}.{kind}" for figure, kind in drawn]

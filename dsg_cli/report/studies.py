@@ -55,10 +55,8 @@ def study_markdown(body: StudyReport) -> str:
 def study_headline(body: StudyReport) -> str:
     """How many points, on which questions, and the best of them."""
     best = max((score for point in points_of(body) if (score := _score(body, point)) is not None), default=None)
-    split = f", {body.split}" if body.base else ""
-    return f"{body.study}, {body.computed['n_points']} points{split}" + (
-        f", best score {best:.2f}" if best is not None else ""
-    )
+    split, known = f", {body.split}" if body.base else "", "" if best is None else f", best score {best:.2f}"
+    return f"{body.study}, {body.computed['n_points']} points{split}{known}"
 
 
 def points_table(body: StudyReport) -> Table:
@@ -139,12 +137,10 @@ def points_of(body: StudyReport) -> list[Point]:
 Lines = tuple[list[str], list[list[str]]]  # Columns and rows.
 
 
-def _lines(
-    body: StudyReport,
-    points: Sequence[Point],
-    measures: Sequence[str],
-    cells_of: Callable[[StudyReport, Point], list[str]],
-) -> Lines:
+Cells = Callable[[StudyReport, Point], list[str]]
+
+
+def _lines(body: StudyReport, points: Sequence[Point], measures: Sequence[str], cells_of: Cells) -> Lines:
     """A line a point; settings that do not vary are left out, unless none does."""
     columns = [name for name in body.columns if len({repr(point[0][name]) for point in points}) > 1]
     columns = columns or list(body.grid)[:1]
@@ -173,22 +169,15 @@ def _forget_bench(body: StudyReport) -> str:
 
 
 def _of_guardrail(body: StudyReport, point: Point) -> list[str]:
-    forget = point[1].get((_forget_bench(body), "acc"), {})
-    return [
-        share(forget.get("value")),
-        interval(forget, digits=".2f"),
-        share(forget.get("gate_rate")),
-        share(mean_over(point, body.benches["other"])),
-        share(mean_over(point, body.benches["other"], "gate_rate")),
-        share(_value(point, "", "false_positive_rate"), 3),
-        share(_score(body, point)),
-    ]
+    forget, other = point[1].get((_forget_bench(body), "acc"), {}), body.benches["other"]
+    forgotten = [share(forget.get("value")), interval(forget, digits=".2f"), share(forget.get("gate_rate"))]
+    kept = [share(mean_over(point, other, column)) for column in ("value", "gate_rate")]
+    return [*forgotten, *kept, share(_value(point, "", "false_positive_rate"), 3), share(_score(body, point))]
 
 
 def _of_sequence(body: StudyReport, point: Point) -> list[str]:
     of_requests = [share(_value(point, bench, "acc")) for bench in body.benches["forget"]]
-    rest = body.benches["other"]
-    return [*of_requests, share(mean_over(point, rest)), share(mean_over(point, rest, "gate_rate"))]
+    return [*of_requests, *(share(mean_over(point, body.benches["other"], of)) for of in ("value", "gate_rate"))]
 
 
 def _of_length(_body: StudyReport, point: Point) -> list[str]:
@@ -204,13 +193,11 @@ def _of_length(_body: StudyReport, point: Point) -> list[str]:
 
 def _of_cost(_body: StudyReport, point: Point) -> list[str]:
     seconds = [_value(point, "", f"{way}_seconds") for way in ("plain", "guarded")]
+    milliseconds = [share(None if duration is None else 1000 * duration) for duration in seconds]
     overhead = point[1].get(("", "overhead"), {})
     value = overhead.get("value")
-    return [
-        *(share(None if duration is None else 1000 * duration) for duration in seconds),
-        "-" if value is None else f"{value:+.1%}",
-        interval(overhead, digits="+.1%", between=" to "),
-    ]
+    shown = "-" if value is None else f"{value:+.1%}"
+    return [*milliseconds, shown, interval(overhead, digits="+.1%", between=" to ")]
 
 
 def _score(body: StudyReport, point: Point) -> float | None:

@@ -28,9 +28,7 @@ from dsg_cli.workspace.store import Stored
 def markdown(chain: Sequence[Stored]) -> str:
     """A heading, what was evaluated, its results, expectations and attacks, and the ids of all artifacts.
 
-    Args:
-        chain: Artifacts of one guardrail, or of several that were put on one model together; at least one evaluation
-            or attack.
+    The chain is of one guardrail, or of several together on one model, with at least one evaluation or attack.
     """
     evaluations = [stored for stored in chain if isinstance(stored.body, EvalReport)]
     judged = [stored.body for stored in chain if isinstance(stored.body, EvalReport | AttackReport)]
@@ -71,39 +69,28 @@ def _bench_rows(bench: str, sides: Json, gate: Json | None) -> list[list[str]]:
     """A row a metric."""
     base, unlearned = sides["base"], sides["unlearned"]
     n_asked = f" of {base['n_asked']}" if base.get("n_asked") else ""
-    return [
-        [
-            Name(bench if metric == "acc" else f"{bench}.{metric}"),
-            share(base.get(metric), 3),
-            share(unlearned.get(metric), 3),
-            interval(unlearned, metric, ".3f", " to "),
-            share(gate["rate"] if gate else None, 3),
-            f"{unlearned['n']}{n_asked}",
-        ]
-        for metric in shown_metrics(sides)
-    ]
+    ends = [share(gate["rate"] if gate else None, 3), f"{unlearned['n']}{n_asked}"]
+    rows = []
+    for metric in shown_metrics(sides):
+        values = [share(base.get(metric), 3), share(unlearned.get(metric), 3)]
+        name = Name(bench if metric == "acc" else f"{bench}.{metric}")
+        rows.append([name, *values, interval(unlearned, metric, ".3f", " to "), *ends])
+    return rows
 
 
 def _expectation_table(body: EvalReport | AttackReport) -> Table:
-    rows = [
-        ["✅" if row.is_met else "❌", Name(row.expect), row.base, row.unlearned, row.bound, row.n]
-        for row in expectation_rows(body)
-    ]
+    rows = []
+    for row in expectation_rows(body):
+        rows.append(["✅" if row.is_met else "❌", Name(row.expect), row.base, row.unlearned, row.bound, row.n])
     return Table(("", "expected", "base", "guarded", "bound", "n"), rows)
 
 
 def _attack_table(attacks: Sequence[AttackReport]) -> Table:
-    rows = [
-        [
-            attack.attack,
-            Name(attack.bench),
-            share(attack.summary["forget_acc_before"], 3),
-            share(attack.summary["forget_acc_worst"], 3),
-            place(attack),
-            share(attack.summary["unguarded_at_worst"], 3),
-        ]
-        for attack in ranking(attacks)
-    ]
+    rows = []
+    for body in ranking(attacks):
+        keys = ("forget_acc_before", "forget_acc_worst", "unguarded_at_worst")
+        before, worst, unguarded = (share(body.summary[key], 3) for key in keys)
+        rows.append([body.attack, Name(body.bench), before, worst, place(body), unguarded])
     return Table(("attack", "bench", "before", "worst", "at", "unguarded there"), rows)
 
 

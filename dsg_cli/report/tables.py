@@ -52,10 +52,16 @@ def guardrail_rows(body: Guardrail) -> list[tuple[str, str]]:
     rows += [("gate", gate), ("clamp", f"to {_targets(body, '.4g')} ({body.strength_setting}; {residual})")]
     if body.above:
         # Without those that never make a token active.
-        rows.append(("hot above", " ".join(_once_if_equal(x for x in body.above if x < NEVER)) or "nothing"))
+        rows.append(("hot above", " ".join(_once_if_equal([x for x in body.above if x < NEVER])) or "nothing"))
     if body.clamp == "each":
         rows.append(("sets", "each feature where it is itself above that"))
-    return [*rows, ("at", body.hook), ("tried on", _effect(body.effect))]
+    effect, tried_on = body.effect, "nothing"
+    if effect:
+        tried_on = (
+            f"{effect['n_rows']} forget rows: gated {effect['gate_rate']:.2f}, changed {effect['changed_rate']:.2f}, "
+            f"largest edit {effect['edit']:.2g} residual norms"
+        )
+    return [*rows, ("at", body.hook), ("tried on", tried_on)]
 
 
 def _targets(body: Guardrail, digits: str = ".3g") -> str:
@@ -65,22 +71,12 @@ def _targets(body: Guardrail, digits: str = ".3g") -> str:
     return " ".join(targets) if digits == ".4g" or len(targets) <= 2 else f"{targets[0]} ... {targets[-1]}"
 
 
-def _once_if_equal(values: Iterable[float], digits: str = ".4g") -> list[str]:
-    values = list(values)
+def _once_if_equal(values: Sequence[float], digits: str = ".4g") -> list[str]:
     return [format(value, digits) for value in (values[:1] if len(set(values)) == 1 else values)]
 
 
 def _listed(indices: Iterable[int]) -> str:
     return " ".join(map(str, indices))
-
-
-def _effect(effect: Json) -> str:
-    if not effect:
-        return "nothing"
-    return (
-        f"{effect['n_rows']} forget rows: gated {effect['gate_rate']:.2f}, changed {effect['changed_rate']:.2f}, "
-        f"largest edit {effect['edit']:.2g} residual norms"
-    )
 
 
 def model_rows(body: ModelWeights) -> list[tuple[str, str]]:
@@ -151,11 +147,10 @@ def features_table(body: FeatureSet) -> Table:
     """The selected features with their scores, or with what they were picked by."""
     if body.percentiles_over is None:
         return _picked_table(body)
-    rows = [
-        [str(rank), str(feature.index), *(f"{score:.4g}" for score in scores)]
-        for rank, feature in enumerate(body.features, start=1)
-        for scores in [(feature.forget_score or 0, feature.retain_score, feature.ratio or 0)]
-    ]
+    rows = []
+    for rank, feature in enumerate(body.features, start=1):
+        scores = (feature.forget_score or 0, feature.retain_score, feature.ratio or 0)
+        rows.append([str(rank), str(feature.index), *(f"{score:.4g}" for score in scores)])
     over = "of the live features only: nearly all are dead" if body.percentiles_over == "live" else "of all features"
     note = f"{body.n_live} live; {body.n_passed} passed the percentiles {over}"
     if body.probe:
@@ -170,6 +165,7 @@ def _picked_table(body: FeatureSet) -> Table:
     ranking = {row["index"]: row for row in body.described.get("ranking", [])}
     has_forget, has_texts = bool(body.forget_tokens), any("description" in row for row in ranking.values())
     columns = ["rank", "feature", *["score"] * bool(ranking), *["forget"] * has_forget, "retain"]
+    columns += ["description"] * has_texts
     rows = []
     for rank, feature in enumerate(body.features, start=1):
         row = ranking.get(feature.index, {"score": 0.0})
@@ -182,7 +178,7 @@ def _picked_table(body: FeatureSet) -> Table:
         n = described.get("n_matched", len(described["ranking"]))
         note = f"{n} match {described['query']!r} ({described['ranker']}, {described['source']}), "
         note += f"{body.n_passed} are rare enough on retain text{unread}."
-    return Table([*columns, *["description"] * has_texts], rows, "the selected features", [visible(note)])
+    return Table(columns, rows, "the selected features", [visible(note)])
 
 
 def candidates_table(candidates: Candidates) -> Table:
@@ -217,21 +213,13 @@ KIND_VIEWS = {
         lambda _, body: evaluation_headline(body),
         lambda stored, _: [evaluation_table(stored)],
     ),
-    "attack": KindView(
-        "Attacks",
-        lambda _, body: attack_headline(body),
-        lambda _, body: [curve_table(body)],
-    ),
+    "attack": KindView("Attacks", lambda _, body: attack_headline(body), lambda _, body: [curve_table(body)]),
     "threshold": KindView(
         "The gate",
         lambda _, body: f"{body.gate} > {body.threshold:.3f}, alpha {body.alpha:g}",
         lambda stored, body: [threshold_table(body, stored.header.settings["lengths"])],
     ),
-    "study": KindView(
-        "Studies",
-        lambda _, body: study_headline(body),
-        lambda _, body: study_view(body),
-    ),
+    "study": KindView("Studies", lambda _, body: study_headline(body), lambda _, body: study_view(body)),
     "features": KindView(
         "Features",
         lambda stored, body: (
@@ -276,14 +264,13 @@ def artifact_view(stored: Stored) -> View:
 
 def artifact_table(stored: Stored, view: RenderableType | None = None) -> Group:
     """One artifact for a terminal: what it holds (`view`, where there is more to show), and where it came from."""
-    if view is None and stored.header.kind == "study":
+    header, parts = stored.header, artifact_view(stored)
+    if view is None and header.kind == "study":
         view = study_table(stored.body_as(StudyReport))
-    elif view is None and stored.header.kind == "inspect":
+    elif view is None and header.kind == "inspect":
         view = inspection_view(stored)
-    parts = artifact_view(stored)
     if view is not None:
-        parts = parts[len(parts) - len(stored.header.notes) :]
-    header = stored.header
+        parts = parts[len(parts) - len(header.notes) :]
     sae = f", SAE {header.sae.source} at {header.sae.hook}" if header.sae else ""
     origin = (
         f"model {header.model.source}{sae}; from {_made_from(header)}; {header.created}; {header.device}, "
@@ -301,23 +288,19 @@ def list_table(workspace: Workspace) -> Table:
     """What a workspace holds; what cannot be read is said, not hidden."""
     rows = []
     for artifact_id in workspace.ids():
-        name = Styled(artifact_id, "bold")
         try:
             stored = workspace.read(artifact_id)
+            cells = [headline(stored), _made_from(stored.header)]
         except DsgError as error:
-            rows.append([name, Styled(error.message, "red"), ""])
-        else:
-            rows.append([name, headline(stored), _made_from(stored.header)])
+            cells = [Styled(error.message, "red"), ""]
+        rows.append([Styled(artifact_id, "bold"), *cells])
     return Table(("artifact", "what it found", "made from"), rows)
 
 
 def verify_table(verdicts: Sequence[Verdict]) -> Group:
     """What was verified, and in one line whether all is well."""
     styles = {"ok": "green", "broken": "red", "unfinished": "yellow"}
-    rows = [
-        [Styled(verdict.name, "bold"), Styled(verdict.state, styles[verdict.state]), verdict.remark]
-        for verdict in verdicts
-    ]
+    rows = [[Styled(each.name, "bold"), Styled(each.state, styles[each.state]), each.remark] for each in verdicts]
     counts = {state: sum(verdict.state == state for verdict in verdicts) for state in styles}
     summary = ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "nothing there"
     return terminal([Table(("", "state", ""), rows, has_head=False), summary])
