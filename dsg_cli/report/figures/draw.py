@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from dsg_cli.report.comparison import form_of, mean_accuracy, other_benches
 from dsg_cli.report.evaluations import SIDES, place, unit
@@ -33,12 +34,12 @@ from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport, StudyReport
 
 
-def _share_axis(axes: Any, names: Sequence[str], label: str) -> None:
+def _share_axis(axes: Any, names: Sequence[str], label: str, n_columns: int = 2) -> None:
+    """A line for each name from above to below, and the key."""
     axes.set_yticks(range(len(names)), list(reversed(names)))
-    axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlim(-0.03, 1.05)
-    axes.set_xlabel(label)
+    axes.set(xlabel=label, xlim=(-0.03, 1.05), ylim=(-0.6, len(names) - 0.4))
     axes.grid(axis="x")
+    key_above(axes, n_columns)
 
 
 MOST_VARIANTS = 5  # Lines in the figure of an attack; the table has them all.
@@ -58,23 +59,19 @@ def draw_attack(artifact: str, body: AttackReport) -> Drawn | None:
     points = [point for of_variant in shown.values() for point in of_variant]
     xs = {point["x"] for point in body.curve}
     is_scale = len(xs) > 1 and all(isinstance(x, int | float) for x in xs)
-    with drawing(height=3.6 if is_scale else 1.1 + 0.28 * len(points)) as (figure, axes):
-        if is_scale:
-            _attack_lines(axes, shown, body)
-        else:
-            names = [" ".join(str(part) for part in (point["variant"], point["x"]) if part != "") for point in points]
-            _attack_points(axes, names, points)
-        key_above(axes)
+    if is_scale:
+        figure = _attack_lines(shown, body)
+    else:
+        names = [" ".join(str(part) for part in (point["variant"], point["x"]) if part != "") for point in points]
+        figure = _attack_points(names, points)
     title = f"Attack {body.attack} on {body.bench}: what comes back, guarded and unguarded."
     if is_scale and "forget_low" in points[0]["unlearned"]:
         title += " The shade is the 95\N{NO-BREAK SPACE}% interval of what brought back most."
     if len(variants) > MOST_VARIANTS:
         title += f" The {MOST_VARIANTS} variants of {len(variants)} that brought back most."
     before, worst = body.before["unlearned"]["forget_acc"], share(summary["forget_acc_worst"])
-    description = (
-        f"Guarded {before:.2f} before, at most {worst} at {place(body)}, where the unguarded model has "
-        f"{share(summary['unguarded_at_worst'])}."
-    )
+    unguarded = f"where the unguarded model has {share(summary['unguarded_at_worst'])}"
+    description = f"Guarded {before:.2f} before, at most {worst} at {place(body)}, {unguarded}."
     return Drawn(f"{artifact}-curve", artifact, title, description, figure)
 
 
@@ -89,12 +86,9 @@ def draw_all(attacks: Sequence[tuple[str, AttackReport]]) -> Drawn | None:
         at = (body.summary["worst_x"], body.summary["worst_variant"])
         there = [point for point in body.curve if (point["x"], point["variant"]) == at]
         points.append(max(there or body.curve, key=_forget_acc))
-    with drawing(height=1.1 + 0.28 * len(points)) as (figure, axes):
-        _attack_points(axes, [f"{body.attack} ({name})" for name, body in measured], points)
-        key_above(axes)
-    title = (
-        "All attacks at their worst: accuracy on what is to be forgotten where most came back, guarded and unguarded."
-    )
+    figure = _attack_points([f"{body.attack} ({name})" for name, body in measured], points)
+    at_worst = "accuracy on what is to be forgotten where most came back, guarded and unguarded"
+    title = f"All attacks at their worst: {at_worst}."
     worst = [f"{body.attack} {body.summary['forget_acc_worst']:.2f} at {place(body)}" for _, body in measured]
     return Drawn("attacks-worst", "", title, f"Guarded: {'; '.join(worst)}.", figure)
 
@@ -104,24 +98,25 @@ def _forget_acc(point: Json) -> float:
     return accuracy
 
 
-def _attack_lines(axes: Any, variants: dict[str, list[Json]], body: AttackReport) -> None:
+def _attack_lines(variants: dict[str, list[Json]], body: AttackReport) -> Figure:
     """The first variant brought back most."""
-    for number, (name, of_variant) in enumerate(variants.items()):
-        points = sorted(of_variant, key=lambda point: point["x"])
-        xs, sides = [point["x"] for point in points], [point["unlearned"] for point in points]
-        colour, dash = CYCLE[number % len(CYCLE)], DASHES[number % len(DASHES)]
-        label = f"guarded{f', {short(name, 36)}' if name else ''}"
-        axes.plot(xs, list(map(_forget_acc, points)), dash, marker=MARKERS[number], color=colour, label=label)
-        if number == 0 and all("forget_low" in side and "forget_high" in side for side in sides):
-            low, high = ([side[f"forget_{end}"] for side in sides] for end in ("low", "high"))
-            axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-        base = [point["base"]["forget_acc"] for point in points]
-        axes.plot(xs, base, dash, color=GREY, linewidth=1.1, label="unguarded" if number == 0 else None)
-    _ticks(axes, sorted({point["x"] for points in variants.values() for point in points}))
-    axes.set_ylim(-0.03, 1.05)
-    axes.set_xlabel(unit(body.attack) or "x")
-    axes.set_ylabel(f"accuracy on {short(body.bench, 32)}")
-    axes.grid(axis="y")
+    with drawing(height=3.6) as (figure, axes):
+        for number, (name, of_variant) in enumerate(variants.items()):
+            points = sorted(of_variant, key=lambda point: point["x"])
+            xs, sides = [point["x"] for point in points], [point["unlearned"] for point in points]
+            colour, dash = CYCLE[number % len(CYCLE)], DASHES[number % len(DASHES)]
+            label = f"guarded{f', {short(name, 36)}' if name else ''}"
+            axes.plot(xs, list(map(_forget_acc, points)), dash, marker=MARKERS[number], color=colour, label=label)
+            if number == 0 and all("forget_low" in side and "forget_high" in side for side in sides):
+                low, high = ([side[f"forget_{end}"] for side in sides] for end in ("low", "high"))
+                axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+            base = [point["base"]["forget_acc"] for point in points]
+            axes.plot(xs, base, dash, color=GREY, linewidth=1.1, label="unguarded" if number == 0 else None)
+        _ticks(axes, sorted({point["x"] for points in variants.values() for point in points}))
+        axes.set(xlabel=unit(body.attack) or "x", ylabel=f"accuracy on {short(body.bench, 32)}", ylim=(-0.03, 1.05))
+        axes.grid(axis="y")
+        key_above(axes)
+    return figure
 
 
 def _ticks(axes: Any, xs: Sequence[float]) -> None:
@@ -134,14 +129,16 @@ def _ticks(axes: Any, xs: Sequence[float]) -> None:
         axes.minorticks_off()
 
 
-def _attack_points(axes: Any, names: Sequence[str], points: Sequence[Json]) -> None:
-    for at, point in enumerate(reversed(points)):
-        side = point["unlearned"]
-        if "forget_low" in side and "forget_high" in side:
-            axes.plot([side["forget_low"], side["forget_high"]], [at, at], color=CYCLE[0], linewidth=1.2)
-        axes.plot(point["base"]["forget_acc"], at, "s", color=GREY, label="unguarded" if at == 0 else None)
-        axes.plot(side["forget_acc"], at, "o", color=CYCLE[0], label="guarded" if at == 0 else None)
-    _share_axis(axes, [short(name, 44) for name in names], "accuracy; bars are 95 % intervals")
+def _attack_points(names: Sequence[str], points: Sequence[Json]) -> Figure:
+    with drawing(height=1.1 + 0.28 * len(points)) as (figure, axes):
+        for at, point in enumerate(reversed(points)):
+            side = point["unlearned"]
+            if "forget_low" in side and "forget_high" in side:
+                axes.plot([side["forget_low"], side["forget_high"]], [at, at], color=CYCLE[0], linewidth=1.2)
+            axes.plot(point["base"]["forget_acc"], at, "s", color=GREY, label="unguarded" if at == 0 else None)
+            axes.plot(side["forget_acc"], at, "o", color=CYCLE[0], label="guarded" if at == 0 else None)
+        _share_axis(axes, [short(name, 44) for name in names], "accuracy; bars are 95 % intervals")
+    return figure
 
 
 NEAR = 7.0  # Points of a figure within which two markers count as one.
@@ -272,8 +269,7 @@ def draw_comparison(artifact: str, body: Comparison) -> Drawn | None:
 def _frame(axes: Any, body: Comparison, largest: float) -> None:
     least = min(axes.get_xlim()[0], LEAST_RANGE)
     axes.set_xticks([tick for tick in axes.get_xticks() if least <= tick < 1.001])
-    axes.set_xlim(least, largest + 0.17 * (largest - least))
-    axes.set_ylim(-0.03, 1.07)
+    axes.set(xlim=(least, largest + 0.17 * (largest - least)), ylim=(-0.03, 1.07))
     axes.set_xlabel("utility: accuracy on everything else, a mean over benches")
     axes.set_ylabel(f"accuracy on {short(body.benches['forget'], 34)}")
     axes.grid()
@@ -298,7 +294,7 @@ def draw_sequence(artifact: str, body: Comparison) -> Drawn | None:
     grids: list[list[list[float | None]]] = [[], []]
     for sequence in sequences:
         results = [{bench: {"acc": acc} for bench, acc in point["results"].items()} for point in sequence["curve"]]
-        grids[0].append([mean_accuracy(result, forget[: i + 1]) for i, result in enumerate(results)])
+        grids[0].append([mean_accuracy(result, forget[:n]) for n, result in enumerate(results, start=1)])
         grids[1].append([mean_accuracy(result, kept) for result in results])
     names = [sequence["method"] for sequence in sequences]
     with drawing(6.6, 1.2 + 0.25 * len(names), ncols=2, sharey=True) as (figure, panels):
@@ -310,23 +306,16 @@ def draw_sequence(artifact: str, body: Comparison) -> Drawn | None:
         "Requests one after another: mean accuracy on all that was to be forgotten by then (better low), and on what "
         f"is never to be forgotten (better high). {numbered}."
     )
-    last = [
-        f"{name} {share(of_forget[-1])} and {share(of_kept[-1])}"
-        for name, of_forget, of_kept in zip(names, *grids, strict=True)
-    ]
+    last = [f"{name} {share(f[-1])} and {share(k[-1])}" for name, f, k in zip(names, *grids, strict=True)]
     return Drawn(f"{artifact}-sequence", artifact, title, f"After the last request: {'; '.join(last)}.", figure)
 
 
 def draw_evaluation(
     artifact: str, body: EvalReport, benches: Sequence[str], chances: dict[str, float | None]
 ) -> Drawn | None:
-    """A line a bench; nothing where no bench has an accuracy.
+    """A line for each bench of those to be shown, with guessing where its accuracy is known.
 
-    Args:
-        artifact: Its id.
-        body: The evaluation.
-        benches: Those that are shown.
-        chances: Bench -> accuracy of guessing, where that is known.
+    Nothing where no bench has an accuracy.
     """
     benches = [name for name in benches if all("acc" in body.results[name][side] for side in SIDES)]
     if not benches:
@@ -344,12 +333,9 @@ def draw_evaluation(
                 label = None if "guessing" in axes.get_legend_handles_labels()[1] else "guessing"
                 axes.plot([chances[bench]] * 2, [at - 0.38, at + 0.38], ":", color=INK, linewidth=1.1, label=label)
         label = f"accuracy, {body.split} questions; bars are 95 % intervals"
-        _share_axis(axes, [short(name, 40) for name in benches], label)
-        key_above(axes, 3)
-    accuracies = [
-        f"{bench} {body.results[bench]['base']['acc']:.2f} to {body.results[bench]['unlearned']['acc']:.2f}"
-        for bench in benches
-    ]
+        _share_axis(axes, [short(name, 40) for name in benches], label, 3)
+    pairs = [[f"{body.results[bench][side]['acc']:.2f}" for side in SIDES] for bench in benches]
+    accuracies = [f"{bench} {before} to {after}" for bench, (before, after) in zip(benches, pairs, strict=True)]
     title = f"Accuracy before and after, {body.split} questions."
     return Drawn(f"{artifact}-accuracy", artifact, title, f"{'; '.join(accuracies)}.", figure)
 
@@ -363,16 +349,15 @@ def heat_map(
     axes: Any, grid: Sequence[Sequence[float | None]], rows: Sequence[object], columns: Sequence[object], title: str
 ) -> None:
     """Draw one, from 0 to 1; short rows and None leave cells empty."""
-    cells = [[*row, *[None] * (len(columns) - len(row))] for row in grid]
-    values = [[float("nan") if value is None else value for value in row] for row in cells]
-    edges = [[i - 0.5 for i in range(n + 1)] for n in (len(columns), len(cells))]
-    axes.pcolormesh(*edges, values, vmin=0, vmax=1, cmap=COLOURS, edgecolors="face", linewidth=0.4)
-    axes.set_ylim(len(cells) - 0.5, -0.5)
-    for i, row in enumerate(cells):
+    values = np.full((len(grid), len(columns)), np.nan)
+    for i, row in enumerate(grid):
         for k, value in enumerate(row):
             if value is not None:
-                axes.text(k, i, f"{value:.2f}", ha="center", va="center", fontsize=8.5,
-                          color=ON_DARK if value < DARK else ON_LIGHT)  # fmt: skip
+                values[i, k], colour = value, ON_DARK if value < DARK else ON_LIGHT
+                axes.text(k, i, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=colour)
+    edges = [np.arange(n + 1) - 0.5 for n in (len(columns), len(grid))]
+    axes.pcolormesh(*edges, values, vmin=0, vmax=1, cmap=COLOURS, edgecolors="face", linewidth=0.4)
+    axes.set_ylim(len(grid) - 0.5, -0.5)
     axes.set_xticks(range(len(columns)), [short(name, 18) for name in columns])
     axes.set_yticks(range(len(rows)), [short(name, 24) for name in rows])
     axes.tick_params(length=0)
@@ -419,20 +404,16 @@ def draw_published(rows: Sequence[Json]) -> Drawn | None:
     rows = [row for row in rows if row["measured"] is not None and 0 <= row["published"] <= 1]
     if not rows:
         return None
-    names = [
-        f"{row['bench']}{'' if row['metric'] == 'acc' else ' ' + row['metric']}, {SIDES[row['side']]}" for row in rows
-    ]
+    metrics = ["" if row["metric"] == "acc" else f" {row['metric']}" for row in rows]
+    names = [f"{row['bench']}{metric}, {SIDES[row['side']]}" for row, metric in zip(rows, metrics, strict=True)]
     with drawing(height=1.2 + 0.28 * len(rows)) as (figure, axes):
         for at, row in enumerate(reversed(rows)):
             axes.plot([row["published"], row["measured"]], [at, at], color=INK, linewidth=0.8, alpha=0.6)
             axes.plot(row["published"], at, "D", color=GREY, label="published" if at == 0 else None)
             axes.plot(row["measured"], at, "o", color=FORGET, label="measured" if at == 0 else None)
         _share_axis(axes, [short(name, 44) for name in names], "share")
-        key_above(axes)
-    values = [
-        f"{name} {row['published']:.3f} published, {row['measured']:.3f} measured"
-        for name, row in zip(names, rows, strict=True)
-    ]
+    values = [f"{row['published']:.3f} published, {row['measured']:.3f} measured" for row in rows]
+    values = [f"{name} {numbers}" for name, numbers in zip(names, values, strict=True)]
     return Drawn("published", "", "Published beside measured numbers.", f"{'; '.join(values)}.", figure)
 
 
@@ -442,12 +423,8 @@ MEASURES = {"length": ("false_positive_rate", "forget_gate_rate"), "cost": ("ove
 MEASURE_NAMES = {"false_positive_rate": "false positives", "forget_gate_rate": "forget text gated"}
 LABELS = {"cost": "overhead: guarded over plain, less 1", "length": "share of texts"}
 
-SETTINGS = {
-    "n_features": "number of features",
-    "share": "share of the forget text, %",
-    "sae": "SAE",
-    "by": "what is left out",
-}
+SETTINGS = {"n_features": "number of features", "share": "share of the forget text, %", "sae": "SAE"}
+SETTINGS |= {"by": "what is left out"}
 
 MOST_LINES = 10
 
@@ -466,10 +443,11 @@ def draw_study(artifact: str, body: StudyReport) -> Drawn | None:
 def _study_heat_map(artifact: str, body: StudyReport, points: list[Point], varied: list[str]) -> Drawn | None:
     """Mean over whatever else varies."""
     down, across = varied[0], varied[1]
-    rows, columns = (
-        [value for value in body.grid[name] if any(point[0][name] == value for point in points)]
-        for name in (down, across)
-    )
+
+    def tried(name: str) -> list[Any]:
+        return [value for value in body.grid[name] if any(point[0][name] == value for point in points)]
+
+    rows, columns = tried(down), tried(across)
     forget = body.benches["forget"][0]
     benches = {f"on {short(forget, 20)}": [forget], "of what is to be kept": body.benches["other"]}
     ranges = []
@@ -515,8 +493,8 @@ def _study_lines(artifact: str, body: StudyReport, points: list[Point], varied: 
                 lines.append(f"{label} from {known[0][1]['value']:.2f} to {known[-1][1]['value']:.2f}")
         if not lines:
             return None
-        axes.set_xlabel(_setting_name(along))
-        axes.set_ylabel("accuracy" if body.benches["forget"] else LABELS.get(body.study, "share"))
+        label = "accuracy" if body.benches["forget"] else LABELS.get(body.study, "share")
+        axes.set(xlabel=_setting_name(along), ylabel=label)
         axes.grid(axis="y")
         if body.benches["forget"]:
             axes.set_ylim(-0.03, 1.07)
@@ -531,16 +509,11 @@ def _measured(body: StudyReport, points: list[Point]) -> dict[str, list[Json | N
     names = {("", measure): MEASURE_NAMES.get(measure, measure) for measure in MEASURES.get(body.study, ())}
     if not names:
         names = {(bench, "acc"): bench for bench in (*body.benches["forget"], *(kept if len(kept) == 1 else ()))}
-    rows_by_name: dict[str, list[Json | None]] = {}
-    for key, name in names.items():
-        rows = [point[1].get(key) for point in points]
-        rows_by_name[name] = [row if row and row["value"] is not None else None for row in rows]
+    rows: dict[str, list[Json]] = {name: [point[1].get(key, {}) for point in points] for key, name in names.items()}
     if len(kept) > 1 and body.study not in MEASURES:
-        means = [mean_over(point, kept) for point in points]
-        rows_by_name[f"mean of {len(kept)} others"] = [
-            None if mean is None else {"value": mean, "low": None, "high": None} for mean in means
-        ]
-    return rows_by_name
+        means = [{"value": mean_over(point, kept), "low": None, "high": None} for point in points]
+        rows[f"mean of {len(kept)} others"] = means
+    return {name: [row if row.get("value") is not None else None for row in of] for name, of in rows.items()}
 
 
 def _line(axes: Any, xs: list[Any], rows: list[Json], number: int, label: str) -> None:
