@@ -52,13 +52,13 @@ def comparison_markdown(body: Comparison) -> str:
     parts = [quality_table(body).markdown(), legend(body), cost_table(body).markdown()]
     if body.sequences:
         parts.append(sequence_table(body).markdown())
-    failed = [f"- {code(_row_name(body, row))}: {' '.join(row['error'].split())}" for row in body.rows if row["error"]]
+    failed = [f"- {code(row_name(body, row))}: {' '.join(row['error'].split())}" for row in body.rows if row["error"]]
     return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
 
 
 def failures_compared(body: Comparison) -> list[Styled]:
     """What could not be made, and why."""
-    lines = [f"{_row_name(body, row)}: {row['error']}" for row in body.rows if row["error"]]
+    lines = [f"{row_name(body, row)}: {row['error']}" for row in body.rows if row["error"]]
     lines += [f"{row['method']}, further requests: {row['error']}" for row in body.sequences if row["error"]]
     return [Styled(line, "red") for line in lines]
 
@@ -97,7 +97,7 @@ def quality_table(body: Comparison) -> Table:
             scores.get(row["method"]),
         ]
         forgotten = [share(forget.get("acc")), interval(forget, "acc")]
-        rows.append([Name(_row_name(body, row)), *forgotten, *map(share, numbers)])
+        rows.append([Name(row_name(body, row)), *forgotten, *map(share, numbers)])
     if base := body.base["test"]:
         relearned = next((row["relearned"]["unguarded"] for row in body.rows if row["relearned"]), None)
         means = [share(mean_accuracy(base, body.benches[role])) for role in ("near", "other")]
@@ -114,7 +114,7 @@ def cost_table(body: Comparison) -> Table:
     for row in body.rows:
         if cost := row["cost"]:
             numbers = [*(format(cost[key], digits) for key, digits in formats.items()), f"{cost['bytes'] / 1000:,.0f}"]
-            rows.append([Name(_row_name(body, row)), *numbers, str(row["n_features"] or "-")])
+            rows.append([Name(row_name(body, row)), *numbers, str(row["n_features"] or "-")])
     columns = ("method", "forward", "backward", "seconds", "peak MB", "kB", "features")
     return Table(columns, rows, "what each took to make", notes=["forward, backward: tokens through the model."])
 
@@ -146,10 +146,10 @@ def mean_accuracy(results: Json, benches: Sequence[str]) -> float | None:
     return sum(accuracies) / len(accuracies) if accuracies else None
 
 
-def _row_name(body: Comparison, row: Json) -> str:
+def row_name(body: Comparison, row: Json, before_sae: str = ", ") -> str:
     """The method, and the SAE where it was applied to more than one."""
     saes = {other["sae"] for other in body.rows if other["method"] == row["method"]}
-    return f"{row['method']}, {row['sae'].rsplit('/', 1)[-1]}" if len(saes) > 1 else str(row["method"])
+    return f"{row['method']}{before_sae}{str(row['sae']).rsplit('/', 1)[-1]}" if len(saes) > 1 else str(row["method"])
 
 
 def subject_compared(body: Comparison, model: str) -> str:

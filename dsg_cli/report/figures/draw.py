@@ -10,23 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dsg_cli.report.comparison import form_of, mean_accuracy, other_benches
+from dsg_cli.report.comparison import form_of, mean_accuracy, other_benches, row_name
 from dsg_cli.report.evaluations import SIDES, place, unit
-from dsg_cli.report.figures.style import (
-    CYCLE,
-    DASHES,
-    FORGET,
-    GREY,
-    INK,
-    KEPT,
-    MARKERS,
-    OTHER,
-    Drawn,
-    chance_line,
-    drawing,
-    key_above,
-    look,
-)
+from dsg_cli.report.figures.style import CYCLE, DASHES, FORGET, GREY, INK, KEPT, OTHER, Drawn, drawing, key_above, look
 from dsg_cli.report.rendering import share, short
 from dsg_cli.report.studies import Point, mean_over, points_of
 from dsg_cli.workspace.artifacts import Threshold
@@ -104,14 +90,13 @@ def _attack_lines(variants: dict[str, list[Json]], body: AttackReport) -> Figure
         for number, (name, of_variant) in enumerate(variants.items()):
             points = sorted(of_variant, key=lambda point: point["x"])
             xs, sides = [point["x"] for point in points], [point["unlearned"] for point in points]
-            colour, dash = CYCLE[number % len(CYCLE)], DASHES[number % len(DASHES)]
-            label = f"guarded{f', {short(name, 36)}' if name else ''}"
-            axes.plot(xs, list(map(_forget_acc, points)), dash, marker=MARKERS[number], color=colour, label=label)
+            label, style = f"guarded{f', {short(name, 36)}' if name else ''}", look(number)
+            axes.plot(xs, list(map(_forget_acc, points)), label=label, **style)
             if number == 0 and all("forget_low" in side and "forget_high" in side for side in sides):
                 low, high = ([side[f"forget_{end}"] for side in sides] for end in ("low", "high"))
-                axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-            base = [point["base"]["forget_acc"] for point in points]
-            axes.plot(xs, base, dash, color=GREY, linewidth=1.1, label="unguarded" if number == 0 else None)
+                axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            base, key = [point["base"]["forget_acc"] for point in points], "unguarded" if number == 0 else None
+            axes.plot(xs, base, style["linestyle"], color=GREY, linewidth=1.1, label=key)
         _ticks(axes, sorted({point["x"] for points in variants.values() for point in points}))
         axes.set(xlabel=unit(body.attack) or "x", ylabel=f"accuracy on {short(body.bench, 32)}", ylim=(-0.03, 1.05))
         axes.grid(axis="y")
@@ -247,7 +232,7 @@ def draw_comparison(artifact: str, body: Comparison) -> Drawn | None:
             if "acc_low" in side and "acc_high" in side:
                 axes.plot([x, x], [side["acc_low"], side["acc_high"]], color=colour, linewidth=1, alpha=0.45)
             axes.plot(x, y, marker, color=colour, markersize=7.5, label=label, zorder=3)
-        chance_line(axes, body.chance)
+        axes.axhline(body.chance, color=GREY, linestyle=":", linewidth=1, label="chance")
         _frame(axes, body, max(x for _, x, _, _ in measured))
         for column in range(KEY_COLUMNS):
             axes.annotate("\n".join(names[column * n_lines : (column + 1) * n_lines]), (column / KEY_COLUMNS, 0),
@@ -261,7 +246,7 @@ def draw_comparison(artifact: str, body: Comparison) -> Drawn | None:
         "(better to the right). Large: the chosen settings, on test questions, with 95\N{NO-BREAK SPACE}% intervals; "
         "several of a number are its SAEs. Small: all trials, on dev questions."
     )
-    values = "; ".join(f"{row['method']}{_sae(row, body)} {y:.2f} at {x:.2f}" for row, x, y, _ in measured)
+    values = "; ".join(f"{row_name(body, row, ' on ')} {y:.2f} at {x:.2f}" for row, x, y, _ in measured)
     description = f"Forget accuracy at utility: {values}. Chance is {body.chance:.2f}."
     return Drawn(f"{artifact}-trade-off", artifact, title, description, figure)
 
@@ -276,11 +261,6 @@ def _frame(axes: Any, body: Comparison, largest: float) -> None:
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     axes.legend(once.values(), once.keys(), loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8.5)
-
-
-def _sae(row: Json, body: Comparison) -> str:
-    saes = {other["sae"] for other in body.rows if other["method"] == row["method"]}
-    return f" on {str(row['sae']).rsplit('/', 1)[-1]}" if len(saes) > 1 else ""
 
 
 def draw_sequence(artifact: str, body: Comparison) -> Drawn | None:
@@ -518,7 +498,7 @@ def _measured(body: StudyReport, points: list[Point]) -> dict[str, list[Json | N
 
 def _line(axes: Any, xs: list[Any], rows: list[Json], number: int, label: str) -> None:
     style = look(number)
-    axes.plot(xs, [row["value"] for row in rows], DASHES[number % len(DASHES)], label=short(label, 40), **style)
+    axes.plot(xs, [row["value"] for row in rows], label=short(label, 40), **style)
     if all(row["low"] is not None and row["high"] is not None for row in rows):
         low, high = ([row[end] for row in rows] for end in ("low", "high"))
         axes.fill_between(xs, low, high, color=style["color"], alpha=0.1, linewidth=0)

@@ -133,13 +133,9 @@ def drawing(width: float = 6.4, height: float = 3.4, **grid: Any) -> Iterator[tu
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour and marker of one of many, no two alike."""
-    return {"color": CYCLE[number % len(CYCLE)], "marker": MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]}
-
-
-def chance_line(axes: Axes, chance: float) -> None:
-    """Where guessing lies."""
-    axes.axhline(chance, color=GREY, linestyle=":", linewidth=1, label="chance")
+    """Colour, marker and dashes of one line of many, no two alike."""
+    marker = MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]
+    return {"color": CYCLE[number % len(CYCLE)], "marker": marker, "linestyle": DASHES[number % len(DASHES)]}
 
 
 def key_above(axes: Axes, ncols: int = 2) -> None:
