@@ -39,7 +39,7 @@ from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.store import Stored, Workspace
 
 LONG = 2
-"""Long chunks have up to so many times the tokens of the longest that the threshold is set on."""
+"""Long pieces have up to so many times the tokens of the longest that the threshold is set on."""
 
 
 def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, options: RunOptions = QUIET) -> Stored:
@@ -68,7 +68,7 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
         loaded = load_chain_model(features.header, recipe, cut=True)
         check_chat(loaded.tokenizer, retain)
         bos = bos_to_prepend(loaded.tokenizer, sae.identity.prepend_bos)
-        lengths = chunk_lengths(settings, loaded, prompts, bos=bos)
+        lengths = piece_lengths(settings, loaded, prompts, bos=bos)
     header_settings: Json = {
         **dataclasses.asdict(settings),
         "lengths": [min(lengths), max(lengths)],
@@ -85,8 +85,8 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
         indices = [feature.index for feature in feature_set.features]
         gate = make_guardrail(inputs, loaded, sae, slice_sae(sae, indices, inputs.detectors, inputs.weights))
         rows: list[Json] = []
-        chunks = calibration_chunks(recipe, loaded, retain, forget, questions, bos=bos, lengths=lengths)
-        for part, pieces in chunks.items():
+        drawn = calibration_pieces(recipe, loaded, retain, forget, questions, bos=bos, lengths=lengths)
+        for part, pieces in drawn.items():
             statistics = gate_statistics(loaded, [gate], pieces, this.job.named(part))
             rows += [
                 {"id": pieces[i].id, "group": pieces[i].corpus, "part": part, "length": length, "statistic": statistic}
@@ -158,10 +158,10 @@ def dev_questions(settings: CalibrateSection, forget: Sequence[str]) -> dict[str
     }
 
 
-def chunk_lengths(
+def piece_lengths(
     settings: CalibrateSection, loaded: LoadedModel, prompts: Sequence[str], *, bos: int | None
 ) -> list[int]:
-    """Lengths of calibration chunks in tokens, BOS not counted, each as likely as the others; what the model can read.
+    """Lengths of calibration pieces in tokens, BOS not counted, each as likely as the others; what the model can read.
 
     They are a range of the settings, or those of the user's prompts.
     """
@@ -183,7 +183,7 @@ def chunk_lengths(
     return [min(length, room) for length in lengths]
 
 
-def calibration_chunks(
+def calibration_pieces(
     recipe: Recipe,
     loaded: LoadedModel,
     retain: Sequence[Corpus],
@@ -193,7 +193,7 @@ def calibration_chunks(
     bos: int | None,
     lengths: Sequence[int],
 ) -> dict[str, list[Piece]]:
-    """Part -> chunks: `calibrate` sets the threshold, all others are only measured."""
+    """Part -> pieces: `calibrate` sets the threshold, all others are only measured."""
     settings, tokenizer = recipe.calibrate, loaded.tokenizer
 
     def draw(corpora: Sequence[Corpus], part: Part, lengths: Sequence[int]) -> list[Piece]:

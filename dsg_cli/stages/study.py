@@ -29,7 +29,7 @@ from dsg_cli.recipe import values_at, with_values
 from dsg_cli.settings import Recipe, SelectSection
 from dsg_cli.stages import select
 from dsg_cli.stages.apply import AUTO, check_strength
-from dsg_cli.stages.calibrate import calibration_chunks, chunk_lengths
+from dsg_cli.stages.calibrate import calibration_pieces, piece_lengths
 from dsg_cli.stages.inputs import chain_sae, load_chain_model, taken_from
 from dsg_cli.stages.select import PassCache, SelectionInputs, is_picked, read_inputs
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
@@ -231,11 +231,11 @@ class SweepBases:
     ) -> SweepBase:
         """Retain text is cut as `dsg calibrate` cuts it."""
         settings = recipe.calibrate
-        lengths = chunk_lengths(settings, self.loaded, self.prompts, bos=inputs.bos)
+        lengths = piece_lengths(settings, self.loaded, self.prompts, bos=inputs.bos)
         retain = self.retain(recipe, inputs)
-        chunks = calibration_chunks(recipe, self.loaded, retain, [], {}, bos=inputs.bos, lengths=lengths)
+        pieces = calibration_pieces(recipe, self.loaded, retain, [], {}, bos=inputs.bos, lengths=lengths)
         watched = gate_inputs(settings, body, tensors, where="What select found")
-        return SweepBase(key, inputs.sae, body, tensors, inputs.bos, chunks, settings, watched)
+        return SweepBase(key, inputs.sae, body, tensors, inputs.bos, pieces, settings, watched)
 
 
 def _check_selected(select: SelectSection, what: str) -> None:

@@ -23,7 +23,7 @@ from dsg_cli.methods import check_method, load_method, section_of
 from dsg_cli.methods.wrappers import WrapperInputs, WrapperResult, topic_of
 from dsg_cli.models.language_model import read_config, text_config
 from dsg_cli.settings import Filter, InContext, Recipe
-from dsg_cli.stages.calibrate import chunk_lengths
+from dsg_cli.stages.calibrate import piece_lengths
 from dsg_cli.stages.inputs import identify, load_whole, read_method_inputs, taken_from
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.body import Json
@@ -101,7 +101,7 @@ def run(
             retain_names=inputs.names["retain"],
             forget_questions=questions["forget"][0],
             retain_questions=questions["retain"],
-            lengths=chunk_lengths(calibrate, loaded, lengths_from, bos=inputs.bos) if inputs.corpora["forget"] else (),
+            lengths=piece_lengths(calibrate, loaded, lengths_from, bos=inputs.bos) if inputs.corpora["forget"] else (),
             max_pieces=recipe.calibrate.max_pieces,
             seed=recipe.seed,
             job=this.job,

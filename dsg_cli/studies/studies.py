@@ -51,7 +51,7 @@ def rows_of_cost(point: Json, sweep: Sweep) -> list[Json]:
     n_body = length - (sweep.base_at({}).bos is not None)
     if n_body < 1 or length > longest:
         raise DsgError(f"A pass over {length} tokens is not possible: the model reads {longest}, BOS among them.")
-    rows = [piece.ids for piece in sweep.chunks("fresh", n_body, is_packed=True)]
+    rows = [piece.ids for piece in sweep.pieces("fresh", n_body, is_packed=True)]
     if not rows:
         raise DsgError(f"The retain text has no {length} tokens in a row.", "Give shorter lengths.")
     tokenizer, device = loaded.tokenizer, str(loaded.model.device)

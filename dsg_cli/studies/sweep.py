@@ -45,7 +45,7 @@ from dsg_cli.workspace.body import Json
 T = TypeVar("T")
 
 Statistics = list[tuple[str, float]]
-"""Corpus and gate statistic of each calibration chunk."""
+"""Corpus and gate statistic of each calibration piece."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SweepBase:
     tensors: Mapping[str, Tensor]
     """Statistics of every feature of the SAE."""
     bos: int | None
-    chunks: Mapping[str, Sequence[Piece]]
+    pieces: Mapping[str, Sequence[Piece]]
     """`calibrate` sets thresholds, `fresh` measures them: retain text."""
     gate: CalibrateSection
     """Its alpha does not matter."""
@@ -77,7 +77,7 @@ class SweptGuardrail:
     """What its gate watches: of two that watch the same the statistics are the same."""
     n_fresh: int
     n_false: int
-    """Fresh chunks of retain text on which it opens."""
+    """Fresh pieces of retain text on which it opens."""
 
     @property
     def threshold(self) -> float:
@@ -149,7 +149,7 @@ class Sweep:
         self.n_gate_passes += 1
         modules = [self._module(indices, base) for indices in unseen.values()]
         for part in ("calibrate", "fresh"):
-            of_gates = self._see(modules, base.chunks[part], part, f"{part} of {list(unseen)!r}")
+            of_gates = self._see(modules, base.pieces[part], part, f"{part} of {list(unseen)!r}")
             self._cache |= {("seen", watches, part): seen for watches, seen in zip(unseen, of_gates, strict=True)}
 
     def threshold(self, point: Json, seen: Statistics, base: SweepBase) -> float:
@@ -157,18 +157,18 @@ class Sweep:
         return calibrated_threshold(replace(base.gate, alpha=self._settings(point)["alpha"]), seen)
 
     def statistics(self, point: Json, part: str, length: int) -> Statistics:
-        """What the gate of a point sees in chunks of so many tokens, on the recipe's own base."""
-        base, chunks = self.base_at({}), self.chunks(part, length, is_packed=False)
+        """What the gate of a point sees in pieces of so many tokens, on the recipe's own base."""
+        base, pieces = self.base_at({}), self.pieces(part, length, is_packed=False)
         indices, what = self._indices(point, base), f"{part}, {length} tokens"
         watches = self._watches(indices, base)
 
         def see() -> Statistics:
-            return self._see([self._module(indices, base)], chunks, what, f"{what} of {watches}")[0] if chunks else []
+            return self._see([self._module(indices, base)], pieces, what, f"{what} of {watches}")[0] if pieces else []
 
         return self._once(("seen", watches, part, length), see)
 
-    def chunks(self, part: str, length: int, *, is_packed: bool) -> list[Piece]:
-        """Chunks of so many tokens, BOS not counted, of `calibrate` or `fresh` retain text or of `forget` text.
+    def pieces(self, part: str, length: int, *, is_packed: bool) -> list[Piece]:
+        """Pieces of so many tokens, BOS not counted, of `calibrate` or `fresh` retain text or of `forget` text.
 
         What a user says in a chat has its own length, and is none.
         """
@@ -184,7 +184,7 @@ class Sweep:
             at_most=base.gate.max_pieces,
             seed=self.seed,
         )
-        return self._once(("chunks", part, length, is_packed), draw)
+        return self._once(("pieces", part, length, is_packed), draw)
 
     def accuracy(self, guardrails: Sequence[SweptGuardrail], bos: int | None) -> dict[str, list[Outcome]]:
         """Outcome of every question by bench, under guardrails that act together or, without any, of the base model.
@@ -247,16 +247,16 @@ class Sweep:
         return make_guardrail(base.watched, self.loaded, base.sae, sae_slice, **values)
 
     def _see(
-        self, modules: Sequence[GuardrailModule], chunks: Sequence[Piece], what: str, name: str
+        self, modules: Sequence[GuardrailModule], pieces: Sequence[Piece], what: str, name: str
     ) -> list[Statistics]:
         """Statistics of each gate, from one pass; `name` is that of the pass in the checkpoint."""
 
         def progress(_name: str, n_done: int, n_total: int) -> None:
             self.job.progress(f"{what} pieces, tokens", n_done, n_total)
 
-        rows = gate_statistics(self.loaded, modules, chunks, replace(self.job, progress=progress, name=name))
+        rows = gate_statistics(self.loaded, modules, pieces, replace(self.job, progress=progress, name=name))
         check_finite([value for _, _, values in rows for value in values])
-        return [[(chunks[i].corpus, values[g]) for i, _, values in rows] for g in range(len(modules))]
+        return [[(pieces[i].corpus, values[g]) for i, _, values in rows] for g in range(len(modules))]
 
     def _see_questions(
         self, guardrail: SweptGuardrail, inputs: Sequence[tuple[int, ...]], bos: int | None
