@@ -230,7 +230,7 @@ def gate_sentence(name: str, gate: GateTrace, tokens: list[str]) -> str:
         return f"{name} was not asked: the prompt was refused"
     peak = max(gate.statistic)
     if gate.latched_at is None:
-        return f"{name} stayed shut ({gate.form} {peak:.2f}, threshold {gate.threshold:.2f})"
+        return f"{name} stayed closed ({gate.form} {peak:.2f}, threshold {gate.threshold:.2f})"
     at = f"token {gate.latched_at + 1} of {len(tokens)}, {tokens[gate.latched_at].strip()!r}"
     return f"{name} opened at {at} ({gate.form} {peak:.2f}, threshold {gate.threshold:.2f})"
 
@@ -337,22 +337,16 @@ def be_quiet_unless_first() -> None:
 
 
 def import_libraries() -> None:
-    """Import torch and transformers without garbage collection, and without scipy: a second less, of some four.
+    """Import torch and transformers without garbage collection.
 
     They make objects by the hundred thousand, and no garbage; those live to the end, so they are never looked through.
-    The losses of object detectors are all that transformers takes from scipy, if it finds it.
     """
     if "transformers" in sys.modules or not gc.isenabled():
         return
     gc.disable()
-    hides_scipy = "scipy" not in sys.modules
-    if hides_scipy:
-        sys.modules["scipy"] = None  # type: ignore[assignment]  # As Python has it: not to be found.
     try:
         import dsg_cli.models.language_model  # noqa: F401 (for what it imports)
     finally:
-        if hides_scipy:
-            del sys.modules["scipy"]
         gc.freeze()
         gc.enable()
 

@@ -275,7 +275,7 @@ def _trace_headline(trace: Trace) -> str:
     finite = [value for value in gate.statistic if value is not None]  # None counts as infinite.
     peak = _statistic(max(finite) if len(finite) == len(gate.statistic) else None)
     if not any(gate.gated):
-        return f"{rule} stayed shut, at {peak}; nothing was clamped"
+        return f"{rule} stayed closed, at {peak}; nothing was clamped"
     if gate.latched_at is None:
         opened = f"gated the whole text, at {peak}"
     else:
