@@ -60,7 +60,7 @@ class Item:
     """Tokens to write at most; 0 reads the target."""
     stop: tuple[str, ...] = ()
     """What is written ends before the first of these."""
-    is_free: bool = False
+    is_judged: bool = False
     """Whether what is written is judged as language, too."""
     is_forget: bool = False
     """Whether it asks for what should be forgotten: a guardrail's gate should open."""
@@ -122,7 +122,10 @@ class FreeText:
         """Bench -> digest of all its items and of how they are put."""
         digests = {}
         for name, items in self.items.items():
-            content = json.dumps([f"{self.bos}/{self.chat}", *map(dataclasses.asdict, items)], sort_keys=True)
+            fields = [dataclasses.asdict(item) for item in items]
+            for item in fields:
+                item["is_free"] = item.pop("is_judged")  # As digests in earlier artifacts have it.
+            content = json.dumps([f"{self.bos}/{self.chat}", *fields], sort_keys=True)
             digests[name] = hashlib.sha256(content.encode()).hexdigest()
         return digests
 
@@ -190,7 +193,7 @@ def _write(
     results: list[Json] = []
     for item, completion in zip(items, completions, strict=True):
         truth = item.target
-        if item.is_free:  # Of a longer text, as much as may be written.
+        if item.is_judged:  # Of a longer text, as much as may be written.
             truth = str(tokenizer.decode(encode(tokenizer, [truth], bos=None)[0][: item.n_new]))
         l_f1, l_recall = rouge(truth, completion.text)
         results.append(
@@ -205,7 +208,7 @@ def _write(
             }
         )
     n_tokens = sum(completion.n_tokens for completion in completions)
-    judged = [i for i, item in enumerate(items) if item.is_free]
+    judged = [i for i, item in enumerate(items) if item.is_judged]
     if not judged:
         return results, n_tokens
     job = job.named(f"{side} model, as the base reads it")

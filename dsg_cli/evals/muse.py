@@ -47,7 +47,7 @@ class Muse(TextBench):
 
     def items(self) -> list[Item]:
         items = [
-            Item(f"verbmem/{i}", "verbmem_forget", prompt, truth, n_new=self.n_verbatim, is_free=True, is_forget=True)
+            Item(f"verbmem/{i}", "verbmem_forget", prompt, truth, n_new=self.n_verbatim, is_judged=True, is_forget=True)
             for i, (prompt, truth) in enumerate(self._columns("verbmem", "forget", "prompt", "gt"))
         ]
         for side in ("forget", "retain"):

@@ -78,7 +78,7 @@ class Fluency(TextBench):
             n = min(N_WORDS, len(words) // 2)
             if n:
                 begins = " ".join(words[:n])
-                items.append(Item(f"{i}", "written", begins, text[len(begins) :], "", N_NEW, is_free=True))
+                items.append(Item(f"{i}", "written", begins, text[len(begins) :], "", N_NEW, is_judged=True))
         if not items:
             raise DsgError(f"{self.name}: no text has two words.")
         return items

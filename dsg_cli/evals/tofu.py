@@ -1,9 +1,9 @@
 """TOFU (Maini et al., 2401.06121): made-up authors to forget, others to keep, real ones and the world beside them.
 
-Of every question: the probability of its answer, ROUGE-L recall of what the model writes, and the truth ratio of false
-answers to the true one in another wording. Model utility is the harmonic mean of the three
-on the three parts that are to be kept; forget quality compares the truth ratios on forget questions with those of a
-model that never saw them.
+Of every question: the probability of its answer, ROUGE-L recall of what the model writes, and the truth ratio R of
+false answers to the true one in another wording, reported as min(R, 1/R) of what is forgotten and as max(0, 1 - R) of
+what is kept. Model utility is the harmonic mean of the three on the three parts that are kept; forget quality compares
+the truth ratios on forget questions with those of a model that never saw them.
 """
 
 from __future__ import annotations
