@@ -1,9 +1,10 @@
-"""Several processes that do one command together, as `torchrun` starts them.
+"""`Job`: how a long computation is run: by which of several processes, from which checkpoint, telling whom.
 
-Every process reads the same settings and forms the same batches; process r of n computes batches r, r + n, r + 2n, ...
-Nothing is padded or done twice, and a batch gives the same numbers whoever computes it. What is exchanged is small
-(sums a feature, a few numbers a question), so it goes over gloo between processors whatever the models run on, as plain
-tensors and JSON: torch's own exchange of objects is pickle. No torch here until something is exchanged.
+`Workers` are the processes, as `torchrun` starts them. Every one reads the same settings and forms the same batches;
+process r of n computes batches r, r + n, r + 2n, ... Nothing is padded or done twice, and a batch gives the same
+numbers whoever computes it. What is exchanged is small (sums a feature, a few numbers a question), so it goes over gloo
+between processors whatever the models run on, as plain tensors and JSON: torch's own exchange of objects is pickle. No
+torch here until something is exchanged.
 """
 
 from __future__ import annotations

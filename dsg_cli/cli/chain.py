@@ -38,7 +38,7 @@ def select_settings(
     *opt.CORPORA,
     *opt.SOURCES,
     setting("select.n_features", int, "Features to select.", "-n", "--n-features"),
-    setting("select.ratio_percentile", float, "Importance ratio a feature must reach."),
+    setting("select.ratio_percentile", float, "Percentile of the importance ratio that a feature must reach."),
     setting("select.score", str, "mean-square or squared-mean."),
     setting(
         "select.describe", str, "Take the features whose descriptions match these words.", rich_help_panel=BY_MEANING

@@ -1,4 +1,4 @@
-"""Further: describe, export, lab."""
+"""Commands for what lies beyond the chain: describe, export, lab export, lab train."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Look: ls, show, verify, generate, inspect, report."""
+"""Commands that look at what is there: ls, show, verify, generate, inspect, report."""
 
 import dataclasses
 import shlex

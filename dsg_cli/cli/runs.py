@@ -1,4 +1,4 @@
-"""All at once: run, demo, compare, study."""
+"""Commands that do many stages at once: run, demo, compare, study."""
 
 import dataclasses
 from collections.abc import Mapping

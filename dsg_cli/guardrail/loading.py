@@ -1,4 +1,4 @@
-"""`load_guardrail`, the first of the two lines by which one is put on a model; how a light file is written and read."""
+"""Read a guardrail from a workspace, a light file or the hub; write a light file."""
 
 from __future__ import annotations
 

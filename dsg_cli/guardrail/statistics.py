@@ -1,4 +1,4 @@
-"""Streaming per-feature statistics over the counted tokens of a corpus ; both scores of a feature come from one pass.
+"""Streaming per-feature statistics over the counted tokens of a corpus; both scores of a feature come from one pass.
 
 The score of feature j is mean f_j^2 over tokens (arXiv 2504.08192, section 3: for a linear readout the diagonal of the
 Fisher information), or (mean f_j)^2 as the authors' code has it.

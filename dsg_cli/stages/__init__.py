@@ -1,3 +1,7 @@
-"""The stages: each one file with one `run()` that reads artifacts, calls the core and writes one artifact."""
+"""One file a command; its `run` reads artifacts, calls the other rooms and writes one artifact.
+
+`apply` has unlearn.py and wrap.py beside it; `generate` is in prompts.py. stage.py is what all repeat, inputs.py and
+composition.py are what they start from.
+"""
 
 from __future__ import annotations

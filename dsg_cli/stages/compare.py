@@ -37,7 +37,7 @@ from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import ModelWeights
 from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.checkpoints import Checkpoint
-from dsg_cli.workspace.provenance import Clock
+from dsg_cli.workspace.provenance import Clock, reset_peak_memory
 from dsg_cli.workspace.results import AttackReport, Comparison, EvalReport
 from dsg_cli.workspace.store import Stored, Workspace
 
@@ -260,7 +260,7 @@ class Rivals:
                 if values is None:
                     raise DsgError(trials[-1]["error"] if trials else "no trial")
                 self.options.say(f"{name}{f' on SAE {sae}' if sae else ''}: applying what was chosen")
-                reset_peak(self.recipe.model.device)
+                reset_peak_memory(self.recipe.model.device)
                 on_sae = with_values(self.recipe, values | ({"sae.source": sae} if sae else {}))
                 stored = run_method(on_sae, self.workspace, name, options=self.options)
                 rows.append(row | self._measures([stored.id]))
@@ -406,16 +406,3 @@ def _size(stored: Stored) -> int:
     if not stored.path.is_file() or stored.path.suffix == ".safetensors":
         return stored.path.stat().st_size
     return stored.path.stat().st_size + sum((stored.path.parent / name).stat().st_size for name in stored.header.files)
-
-
-def reset_peak(device: str) -> None:
-    """Have peak memory counted from now on, where the system can: Linux, or an accelerator."""
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return

@@ -1,7 +1,7 @@
-"""What writes no artifact, for prompts and answers are text, which artifacts do not hold.
+"""Commands on prompts, which write no artifact: prompts and answers are text, which artifacts do not hold.
 
 `dsg generate`: what do the base model and the unlearned one write, and when did the gate open? `dsg inspect --prompt`:
-what do features and gate see of a prompt? `dsg inspect --live`: both, on a page.
+what do features and gate see of a prompt? `dsg inspect --serve`: both, on a page.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.store import Workspace
 
 Write = Callable[[str, str], None]
+"""Called with a side (base, guarded) and a piece of its answer."""
 
 Say = Callable[[str], None]
-"""Called with a side (base, guarded) and a piece of its answer."""
+"""Called with a line for people."""
 
 
 @dataclass(frozen=True)

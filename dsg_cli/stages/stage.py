@@ -1,4 +1,4 @@
-"""How every stage runs: on which device, from what on, and what it leaves behind.
+"""How every stage runs: on which device, from which checkpoint, and what it leaves behind.
 
 A stage first checks and reads all that it can without weights. Then, in `with stage(...) as this`, `this.existing` is
 what `--reuse` takes instead, `this.job` is what long passes go on from, and `this.write` writes the artifact.

@@ -1,4 +1,4 @@
-"""What every stage writes into its header: when, where, with which versions and from what."""
+"""What a stage cost (seconds, tokens, peak memory), and the commit that it ran from."""
 
 from __future__ import annotations
 
@@ -59,3 +59,16 @@ def peak_memory_mb(device: str = "cpu") -> float:
         return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def reset_peak_memory(device: str) -> None:
+    """Have peak memory counted from now on, where the system can: Linux, or an accelerator."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return

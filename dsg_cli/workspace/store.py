@@ -72,7 +72,7 @@ def writing(folder: Path) -> Iterator[None]:
             if scratch.is_dir():
                 _finish(folder, scratch)
             else:
-                scratch.unlink(missing_ok=True)  # A probe, which its owner may have taken away.
+                scratch.unlink(missing_ok=True)  # A trial file, which its owner may have taken away.
         yield
 
 
@@ -159,11 +159,11 @@ class Workspace:
 
     def check_writable(self) -> None:
         """Make the folder if need be, before anything expensive."""
-        probe = self.folder / f".{secrets.token_hex(6)}.tmp"
+        trial_file = self.folder / f".{secrets.token_hex(6)}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink(missing_ok=True)  # Whoever writes sweeps.
+            trial_file.touch()
+            trial_file.unlink(missing_ok=True)  # Whoever writes sweeps.
         except OSError as error:
             raise DsgError(
                 f"The workspace {self.folder} cannot be written to: {error.strerror}.",

@@ -1,3 +1,3 @@
-"""Figures of a report, one kind a file, in one style."""
+"""Figures of a report: draw.py has one function each, style.py how they look."""
 
 from __future__ import annotations
