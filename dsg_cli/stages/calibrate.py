@@ -85,8 +85,8 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
         indices = [feature.index for feature in feature_set.features]
         gate = make_guardrail(inputs, loaded, sae, slice_sae(sae, indices, inputs.detectors, inputs.weights))
         rows: list[Json] = []
-        drawn = calibration_pieces(recipe, loaded, retain, forget, questions, bos=bos, lengths=lengths)
-        for part, pieces in drawn.items():
+        by_part = calibration_pieces(recipe, loaded, retain, forget, questions, bos=bos, lengths=lengths)
+        for part, pieces in by_part.items():
             statistics = gate_statistics(loaded, [gate], pieces, this.job.named(part))
             rows += [
                 {"id": pieces[i].id, "group": pieces[i].corpus, "part": part, "length": length, "statistic": statistic}
