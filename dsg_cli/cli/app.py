@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
+from typer import Option
 
 from dsg_cli import __version__
 from dsg_cli.cli.chain import apply_command, attack_command, calibrate_command, evaluate_command, select_command
@@ -36,19 +37,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
-CHAIN, AT_ONCE, LOOK, FURTHER = "The five stages", "All at once", "Look", "Further"
-"""Groups of commands, in the order in which help shows them."""
+FURTHER = "Further"
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    CHAIN: {
+    "The five stages": {
         "select": select_command,
         "calibrate": calibrate_command,
         "apply": apply_command,
         "eval": evaluate_command,
         "attack": attack_command,
     },
-    AT_ONCE: {"demo": demo_command, "run": run_command, "compare": compare_command, "study": study_command},
-    LOOK: {
+    "All at once": {"demo": demo_command, "run": run_command, "compare": compare_command, "study": study_command},
+    "Look": {
         "ls": ls_command,
         "show": show_command,
         "verify": verify_command,
@@ -58,6 +58,8 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     },
     FURTHER: {"describe": describe_command, "export": export_command},
 }
+"""Groups of commands, in the order in which help shows them."""
+
 for panel, commands in COMMANDS.items():
     for name, function in commands.items():
         app.command(name, rich_help_panel=panel)(function)
@@ -65,33 +67,27 @@ for panel, commands in COMMANDS.items():
 app.add_typer(lab_app, name="lab", rich_help_panel=FURTHER)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_set: bool) -> None:
+    if is_set:
         sys.stdout.write(f"dsg {__version__}\n")
         raise typer.Exit
-
-
-def _verbose(wanted: bool) -> None:
-    if not wanted:
-        quiet_libraries()
 
 
 @app.callback()
 def options(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
     verbose: Annotated[
-        bool,
-        typer.Option("--verbose", "-v", callback=_verbose, help="Let libraries log, warn and show their progress."),
+        bool, Option("--verbose", "-v", help="Let libraries log, warn and show their progress.")
     ] = False,
 ) -> None:
     """Unlearning in language models with dynamic SAE guardrails.
 
     Start with: dsg demo
     """
-    del version, verbose  # Their callbacks have done all.
+    del version  # Its callback has done all.
+    if not verbose:
+        quiet_libraries()
     check_shared(context.invoked_subcommand)
 
 
@@ -99,7 +95,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     install()
     sys.excepthook = _show_traceback
-    _write_anything()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # What it cannot spell, such as a file's name, is escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     be_quiet_unless_first()
     try:
         app(args=arguments, prog_name="dsg")
@@ -126,12 +123,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         complain(known)
         sys.exit(1)
     sys.exit(0)
-
-
-def _write_anything() -> None:
-    """What stdout cannot spell, such as a file's name in another encoding, is escaped as stderr does it."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def in_plain_words(error: Exception) -> DsgError | None:

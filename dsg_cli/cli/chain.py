@@ -16,15 +16,12 @@ if TYPE_CHECKING:
     from dsg_cli.inspection.descriptions import Candidates
     from dsg_cli.settings import Recipe
 
-BY_MEANING = "Without forget text"
-
-FILE_OF_DESCRIPTIONS = "Descriptions; by default Neuronpedia's, if it has any."
+BY_MEANING: dict[str, Any] = {"rich_help_panel": "Without forget text"}
 
 
 def select_settings(
     features: Annotated[
-        str | None,
-        Option(metavar="I,J,...", help="Take these features, such as a paper's.", rich_help_panel=BY_MEANING),
+        str | None, Option(metavar="I,J,...", help="Take these features, such as a paper's.", **BY_MEANING)
     ] = None,
 ) -> Mapping[str, Any]:
     """Indices as they stand in a paper: with commas or spaces between them."""
@@ -40,12 +37,16 @@ def select_settings(
     setting("select.n_features", int, "Features to select.", "-n", "--n-features"),
     setting("select.ratio_percentile", float, "Percentile of the importance ratio that a feature must reach."),
     setting("select.score", str, "mean-square or squared-mean."),
+    setting("select.describe", str, "Take the features whose descriptions match these words.", **BY_MEANING),
     setting(
-        "select.describe", str, "Take the features whose descriptions match these words.", rich_help_panel=BY_MEANING
+        "select.descriptions",
+        str,
+        "Descriptions; by default Neuronpedia's, if it has any.",
+        metavar="FILE",
+        **BY_MEANING,
     ),
-    setting("select.descriptions", str, FILE_OF_DESCRIPTIONS, metavar="FILE", rich_help_panel=BY_MEANING),
-    setting("select.embedding", str, "Match by this embedding model instead of by words.", rich_help_panel=BY_MEANING),
-    setting("select.samples", bool, "Keep the descriptions' text.", rich_help_panel=BY_MEANING),
+    setting("select.embedding", str, "Match by this embedding model instead of by words.", **BY_MEANING),
+    setting("select.samples", bool, "Keep the descriptions' text.", **BY_MEANING),
     opt.LIMIT,
     *opt.COMPUTING,
     *opt.RUNNING,
@@ -70,8 +71,7 @@ def select_command(recipe: "Recipe", out: Output, /) -> None:
 
 def calibrate_settings(
     lengths: Annotated[
-        str | None,
-        Option("--lengths", help="Of pieces of retain text: 8:128, or a file of prompts to take them from."),
+        str | None, Option(help="Of pieces of retain text: 8:128, or a file of prompts to take them from.")
     ] = None,
 ) -> Mapping[str, Any]:
     """`8:128` as the lengths 8 to 128; a file as where they are taken from."""
@@ -120,15 +120,12 @@ def apply_settings(
     limit: int | None,
     train: Annotated[
         list[str] | None,
-        Option("--train", help="For finetune: corpus to train on.", autocompletion=complete("corpora")),
+        Option(help="For finetune: corpus to train on.", autocompletion=complete("corpora")),
         Sets("methods.finetune.corpora"),
     ] = None,
     strength: Annotated[
         str | None,
-        Option(
-            "--strength",
-            help="c, to whose negative features are set: 500, 16r (default, in median residual norms), or auto.",
-        ),
+        Option(help="c, to whose negative features are set: 500, 16r (default, in median residual norms), or auto."),
     ] = None,
     lora: Annotated[
         bool | None, Option("--lora", help="Train low-rank adapters (PEFT) instead of the weights.")
@@ -153,8 +150,7 @@ def apply_command(
     out: Output,
     /,
     method: Annotated[
-        str | None,
-        Option("--method", help="`dsg` (default), or another: `dsg ls methods`.", autocompletion=complete("methods")),
+        str | None, Option(help="`dsg` (default), or another: `dsg ls methods`.", autocompletion=complete("methods"))
     ] = None,
     source: Annotated[
         str | None,

@@ -21,7 +21,6 @@ from dsg_cli.models.residuals import OomSplitter, read_residual
 
 BEFORE, AFTER = 12, 6
 """Tokens of a context on either side of its peak. W = 12 + 1 + 6."""
-
 NOTHING = -1
 """In the place of a token where a context reaches beyond its row, and of a row where there is no context."""
 
@@ -39,7 +38,6 @@ class Contexts:
     peak_CN: Tensor
     """Largest activation in each of those rows, from the largest magnitude on; 0 where there is no further row."""
     row_CN: Tensor
-    """Which row."""
     position_CN: Tensor
     """Where in the row the peak is."""
     ids_CNW: Tensor
@@ -64,10 +62,7 @@ class Context:
 
 
 def distinct_contexts(contexts: Contexts, feature: int) -> list[Context]:
-    """The contexts of one of the C features, the strongest first; of those with the same text up to the peak, one.
-
-    What follows the peak has no part in it.
-    """
+    """The contexts of one of the C features, the strongest first; of those with the same text up to the peak, one."""
     distinct: dict[tuple[int, ...], Context] = {}
     for n, row in enumerate(contexts.row_CN[feature].tolist()):
         if row == NOTHING:
@@ -136,11 +131,10 @@ class _Strongest:
             full = partial(torch.full, device=acts_LC.device)
             shape = (acts_LC.shape[1], self.n_contexts)
             window = (*shape, BEFORE + 1 + AFTER)
+            # In the order of the fields of `Contexts`.
             self.best = {"peak": full(shape, 0.0), "row": full(shape, NOTHING), "position": full(shape, NOTHING)}
             self.best |= {"ids": full(window, NOTHING, dtype=torch.int32), "acts": full(window, 0.0)}
         better = (size_C > self.best["peak"][:, -1].abs()).nonzero()[:, 0]
-        if not len(better):
-            return
         place_XW = position_C[better, None] + torch.arange(BEFORE + 1 + AFTER, device=ids_L.device)
         padded_ids = torch.nn.functional.pad(ids_L, (BEFORE, AFTER), value=NOTHING)
         padded_acts = torch.nn.functional.pad(acts_LC, (0, 0, BEFORE, AFTER))
@@ -160,41 +154,26 @@ class _Strongest:
     def contexts(self, what: str) -> Contexts:
         active_C, total_C = self.sums
         if not total_C.isfinite().all():
-            raise DsgError(
-                f"On the {what} an activation of the SAE is not finite.",
-                "Check the weights of model and SAE, or try --dtype float32.",
-            )
-        best = {name: tensor.cpu() for name, tensor in self.best.items()}
-        return Contexts(
-            n_tokens=self.n_tokens,
-            rate_C=(active_C / self.n_tokens).cpu(),
-            mean_C=(total_C / self.n_tokens).cpu(),
-            peak_CN=best["peak"],
-            row_CN=best["row"],
-            position_CN=best["position"],
-            ids_CNW=best["ids"],
-            acts_CNW=best["acts"],
-        )
+            hint = "Check the weights of model and SAE, or try --dtype float32."
+            raise DsgError(f"On the {what} an activation of the SAE is not finite.", hint)
+        rate_C, mean_C = ((sum_C / self.n_tokens).cpu() for sum_C in (active_C, total_C))
+        return Contexts(self.n_tokens, rate_C, mean_C, *(tensor.cpu() for tensor in self.best.values()))
 
 
 BEFORE_PEAK = 0.25
 """Weight of a word before the peak on which the feature is not active."""
-
 SHARE_OF_BEST = 0.25
-
 N_WORDS = 10
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a feature is about."""
+    """What a feature is about, on how many tokens it is active, and their share of all counted ones."""
 
     index: int
     description: str
     n: int
-    """Tokens on which it is active."""
     rate: float
-    """Their share of all counted tokens."""
 
 
 def describe_features(
@@ -227,7 +206,7 @@ def describe_features(
 
 
 def _frequencies(contexts: Contexts, j: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Word -> tf, for one feature."""
+    """Word -> tf."""
     frequencies: dict[str, float] = {}
     peaks = contexts.peak_CN[j].abs().tolist()
     for n, peak in enumerate(peaks):

@@ -31,10 +31,8 @@ LARGEST = 512 * 2**20
 
 LONGEST = 2000
 """Characters of a feature's description that are kept."""
-
 DIGITS = 9
 """Of an index, at most."""
-
 FORMS = (
     "Give JSON lines or a JSON array of {index, description}, or CSV with these columns; dsg describe makes the first."
 )
@@ -47,7 +45,6 @@ class Descriptions:
     texts: dict[int, str]
     source: str
     sha256: str
-    """Of the file, as it is."""
 
 
 def read_descriptions(path: Path, n_features: int, *, source: str = "", may_be_empty: bool = False) -> Descriptions:
@@ -82,10 +79,8 @@ def cleaned(text: str) -> str:
 
 
 def _text(path: Path, content: bytes) -> str:
-    if content[:2] == b"\x1f\x8b":
-        content = _unpacked(path, content)
     try:
-        return content.decode("utf-8-sig")
+        return (_unpacked(path, content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DsgError(f"{path} is not UTF-8 text (byte {error.start}).", FORMS) from error
 
@@ -97,13 +92,13 @@ def _unpacked(path: Path, content: bytes) -> bytes:
         packed = zlib.decompressobj(wbits=31)
         try:
             parts.append(packed.decompress(content, LARGEST + 1 - n_bytes))
+            n_bytes += len(parts[-1])
+            if n_bytes > LARGEST:
+                raise DsgError(f"{path} holds more than {LARGEST:,} bytes once unpacked.", "Give a part of it.")
+            if not packed.eof:
+                raise zlib.error
         except zlib.error as error:
             raise DsgError(f"{path} is no whole gzip file.", "Fetch or make it again.") from error
-        n_bytes += len(parts[-1])
-        if n_bytes > LARGEST:
-            raise DsgError(f"{path} holds more than {LARGEST:,} bytes once unpacked.", "Give a part of it.")
-        if not packed.eof:
-            raise DsgError(f"{path} is no whole gzip file.", "Fetch or make it again.")
         content = packed.unused_data
     return b"".join(parts)
 
@@ -120,9 +115,8 @@ def _rows(path: Path, text: str) -> Iterator[tuple[Any, Any]]:
         try:
             entries = parse_json(line)
         except ValueError as error:
-            raise DsgError(
-                f"{path}: {'the whole' if first == '[' else f'entry {number}'} is no JSON.", FORMS
-            ) from error
+            part = "the whole" if first == "[" else f"entry {number}"
+            raise DsgError(f"{path}: {part} is no JSON.", FORMS) from error
         for place, entry in enumerate(entries if first == "[" else [entries], start=number):
             if not isinstance(entry, dict) or "index" not in entry or not {"description", "explanations"} & set(entry):
                 raise DsgError(f"{path}, entry {place} has no index or no description.", FORMS)
@@ -141,7 +135,6 @@ def _columns(path: Path, text: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _index(value: Any) -> int | None:
-    """An index from a number or its digits."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= DIGITS:
         return int(value)
     return value if type(value) is int and 0 <= value < 10**DIGITS else None
@@ -157,14 +150,12 @@ def _texts_of(path: Path, number: int, value: Any) -> list[str]:
 
 
 K1, B = 1.5, 0.75
-
 _STOP_WORDS = (
     "a about after all also an and any are as at be because been before being between both but by can could did do "
     "does each etc for from had has have he her his how i if in into is it its like may more most no not of on one "
     "only or other our out over she should so some such than that the their them then there these they this those to "
     "up us was we were what when where which while who will with would you your"
 )
-
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 
 
@@ -202,12 +193,10 @@ def rank_by_terms(query: str, descriptions: Mapping[int, str]) -> list[Match]:
         raise DsgError(f"The query {query[:100]!r} holds no word that tells anything.", "Name what is to be forgotten.")
     indices = sorted(descriptions)
     documents = [terms_of(descriptions[j]) for j in indices]
-    known = {term for terms in documents for term in terms}
-    known_terms = [term for term in query_terms if term in known]
+    known_terms = [term for term in query_terms if any(term in terms for terms in documents)]
     if not known_terms:
-        raise DsgError(
-            f"No description matches {query[:100]!r}.", "Describe it in other words, or rank by --embedding NAME."
-        )
+        hint = "Describe it in other words, or rank by --embedding NAME."
+        raise DsgError(f"No description matches {query[:100]!r}.", hint)
     ranker = bm25s.BM25(k1=K1, b=B, method="lucene", dtype="float64")
     ranker.index(documents, show_progress=False)
     scores = ranker.get_scores(known_terms)
@@ -228,7 +217,6 @@ def unmatched(query: str, descriptions: Iterable[str]) -> list[str]:
 
 
 BATCH = 32
-
 LONGEST_EMBEDDED = 512
 """Tokens of a text, at most."""
 
@@ -244,27 +232,25 @@ def rank_by_embedding(
 
     indices = sorted(descriptions)
     with torch.inference_mode():
-        vectors_ND = embedded([query, *(descriptions[j] for j in indices)], name, device=device, report=report)
+        vectors_ND = _embedded([query, *(descriptions[j] for j in indices)], name, device, report)
     vectors_ND = torch.nn.functional.normalize(vectors_ND, dim=-1)
     cosines = (vectors_ND[1:] @ vectors_ND[0]).tolist()
     return ranked(dict(zip(indices, cosines, strict=True)))
 
 
-def embedded(texts: Sequence[str], name: str, *, device: str = "cpu", report: Report = silent) -> Tensor:
+def _embedded(texts: Sequence[str], name: str, device: str, report: Report) -> Tensor:
     """The mean of the last hidden states over a text's tokens, [N, D]."""
     import torch
 
     tokenizer, model = _loaded(name, device)
-    tokenizer.padding_side = "right"
     config = model.config.get_text_config()
     vectors_ND = torch.zeros(len(texts), config.hidden_size)
     longest = min(LONGEST_EMBEDDED, getattr(config, "max_position_embeddings", LONGEST_EMBEDDED))
+    cut: dict[str, Any] = {"padding": True, "padding_side": "right", "truncation": True, "max_length": longest}
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
-        batch = tokenizer(
-            [texts[i] for i in rows], padding=True, truncation=True, max_length=longest, return_tensors="pt"
-        )
+        batch = tokenizer([texts[i] for i in rows], return_tensors="pt", **cut)
         inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
         states_BLD = model(**inputs).last_hidden_state.float()
         mask_BL1 = inputs["attention_mask"][..., None]
@@ -281,16 +267,13 @@ def _loaded(name: str, device: str) -> tuple[Any, Any]:
 
     from dsg_cli.models.language_model import model_folder
 
-    folder = model_folder(name)
+    folder, local = model_folder(name), {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModel.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
     except Exception as error:  # Files of others: libraries raise anything on a bad one.
-        raise DsgError(
-            f"The embedding model {name} cannot be loaded: {reason_of(error, 200)}", "Name another with --embedding."
-        ) from error
+        reason = f"The embedding model {name} cannot be loaded: {reason_of(error, 200)}"
+        raise DsgError(reason, "Name another with --embedding.") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, model.to(device).eval().requires_grad_(False)

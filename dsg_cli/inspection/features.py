@@ -29,11 +29,10 @@ from dsg_cli.workspace.body import Json
 
 @dataclass(frozen=True)
 class Group:
-    """A corpus, and what it is to the guardrail."""
+    """A corpus, and what it is to the guardrail: forget, near or retain."""
 
     corpus: Corpus
     role: str
-    """forget, near or retain."""
 
     @property
     def name(self) -> str:
@@ -68,15 +67,9 @@ class Read:
 
 STRONG = 0.5
 """Of the largest peak of a feature: contexts that reach it say where it peaks."""
-
-MANY_PEAKS = 0.5
-
 FEW_CONTEXTS = 4
 """With fewer nothing is said about where contexts peak."""
-
-COMMON_RATE = 0.2
-
-SHARED_RATIO = 0.5
+MANY_PEAKS, COMMON_RATE, SHARED_RATIO = 0.5, 0.2, 0.5
 
 
 def with_near(reads: Sequence[Read], features: Sequence[SelectedFeature]) -> tuple[list[Read], list[str]]:
@@ -123,9 +116,8 @@ def words_of_all(reads: Sequence[Read], n_features: int, tokenizer: PreTrainedTo
     names = ("peak_CN", "row_CN", "position_CN", "ids_CNW", "acts_CNW")
     joined = {name: torch.cat([getattr(read.contexts, name) for read in reads], 1) for name in names}
     order_CN = joined["peak_CN"].abs().argsort(dim=-1, descending=True, stable=True)
-    strongest: dict[str, Any] = {
-        name: tensor[torch.arange(n_features)[:, None], order_CN] for name, tensor in joined.items()
-    }
+    row_C1 = torch.arange(n_features)[:, None]
+    strongest: dict[str, Any] = {name: tensor[row_C1, order_CN] for name, tensor in joined.items()}
     peak_CN = strongest["peak_CN"]
     strongest["peak_CN"] = torch.where(peak_CN.abs() >= STRONG * peak_CN[:, :1].abs(), peak_CN, 0.0)
     descriptions = describe_features(replace(reads[0].contexts, **strongest), tokenizer)
@@ -137,7 +129,6 @@ def feature_warnings(
     reads: Sequence[Read], c: int, feature: SelectedFeature, n_features: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     """What speaks against feature c of C; of the groups one is near, and `n_features` are those of the SAE."""
-    template = template_tokens(tokenizer)
     contexts = [(context, read) for read in reads for context in distinct_contexts(read.contexts, c)]
     largest = max((abs(context.peak) for context, _ in contexts), default=0.0)
     peaks = [(context.ids[context.at], read) for context, read in contexts if abs(context.peak) >= STRONG * largest]
@@ -145,7 +136,7 @@ def feature_warnings(
         [read for read in reads if (read.group.role == "forget") == is_forget] for is_forget in (True, False)
     )
     # Words of the template, such as `user`, are words elsewhere; tokens that mark turns are not.
-    markers = tokenizer.added_tokens_decoder
+    template, markers = template_tokens(tokenizer), tokenizer.added_tokens_decoder
     n_template = sum(token in template and (read.group.corpus.is_chat or token in markers) for token, read in peaks)
     warnings = formatting_warnings(
         [str(tokenizer.decode([token])) for token, _ in peaks], n_template, _pooled_rate(retained, c)
@@ -159,10 +150,8 @@ def feature_warnings(
 def formatting_warnings(peaks: Sequence[str], n_template: int, retained_rate: float) -> list[str]:
     """Whether a feature looks like formatting.
 
-    Args:
-        peaks: Texts of the tokens on which its strongest contexts peak.
-        n_template: How many of these are of the chat template.
-        retained_rate: Share of the tokens of all that is not to be forgotten on which it is active.
+    `peaks` are the tokens on which its strongest contexts peak, `n_template` of them of the chat template;
+    `retained_rate` is the share of the tokens of all that is not to be forgotten on which it is active.
     """
     warnings, n_bare = [], sum(map(is_bare, peaks))
     strongest = f"of its {len(peaks)} strongest contexts peak"
@@ -198,7 +187,6 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _pooled_rate(reads: Sequence[Read], c: int) -> float:
-    """Share of the tokens of several groups on which a feature is active."""
     n_tokens = sum(read.contexts.n_tokens for read in reads)
     return sum(read.rate(c) * read.contexts.n_tokens for read in reads) / n_tokens if n_tokens else 0.0
 

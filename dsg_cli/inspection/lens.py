@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,12 +28,10 @@ from dsg_cli.models.sae import SaeSource
 
 READABLE = ("resid_pre", "resid_post", "mlp_out", "attn_out", "output")
 """Points at which what is written is added to the residual stream."""
-
 LARGE = 1024.0
 """Length of a dimension of what the norm is asked about: its epsilon is nothing beside it."""
-
-VOCABULARY_CHUNK = 16_384
-"""Rows of the head that are taken to float32 at a time."""
+VOCABULARY_CHUNK, CHUNK = 16_384, 8192
+"""Rows of the head, and of the decoder, that are taken to float32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +88,15 @@ def _linear_part(norm: nn.Module, width: int, device: torch.device) -> tuple[Ten
 
     Families write their norms differently; all that is assumed is checked on a random residual.
     """
-    own = copy.deepcopy(norm).float().to(device)
-    sign_D = torch.ones(width, device=device)
-    sign_D[1::2] = -1.0
-
-    def odd(x_D: Tensor) -> Tensor:
-        """Without the constant that it adds."""
-        found: Tensor = (own(x_D[None])[0] - own(-x_D[None])[0]) / 2
-        return found
-
     if width % 2:
         return None  # No vector of ones and minus ones has the mean 0.
+    own = copy.deepcopy(norm).float().to(device)
+    sign_D = torch.tensor([1.0, -1.0], device=device).repeat(width // 2)
+
+    def odd(x_D: Tensor) -> Any:
+        """Without the constant that it adds."""
+        return (own(x_D[None])[0] - own(-x_D[None])[0]) / 2
+
     gain_D = odd(LARGE * sign_D) * sign_D
     random_D = LARGE * torch.randn(width, generator=torch.Generator().manual_seed(0)).to(device) + LARGE
     for is_centring in (False, True):
@@ -107,10 +104,6 @@ def _linear_part(norm: nn.Module, width: int, device: torch.device) -> tuple[Ten
         if torch.allclose(odd(random_D), gain_D * x_D / x_D.square().mean().sqrt(), rtol=1e-3, atol=1e-4):
             return gain_D, is_centring
     return None
-
-
-CHUNK = 8192
-"""Rows that are in memory at a time."""
 
 
 def decoder_rows(sae: SaeSource, indices: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import re
 import time
@@ -18,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 from dsg_cli.errors import DsgError, reason_of
 from dsg_cli.inspection.descriptions import LARGEST, LONGEST, cleaned, read_descriptions
@@ -27,27 +27,28 @@ from dsg_cli.models.releases import cache_folder, releases
 from dsg_cli.workspace.files import parse_json, write_atomically
 
 SERVER = "https://www.neuronpedia.org"
+EXPORT = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
+INSTEAD = "Give --descriptions FILE, or make them from text of yours: dsg describe FILE --corpus NAME."
 
 PLACE = re.compile(r"[\w.-]+/[\w.-]+")
 """model/source"""
 
-LARGEST_ANSWER = 4 * 2**20
-"""Bytes of an answer."""
-
+LARGEST_ANSWER, LARGEST_LISTING = 4 * 2**20, 8 * 2**20
+"""Bytes of an answer, and of a page of the export's listing."""
 LONGEST_ANSWER = 300
 """Characters of a description."""
-
-SECONDS = 10.0
+SECONDS, SECONDS_EXPORT = 10.0, 60.0
+"""For a whole answer, and for each part of a file of the export."""
+PAGES = 100
+"""Of a listing, at most; each names up to a thousand files."""
 
 
 @dataclass(frozen=True)
 class PageDescriptions:
-    """What the pages of features say, and what went wrong."""
+    """What the pages of features say (of those that have a description), and what went wrong, if anything."""
 
     texts: dict[int, str]
-    """Feature -> its description, of those that have one."""
     note: str
-    """Empty if the server answered."""
 
 
 def place_of(source: str) -> str | None:
@@ -78,66 +79,28 @@ def described(place: str, indices: Sequence[int], report: Report = silent) -> Pa
 
     A server that fails is not asked again.
     """
+    server = os.environ.get("DSG_NEURONPEDIA", SERVER).rstrip("/")
     texts: dict[int, str] = {}
     note = ""
     for n, index in enumerate(indices, start=1):
-        kept = cache_folder() / "neuronpedia" / place / f"{index}.json"
-        text = _kept(kept)
+        cached = cache_folder() / "neuronpedia" / place / f"{index}.json"
+        text = _cached_text(cached)
         if text is None and not note:
             try:
-                text = _asked(f"{_server()}/api/feature/{place}/{index}")
-                _keep(kept, text)
+                text = _first_description(f"{server}/api/feature/{place}/{index}")
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(cached, json.dumps({"description": text}).encode())
             except (OSError, ValueError, HTTPException) as error:  # No network, no answer, or no sense in it.
-                note = f"Neuronpedia gave no description of feature {index}: {_reason(error)}."
+                late = isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError)
+                reason = f"no answer in {SECONDS:g} seconds" if late else reason_of(error, 200)
+                note = f"Neuronpedia gave no description of feature {index}: {reason}."
         if text:
             texts[index] = text
         report("Neuronpedia", n, len(indices))
     return PageDescriptions(texts, note)
 
 
-def _server() -> str:
-    return os.environ.get("DSG_NEURONPEDIA", SERVER).rstrip("/")
-
-
-def _asked(url: str) -> str:
-    """The first description in an answer; nothing if there is none."""
-    if not url.startswith(("https://", "http://")):
-        raise ValueError("DSG_NEURONPEDIA is no address of a web server")
-    request = urllib.request.Request(url, headers={"Accept": "application/json", "User-Agent": "dsg-cli"})
-    until = time.monotonic() + SECONDS
-    content = b""
-    try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            while part := answer.read1(2**16):
-                content += part
-                if len(content) > LARGEST_ANSWER:
-                    raise ValueError(f"its answer has more than {LARGEST_ANSWER} bytes")
-                if time.monotonic() > until:  # The timeout above is that of each part.
-                    raise TimeoutError
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 404:
-            return ""
-        raise
-    return _first(parse_json(content))
-
-
-def _first(answer: Any) -> str:
-    explanations = answer.get("explanations") if isinstance(answer, dict) else None
-    if not isinstance(explanations, list):
-        raise ValueError("its answer is of another form than is known here")
-    texts = [one.get("description") for one in explanations if isinstance(one, dict)]
-    return next((clean for text in texts if isinstance(text, str) and (clean := _clean(text))), "")
-
-
-def _clean(text: str) -> str:
-    """One line of what can be printed, of a bounded length."""
-    text = " ".join(text[: 8 * LONGEST_ANSWER].split())
-    text = "".join(character for character in text if character.isprintable())
-    return text if len(text) <= LONGEST_ANSWER else f"{text[: LONGEST_ANSWER - 3]}..."
-
-
-def _kept(path: Path) -> str | None:
+def _cached_text(path: Path) -> str | None:
     try:
         text = parse_json(path.read_bytes())["description"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -145,27 +108,43 @@ def _kept(path: Path) -> str | None:
     return _clean(text) if isinstance(text, str) else None
 
 
-def _keep(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"description": text}).encode())
+def _first_description(url: str) -> str:
+    """The first description in an answer; nothing if there is none."""
+    if not url.startswith(("https://", "http://")):
+        raise ValueError("DSG_NEURONPEDIA is no address of a web server")
+    try:
+        content = _download(url, LARGEST_ANSWER, SECONDS, until=time.monotonic() + SECONDS)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 404:
+            return ""
+        raise
+    if len(content) > LARGEST_ANSWER:
+        raise ValueError(f"its answer has more than {LARGEST_ANSWER} bytes")
+    answer = parse_json(content)
+    explanations = answer.get("explanations") if isinstance(answer, dict) else None
+    if not isinstance(explanations, list):
+        raise ValueError("its answer is of another form than is known here")
+    texts = [row.get("description") for row in explanations if isinstance(row, dict)]
+    return next((clean for text in texts if isinstance(text, str) and (clean := _clean(text))), "")
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
-        return f"no answer in {SECONDS:g} seconds"
-    return reason_of(error, 200)
+def _clean(text: str) -> str:
+    """One line of what can be printed, of a bounded length."""
+    text = "".join(filter(str.isprintable, " ".join(text[: 8 * LONGEST_ANSWER].split())))
+    return text if len(text) <= LONGEST_ANSWER else f"{text[: LONGEST_ANSWER - 3]}..."
 
 
-EXPORT = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
-
-INSTEAD = "Give --descriptions FILE, or make them from text of yours: dsg describe FILE --corpus NAME."
-
-SECONDS_EXPORT = 60
-
-PAGES = 100
-"""Of a listing, at most; each names up to a thousand files."""
-
-LARGEST_LISTING = 8 * 2**20
+def _download(url: str, largest: int, seconds: float, *, until: float = math.inf) -> bytes:
+    """What a server sends, and little more than `largest` bytes of it; `seconds` are those of each part."""
+    content = bytearray()
+    request = urllib.request.Request(url, headers={"Accept": "application/json, */*", "User-Agent": "dsg-cli"})
+    with urllib.request.urlopen(request, timeout=seconds) as answer:
+        while len(content) <= largest and (part := answer.read1(2**16)):
+            content += part
+            if time.monotonic() > until:
+                raise TimeoutError
+    return bytes(content)
 
 
 def fetch_descriptions(name: str, n_features: int, *, report: Report = silent) -> Path:
@@ -226,13 +205,10 @@ def _fetched(key: str, largest: int) -> bytes:
     if not base.startswith(("https://", "http://")):
         raise DsgError(f"DSG_NEURONPEDIA_EXPORT is {base[:200]}, which is no address.", "Begin it with https://.")
     try:
-        with urllib.request.urlopen(f"{base.rstrip('/')}/{key}", timeout=SECONDS_EXPORT) as answer:
-            content: bytes = answer.read(largest + 1)
+        content = _download(f"{base.rstrip('/')}/{key}", largest, SECONDS_EXPORT)
     except (OSError, ValueError, HTTPException) as error:  # URLError, HTTPError, time-outs.
-        reason = getattr(error, "reason", None) or error
-        raise DsgError(
-            f"Neuronpedia's export cannot be reached: {' '.join(str(reason).split())[:200]}.", INSTEAD
-        ) from error
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())[:200]
+        raise DsgError(f"Neuronpedia's export cannot be reached: {reason}.", INSTEAD) from error
     if len(content) > largest:
         raise DsgError(f"Neuronpedia's export has a file of more than {largest:,} bytes: {key[:200]}.", INSTEAD)
     return content

@@ -52,7 +52,7 @@ class Trace:
     """False for BOS and other tokens that never enter a statistic."""
     features: list[SelectedFeature]
     activations: list[list[float]]
-    """A list a feature, of each token; 0 on tokens that do not count."""
+    """Of each feature on each token; 0 on tokens that do not count."""
     gate: GateSteps | None
 
     def as_json(self) -> Json:
@@ -85,9 +85,8 @@ def trace(
     counted_BL = counted_tokens(ids_BL, None, special_ids(loaded.tokenizer))
     acts_LC = encode(resid_BLD[0].float()) * counted_BL[0, :, None]
     if not bool(torch.isfinite(resid_BLD).all() & torch.isfinite(acts_LC).all()):
-        raise DsgError(
-            f"The residual at {site.name} is not finite.", "Check the model's weights, or run it in float32."
-        )
+        hint = "Check the model's weights, or run it in float32."
+        raise DsgError(f"The residual at {site.name} is not finite.", hint)
     return Trace(
         tokens=token_texts(loaded.tokenizer, ids),
         counted=counted_BL[0].tolist(),
@@ -100,7 +99,6 @@ def trace(
 def _gate_steps(guard: GuardrailModule, resid_BLD: Tensor, counted_BL: Tensor) -> GateSteps:
     guard.to(resid_BLD.device)
     watched, decision = guard.watch(resid_BLD, counted_BL), guard.decide(resid_BLD, counted_BL)
-    gated = decision.gated_BL[0].tolist()
     return GateSteps(
         form=guard.gate.form,
         threshold=guard.gate.threshold,
@@ -108,7 +106,7 @@ def _gate_steps(guard: GuardrailModule, resid_BLD: Tensor, counted_BL: Tensor) -
         score=torch.where(counted_BL, watched.signal_BL, 0.0)[0].tolist(),
         floor=float(guard.gate.score(torch.zeros(1, dtype=torch.bool), torch.zeros(1))),
         statistic=[value if math.isfinite(value) else None for value in decision.statistic_BL[0].tolist()],
-        gated=gated,
+        gated=decision.gated_BL[0].tolist(),
         latched_at=latched_at(decision.gated_BL[0]) if guard.gate.is_causal else None,
         clamped=(decision.change_BLC != 0).any(-1)[0].tolist(),
         edit=guard.edit_size(resid_BLD, decision)[0].tolist(),

@@ -18,10 +18,8 @@ from dsg_cli.errors import DsgError
 from dsg_cli.workspace.body import Json
 
 HOST = "127.0.0.1"
-
 LONGEST = 64 * 1024
 """Bytes of a request."""
-
 SECONDS = 10
 """For a request to arrive in."""
 
@@ -40,9 +38,6 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
-Ask = Callable[[Json], Json]
-"""A prompt as the page sends it -> what is shown of it."""
-
 
 class Server(ThreadingHTTPServer):
     """The page's server; one prompt is answered at a time, since there is one model."""
@@ -51,8 +46,8 @@ class Server(ThreadingHTTPServer):
 
     about: Json
     """What the page shows at first."""
-    ask: Ask
-    """Answers a prompt; called by one thread at a time."""
+    ask: Callable[[Json], Json]
+    """A prompt as the page sends it -> what is shown of it; called by one thread at a time."""
 
     def __init__(self, port: int) -> None:
         """Take the port, or for 0 any that is free; `about` and `ask` are to be set before anything is served."""
