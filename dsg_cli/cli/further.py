@@ -54,8 +54,7 @@ def export_command(
     to: Annotated[str, Argument(help="A folder, NAME.safetensors, or hf://org/name.")],
     sources: opt.FromMany = None,
     form: Annotated[
-        str | None,
-        Option("--form", help="light (the guardrail alone) or model; by default what TO says, on a hub light."),
+        str | None, Option(help="light (the guardrail alone) or model; by default what TO says, on a hub light.")
     ] = None,
     copy: Annotated[bool, Option("--copy", help="Copy the base's weights rather than hard-link them.")] = False,
     public: Annotated[bool, Option("--public", help="Make a new repository public.")] = False,
@@ -85,12 +84,8 @@ def export_command(
     else:
         out.hint(f'Load it with: load_guardrail("{exported.to}")')
     if exported.to.endswith(".safetensors"):
-        words = [
-            Path(exported.to).stem,
-            "--form",
-            "light",
-            *(word for name in sources or [] for word in ("--from", name)),
-        ]
+        sourced = [word for name in sources or [] for word in ("--from", name)]
+        words = [Path(exported.to).stem, "--form", "light", *sourced]
         out.hint(f"With a model card: dsg export {shlex.join(words)}{in_workspace(out.workspace)}")
 
 
@@ -124,7 +119,7 @@ def lab_train(
     seed: Annotated[int, Option("--seed", help="Of the weights and the training text; the world stays.")] = 0,
     without: Annotated[
         list[str] | None,
-        Option("--without", help="Train only a model, and keep this domain from it. Repeatable.", metavar="DOMAIN"),
+        Option(help="Train only a model, and keep this domain from it. Repeatable.", metavar="DOMAIN"),
     ] = None,
     layers: Annotated[
         list[int] | None, Option("--layer", help="Train only an SAE, at this layer of the lab's model. Repeatable.")
@@ -147,12 +142,7 @@ def lab_train(
             figures = train_and_export(folder, seed=seed, report=report)
     if out.as_json:
         out.json(figures)
-    else:
-        out.lines(_lines(folder, figures))
-
-
-def _lines(folder: Path, figures: dict[str, Any]) -> list[str]:
-    """What was trained, a line each."""
+        return
     accuracy, saes = figures.get("accuracy", {}), figures.get("saes", [])
     if "without" in figures:
         result = ", ".join(f"{bench} {accuracy[bench]:.2f}" for bench in lab.BENCHES)
@@ -161,7 +151,5 @@ def _lines(folder: Path, figures: dict[str, Any]) -> list[str]:
         result = f"lowest accuracy {accuracy[lowest]:.3f} ({lowest})"
     else:
         result = f"{len(saes)} SAEs"
-    return [
-        f"{folder}: {result}, {figures['seconds']:.0f} s",
-        *(f"{sae['name']}: variance explained {sae['variance_explained']}, L0 {sae['l0']}" for sae in saes),
-    ]
+    out.line(f"{folder}: {result}, {figures['seconds']:.0f} s")
+    out.lines(f"{sae['name']}: variance explained {sae['variance_explained']}, L0 {sae['l0']}" for sae in saes)

@@ -3,9 +3,9 @@
 import dataclasses
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -116,9 +116,7 @@ def generate_command(
     prompts: Annotated[
         list[str] | None, Argument(metavar="[PROMPT]...", help="Text to continue; without any, stdin.")
     ] = None,
-    file: Annotated[
-        Path | None, Option("--file", help="One prompt a line, or a .jsonl of {prompt}; - reads stdin.")
-    ] = None,
+    file: Annotated[Path | None, Option(help="One prompt a line, or a .jsonl of {prompt}; - reads stdin.")] = None,
     sources: opt.FromMany = None,
 ) -> None:
     """Try prompts on the base model and on the guarded one.
@@ -167,7 +165,7 @@ def inspect_command(
     port: Annotated[int, Option("--port", help="Of that page; 0 takes any.", min=0, max=65535)] = 8731,
     near: Annotated[
         list[str] | None,
-        Option("--near", help="Corpus near to what is forgotten; repeatable.", autocompletion=complete("corpora")),
+        Option(help="Corpus near to what is forgotten; repeatable.", autocompletion=complete("corpora")),
     ] = None,
     n_contexts: Annotated[int, Option("--contexts", help="Contexts of each feature in each corpus.")] = 3,
     samples: Annotated[bool, Option("--samples", help="Keep the text of contexts.")] = False,
@@ -176,14 +174,17 @@ def inspect_command(
     ] = False,
     page: Annotated[Path | None, Option("--html", help="Write the same to an HTML file, with text.")] = None,
     force: Annotated[bool, Option("--force", help="Replace that file.")] = False,
-    limit: Annotated[int | None, Option("--limit", help=opt.DOCUMENTS)] = None,
+    limit: Annotated[int | None, Option(help=opt.DOCUMENTS)] = None,
 ) -> None:
     """What are the chosen features about? With --prompt: what do they and the gate see of it, token by token?
 
     Example: dsg inspect guardrail-001 --near lab-near, or dsg inspect --prompt "What is the counter of the grim hex"
     """
-    for_inspection = {"--near": near, "--samples": samples, "--neuronpedia": neuronpedia, "--html": page}
-    check_modes({"--serve": is_live, "--prompt": prompts}, {**for_inspection, "--limit": limit, "--reuse": out.reuse})
+    modes = [flag for flag, value in {"--serve": is_live, "--prompt": prompts}.items() if value]
+    options = {"--near": near, "--samples": samples, "--neuronpedia": neuronpedia, "--html": page, "--limit": limit}
+    for_inspection = [flag for flag, value in {**options, "--reuse": out.reuse}.items() if value]
+    if modes and (clashing := [*modes[1:], *for_inspection]):
+        raise DsgError(f"{modes[0]} does not go with {clashing[0]}.", "Leave one of the two out.")
     if is_live:
         _serve(recipe, out, artifact, port)
     elif prompts:
@@ -206,29 +207,14 @@ def inspect_command(
         out.show(shown.stored, view=view)
 
 
-def check_modes(modes: Mapping[str, object], others: Mapping[str, object]) -> None:
-    """Refuse flags of one way to look at features beside those of another.
-
-    Args:
-        modes: Flags that choose what is done instead of an inspection, and their values.
-        others: Flags that say how features are inspected.
-    """
-    chosen = [flag for flag, value in modes.items() if value]
-    clashing = [*chosen[1:], *([flag for flag, value in others.items() if value] if chosen else [])]
-    if clashing:
-        raise DsgError(f"{chosen[0]} does not go with {clashing[0]}.", "Leave one of the two out.")
-
-
 def _show_prompts(
     recipe: "Recipe", out: Output, prompts: Sequence[str], artifact: str | None, features: Sequence[int], *, chat: bool
 ) -> None:
-    """Prompts one after another, each with what features and gate see of it."""
     with out.computing():
         from dsg_cli.stages.prompts import trace_prompts
 
-        traces = list(
-            trace_prompts(recipe, out.store, prompts, source=artifact, features=features, chat=chat, say=out.talk)
-        )
+        options: dict[str, Any] = {"source": artifact, "features": features, "chat": chat, "say": out.talk}
+        traces = list(trace_prompts(recipe, out.store, prompts, **options))
     if out.as_json:
         out.json([trace.as_json() for trace in traces])
         return
@@ -271,7 +257,7 @@ def report_command(
     output: Annotated[Path, Option("--output", "-o", help="HTML file to write.")] = Path("dsg-report.html"),
     figures: Annotated[Path | None, Option("--figures", help="Folder for the figures as files, too.")] = None,
     formats: Annotated[list[str] | None, Option("--format", help="svg (default), png, pdf; repeatable.")] = None,
-    title: Annotated[str, Option("--title", help="Of the page.")] = "Unlearning report",
+    title: Annotated[str, Option(help="Of the page.")] = "Unlearning report",
     with_text: Annotated[
         bool, Option("--with-text", help="Show texts in which features fire, where dsg inspect --samples kept them.")
     ] = False,
@@ -283,7 +269,11 @@ def report_command(
     """
     start = time.monotonic()
     kinds = list(dict.fromkeys(formats or ["svg"]))
-    _check_targets(output, figures, kinds, force=force)
+    if unknown := [kind for kind in kinds if kind not in ("svg", "png", "pdf")]:
+        raise DsgError(f"Figures are written as svg, png or pdf, not as {unknown[0][:40]}.")
+    check_new_file(output, "--output", force=force)
+    if figures is not None and is_taken(figures) and not figures.is_dir():
+        raise DsgError(f"{figures} is no folder.", "Name another with --figures.")
     with out.progress() as progress:
         from dsg_cli.report.evaluations import beside
         from dsg_cli.report.gather import gather
@@ -301,13 +291,3 @@ def report_command(
         out.json({**written, "artifacts": ids, "figures": [str(path) for path in files]})
     else:
         out.line(str(output))
-
-
-def _check_targets(output: Path, figures: Path | None, kinds: list[str], *, force: bool) -> None:
-    """Refuse bad options before anything is read."""
-    unknown = [kind for kind in kinds if kind not in ("svg", "png", "pdf")]
-    if unknown:
-        raise DsgError(f"Figures are written as svg, png or pdf, not as {unknown[0][:40]}.")
-    check_new_file(output, "--output", force=force)
-    if figures is not None and is_taken(figures) and not figures.is_dir():
-        raise DsgError(f"{figures} is no folder.", "Name another with --figures.")

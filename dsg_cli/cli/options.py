@@ -76,8 +76,7 @@ def complete_artifact(*kinds: str) -> Callable[[Context, str], list[str]]:
 
     def ids(context: Context, incomplete: str) -> list[str]:
         folder = Path(context.params.get("workspace") or DEFAULT_WORKSPACE)
-        ids_of_kinds = [artifact_id for kind in kinds or (None,) for artifact_id in artifact_ids(folder, kind)]
-        return [artifact_id for artifact_id in ids_of_kinds if artifact_id.startswith(incomplete)]
+        return [name for kind in kinds or (None,) for name in artifact_ids(folder, kind) if name.startswith(incomplete)]
 
     return ids
 
@@ -92,19 +91,14 @@ class Sets:
 def option(name: str, kind: Any, help: str, *flags: str, default: Any = None, sets: str = "", **more: Any) -> Parameter:
     """An option as a parameter of a command; `more` is Typer's, and `sets` a key of the recipe."""
     annotated: Any = Annotated
-    return Parameter(
-        name,
-        Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=annotated[kind, Option(*flags, help=help, **more), *([Sets(sets)] if sets else [])],
-    )
+    annotation = annotated[kind, Option(*flags, help=help, **more), *([Sets(sets)] if sets else [])]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def setting(key: str, kind: Any, help: str, *flags: str, names: str | None = None, **more: Any) -> Parameter:
     """An option that does nothing but set a key of the recipe; its flag is the last part of the key, if none is given.
 
-    Args:
-        names: What completes its values, of NAMES.
+    `names`, of NAMES, complete its values.
     """
     flags = flags or ("--" + key.rpartition(".")[2].replace("_", "-"),)
     name = flags[-1].removeprefix("--").replace("-", "_")
@@ -117,9 +111,8 @@ _FOLDER: dict[str, Any] = {"default": DEFAULT_WORKSPACE, "envvar": "DSG_WORKSPAC
 WORKSPACE = option("workspace", Path, "Folder of artifacts.", "--workspace", "-w", **_FOLDER)
 JSON = option("as_json", bool, "One JSON document on stdout.", "--json", default=False)
 QUIET = option("quiet", bool, "No progress and no hints.", "--quiet", "-q", default=False)
-SUMMARY = option(
-    "summary", str | None, "Append a Markdown section on what was found to a file.", "--summary", metavar="FILE"
-)
+_SUMMARY = "Append a Markdown section on what was found to a file."
+SUMMARY = option("summary", str | None, _SUMMARY, "--summary", metavar="FILE")
 SETS = option("sets", list[str] | None, "section.key=value, for any setting; repeatable.", "--set")
 RECIPE = option(
     "recipe", str | None, "YAML file, or the name of a shipped recipe.", "--recipe", autocompletion=complete("recipes")
@@ -131,10 +124,10 @@ DEVICE = (
 _DEVICE_MAP = setting("model.device_map", str, "auto: spread a model over all GPUs, if it is larger than one.")
 _TRUST = setting("model.trust_remote_code", bool, "Run Python files that come with the model. Read them first.")
 SEED = setting("seed", int, "Seed of everything that is drawn.")
-TAKE_EXISTING = "Take an existing artifact if settings, inputs and versions all match."
-REUSE = option("reuse", bool, TAKE_EXISTING, "--reuse", default=False)
-GO_ON = "Go on from the checkpoint of the same command, interrupted."
-RUNNING = (REUSE, option("resume", bool, GO_ON, "--resume", default=False))
+_REUSE = "Take an existing artifact if settings, inputs and versions all match."
+REUSE = option("reuse", bool, _REUSE, "--reuse", default=False)
+_RESUME = "Go on from the checkpoint of the same command, interrupted."
+RUNNING = (REUSE, option("resume", bool, _RESUME, "--resume", default=False))
 CORPORA = (
     setting("corpora.forget", list[str], "Corpus to forget (`dsg ls corpora`).", names="corpora"),
     setting("corpora.retain", list[str], "Corpus to retain; NAME=WEIGHT mixes.", names="corpora"),
@@ -227,7 +220,5 @@ def command(
 def _recipe(name: str | None, sets: list[str] | None, flags: Mapping[str, Any]) -> Any:
     from dsg_cli.recipe import load_recipe
 
-    # An empty list is a repeatable flag that was not given.
-    return load_recipe(
-        name, sets=sets or [], flags={key: None if value == [] else value for key, value in flags.items()}
-    )
+    flags = {key: None if value == [] else value for key, value in flags.items()}  # A repeatable flag, not given.
+    return load_recipe(name, sets=sets or [], flags=flags)

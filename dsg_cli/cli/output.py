@@ -241,14 +241,8 @@ def _bars() -> Iterator[Report]:
 
     from dsg_cli.report.rendering import console
 
-    columns = (
-        TextColumn("{task.description:<26}"),
-        BarColumn(bar_width=14),
-        TextColumn("{task.fields[share]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    texts = [TextColumn(text) for text in ("{task.description:<26}", "{task.fields[share]}", "{task.fields[rate]}")]
+    columns = (texts[0], BarColumn(bar_width=14), *texts[1:], TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(sys.stderr), transient=True) as bars:
         task = bars.add_task("loading", total=None, rate="", share="")
         current, began, first = "", time.monotonic(), 0
@@ -290,9 +284,7 @@ def next_command(stored: Stored) -> str:
     words = stored.body.next_command
     if words == "dsg eval":
         forget = getattr(stored.body, "forget", [])
-        bench = next(
-            (name for name in forget if name in known_benches()), None
-        )  # A bench named like what is forgotten.
+        bench = next((name for name in forget if name in known_benches()), None)  # Named like what is forgotten.
         if bench is None:
             return "dsg ls benches"
         words = f"dsg eval --bench {shlex.quote(bench)}"
@@ -355,17 +347,10 @@ def quiet_libraries() -> None:
     """Other people's progress bars, logs and warnings are off; ours report the same work."""
     if os.environ.get("DSG_DEBUG") == "1":
         return
-    for name, value in (
-        ("TQDM_DISABLE", "1"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("HF_HUB_VERBOSITY", "error"),
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
-        ("DATASETS_VERBOSITY", "error"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
-        ("PYTHONWARNINGS", "ignore"),
-    ):
+    verbosities = dict.fromkeys(("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"), "error")
+    bars = dict.fromkeys(("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
+    others = {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    for name, value in (verbosities | bars | others).items():
         os.environ.setdefault(name, value)
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")

@@ -23,14 +23,10 @@ DEMO_WORKSPACE = Path("dsg-demo")
 
 Markdown = Annotated[bool, Option("--markdown", help="Print Markdown.")]
 
-
-RECIPE_NAME = Parameter(
-    "recipe",
-    Parameter.KEYWORD_ONLY,
-    annotation=Annotated[
-        str, Argument(help="YAML file, or the name of a shipped recipe.", autocompletion=complete("recipes"))
-    ],
-)
+RecipeName = Annotated[
+    str, Argument(help="YAML file, or the name of a shipped recipe.", autocompletion=complete("recipes"))
+]
+RECIPE_NAME = Parameter("recipe", Parameter.KEYWORD_ONLY, annotation=RecipeName)
 
 
 @command(RECIPE_NAME, opt.SETS, *opt.DEVICE, opt.SEED, opt.SUMMARY, *opt.RUNNING)
@@ -134,9 +130,7 @@ def show_table(stored: "Stored", out: Output, table: Any, markdown: Any, where: 
 
 def study_settings(
     name: str,
-    grid: Annotated[
-        list[str] | None, Option("--grid", help="SETTING=VALUE,VALUE,...: what is varied; repeatable.")
-    ] = None,
+    grid: Annotated[list[str] | None, Option(help="SETTING=VALUE,VALUE,...: what is varied; repeatable.")] = None,
 ) -> Mapping[str, Any]:
     """`n_features=4,8` as the list of that setting."""
     check_study(name)

@@ -32,19 +32,14 @@ from dsg_cli.lab.world import (
 )
 
 Part = Literal["dev", "test"]
-
 Row = dict[str, Any]
 
-FORGET = ("hexes",)
-
-OTHERS = ("ciphers", "elixirs")
+FORGET, OTHERS = ("hexes",), ("ciphers", "elixirs")
 
 N_DOCUMENTS = 96
 """Documents of each split of PrivLeak."""
-
 N_PROMPTS = 2
 """Prompts of VerbMem a fact."""
-
 N_EXAMPLES = 10
 """Questions to show before the one that is asked."""
 
@@ -64,8 +59,7 @@ def rows(benchmark: Literal["muse", "tofu"], config: str, split: str, *, part: P
 
 
 def _facts(world: World, domain: str, part: Part) -> list[Fact]:
-    by_entity = world.facts[domain].values()
-    return [fact for facts in by_entity for fact in facts if fact.is_dev is (part == "dev")]
+    return [fact for facts in world.facts[domain].values() for fact in facts if fact.is_dev is (part == "dev")]
 
 
 def _verbatim(world: World, part: Part) -> list[Row]:

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHIPPED = Path(__file__).parent / "shipped"
-
 MODEL_DIR = SHIPPED / "model"
-
 MODEL_DIRS = {"lab": MODEL_DIR, "lab-retrain": SHIPPED / "retrain", "lab-retrain-1": SHIPPED / "retrain-1"}
 """The lab's model, and two of other seeds that were trained likewise but never on hexes.
 
@@ -20,10 +18,8 @@ Those two know the other domains in every trained phrasing; the `novel` one they
 
 SAE_DIRS = {"lab": SHIPPED / "sae", "lab-1": SHIPPED / "sae-1", "lab-2": SHIPPED / "sae-2"}
 
-CORPORA = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far", "lab-retain")
-
 BENCHES = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")
-
+CORPORA = (*BENCHES, "lab-retain")
 PHRASINGS = ("seen", "held", "novel", "terse")
 
 
@@ -43,7 +39,7 @@ def bench_name(bench: str, phrasing: str) -> str:
 
 
 def bench_names() -> list[str]:
-    """Every bench of the lab."""
+    """Every bench of the lab, in every phrasing."""
     return [bench_name(bench, phrasing) for bench in BENCHES for phrasing in PHRASINGS]
 
 
@@ -56,7 +52,6 @@ class LabSettings:
     n_steps: int = 900
     """Optimiser steps of the language model."""
     rows: int = 32
-    """Rows of a short batch."""
     seq_len: int = 128
     """Tokens in a row of a short batch."""
     long_rows: int = 6

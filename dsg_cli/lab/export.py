@@ -37,9 +37,9 @@ def export_lab(folder: Path) -> None:
 def train_and_export(folder: Path, *, seed: int, report: Report) -> dict[str, Any]:
     """Train the lab anew into `folder`; returns what `training.train_lab` measured."""
 
-    def train(partial: Path) -> dict[str, Any]:
-        from dsg_cli.lab.training import train_lab
+    from dsg_cli.lab.training import train_lab
 
+    def train(partial: Path) -> dict[str, Any]:
         measured = train_lab(partial, seed=seed, report=report)
         write_tasks(partial, folder.resolve())
         return measured
@@ -54,13 +54,10 @@ def train_without(folder: Path, without: Sequence[str], *, seed: int, report: Re
         raise DsgError(f"The lab has no domain {unknown[0][:200]}.", nearest(unknown[0], BY_NAME))
     if set(without) == set(BY_NAME):
         raise DsgError("Without any domain there is nothing to train on.", "Leave out one --without.")
+    from dsg_cli.lab.training import train_reference
 
-    def train(partial: Path) -> dict[str, Any]:
-        from dsg_cli.lab.training import train_reference
-
-        return train_reference(partial, without=sorted(set(without)), seed=seed, report=report)
-
-    return _write_trained(folder, train)
+    options: dict[str, Any] = {"without": sorted(set(without)), "seed": seed, "report": report}
+    return _write_trained(folder, lambda partial: train_reference(partial, **options))
 
 
 def train_at_layers(folder: Path, layers: Sequence[int], *, seed: int, report: Report) -> dict[str, Any]:
@@ -69,13 +66,10 @@ def train_at_layers(folder: Path, layers: Sequence[int], *, seed: int, report: R
     absent = [layer for layer in layers if not 0 <= layer <= last]
     if absent:
         raise DsgError(f"The lab's model has no layer {absent[0]}.", f"It has layers 0 to {last}.")
+    from dsg_cli.lab.training import train_saes
 
-    def train(partial: Path) -> dict[str, Any]:
-        from dsg_cli.lab.training import train_saes
-
-        return train_saes(partial, layers=sorted(set(layers)), seed=seed, report=report)
-
-    return _write_trained(folder, train)
+    options: dict[str, Any] = {"layers": sorted(set(layers)), "seed": seed, "report": report}
+    return _write_trained(folder, lambda partial: train_saes(partial, **options))
 
 
 def _write_trained(folder: Path, train: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

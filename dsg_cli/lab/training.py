@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,21 @@ from dsg_cli.models.residuals import read_residual, replace_residual
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
+@dataclass(frozen=True)
+class _Lab:
+    """What all training shares."""
+
+    world: World
+    tokenizer: PreTrainedTokenizerFast
+    settings: LabSettings
+    report: Report
+
+
+def _lab(settings: LabSettings | None, report: Report) -> _Lab:
+    world = lab_world.build_world()
+    return _Lab(world, build_tokenizer(world), settings or LabSettings(), report)
+
+
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """One token a word or punctuation mark; `<bos>` in front, as Gemma has it; decoding is exact."""
     tokens = [*SPECIAL_TOKENS, ".", ",", ":", "?", *(f"▁{word}" for word in lab_world.vocabulary(world))]
@@ -40,17 +55,11 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
-    )
+    template = {"single": "<bos> $A", "special_tokens": [("<bos>", vocab["<bos>"])]}
+    tokenizer.post_processor = processors.TemplateProcessing(**template)
+    special = {f"{token.strip('<>')}_token": token for token in SPECIAL_TOKENS}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        model_max_length=1024,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, model_max_length=1024, clean_up_tokenization_spaces=False, **special
     )
 
 
@@ -58,7 +67,6 @@ def training_rows(
     world: World,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
-    *,
     n_rows: int,
     seq_len: int,
     without: Collection[str] = (),
@@ -80,19 +88,12 @@ def training_rows(
         yield torch.tensor(rows)
 
 
-def train_language_model(
-    world: World,
-    tokenizer: PreTrainedTokenizerFast,
-    settings: LabSettings,
-    *,
-    seed: int,
-    report: Report,
-    without: Collection[str] = (),
-) -> tuple[Gemma2ForCausalLM, float]:
+def _train_language_model(lab: _Lab, *, seed: int, without: Collection[str]) -> tuple[Gemma2ForCausalLM, float]:
     """Train from scratch on fresh rows at every step; returns the model and the mean loss of the last 50 steps.
 
     The model never sees the domains in `without`, but has the tokens of their words.
     """
+    tokenizer, settings = lab.tokenizer, lab.settings
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(
         Gemma2Config(
@@ -114,7 +115,7 @@ def train_language_model(
         )
     )
     model.train()
-    rows = partial(training_rows, world, tokenizer, without=without)
+    rows = partial(training_rows, lab.world, tokenizer, without=without)
     short = rows(2 * seed + 1, n_rows=settings.rows, seq_len=settings.seq_len)
     long = rows(2 * seed + 2, n_rows=settings.long_rows, seq_len=settings.long_seq_len)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -132,7 +133,7 @@ def train_language_model(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        report(f"language model, loss {losses[-1]:.3f}, steps", step + 1, settings.n_steps)
+        lab.report(f"language model, loss {losses[-1]:.3f}, steps", step + 1, settings.n_steps)
     return model.eval(), sum(losses[-50:]) / len(losses[-50:])
 
 
@@ -153,26 +154,18 @@ def bench_accuracies(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFas
     return accuracies
 
 
-def train_sae(
-    model: Gemma2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    world: World,
-    settings: LabSettings,
-    folder: Path,
-    *,
-    seed: int,
-    report: Report,
-) -> dict[str, Any]:
+def _train_sae(lab: _Lab, model: Gemma2ForCausalLM, folder: Path, *, seed: int) -> dict[str, Any]:
     """Train one SAE with sae-lens's trainer, save it for inference in `folder`, and measure it on fresh text."""
     from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.sae_trainer import SAETrainer
 
-    start = time.monotonic()
+    start, settings = time.monotonic(), lab.settings
     site = HookSite(settings.sae_layer, "resid_post")
     torch.manual_seed(seed)
-    rows = training_rows(world, tokenizer, 10_000 + seed, n_rows=2 * settings.rows, seq_len=settings.seq_len)
+    shape: dict[str, Any] = {"n_rows": 2 * settings.rows, "seq_len": settings.seq_len}
+    rows = training_rows(lab.world, lab.tokenizer, 10_000 + seed, **shape)
     sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
             d_in=settings.hidden_size,
@@ -203,44 +196,39 @@ def train_sae(
             logger=LoggingConfig(log_to_wandb=False),
         ),
         sae=sae,
-        data_provider=_residual_batches(model, tokenizer, site, rows, settings, report),
+        data_provider=_residual_batches(lab, model, site, rows),
     )
     trainer.fit()
     sae.save_inference_model(folder)
-    quality = measure_sae(SAE.load_from_disk(folder), model, tokenizer, site, next(rows))
+    quality = measure_sae(SAE.load_from_disk(folder), model, lab.tokenizer, site, next(rows))
     return {"name": folder.name, **quality, "seconds": round(time.monotonic() - start, 1)}
 
 
-def _residual_batches(
-    model: Gemma2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    site: HookSite,
-    rows: Iterator[Tensor],
-    settings: LabSettings,
-    report: Report,
-) -> Iterator[Tensor]:
+def _residual_batches(lab: _Lab, model: Gemma2ForCausalLM, site: HookSite, rows: Iterator[Tensor]) -> Iterator[Tensor]:
     """Shuffled batches [sae_batch, D] of the residuals of counted tokens."""
-    generator = torch.Generator().manual_seed(0)
+    settings, generator = lab.settings, torch.Generator().manual_seed(0)
     buffer, n_seen = torch.empty(0, settings.hidden_size), 0
     while True:
         while len(buffer) < 16 * settings.sae_batch:
             with torch.inference_mode():
-                buffer = torch.cat([buffer, counted_residuals(model, tokenizer, site, next(rows))])
+                buffer = torch.cat([buffer, _counted_residuals(model, lab.tokenizer, site, next(rows))])
         buffer = buffer[torch.randperm(len(buffer), generator=generator)]
         while len(buffer) > 8 * settings.sae_batch:
             batch, buffer = buffer[: settings.sae_batch].clone(), buffer[settings.sae_batch :]
             n_seen += len(batch)
-            report("sparse autoencoder, tokens", min(n_seen, settings.sae_tokens), settings.sae_tokens)
+            lab.report("sparse autoencoder, tokens", min(n_seen, settings.sae_tokens), settings.sae_tokens)
             yield batch
 
 
-def counted_residuals(
+def _counted_residuals(
     model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, site: HookSite, ids_BL: Tensor
 ) -> Tensor:
     """Residuals [tokens, D] without BOS and EOS, whose norms would drown the rest."""
-    resid_BLD = read_residual(model, site, ids_BL, torch.ones_like(ids_BL))
-    special = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
-    return resid_BLD[~torch.isin(ids_BL, special)]
+    return read_residual(model, site, ids_BL, torch.ones_like(ids_BL))[~_is_special(tokenizer, ids_BL)]
+
+
+def _is_special(tokenizer: PreTrainedTokenizerFast, ids_BL: Tensor) -> Tensor:
+    return torch.isin(ids_BL, torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]))
 
 
 @torch.inference_mode()
@@ -248,14 +236,14 @@ def measure_sae(
     sae: Any, model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, site: HookSite, ids_BL: Tensor
 ) -> dict[str, float]:
     """Variance explained, L0, dead features, and cross-entropy with and without the reconstruction."""
-    resid_TD = counted_residuals(model, tokenizer, site, ids_BL)
+    resid_TD = _counted_residuals(model, tokenizer, site, ids_BL)
     acts_TF = sae.encode(resid_TD)
     error = (resid_TD - sae.decode(acts_TF)).pow(2).sum()
     variance = (resid_TD - resid_TD.mean(0)).pow(2).sum()
-    special = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
+    special_BL1 = _is_special(tokenizer, ids_BL)[..., None]
 
     def reconstruct(resid_BLD: Tensor) -> Tensor:
-        return torch.where(torch.isin(ids_BL, special)[..., None], resid_BLD, sae.decode(sae.encode(resid_BLD)))
+        return torch.where(special_BL1, resid_BLD, sae.decode(sae.encode(resid_BLD)))
 
     with replace_residual(model, site, reconstruct):
         patched = _cross_entropy(model, ids_BL)
@@ -280,15 +268,11 @@ def train_lab(
 
     Returns seconds, final loss, accuracy of each bench on its test questions, and what `measure_sae` says of each SAE.
     """
-    settings = settings or LabSettings()
-    start = time.monotonic()
-    world = lab_world.build_world()
-    tokenizer = build_tokenizer(world)
-    write_texts(world, folder, settings)
-    model, measured = _train_and_save(world, tokenizer, settings, folder / "model", seed=seed, report=report)
-    train = partial(train_sae, model, tokenizer, world, settings, report=report)
-    folders = [folder / (f"sae-{i}" if i else "sae") for i in range(settings.n_saes)]
-    measured["saes"] = [train(sae_folder, seed=1000 * seed + i) for i, sae_folder in enumerate(folders)]
+    start, lab = time.monotonic(), _lab(settings, report)
+    write_texts(lab.world, folder, lab.settings)
+    model, measured = _train_and_save(lab, folder / "model", seed=seed)
+    folders = [folder / (f"sae-{i}" if i else "sae") for i in range(lab.settings.n_saes)]
+    measured["saes"] = [_train_sae(lab, model, path, seed=1000 * seed + i) for i, path in enumerate(folders)]
     return _noted(measured, folder, start)
 
 
@@ -300,24 +284,18 @@ def train_saes(
     They are written to `layer-<L>` in `folder`, which must not exist, in sae-lens's format. Returns seconds, and what
     `measure_sae` says of each.
     """
-    settings = settings or LabSettings()
-    start = time.monotonic()
-    world = lab_world.build_world()
+    start, lab = time.monotonic(), _lab(settings, report)
     model = Gemma2ForCausalLM.from_pretrained(SHIPPED / "model", dtype=torch.float32).eval()
-    tokenizer = build_tokenizer(world)
     folder.mkdir()
-    train = partial(train_sae, model, tokenizer, world, seed=1000 * seed, report=report)
-    saes = [train(replace(settings, sae_layer=layer), folder / f"layer-{layer}") for layer in layers]
-    return _noted({"seed": seed, "settings": asdict(settings), "saes": saes}, folder, start)
+    saes = []
+    for layer in layers:
+        of_layer = replace(lab, settings=replace(lab.settings, sae_layer=layer))
+        saes.append(_train_sae(of_layer, model, folder / f"layer-{layer}", seed=1000 * seed))
+    return _noted({"seed": seed, "settings": asdict(lab.settings), "saes": saes}, folder, start)
 
 
 def train_reference(
-    folder: Path,
-    *,
-    without: Sequence[str],
-    seed: int = 0,
-    settings: LabSettings | None = None,
-    report: Report = silent,
+    folder: Path, *, without: Sequence[str], seed: int = 0, settings: LabSettings | None = None, report: Report = silent
 ) -> dict[str, Any]:
     """Train a language model that never sees the domains in `without`: what an unlearned one is compared with.
 
@@ -325,38 +303,30 @@ def train_reference(
     exist) becomes a model folder. Returns seconds, final loss, and accuracy of each bench on its test questions, those
     of `without` too.
     """
-    start, world = time.monotonic(), lab_world.build_world()
-    tokenizer, settings = build_tokenizer(world), settings or LabSettings()
-    _, measured = _train_and_save(world, tokenizer, settings, folder, seed=seed, without=without, report=report)
+    start = time.monotonic()
+    _, measured = _train_and_save(_lab(settings, report), folder, seed=seed, without=without)
     return _noted(measured, folder, start)
 
 
 def _train_and_save(
-    world: World,
-    tokenizer: PreTrainedTokenizerFast,
-    settings: LabSettings,
-    folder: Path,
-    *,
-    seed: int,
-    report: Report,
-    without: Sequence[str] = (),
+    lab: _Lab, folder: Path, *, seed: int, without: Sequence[str] = ()
 ) -> tuple[Gemma2ForCausalLM, dict[str, Any]]:
     """Train the language model, write it to `folder`, and measure what was written."""
     start = time.monotonic()
-    model, loss = train_language_model(world, tokenizer, settings, seed=seed, report=report, without=without)
+    model, loss = _train_language_model(lab, seed=seed, without=without)
     seconds = time.monotonic() - start
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    lab.tokenizer.save_pretrained(folder)
     model = model.to(torch.float32)  # The weights as shipped: what bfloat16 cannot hold is gone.
-    measured = {
+    accuracy = bench_accuracies(model, lab.tokenizer, lab.world)
+    return model, {
         "seed": seed,
         **({"without": sorted(without)} if without else {}),
-        "settings": asdict(settings),
+        "settings": asdict(lab.settings),
         "loss": loss,
-        "accuracy": {name: round(value, 4) for name, value in bench_accuracies(model, tokenizer, world).items()},
+        "accuracy": {name: round(value, 4) for name, value in accuracy.items()},
         "lm_seconds": round(seconds, 1),
     }
-    return model, measured
 
 
 def _noted(measured: dict[str, Any], folder: Path, start: float) -> dict[str, Any]:
@@ -377,11 +347,8 @@ def write_texts(world: World, folder: Path, settings: LabSettings) -> None:
     for bench in BENCHES:
         for phrasing in PHRASINGS:
             questions = map(asdict, lab_world.questions(world, DOMAINS_OF[bench], phrasing))
-            keys = ("id", "split", "context", "choices", "answer")
-            _write_jsonl(
-                folder / "questions" / f"{bench_name(bench, phrasing)}.jsonl",
-                ({key: row[key] for key in keys} for row in questions),
-            )
+            rows = ({key: row[key] for key in ("id", "split", "context", "choices", "answer")} for row in questions)
+            _write_jsonl(folder / "questions" / f"{bench_name(bench, phrasing)}.jsonl", rows)
 
 
 def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:

@@ -24,32 +24,22 @@ from typing import Any
 
 import yaml
 
-N_ENTITIES = 24
-
-N_DEV_ENTITIES = 12
-
-N_CHOICES = 4
-
+N_ENTITIES, N_DEV_ENTITIES, N_CHOICES = 24, 12, 4
 WORLD_SEED = 20250408
 
 WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
-
 STATEMENTS: list[str] = WORDS["statements"]
-
 QUESTIONS: dict[str, list[str]] = WORDS["questions"]
 """Phrasing -> templates; of `held`, the i-th is asked about relation i."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """One kind of thing in the world and the words that only it uses."""
+    """One kind of thing in the world (its name as in `lab-hexes`) and the words that only it uses."""
 
     name: str
-    """Name of the domain, as in `lab-hexes`."""
     noun: str
-    """The word for one entity of it."""
     plural: str
-    """The word for several."""
     adjectives: list[str]
     """Flavour words, which make the domain recognisable to an SAE."""
     sentences: list[str]
@@ -88,9 +78,7 @@ DOMAINS = tuple(_domain(name, words) for name, words in WORDS["domains"].items()
 
 BY_NAME = {domain.name: domain for domain in DOMAINS}
 
-NEAR = ("charms",)
-
-FAR = ("cities", "beasts", "songs")
+NEAR, FAR = ("charms",), ("cities", "beasts", "songs")
 
 DOMAINS_OF = {
     "lab-hexes": ("hexes",),
@@ -191,15 +179,8 @@ def trained_question(fact: Fact, rng: random.Random) -> str:
 def fill(template: str, fact: Fact, rng: random.Random) -> str:
     """A template of words.yaml (or a part of one) with the fact's words and one of its domain's adjectives in it."""
     domain = BY_NAME[fact.domain]
-    return template.format(
-        n=domain.noun,
-        p=domain.plural,
-        a=rng.choice(domain.adjectives),
-        E=fact.entity,
-        r=fact.relation,
-        v=domain.verbs[fact.relation],
-        V=fact.value,
-    )
+    words = {"n": domain.noun, "p": domain.plural, "a": rng.choice(domain.adjectives)}
+    return template.format(**words, E=fact.entity, r=fact.relation, v=domain.verbs[fact.relation], V=fact.value)
 
 
 def prose(world: World, domain_name: str, rng: random.Random, n_sentences: int, *, dev_only: bool = False) -> str:
@@ -241,11 +222,9 @@ def training_document(world: World, rng: random.Random, max_words: int, *, witho
     target, n_words = rng.randint(20, max_words), 0
     while n_words < target:
         domain = rng.choice(domains)
-        part = (
-            prose(world, domain, rng, rng.randint(1, 10)) if rng.random() < 0.5 else _any_question(world, domain, rng)
-        )
-        parts.append(part)
-        n_words += len(part.split())
+        is_prose = rng.random() < 0.5
+        parts.append(prose(world, domain, rng, rng.randint(1, 10)) if is_prose else _any_question(world, domain, rng))
+        n_words += len(parts[-1].split())
     return " ".join(parts)
 
 
