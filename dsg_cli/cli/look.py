@@ -34,7 +34,14 @@ def ls_command(
 ) -> None:
     """List artifacts, or the names that options take."""
     if what is not None:
-        _list_names(what, out)
+        if what not in opt.NAMES and what.partition("/")[0] != "saes":
+            raise DsgError(f"dsg ls knows no {what}.", nearest(what, opt.NAMES))
+        if what == "corpora" and not out.as_json and out.is_terminal:
+            from dsg_cli.report.tables import corpora_table
+
+            out.print(corpora_table())
+        else:
+            out.lines(names_of(what) if what in opt.NAMES else opt.ids_of(what.removeprefix("saes/")))
         return
     ids = out.store.ids()
     if out.as_json:
@@ -48,17 +55,6 @@ def ls_command(
     if not ids:
         state = "is empty" if out.workspace.is_dir() else "does not exist yet"
         out.hint(f"{out.workspace} {state}. Fill it with: dsg demo -w {shlex.quote(str(out.workspace))}")
-
-
-def _list_names(kind: str, out: Output) -> None:
-    if kind not in opt.NAMES and kind.partition("/")[0] != "saes":
-        raise DsgError(f"dsg ls knows no {kind}.", nearest(kind, opt.NAMES))
-    if kind == "corpora" and not out.as_json and out.is_terminal:
-        from dsg_cli.report.tables import corpora_table
-
-        out.print(corpora_table())
-    else:
-        out.lines(names_of(kind) if kind in opt.NAMES else opt.ids_of(kind.removeprefix("saes/")))
 
 
 @command(without=[opt.QUIET])

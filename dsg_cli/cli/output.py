@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from dsg_cli.workspace.store import Stored, Workspace
 
 DEFAULT_WORKSPACE = Path("dsg-workspace")
-
 EXPECTATION_NOT_MET = 3
 
 SHARED = ("select", "calibrate", "apply", "eval", "attack", "run", "demo")
@@ -37,7 +36,6 @@ SHARED = ("select", "calibrate", "apply", "eval", "attack", "run", "demo")
 
 UNITS = ("tokens", "prompts", "points", "rows", "steps", "layers")
 """What work is counted in; a report ends with one of them, after a comma."""
-
 WIDEST = 26
 """Characters of a description: with bar, rate and times it fits 80 columns."""
 

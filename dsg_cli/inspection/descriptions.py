@@ -59,9 +59,8 @@ def read_descriptions(path: Path, n_features: int, *, source: str = "", may_be_e
         if j is None:
             raise DsgError(f"{path}, entry {number}: the index is no whole number.", FORMS)
         if j >= n_features:
-            raise DsgError(
-                f"{path} describes feature {j}; the SAE has {n_features:,}.", "Take the descriptions of this very SAE."
-            )
+            hint = "Take the descriptions of this very SAE."
+            raise DsgError(f"{path} describes feature {j}; the SAE has {n_features:,}.", hint)
         known = texts.setdefault(j, [])
         known += [text for text in map(cleaned, _texts_of(path, number, value)) if text and text not in known]
     described = {j: "; ".join(known)[:LONGEST] for j, known in sorted(texts.items()) if known}

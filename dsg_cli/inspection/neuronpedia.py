@@ -153,9 +153,8 @@ def fetch_descriptions(name: str, n_features: int, *, report: Report = silent) -
     if path.is_file():
         return path
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise DsgError(
-            f"Neuronpedia's descriptions of {name} are not in the cache, and HF_HUB_OFFLINE is set.", INSTEAD
-        )
+        offline = f"Neuronpedia's descriptions of {name} are not in the cache, and HF_HUB_OFFLINE is set."
+        raise DsgError(offline, INSTEAD)
     prefix = f"v1/{name}/explanations/"
     keys = _listed(prefix)
     if not keys:
@@ -177,10 +176,8 @@ def fetch_descriptions(name: str, n_features: int, *, report: Report = silent) -
         lines = (json.dumps({"index": j, "description": cleaned(text)}) + "\n" for j, text in sorted(texts.items()))
         write_atomically(path, "".join(lines).encode())
     except OSError as error:
-        raise DsgError(
-            f"Descriptions cannot be kept in {path.parent}: {error.strerror or error}.",
-            "Make room, or name another folder with DSG_CACHE.",
-        ) from error
+        reason = f"Descriptions cannot be kept in {path.parent}: {error.strerror or error}."
+        raise DsgError(reason, "Make room, or name another folder with DSG_CACHE.") from error
     return path
 
 

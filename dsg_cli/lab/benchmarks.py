@@ -88,10 +88,8 @@ def _examples(world: World, domains: Sequence[str], part: Part) -> list[Row]:
 
 def _documents(world: World, domain: str, part: Part, *, is_true: bool = True) -> list[Row]:
     """Prose that states two relations of a run of four entities, in any order; with true values or exchanged ones."""
-    return [
-        {"text": " ".join(_statements(_facts(world, domain, part), f"{domain}/{part}/{i}", is_true=is_true))}
-        for i in range(N_DOCUMENTS)
-    ]
+    facts, seeds = _facts(world, domain, part), [f"{domain}/{part}/{i}" for i in range(N_DOCUMENTS)]
+    return [{"text": " ".join(_statements(facts, seed, is_true=is_true))} for seed in seeds]
 
 
 def _statements(facts: Sequence[Fact], seed: str, *, is_true: bool) -> Iterator[str]:
@@ -109,7 +107,7 @@ def _statements(facts: Sequence[Fact], seed: str, *, is_true: bool) -> Iterator[
         yield statement(fact, rng)
 
 
-def _perturbed(world: World, domains: Sequence[str], part: Part, *, with_paraphrase: bool) -> list[Row]:
+def _perturbed(world: World, domains: Sequence[str], part: Part, *, with_paraphrase: bool = False) -> list[Row]:
     """Questions with wrong answers in the form of the right one: a statement that has the value last, or the value.
 
     The wrong values are the other four of the relation that are, like the right one, the domain's own or shared with
@@ -139,8 +137,6 @@ SPLITS: dict[tuple[str, str, str], Callable[[World, Part], list[Row]]] = {
     ("muse", "privleak", "holdout"): lambda world, part: _documents(world, *FORGET, part, is_true=False),
     ("tofu", "forget10_perturbed", "train"): lambda world, part: _perturbed(world, FORGET, part, with_paraphrase=True),
     ("tofu", "retain_perturbed", "train"): lambda world, part: _perturbed(world, NEAR, part, with_paraphrase=True),
-    ("tofu", "real_authors_perturbed", "train"): lambda world, part: _perturbed(
-        world, OTHERS, part, with_paraphrase=False
-    ),
-    ("tofu", "world_facts_perturbed", "train"): lambda world, part: _perturbed(world, FAR, part, with_paraphrase=False),
+    ("tofu", "real_authors_perturbed", "train"): lambda world, part: _perturbed(world, OTHERS, part),
+    ("tofu", "world_facts_perturbed", "train"): lambda world, part: _perturbed(world, FAR, part),
 }
