@@ -336,7 +336,7 @@ def test_mentions_are_where_names_end_and_rows_grow_no_longer(bos, longest, seed
             is_name = [word in names and fitting for word, fitting in zip(words, fits, strict=True)]
             words = [one for one, wanted in zip(re.finditer(r"\w+", text_of_row), is_name, strict=True) if wanted]
             assert ends_of_row == [one.end() - 1 + len(head) for one in words]
-    batch, at_BL = found.unknown([2, 0])
+    batch, at_BL = found.batch([2, 0], version=1)
     assert [row[mask].tolist() for row, mask in zip(batch.ids_BL, batch.mask_BL, strict=True)] == [
         found.rows[1].rows[2],
         found.rows[1].rows[0],

@@ -17,10 +17,7 @@ PAPER: dict[str, tuple[tuple[str, str, str], ...]] = {
     "wmdp-cyber-paper": (("cais/wmdp", "wmdp-cyber", "cyber security"),),
     **{
         name: tuple(("cais/mmlu", subject, subject.replace("_", " ")) for subject in sorted((*SHARED, other)))
-        for name, other in (
-            ("mmlu-paper", "college_computer_science"),
-            ("mmlu-paper-cyber", "college_biology"),
-        )
+        for name, other in (("mmlu-paper", "college_computer_science"), ("mmlu-paper-cyber", "college_biology"))
     },
 }
 """Benches of the paper's protocol: data set, configuration and the subject that its prompt names."""

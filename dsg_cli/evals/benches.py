@@ -5,6 +5,7 @@ lm-eval's quirks live here and in lm_harness.py.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import json
@@ -127,18 +128,7 @@ def _lab_task(bench: str, split: str) -> dict[str, Any]:
         rows = [json.loads(line) for line in lab.questions_path(bench).read_text().splitlines()]
         return DatasetDict({"test": Dataset.from_list([row for row in rows if row["split"] == split])})
 
-    return {
-        "task": bench,
-        "custom_dataset": load,
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
+    return {"task": bench, "custom_dataset": load, **copy.deepcopy(lab.TASK)}
 
 
 def load_free(
@@ -146,12 +136,8 @@ def load_free(
 ) -> tuple[list[TextBench], dict[str, str]]:
     """Those benches among some that are on free text, their data read, and the commits of the hub that they came from.
 
-    Args:
-        benches: Names.
-        split: `dev` or `test`; for the lab's benches.
-        limit: Items of each part, at most.
-        holdout: Corpora that the model never saw, for `memory:`.
-        seed: By which texts of a long corpus are drawn.
+    `split` is for the lab's benches, `holdout` are corpora that the model never saw, for `memory:`; `limit` counts
+    items of each part, and texts of a long corpus are drawn with the seed.
     """
     names = [name for name in benches if is_free(name)]
     _check_once(names)
@@ -217,7 +203,6 @@ def _hub_rows(repo: str, commits: dict[str, str], name: str) -> Callable[[str, s
 
 
 def _texts(name: str, limit: int | None, seed: int) -> list[str]:
-    """Texts of a corpus, at most so many, drawn at random."""
     texts = [text for text in load_corpus(name).texts if len(text.split()) > 1]
     n = min(len(texts), limit or MOST)
     return [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), n))]

@@ -18,15 +18,11 @@ from dsg_cli.errors import DsgError, nearest
 from dsg_cli.workspace.body import Json
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-
 GATE = "gate"
 
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-
 CONDITION = re.compile(r"\s*([^\s<>=]+)\s*(<=|>=|<|>)\s*(\S(?:.*\S)?)\s*")
-
 ABSOLUTE = re.compile(rf"[+-]?{NUMBER}")
-
 OF_BASE = re.compile(rf"(?:({NUMBER})\s*\*\s*)?base(?:\s*([+-])\s*({NUMBER}))?")
 
 EXAMPLES = "Write, for example, 'lab-hexes<=0.30', 'lab-near>=0.99*base-0.01' or 'lab-near.gate<=0.05'."
@@ -75,13 +71,7 @@ def check_metrics(expected: Sequence[Expected], metrics: Mapping[str, Collection
 
 
 def check_expected(expected: Sequence[Expected], results: Mapping[str, Json], gate: Mapping[str, Json]) -> list[Json]:
-    """`[{expect, value, bound, met}]`.
-
-    Args:
-        expected: The conditions.
-        results: bench -> side -> metric, as in an EvalReport.
-        gate: bench -> rate of gated questions.
-    """
+    """`[{expect, value, bound, met}]`, from bench -> side -> metric as in an EvalReport, and bench -> gate rate."""
     return [_check(claim, results.get(claim.bench, {}), gate.get(claim.bench, {})) for claim in expected]
 
 
@@ -98,8 +88,7 @@ def _check(claim: Expected, sides: Json, gate: Json) -> Json:
 
 def _read_bound(text: str) -> tuple[float, float] | None:
     """Factor and offset; None if it is no finite bound."""
-    of_base = OF_BASE.fullmatch(text)
-    if of_base:
+    if of_base := OF_BASE.fullmatch(text):
         factor, offset = float(of_base[1] or 1), float(f"{of_base[2] or ''}{of_base[3] or 0}")
     elif ABSOLUTE.fullmatch(text):
         factor, offset = 0.0, float(text)

@@ -115,7 +115,6 @@ class FreeText:
 
     @functools.cached_property
     def items(self) -> dict[str, Sequence[Item]]:
-        """Bench -> all its items, made once."""
         return {bench.name: bench.items() for bench in self.benches}
 
     def digests(self) -> dict[str, str]:
@@ -136,7 +135,6 @@ class FreeText:
         return encode(tokenizer, [item.context], bos=self.bos)[0]
 
     def pair(self, tokenizer: PreTrainedTokenizerBase, item: Item) -> Request:
-        """A context and the target that is read after it."""
         if not self.chat or not item.context:
             return encode_pair(tokenizer, item.context, item.target, bos=self.bos)
         target = encode(tokenizer, [item.target.lstrip()], bos=None)[0]
@@ -214,8 +212,7 @@ def _write(
     job = job.named(f"{side} model, as the base reads it")
     cache = AnswerCache()
 
-    def losses(requests: Sequence[Request]) -> list[float]:
-        """Mean loss of a token, as the base model reads it."""
+    def losses_per_token(requests: Sequence[Request]) -> list[float]:
         scores = base.loglikelihoods(requests, job, cache=cache)
         return [-score.loglikelihood / len(r.continuation) for score, r in zip(scores, requests, strict=True)]
 
@@ -223,11 +220,10 @@ def _write(
     for i in judged:
         ids = encode(tokenizer, [items[i].target], bos=None)[0][: items[i].n_new]
         natural += [Request(prompts[i].ids, tuple(ids))] if ids else []
-    limits = natural_limits(losses(natural), [repetition(request.continuation) for request in natural])
+    limits = natural_limits(losses_per_token(natural), [repetition(request.continuation) for request in natural])
     continued = [i for i in judged if completions[i].token_ids]
-    loss_of = dict(
-        zip(continued, losses([Request(prompts[i].ids, completions[i].token_ids) for i in continued]), strict=True)
-    )
+    written = [Request(prompts[i].ids, completions[i].token_ids) for i in continued]
+    loss_of = dict(zip(continued, losses_per_token(written), strict=True))
     for i in judged:
         results[i]["gibberish"] = is_gibberish(loss_of.get(i), results[i]["repetition"], limits)
     return results, n_tokens + cache.n_tokens
@@ -243,18 +239,16 @@ def _read(
     longest = max(len(request.inputs(room)) for request in requests)
     size = max(1, min(model.batch_size, LOGIT_BYTES // (4 * longest * len(tokenizer))))
     cache = AnswerCache()
-    scores = dataclasses.replace(model, batch_size=size).loglikelihoods(
-        requests, job.named(f"{side} model, reading"), measure=_measure, cache=cache
-    )
+    model, job = dataclasses.replace(model, batch_size=size), job.named(f"{side} model, reading")
+    scores = model.loglikelihoods(requests, job, measure=_measure, cache=cache)
     results = []
     for item, whole, request, score in zip(items, wholes, requests, scores, strict=True):
         total = -score.measured["loss"] * score.measured["n_tokens"]
         text = item.target
         if len(request.continuation) < len(whole.continuation):
             text = str(tokenizer.decode(list(request.continuation)))
-        results.append(
-            {**score.measured, "zlib_score": zlib_score([total], text), **(score.decision or UNDECIDED).row()}
-        )
+        zlib_of_text = {"zlib_score": zlib_score([total], text)}
+        results.append(score.measured | zlib_of_text | (score.decision or UNDECIDED).row())
     return results, cache.n_tokens
 
 
@@ -288,7 +282,7 @@ class Reference:
     digest: str = ""
     """Of its weights, where they are known."""
     model: GuardedModel | None = None
-    """The model itself, if it is evaluated here."""
+    """If it is evaluated here."""
     scores: Mapping[str, Json] = field(default_factory=dict)
     """Bench -> its scores, where they are stored."""
     results: Mapping[str, Json] = field(default_factory=dict)
@@ -305,17 +299,10 @@ def evaluate_texts(
     reference: Reference | None = None,
     known: Results | None = None,
 ) -> EvalResult:
-    """Evaluate the base model and the unlearned one on benches on free text.
+    """Evaluate the base model, bare, and the unlearned one; each of the job's workers gets the whole result.
 
-    Args:
-        base: The base model, bare.
-        unlearned: The same or another model with all that acts on it.
-        free: The benches.
-        settings: `samples` keeps what was put and written in the rows.
-        job: Each worker gets the whole result.
-        reference: A model that never saw what is to be forgotten, or its scores; metrics that need it are left out
-            without it, and `refused` of the result says why.
-        known: Bench -> what an earlier evaluation found of the same items of the base model.
+    Metrics that need a model that never saw what is to be forgotten are left out without a `reference`, and `refused`
+    of the result says why. `known` is what an earlier evaluation found of the same items of the base model.
     """
     check_room(free, base, unlearned)
     of_side: dict[str, Results] = {}
@@ -345,7 +332,8 @@ def evaluate_texts(
         rows = _rows(name, items, of_side["base"][name], of_side["unlearned"][name], settings.samples)
         forget = [row for row, item in zip(rows, items, strict=True) if item.is_forget]
         result.gate[name] = gate_rate(forget or rows)
-        metrics["unlearned"] |= _gate_rates(rows) if unlearned.guardrails or unlearned.wrappers else {}
+        for part, of_part in parts["unlearned"].items() if unlearned.guardrails or unlearned.wrappers else ():
+            metrics["unlearned"][f"gated_{part}"] = sum(value["gated"] for _, value in of_part) / len(of_part)
         result.results[name] = metrics
         result.rows += rows
     return result
@@ -361,7 +349,6 @@ def _by_part(items: Sequence[Item], results: Sequence[Json]) -> PartResults:
 def _rows(
     bench: str, items: Sequence[Item], base: Sequence[Json], unlearned: Sequence[Json], samples: bool
 ) -> list[Json]:
-    """One an item: numbers, and text only if it is asked for."""
     rows = []
     for item, *results in zip(items, base, unlearned, strict=True):
         sides = dict(zip(("base", "unlearned"), results, strict=True))
@@ -374,11 +361,3 @@ def _rows(
             row |= {f"{side}_text": result["text"] for side, result in sides.items() if "text" in result}
         rows.append(row)
     return rows
-
-
-def _gate_rates(rows: Sequence[Json]) -> Json:
-    """Share gated of each part."""
-    parts: dict[str, list[bool]] = {}
-    for row in rows:
-        parts.setdefault(row["group"], []).append(row["gated"])
-    return {f"gated_{part}": sum(gated) / len(gated) for part, gated in parts.items()}

@@ -52,10 +52,8 @@ class ScoringLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_options: Any
     ) -> list[tuple[float, bool]]:
-        ours = [
-            Request(tuple(with_bos(context, self.guarded.bos)), tuple(continuation))
-            for _, context, continuation in requests
-        ]
+        bos = self.guarded.bos
+        ours = [Request(tuple(with_bos(context, bos)), tuple(continuation)) for _, context, continuation in requests]
         scores = self.guarded.loglikelihoods(ours, self.job, cache=self.cache)
         for (texts, _, _), score in zip(requests, scores, strict=True):
             if score.decision is not None:
@@ -71,14 +69,11 @@ class ScoringLM(HFLM):
                 texts = super(ScoringLM, self).generate_until([requests[i] for i in numbers], disable_tqdm=disable_tqdm)
             return [(self.tok_encode(text, add_special_tokens=False), text) for text in texts]
 
-        answers = []
-        for request, prompt, (_, text, verdict) in zip(
-            requests, prompts, behind_filters(self.guarded, prompts, write), strict=True
-        ):
+        answers = behind_filters(self.guarded, prompts, write)
+        for request, prompt, (_, _, verdict) in zip(requests, prompts, answers, strict=True):
             if (decision := decision_of(len(prompt), None, verdict)) is not None:
                 self.decisions[request_texts(request.args)] = decision
-            answers.append(text)
-        return answers
+        return [text for _, text, _ in answers]
 
     def tok_batch_encode(
         self,
@@ -121,15 +116,10 @@ def evaluate(
     *,
     known: Mapping[bytes, Answer] | None = None,
 ) -> EvalResult:
-    """Evaluate the base model and the unlearned one on every bench.
+    """Evaluate the base model, bare, and the unlearned one on lm-eval's tasks and groups (`benches.load_tasks`).
 
-    Args:
-        base: The base model, bare.
-        unlearned: The same or another model with all that acts on it.
-        tasks: lm-eval's tasks and groups, as `benches.load_tasks` gives them.
-        settings: How questions are put, how many of each bench, and whether their texts are kept in the rows.
-        job: Each worker gets the whole result. Texts of generating tasks are written by each of them.
-        known: Answers of the base model that an earlier evaluation got.
+    Each of the job's workers gets the whole result, and writes all texts of generating tasks. `known` are answers of
+    the base model that an earlier evaluation got.
     """
     models = {"base": base, "unlearned": unlearned}
     caches = {"base": AnswerCache(known or {}), "unlearned": AnswerCache()}

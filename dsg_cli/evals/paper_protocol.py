@@ -80,8 +80,7 @@ def named_questions(
     if not ids or len(set(ids)) < len(ids):
         raise DsgError(f"The ids for {bench} are none, or one of them stands twice.", "Check the file of ids.")
     by_id = {question.id: question for question in questions}
-    unknown = [name for name in ids if name not in by_id]
-    if unknown:
+    if unknown := [name for name in ids if name not in by_id]:
         reason = f"{bench} has no question {unknown[0]} ({len(unknown)} ids are unknown)."
         raise DsgError(reason, "Check the file of ids.")
     return [by_id[name] for name in ids]
@@ -99,9 +98,8 @@ def read_question_ids(path: Path | None, benches: Sequence[str]) -> dict[str, li
         raise DsgError(f"The question ids in {path} cannot be read: {error}.") from error
     by_bench = content.get("question_ids", content) if isinstance(content, dict) else None
     if not isinstance(by_bench, dict) or not all(isinstance(ids, list) for ids in by_bench.values()):
-        raise DsgError(
-            f"{path} holds no question ids.", 'Give the JSON of an evaluation, or {"wmdp-bio-paper": [ids]}.'
-        )
+        hint = 'Give the JSON of an evaluation, or {"wmdp-bio-paper": [ids]}.'
+        raise DsgError(f"{path} holds no question ids.", hint)
     if not set(by_bench) & set(benches):
         raise DsgError(f"{path} has no ids for {', '.join(benches)}.", nearest(benches[0], map(str, by_bench)))
     return {bench: [str(name) for name in by_bench[bench]] for bench in benches if bench in by_bench}
@@ -111,7 +109,6 @@ class Letters:
     """The tokens that stand for each letter: `X` and ` X`, those that are one token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, bos: int | None) -> None:
-        """For a tokenizer; `bos` begins every prompt."""
         self.tokenizer, self.bos = tokenizer, bos
         self.ids: list[list[int]] = []
         for letter in LETTERS:
@@ -125,10 +122,8 @@ class Letters:
     def requests(self, question: PaperQuestion, order: Sequence[int]) -> list[Request]:
         """One a token; all share their input, so that they cost one forward pass."""
         text = question.prompt(order)
-        if self.tokenizer.chat_template:
-            text = as_chat(self.tokenizer, text) + "Answer: ("
-        else:
-            text += "\nAnswer:"
+        is_chat = bool(self.tokenizer.chat_template)
+        text = as_chat(self.tokenizer, text) + "Answer: (" if is_chat else f"{text}\nAnswer:"
         ids = tuple(with_bos(self.tokenizer(text, add_special_tokens=False)["input_ids"], self.bos))
         return [Request(ids, (token,)) for tokens in self.ids for token in tokens]
 
@@ -148,16 +143,10 @@ def evaluate_paper(
     question_ids: Mapping[str, Sequence[str]] | None = None,
     known: Mapping[bytes, Answer] | None = None,
 ) -> EvalResult:
-    """Find the questions that the base model knows, and ask them of the unlearned model.
+    """Find the questions of each bench that the base model, bare, knows, and ask them of the unlearned model.
 
-    Args:
-        base: The base model, bare.
-        unlearned: The same or another model with all that acts on it.
-        benches: Questions of each bench.
-        settings: `limit` counts the questions of each data set of a bench to begin with; `samples` keeps texts.
-        job: Each worker gets the whole result.
-        question_ids: For a bench named here, these questions count, without a filter.
-        known: Answers of the base model that an earlier evaluation got.
+    The settings' limit counts the questions of each data set of a bench to begin with. For a bench in `question_ids`
+    those questions count, without a filter. Each of the job's workers gets the whole result.
     """
     letters = Letters(base.tokenizer, bos=base.bos)
     sides = {
@@ -183,10 +172,8 @@ def evaluate_paper(
             k = sum(answer.choice == question.answer for question, answer in zip(kept, own, strict=True))
             result.results.setdefault(bench, {})[side] = {"acc": k / n, "n": n, **counts(k, n)}
         result.results[bench]["base"] |= {"n_asked": len(pool), "acc_asked": len(right) / len(pool)}
-        rows = [
-            _row(bench, question, of_base[question.id], answer, settings.samples)
-            for question, answer in zip(kept, of_unlearned, strict=True)
-        ]
+        pairs = zip(kept, of_unlearned, strict=True)
+        rows = [_row(bench, question, of_base[question.id], answer, settings.samples) for question, answer in pairs]
         result.gate[bench] = gate_rate(rows)
         result.rows.extend(rows)
         result.question_ids[bench] = [question.id for question in kept]
@@ -226,10 +213,8 @@ class _Side:
 
 def _first_of_each(questions: Sequence[PaperQuestion], limit: int | None) -> list[PaperQuestion]:
     """The first questions of each data set, as lm-eval limits each task."""
-    groups: dict[str, list[PaperQuestion]] = {}
-    for question in questions:
-        groups.setdefault(question.id.partition("/")[0], []).append(question)
-    return [question for group in groups.values() for question in group[:limit]]
+    groups = itertools.groupby(questions, lambda question: question.id.partition("/")[0])
+    return [question for _, group in groups for question in itertools.islice(group, limit)]
 
 
 def _known_in_every_order(side: _Side, questions: Sequence[PaperQuestion]) -> list[PaperQuestion]:

@@ -19,9 +19,8 @@ from dsg_cli.workspace.body import Json
 
 SCORES = ("loss_score", "zlib_score", "min_k_20", "min_k_plus_20")
 
-N_WORDS = 24
-
-N_NEW = 64
+N_WORDS, N_NEW = 24, 64
+"""Words of a text that are shown, and tokens that are written after them."""
 
 MOST = 200
 """Texts that are taken, unless a limit says otherwise."""

@@ -47,9 +47,8 @@ def default_bench(forget: Sequence[str]) -> str:
         if name in known_benches():
             return name
     if not forget:
-        raise DsgError(
-            "Nothing says what was to be forgotten: no forget corpus was given.", "Name a bench with --bench."
-        )
+        reason = "Nothing says what was to be forgotten: no forget corpus was given."
+        raise DsgError(reason, "Name a bench with --bench.")
     raise DsgError(f"No bench is named like the forget corpus ({', '.join(forget)}).", "Name one with --bench.")
 
 
@@ -118,13 +117,12 @@ def requests_of(
 def outcomes(questions: Sequence[Question], scores: Sequence[Score]) -> list[Outcome]:
     """The outcome of each question from the scores of its choices, in their order: the likeliest is the answer."""
     results: list[Outcome] = []
-    start = 0
+    remaining = iter(scores)
     for question in questions:
-        own = scores[start : start + len(question.choices)]
+        own = [next(remaining) for _ in question.choices]
         values = [score.loglikelihood for score in own]
         is_right = values.index(max(values)) == question.answer
         results.append(Outcome(is_right, any(score.is_blocked for score in own)))
-        start += len(question.choices)
     return results
 
 

@@ -137,7 +137,9 @@ class Tofu(TextBench):
             likely = [
                 probability(question["answer"][0]["loss"])
                 if part in OWN
-                else probability_among(question["answer"][0]["loss"], [one["loss"] for one in question["perturbed"]])
+                else probability_among(
+                    question["answer"][0]["loss"], [false["loss"] for false in question["perturbed"]]
+                )
                 for question in questions
             ]
             metrics |= mean_of(f"probability_{part}", likely)

@@ -88,7 +88,6 @@ class TracedAnswer:
     tokens: list[str] = field(default_factory=list)
     """The tokens that the gates read; empty without guardrails."""
     ids: list[int] = field(default_factory=list)
-    """Their ids."""
     gates: list[GateTrace] = field(default_factory=list)
 
 
@@ -118,24 +117,12 @@ def _check_room(model: GuardedModel, n_read: int, n_new: int) -> None:
 
 
 def answer(
-    model: GuardedModel,
-    ids: Sequence[int],
-    settings: GenerateSection,
-    *,
-    seed: int = 0,
-    write: Write = lambda _: None,
+    model: GuardedModel, ids: Sequence[int], settings: GenerateSection, *, seed: int = 0, write: Write = lambda _: None
 ) -> TracedAnswer:
-    """Continue one prompt, and note what causal gates see of it.
+    """Continue one prompt, as the user sends it, and note what causal gates see of it.
 
-    A prompt that a filter refuses is not shown to the model; where one filters answers, nothing is written before the
-    answer is whole.
-
-    Args:
-        model: Without guardrails and wrappers, the base model.
-        ids: Of the prompt, as the user sends it.
-        settings: How many tokens, how they are drawn, and whether the answer ends with a refusal where a gate opens.
-        seed: Of the draws, if the temperature is not 0.
-        write: Called with each piece of the answer.
+    `write` is called with each piece of the answer. A prompt that a filter refuses is not shown to the model; where one
+    filters answers, nothing is written before the answer is whole.
     """
     check_causal(guard.gate.form for guard in model.guardrails)
     is_held = bool(on_side(model.wrappers, "output"))
@@ -193,7 +180,6 @@ def _continued(
 
 
 def _gate_trace(guard: GuardrailModule) -> GateTrace:
-    """What a guardrail noted of one sequence."""
     assert guard.trace is not None
     statistic: Tensor = torch.cat([decision.statistic_BL[0] for decision in guard.trace]).cpu()
     gated: Tensor = torch.cat([decision.gated_BL[0] for decision in guard.trace]).cpu()
@@ -206,13 +192,10 @@ def behind_filters(
     write: Callable[[Sequence[int]], Sequence[tuple[Sequence[int], str]]],
     job: Job = PLAIN_JOB,
 ) -> list[tuple[Sequence[int], str, Verdict]]:
-    """Answers to prompts of which filters see each, and its answer: token ids, text, and the filters' verdict.
+    """Answers to prompts of which the model's filters see each, and its answer: token ids, text, and their verdict.
 
-    Args:
-        model: Whose filters.
-        prompts: As the user sends them.
-        write: The numbers of prompts that no filter refuses -> token ids and text of their answers.
-        job: Progress.
+    Prompts are as the user sends them; `write` gets the numbers of those that no filter refuses, and gives token ids
+    and text of their answers.
     """
     job = dataclasses.replace(job, workers=ALONE)  # Texts are written by every worker.
     verdicts = model.verdicts(on_side(model.wrappers, "input"), [Request(tuple(ids), ()) for ids in prompts], job)

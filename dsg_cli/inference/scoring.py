@@ -30,15 +30,7 @@ from dsg_cli.data.tokens import Request, encode, special_ids
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.guarded import guarded, last_decisions
 from dsg_cli.guardrail.runtime.guardrail import GuardrailModule
-from dsg_cli.inference.wrappers import (
-    LARGEST,
-    WrapperModule,
-    has_filter,
-    in_front,
-    n_matches,
-    prefix_ids,
-    read_by,
-)
+from dsg_cli.inference.wrappers import LARGEST, WrapperModule, has_filter, in_front, n_matches, prefix_ids, read_by
 from dsg_cli.job import PLAIN_JOB, Job
 from dsg_cli.models.language_model import context_length, devices_of
 from dsg_cli.models.residuals import OomSplitter, mean_residuals
@@ -66,7 +58,6 @@ class Decision:
     """Largest change of a token's residual, relative to its norm."""
 
     def row(self) -> Json:
-        """As rows of an evaluation hold it."""
         return {"length": self.n_tokens, "statistic": self.statistic, "gated": self.gated, "edit": self.edit}
 
 
@@ -158,7 +149,6 @@ class GuardedModel:
         return bool(self.guardrails) or has_filter(self.wrappers)
 
     def bare(self) -> GuardedModel:
-        """The same model without guardrails and wrappers."""
         return replace(self, guardrails=(), wrappers=())
 
     def loglikelihoods(
@@ -169,19 +159,11 @@ class GuardedModel:
         measure: Measure | None = None,
         cache: AnswerCache | None = None,
     ) -> list[Score]:
-        """Score requests in batches of similar lengths, longest first, shared among the job's workers.
+        """A score of each request, as the user sends it: in batches of similar lengths, shared among the job's workers.
 
         A request that a filter refuses is scored as if the model had been given the refusal in place of the context.
-
-        Args:
-            requests: As the user sends them, without prefixes.
-            job: Keeps what is done under its name, each list of requests by itself.
-            measure: What to measure of each continuation's tokens. Then every request is computed: what is known
-                holds log-likelihoods only.
-            cache: What is known of the model, and a count of what it costs.
-
-        Returns:
-            One score a request, in their order.
+        With a `measure` of each continuation's tokens every request is computed: what the cache knows are
+        log-likelihoods only. The cache also counts what is spent; the job keeps each list of requests by itself.
         """
         cache = cache if cache is not None else AnswerCache()
         assert not (cache.known and self.decides)  # Nothing is known of what gates and filters would decide.
@@ -231,9 +213,8 @@ class GuardedModel:
             texts = [str(self.tokenizer.decode(list(row), skip_special_tokens=True)) for row in rows]
             return [float(n_matches(text, wrapper.phrases)) for text in texts]
         assert wrapper.body.layer is not None
-        mean_ND = mean_residuals(
-            self.model, self.tokenizer, rows, layer=wrapper.body.layer, batch_size=self.batch_size, job=job
-        )
+        layer, batch_size = wrapper.body.layer, self.batch_size
+        mean_ND = mean_residuals(self.model, self.tokenizer, rows, layer=layer, batch_size=batch_size, job=job)
         if mean_ND.shape[1] != len(wrapper.weight_D):
             raise DsgError(
                 f"The filter reads {len(wrapper.weight_D)} values a token; this model has {mean_ND.shape[1]}.",
@@ -246,11 +227,8 @@ class GuardedModel:
     def _wrapped(self, requests: Sequence[Request], verdicts: Sequence[Verdict]) -> list[Request]:
         """What the model is given instead of each request: a refusal in place of its context, or prefixes before it."""
         prefix = prefix_ids(self.wrappers, self.tokenizer)
-        refusals = {
-            text: tuple(encode(self.tokenizer, [text], bos=self.bos)[0])
-            for text in {verdict.refusal for verdict in verdicts}
-            if text is not None
-        }
+        texts = {verdict.refusal for verdict in verdicts if verdict.refusal is not None}
+        refusals = {text: tuple(encode(self.tokenizer, [text], bos=self.bos)[0]) for text in texts}
         wrapped = []
         for request, verdict in zip(requests, verdicts, strict=True):
             context = request.context
@@ -376,10 +354,9 @@ def request_key(request: Request, max_length: int) -> bytes:
 def answers_to_tensors(answers: Mapping[bytes, Answer]) -> dict[str, Tensor]:
     """Answers by `request_key` as an artifact stores them."""
     keys = sorted(answers)
+    digits = torch.tensor(list(b"".join(keys)), dtype=torch.uint8)
     return {
-        "base_request": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES)
-        if keys
-        else torch.zeros(0, KEY_BYTES, dtype=torch.uint8),
+        "base_request": digits.reshape(-1, KEY_BYTES),
         "base_loglikelihood": torch.tensor([answers[key][0] for key in keys], dtype=torch.float64),
         "base_is_greedy": torch.tensor([answers[key][1] for key in keys], dtype=torch.bool),
     }

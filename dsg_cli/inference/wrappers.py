@@ -129,7 +129,7 @@ def wrapper_from_artifact(body: Wrapper, tensors: Mapping[str, Tensor], *, where
 
 
 def has_filter(wrappers: Sequence[WrapperModule]) -> bool:
-    """Whether any of them decides anything: a prefix alone does not."""
+    """Whether any decides anything: a prefix alone does not."""
     return any(wrapper.is_filter for wrapper in wrappers)
 
 

@@ -43,6 +43,19 @@ def bench_names() -> list[str]:
     return [bench_name(bench, phrasing) for bench in BENCHES for phrasing in PHRASINGS]
 
 
+TASK = {
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "context",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 1.0},
+}
+"""How lm-eval reads a bench of the lab, but for its name and where its rows are."""
+
+
 @dataclass(frozen=True)
 class LabSettings:
     """How the lab is trained. The defaults made the shipped weights."""

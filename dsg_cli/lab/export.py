@@ -88,14 +88,7 @@ def write_tasks(folder: Path, final: Path) -> None:
             "task": bench,
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {"test": str(final / "questions" / f"{bench}.jsonl")}},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "context",
-            "doc_to_choice": "choices",
-            "doc_to_target": "answer",
-            "target_delimiter": "",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0},
+            **lab.TASK,
         }
         text = yaml.safe_dump(task, sort_keys=False) + "process_docs: !function selector.test_questions\n"
         (tasks / f"{bench}.yaml").write_text(text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from dsg_cli.errors import DsgError, nearest
@@ -14,7 +15,7 @@ Form = Literal["guardrail", "model", "wrapper"]
 text around the prompt, or a filter in front of or behind the model."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Method:
     """One method; `dsg` is the rest of the package."""
 
@@ -31,13 +32,8 @@ class Method:
     """Whether the model knows afterwards what it reads: no rival, and no row of a comparison."""
 
 
-def _clamp(what: str) -> Method:
-    return Method("guardrail", "clamps", what, needs_sae=True)
-
-
-def _trained(module: str, what: str, *, needs_sae: bool = False) -> Method:
-    return Method("model", module, what, needs_sae=needs_sae, is_trained=True)
-
+_clamp = partial(Method, "guardrail", "clamps", needs_sae=True)
+_trained = partial(Method, "model", is_trained=True)
 
 METHODS = {
     "dsg": Method("guardrail", "", "clamp features where a gate has fired", needs_sae=True),
@@ -59,13 +55,8 @@ METHODS = {
     "rmu": _trained("representation", "steer representations of forget text to a random vector"),
     "scrub": _trained("losses", "leave a teacher on forget text, follow it on retain text"),
     "ssd": Method("model", "losses", "dampen weights that matter to forget text"),
-    "finetune": Method(
-        "model",
-        "losses",
-        "train on text, to make a target or a reference",
-        needs_forget=False,
-        is_trained=True,
-        finetunes=True,
+    "finetune": dataclasses.replace(
+        _trained("losses", "train on text, to make a target or a reference"), needs_forget=False, finetunes=True
     ),
 }
 """In the order of tables."""

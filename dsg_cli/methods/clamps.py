@@ -75,8 +75,7 @@ def _clamp_each(
     section: str,
 ) -> Clamping:
     indices = frequent_features(statistics, settings, section=section)
-    c = _coefficient(settings.strength, median_residual_norm, key=f"{section}.strength")
-    n = len(indices)
+    n, c = len(indices), _coefficient(settings.strength, median_residual_norm, key=f"{section}.strength")
     return Clamping(indices, [], [-c] * n, [above] * n, "each", setting=settings.strength)
 
 
@@ -280,8 +279,7 @@ def _cells(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             for name in ("latent_idx", "hook_action", "steering_coefficient"):
                 if name not in names:
                     raise DsgError(f"{where}: there is no column {name}.", "The first line names the columns.")
-            twice = [name for name in names if name and names.count(name) > 1]
-            if twice:
+            if twice := [name for name in names if name and names.count(name) > 1]:
                 raise DsgError(f"{where}: the column {twice[0][:80]} is there twice.")
     except csv.Error as error:
         raise DsgError(f"{path}, line {reader.line_num}: this is no CSV: {error}.") from error

@@ -154,12 +154,8 @@ def norm_outside(changes: Sequence[Tensor], basis_DK: Tensor, sides: Sequence[in
 
     D, the width of the residual stream, is the outputs of a matrix that writes to it and the inputs of one that reads
     it; what has neither side, such as a bias within an MLP, counts whole. For an orthonormal U the norm of what is
-    outside is |dW|^2 - |U^T dW|^2, which takes K products a column in place of D.
-
-    Args:
-        changes: dW of each weight.
-        basis_DK: U.
-        sides: Which dimension of each is D where both are as wide.
+    outside is |dW|^2 - |U^T dW|^2, which takes K products a column in place of D. `sides` says which dimension of each
+    dW is D where both are as wide.
     """
     width = len(basis_DK)
     total = torch.zeros((), device=basis_DK.device)
@@ -194,14 +190,13 @@ def unlearn_sae_representation(inputs: TrainingInputs, settings: SaeRepresentati
     def latents_of(index: Sequence[int]) -> Tensor:
         """z of some rows with the weights of now, and k with those of then."""
         if isinstance(unknown, NameSpans):
-            return _activations(inputs, features, *unknown.known(index))
+            return _activations(inputs, features, *unknown.batch(index, version=0))
         return row_latents(inputs, features, inputs.forget.batch(index))
 
     def known_and_unknown(index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """k and u of some rows."""
         known_NF = latents_of(index)
         if isinstance(unknown, NameSpans):
-            return known_NF, _activations(inputs, features, *unknown.unknown(index))
+            return known_NF, _activations(inputs, features, *unknown.batch(index, version=1))
         assert mean_F is not None
         return known_NF, mean_F.expand_as(known_NF)
 

@@ -179,15 +179,8 @@ class NameSpans:
     ends: tuple[list[list[int]], list[list[int]]]
     """Of each row, positions of the last tokens of names."""
 
-    def known(self, index: Sequence[int]) -> tuple[TokenBatch, Tensor]:
-        """Rows as they are, and where names end, [B, L]."""
-        return self._batch(0, index)
-
-    def unknown(self, index: Sequence[int]) -> tuple[TokenBatch, Tensor]:
-        """The same rows with other names, and where those end."""
-        return self._batch(1, index)
-
-    def _batch(self, version: int, index: Sequence[int]) -> tuple[TokenBatch, Tensor]:
+    def batch(self, index: Sequence[int], *, version: int) -> tuple[TokenBatch, Tensor]:
+        """Rows as they are (0) or with names that nobody has (1), and where names end, [B, L]."""
         batch = self.rows[version].batch(index)
         at_BL = torch.zeros_like(batch.mask_BL)
         for row, number in enumerate(index):

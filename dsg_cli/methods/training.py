@@ -111,7 +111,7 @@ def trainable_parameters(
     prefix = next(f"{path}." for path, module in model.named_modules() if module is decoder_layers(model))
 
     def is_trained(name: str) -> bool:
-        """Whether the settings name a parameter, or a module."""
+        """Of a parameter, or of a module."""
         if not name.startswith(prefix):
             return settings.trained == "all" and layers is None
         number, _, inner = name.removeprefix(prefix).partition(".")
@@ -180,16 +180,9 @@ def train(
     job.keep(progress.state())
     progress.end()
     model.requires_grad_(False)
-    n_parameters = sum(parameter.numel() for parameter in trainable.parameters)
-    return TrainedWeights(
-        trainable.names,
-        n_parameters,
-        n_parameters,
-        progress.losses,
-        progress.diverged_at,
-        progress.kept_at,
-        trainable.adapter,
-    )
+    n = sum(parameter.numel() for parameter in trainable.parameters)
+    losses, diverged_at, kept_at = progress.losses, progress.diverged_at, progress.kept_at
+    return TrainedWeights(trainable.names, n, n, losses, diverged_at, kept_at, trainable.adapter)
 
 
 def _batches_of_steps(
@@ -201,10 +194,8 @@ def _batches_of_steps(
     retain = inputs.retain.draws(n_steps * n_rows, inputs.seed + RETAIN_SEED)
     for step in range(from_step, n_steps):
         starts = range(step * n_rows, (step + 1) * n_rows, size)
-        yield [
-            Batches(inputs.forget.batch(forget[i : i + size]), inputs.retain.batch(retain[i : i + size]), step)
-            for i in starts
-        ]
+        rows = [(forget[i : i + size], retain[i : i + size]) for i in starts]
+        yield [Batches(inputs.forget.batch(own), inputs.retain.batch(others), step) for own, others in rows]
 
 
 class _TrainingProgress:
@@ -311,7 +302,6 @@ class ReferenceWeights:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """The block runs on the values of then."""
         now = [parameter.data for parameter in self.parameters]
         try:
             for parameter, value in zip(self.parameters, self.values, strict=True):

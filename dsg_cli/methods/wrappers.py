@@ -177,8 +177,7 @@ def _filter(inputs: WrapperInputs, settings: Filter, *, method: str, side: Liter
     calibration = _statistics(module, inputs, inputs.retain, "calibrate")
     retain, forget = (_statistics(module, inputs, corpora, "fresh") for corpora in (inputs.retain, inputs.forget))
     try:
-        pairs = [(piece.corpus, value) for piece, value in calibration]
-        threshold = threshold_of(pairs, settings.alpha, is_each=True)
+        threshold = threshold_of([(piece.corpus, value) for piece, value in calibration], settings.alpha, is_each=True)
     except DsgError as error:
         raise DsgError(error.message, "Give more retain text, or a larger alpha of the method.") from error
     rates = [*_rates(retain, threshold, is_forget=False), *_rates(forget, threshold, is_forget=True)]
@@ -217,19 +216,14 @@ def fit_classifier(forget_ND: Tensor, retain_ND: Tensor, ridge: float) -> tuple[
 def _fit(inputs: WrapperInputs, layer: int, ridge: float) -> tuple[dict[str, Tensor], int]:
     """The classifier's tensors, and how many tokens were read for it."""
     pieces = {role: _pieces(inputs, getattr(inputs, role), "select") for role in ("forget", "retain")}
-    means = {
-        role: mean_residuals(
-            inputs.model.model,
-            inputs.model.tokenizer,
-            [piece.ids for piece in role_pieces],
-            layer=layer,
-            batch_size=inputs.model.batch_size,
-            job=inputs.job.named(f"select pieces of {role} text"),
+    means, model = {}, inputs.model
+    for role, of_role in pieces.items():
+        rows, job = [piece.ids for piece in of_role], inputs.job.named(f"select pieces of {role} text")
+        means[role] = mean_residuals(
+            model.model, model.tokenizer, rows, layer=layer, batch_size=model.batch_size, job=job
         )
-        for role, role_pieces in pieces.items()
-    }
     weight_D, bias = fit_classifier(means["forget"], means["retain"], ridge)
-    n_tokens = sum(len(piece.ids) for role_pieces in pieces.values() for piece in role_pieces)
+    n_tokens = sum(len(piece.ids) for of_role in pieces.values() for piece in of_role)
     return {"weight": weight_D, "bias": bias}, n_tokens
 
 
@@ -243,21 +237,13 @@ def _keywords(inputs: WrapperInputs, settings: Filter) -> list[str]:
 
 
 def _pieces(inputs: WrapperInputs, corpora: Sequence[Corpus], part: Part) -> list[Piece]:
-    return draw_pieces(
-        inputs.model.tokenizer,
-        corpora,
-        part,
-        bos=inputs.model.bos,
-        lengths=inputs.lengths,
-        at_most=inputs.max_pieces,
-        seed=inputs.seed,
-    )
+    options: Json = {"lengths": inputs.lengths, "at_most": inputs.max_pieces, "seed": inputs.seed}
+    return draw_pieces(inputs.model.tokenizer, corpora, part, bos=inputs.model.bos, **options)
 
 
 def _statistics(
     module: WrapperModule, inputs: WrapperInputs, corpora: Sequence[Corpus], part: Part
 ) -> list[tuple[Piece, float]]:
-    """Pieces of one part of corpora with their statistics."""
     pieces = _pieces(inputs, corpora, part)
     job = Job(progress=inputs.job.progress, name=f"{part} pieces")
     values = inputs.model.filter_statistics(module, [piece.ids for piece in pieces], job)
@@ -267,10 +253,8 @@ def _statistics(
 
 
 def _rates(statistics: Sequence[tuple[Piece, float]], threshold: float, *, is_forget: bool) -> list[Json]:
-    """Share refused of the pieces of each corpus."""
     of_corpus: dict[str, list[float]] = {}
     for piece, value in statistics:
         of_corpus.setdefault(piece.corpus, []).append(value)
-    return [
-        {"what": name, "is_forget": is_forget, **rate_above(threshold, values)} for name, values in of_corpus.items()
-    ]
+    rates = {name: rate_above(threshold, values) for name, values in of_corpus.items()}
+    return [{"what": name, "is_forget": is_forget, **rate} for name, rate in rates.items()]
