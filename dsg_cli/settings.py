@@ -202,7 +202,9 @@ class SelectSection:
     """Which features."""
 
     n_features: Count = 20
+    """To be clamped: those with the largest forget score among all that reach `ratio_percentile`."""
     ratio_percentile: Percentile = 95.0
+    """Of the importance ratio (forget score over retain score) of all features; a feature must reach it."""
     score: Literal["mean-square", "squared-mean"] = "mean-square"
     """`mean-square` is the paper's Fisher diagonal, `squared-mean` what its code computes."""
     seq_len: Length = 1024
@@ -222,9 +224,9 @@ class SelectSection:
     describe: str | None = None
     """Choose by what features' descriptions say, not by forget text: words such as `biology pathogens virus`."""
     descriptions: str | None = None
-    """File of them (descriptions.py); by default those of Neuronpedia, if it has them for the SAE."""
+    """File of them (inspection/descriptions.py); by default those of Neuronpedia, if it has them for the SAE."""
     embedding: str | None = None
-    """Rank by this embedding model (a folder or org/name), not by BM25 (ranking.py)."""
+    """Rank by this embedding model (a folder or org/name), not by BM25 (inspection/descriptions.py)."""
     max_retain_rate: Share | None = 0.01
     """Described features that are active on a larger share of retain tokens are dropped; null drops none."""
     features: Annotated[Several[Natural], Each] = listed()
@@ -248,12 +250,13 @@ class CalibrateSection:
     """When the gate fires."""
 
     gate: CalibratedGate = "probe"
-    """All but `mean`, the paper's, decide while text is written; `dsg_cli/runtime/gates.py` defines them."""
+    """All but `mean`, the paper's, decide while text is written; guardrail/runtime/gates.py defines them."""
     window: Count = 4
     """Counted tokens in a window, and in the shortest prefix of `causal-mean`."""
     n_detectors: Count = 5
     """Features that `window` and `cusum` watch, chosen like those of select but at `detector_percentile`."""
     detector_percentile: Percentile = 98.0
+    """As `select.ratio_percentile`, for detectors."""
     alpha: Rate = 0.03
     """Promised rate of false positives on retain text."""
     guarantee: Literal["each", "pooled"] = "each"
@@ -299,6 +302,7 @@ class GuardrailSection:
     """c: a number, a multiple of the median residual norm such as `16r`, or `auto`: the smallest of `strengths` that
     forgets as well as the best of them, on dev questions."""
     strengths: Several[str] = listed("1r", "2r", "4r", "8r", "16r", "32r")
+    """That `auto` tries."""
     tuning_bench: str | None = None
     """Questions on which `auto` chooses, never those that are reported; by default the lab's dev questions."""
     allow_ineffective: StrictBool = False
@@ -312,6 +316,7 @@ class Training:
     steps: Count = 60
     """Of the optimiser, AdamW."""
     learning_rate: Positive = 1e-5
+    """Of AdamW."""
     warmup_steps: Natural = 0
     """Over which the learning rate rises to its value; then it stays there."""
     batch_size: Count = 8
@@ -321,7 +326,9 @@ class Training:
     max_tokens: Length = 512
     """Longer documents are cut to rows of so many tokens."""
     weight_decay: NotNegative = 0.01
+    """Of AdamW."""
     max_gradient_norm: Positive = 1.0
+    """Larger gradients are scaled down to this norm."""
     mixed_precision: Literal["none", "bfloat16"] = "none"
     """Of the forward passes; weights and their updates are float32."""
     trained: Trained = "all"
@@ -331,6 +338,7 @@ class Training:
     lora: StrictBool = False
     """Train low-rank adapters in place of the weights (PEFT), and write them alone."""
     lora_rank: Count = 8
+    """Width of the adapters' thin matrices."""
     lora_alpha: Positive = 16.0
     """The product of the two thin matrices is multiplied with alpha / rank."""
     lora_targets: Several[str] = listed()
@@ -349,8 +357,11 @@ class GradDiff(Training):
     """L = -w NLL(forget) + a R(retain)."""
 
     forget_weight: NotNegative = 1.0
+    """w."""
     retain_loss: RetainLoss = "nll"
+    """R."""
     retain_weight: NotNegative = 1.0
+    """a."""
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -358,9 +369,13 @@ class Npo(Training):
     """L = w (2 / b) mean log(1 + (p / p_ref)^b) + a R(retain), with p the probability of a forget sequence."""
 
     beta: Positive = 0.1
+    """b; towards 0 the gradient becomes that of gradient ascent."""
     forget_weight: NotNegative = 1.0
+    """w."""
     retain_loss: RetainLoss = "nll"
+    """R."""
     retain_weight: NotNegative = 1.0
+    """a."""
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -368,10 +383,15 @@ class SimNpo(Training):
     """L = -w (2 / b) mean log sigmoid(b NLL per token - g) + a R(retain); defaults as commonly used for TOFU."""
 
     beta: Positive = 4.5
+    """b."""
     gamma: NotNegative = 0.0
+    """g, a margin."""
     forget_weight: NotNegative = 0.125
+    """w."""
     retain_loss: RetainLoss = "nll"
+    """R."""
     retain_weight: NotNegative = 1.0
+    """a."""
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -409,7 +429,9 @@ class Sspu(Training):
     n_irrelevant: Count = 20
     """Live features of the lowest importance ratio, whose decoder rows span U_irr."""
     coefficient: Positive = 6.5
+    """c, as in RMU."""
     retain_weight: NotNegative = 1200.0
+    """a, as in RMU."""
     subspace_weight: NotNegative = 1.0
     """Of the squared norm of the update outside span(U_rel)."""
 
@@ -426,7 +448,9 @@ class SaeRepresentation(Training):
     push_weight: NotNegative = 0.1
     """p."""
     retain_loss: RetainLoss = "kl"
+    """R."""
     retain_weight: NotNegative = 1.0
+    """a."""
     unknown_file: str | None = None
     """Texts about made-up entities (a file of prompts); by default forget text with its names recombined."""
 
@@ -438,11 +462,15 @@ class Scrub(Training):
     max_steps: Count = 1
     """Of each turn."""
     min_steps: Natural = 1
+    """Of each turn."""
     last_max_step: Natural | None = None
     """Steps after this one are min steps; null takes two thirds of all, so that the end repairs."""
     temperature: Positive = 2.0
+    """Both models' logits are divided by it."""
     kl_weight: NotNegative = 0.5
+    """a."""
     nll_weight: NotNegative = 1.0
+    """g."""
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -455,6 +483,7 @@ class Finetune(Training):
     limit: Whole | None = None
     """At most so many documents of each, drawn at random, in the place of corpora.limit."""
     epochs: Positive = 5.0
+    """Passes over the corpora; counts where `steps` is 0."""
     steps: Natural = 0
     """Of the optimiser; 0 takes as many as the epochs need."""
     max_tokens: Length = 2048
@@ -474,12 +503,15 @@ class Ssd:
     """Where F_forget > a F_retain: w <- w min(l F_retain / F_forget, 1), F the diagonal of the Fisher information."""
 
     alpha: Positive = 10.0
+    """a; the larger, the fewer weights are dampened."""
     dampening: NotNegative = 1.0
     """l."""
     n_rows: Count = 256
     """Of forget and of retain text, one backward pass each."""
     max_tokens: Length = 512
+    """Longer documents are cut to rows of so many tokens."""
     save_dtype: SaveDtype = "float32"
+    """Of the weights in their file."""
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -487,6 +519,7 @@ class StaticClamp:
     """Wherever a selected feature is active, it is set to minus `strength`; there is no gate."""
 
     n_features: Count = 20
+    """Those active on most forget tokens."""
     max_retain_rate: Share = 0.01
     """Features active on a larger share of retain tokens are dropped; the others rank by that of forget tokens."""
     strength: Strength = "20"
@@ -500,9 +533,12 @@ class ConditionalClamp:
     """Wherever a selected feature exceeds `above`, it is set to minus `strength`."""
 
     n_features: Count = 5
+    """As in static_clamp, as are the next and the last setting."""
     max_retain_rate: Share = 0.01
     above: Activation = 0.0
+    """An activation of the SAE."""
     strength: Strength = "300"
+    """A number, or a multiple of the median residual norm such as `2r`."""
     steering_file: str | None = None
 
 
@@ -511,8 +547,10 @@ class RefusalClamp:
     """Wherever any selected feature exceeds `above`, a refusal feature is set to `coefficient`."""
 
     n_features: Count = 5
+    """As in static_clamp, as are the next and the last setting."""
     max_retain_rate: Share = 0.01
     above: Activation = 0.05
+    """An activation of the SAE."""
     refusal_feature: Natural | None = None
     """Its index (15864 in the paper's SAE). Null takes the feature most frequent on retain text and rarest on forget
     text: a stand-in, which turns answers to something else rather than to a refusal."""
@@ -533,6 +571,7 @@ class PromptPrefix:
     )
     """`{topic}` stands for the names of the forget corpora, or for `topic`."""
     topic: str | None = None
+    """Put in the text's place of that name."""
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -540,6 +579,7 @@ class Filter:
     """A rule that refuses."""
 
     rule: Literal["classifier", "keywords"] = "classifier"
+    """A linear classifier that reads the residual stream, or a list of words."""
     alpha: Rate = 0.03
     """Promised rate of false positives on text like that of each retain corpus, at the lengths of calibrate."""
     layer: Natural | None = None
@@ -551,6 +591,7 @@ class Filter:
     keywords_file: str | None = None
     """Words of your own, one a line, in their place."""
     refusal: Spoken = "I cannot help with that."
+    """The answer to whatever is refused."""
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -574,7 +615,9 @@ class InContext:
     """Questions in front of every prompt: with wrong answers on what is to be forgotten, right ones on the rest."""
 
     n_forget: Count = 4
+    """Questions on what is to be forgotten."""
     n_retain: Natural = 4
+    """Questions on the rest."""
     forget_bench: str | None = None
     """Where from; by default the lab's bench named like the forget corpus, whose dev questions are taken."""
     retain_benches: Several[str] = listed()
@@ -609,11 +652,14 @@ class EvalSection:
     """What is measured."""
 
     benches: Several[str] = listed()
+    """Names (`dsg ls benches`), or tasks of lm-eval."""
     split: Split = "test"
     include_path: str | None = None
     """Folder with lm-eval tasks of your own."""
     batch_size: Count = 32
+    """Sequences in a forward pass, at most."""
     limit: Count | None = None
+    """Questions of each bench, at most; null asks all."""
     expect: Several[str] = listed()
     """Conditions such as `lab-hexes<=0.30`, `lab-near>=0.99*base` or `lab-near.gate<=0.05` (expect.py)."""
     samples: StrictBool = False
@@ -636,6 +682,7 @@ class GenerateSection:
     """What is written."""
 
     side: Literal["both", "base", "guarded"] = "both"
+    """Who answers; `guarded` is the unlearned model."""
     max_new_tokens: Count = 64
     temperature: NotNegative = 0.0
     """0 takes the likeliest token."""
@@ -644,6 +691,7 @@ class GenerateSection:
     on_trigger: Literal["clamp", "refuse"] = "clamp"
     """Where a gate opens: go on with clamped features, or end with `refusal`."""
     refusal: str = "I cannot help with that."
+    """What stands in the answer's place if `on_trigger` is `refuse`."""
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -651,6 +699,7 @@ class AttackSection:
     """How it is attacked."""
 
     kinds: Several[str] = listed()
+    """Names (`dsg ls attacks`), or `all`."""
     bench: str | None = None
     """Questions on the forgotten knowledge; by default the bench named like the forget corpus."""
     utility_bench: str | None = None
@@ -753,6 +802,7 @@ class CompareSection:
     relearn_steps: Annotated[Several[Whole], Steps] = listed(0, 10, 20, 40)
     """Of the attack by relearning; empty leaves it out."""
     relearn_learning_rate: Rate = 3e-4
+    """Of AdamW, in that attack."""
     sequence: Several[str] = listed()
     """Corpora that are to be forgotten after the first, one request after another; each has a bench of its name."""
 
@@ -766,13 +816,20 @@ class GridValues(TypedDict, total=False):
     ratio_percentile: Axis[Percentile]
     alpha: Axis[Rate]
     by: Axis[Literal["documents", "entities"]]
+    """What `share` counts: documents of forget text, or entities that they name."""
     share: Axis[Annotated[Number, Field(gt=0, le=100)]]
+    """How many of them are kept, in per cent."""
     way: Axis[Literal["each", "union"]]
+    """A guardrail for each request, or one for all together."""
     requests: Axis[Count]
+    """How many corpora are forgotten."""
     sae: Axis[Annotated[str, NotEmpty]]
+    """As `sae.source`."""
     seed: Axis[Natural]
     length: Axis[Count]
+    """Tokens of a sequence."""
     batch_size: Axis[Count]
+    """Sequences in a forward pass."""
 
 
 def _of_its_study(grids: dict[str, GridValues]) -> dict[str, GridValues]:
@@ -833,3 +890,4 @@ class Recipe:
     study: StudySection = field(default_factory=StudySection)
     published: PublishedSection = field(default_factory=PublishedSection)
     seed: Whole = 0
+    """Of everything that is drawn at random."""
