@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dsg_cli.data.tokens import chunks, counted_tokens, encode, packed, special_ids
 from dsg_cli.errors import DsgError
 
-BATCH_TOKENS = 8192
-"""Tokens, padding included, in a batch of a pass over a corpus."""
+BATCH_TOKENS = 8192  # Tokens, padding included, in a batch of a pass over a corpus.
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ class TokenBatch:
         return replace(self, ids_BL=self.ids_BL.pin_memory(), mask_BL=self.mask_BL.pin_memory())
 
     def to(self, device: str) -> TokenBatch:
-        """On a device."""
         ids_BL, mask_BL = (tensor.to(device, non_blocking=True) for tensor in (self.ids_BL, self.mask_BL))
         return replace(self, ids_BL=ids_BL, mask_BL=mask_BL)
 
@@ -65,13 +63,12 @@ def batches(
     special = special_ids(tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     listed = list(rows)
-    group: list[int] = []
+    groups: list[list[int]] = []
     for i in sorted(range(len(listed)), key=lambda i: -len(listed[i])):
-        if group and len(listed[group[0]]) * (len(group) + 1) > batch_tokens:
-            yield pad_rows([listed[j] for j in group], pad, special, device, index=group)
-            group = []
-        group.append(i)
-    if group:
+        if not groups or len(listed[groups[-1][0]]) * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(i)
+    for group in groups:
         yield pad_rows([listed[j] for j in group], pad, special, device, index=group)
 
 
@@ -91,12 +88,8 @@ def pad_rows(
 
 
 TEXTS_AT_ONCE = 256
-BUCKET_TOKENS = 32 * BATCH_TOKENS
-"""Rows of similar lengths are put together within a bucket of so many tokens."""
-
-AHEAD = 4
-"""Batches that lie ready, at most."""
-
+BUCKET_TOKENS = 32 * BATCH_TOKENS  # Rows of similar lengths are put together within a bucket of so many tokens.
+AHEAD = 4  # Batches that lie ready, at most.
 Item = TypeVar("Item")
 
 

@@ -28,9 +28,7 @@ PARTS: tuple[tuple[Part, float], ...] = (("select", 0.5), ("calibrate", 0.8), ("
 
 MIN_DOCUMENTS = 8
 SHARED_AT_MOST = 0.1
-BLOCK = 1024
-"""Documents read at a time, while documents are drawn."""
-
+BLOCK = 1024  # Documents read at a time, while documents are drawn.
 COMPOSED = {"lab-retain": ("lab-near", "lab-far")}
 """Corpora that contain others, for the check that nothing is both forgotten and retained."""
 
@@ -51,7 +49,6 @@ class Corpus:
     """Each text is what a user says."""
 
     def part(self, part: Part) -> list[str]:
-        """The documents of one part, in the corpus's order."""
         return [text for text in self.texts if part_of(text) == part]
 
     def described(self) -> Json:
@@ -89,11 +86,9 @@ def load_corpora(
     seed: int = 0,
     revisions: Mapping[str, str] | None = None,
 ) -> list[Corpus]:
-    """Read several corpora.
+    """Corpora of the lab, of the catalogue, on the hub, or in local files and folders; `=WEIGHT` may follow a name.
 
-    Names are those of the lab, of the catalogue, on the hub, or of local files and folders; `=WEIGHT` may follow. At
-    most `limit` documents of each are drawn at random; `revisions` are commits at which to read data sets of the hub,
-    by name.
+    At most `limit` documents of each are drawn at random; `revisions` are commits of data sets of the hub, by name.
     """
     check_named(names, role=role)
     if limit is not None and limit < MIN_DOCUMENTS:
@@ -137,14 +132,12 @@ def _known(name: str) -> CorpusName | None:
         return CorpusName(str(path), path=path)
     match = re.fullmatch(r"(?P<path>.+?)(?:#(?P<split>[^#@]+))?(?:@(?P<column>[^#@]+))?", name, flags=re.DOTALL)
     if match is not None and (path := _existing(match["path"])) is not None:
-        return CorpusName(
-            f"{path}{name[len(match['path']) :]}", path=path, column=match["column"], split=match["split"]
-        )
+        full = f"{path}{name[len(match['path']) :]}"
+        return CorpusName(full, path=path, column=match["column"], split=match["split"])
     return None
 
 
 def _existing(name: str) -> Path | None:
-    """The absolute path of a file or folder, if there is one of that name."""
     try:
         path = Path(name).resolve()
         return path if name and path.exists() else None

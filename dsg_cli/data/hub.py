@@ -20,8 +20,7 @@ from dsg_cli.data.readers import Documents, of_dataset
 from dsg_cli.errors import DsgError, reason_of
 
 SCHEME = "hf://"
-REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
-"""org/name, or org/name@revision."""
+REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")  # org/name, or org/name@revision.
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ def fetch_snapshot(text: str, patterns: Sequence[str], *, kind: str = "model") -
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    """org/name@revision as its parts."""
     match = REPOSITORY.fullmatch(text)
     assert match is not None
     return match[1], match[2]
@@ -123,9 +121,8 @@ def push_folder(address: HubAddress, folder: Path, *, marker: str, is_public: bo
         api.create_repo(address.repo, private=not is_public, exist_ok=True)
         held = set(api.list_repo_files(address.repo)) - {".gitattributes", "README.md"}
         if held and marker not in held:
-            raise DsgError(
-                f"The repository {address.repo} holds other files, among them {min(held)}.", "Name a new repository."
-            )
+            reason = f"The repository {address.repo} holds other files, among them {min(held)}."
+            raise DsgError(reason, "Name a new repository.")
         done = api.upload_folder(repo_id=address.repo, folder_path=folder, commit_message="Add a guardrail (dsg-cli)")
     return f"{SCHEME}{address.repo}@{done.oid}"
 
@@ -162,15 +159,13 @@ def hub_errors(repo: str) -> Iterator[None]:
         hint = "Set HF_TOKEN, or run `hf auth login`, with a token that may write." if status in (401, 403) else ""
         raise DsgError(f"The hub refused {repo}: {reason_of(error, 200)}", hint) from error
     except unreachable as error:
-        raise DsgError(
-            f"The hub cannot be reached: {reason_of(error, 200)}", "Check the network and HF_ENDPOINT."
-        ) from error
+        hint = "Check the network and HF_ENDPOINT."
+        raise DsgError(f"The hub cannot be reached: {reason_of(error, 200)}", hint) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DsgError(
-            f"There is no room on the disk for {repo}.", "Make room, or name another cache folder with HF_HOME."
-        ) from error
+        hint = "Make room, or name another cache folder with HF_HOME."
+        raise DsgError(f"There is no room on the disk for {repo}.", hint) from error
 
 
 def _no_access(repo: str, *, is_gated: bool, is_data: bool = False) -> DsgError:

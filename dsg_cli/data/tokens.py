@@ -95,8 +95,7 @@ def packed(documents: Iterable[list[int]], seq_len: int, *, bos: int | None, eos
 def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """What a user says, in the tokenizer's chat template, up to where the answer begins."""
     turns = [{"role": "user", "content": text}]
-    prompt: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return prompt
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,7 @@ WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+")
 TOO_MANY_MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 """On one letter: putting an endless run of them in order takes the square of its length."""
 
-INVISIBLE = regex.compile(r"\p{Cf}+")
-"""Such as a soft hyphen."""
+INVISIBLE = regex.compile(r"\p{Cf}+")  # Such as a soft hyphen.
 
 
 def words_of(text: str) -> list[str]:
@@ -158,12 +156,8 @@ def cut_pieces(row: list[int], rng: random.Random, *, lengths: Sequence[int], n_
     """Cut a document into consecutive pieces of random lengths; a rest shorter than all of them is dropped.
 
     A threshold holds for texts of the lengths it was set on: rows of 1024 tokens say little about a question of 30.
-
-    Args:
-        row: Token ids of a document.
-        rng: Where lengths come from.
-        lengths: Of pieces, `n_head` not counted, each as likely as the others.
-        n_head: Leading tokens (BOS) that every piece repeats.
+    Each of the lengths is as likely as the others; the `n_head` leading tokens (BOS), which every piece repeats, do
+    not count.
     """
     head, body = row[:n_head], row[n_head:]
     pieces, start = [], 0
@@ -211,22 +205,14 @@ def draw_pieces(
     at_most: int,
     seed: int,
 ) -> list[Piece]:
-    """Pieces of one part of the corpora; where corpora have weights, each gives that share of them.
+    """About `at_most` pieces of one part of the corpora; where corpora have weights, each gives that share of them.
 
-    Args:
-        tokenizer: The model's.
-        corpora: Retain text. What a user says in a chat is one piece, whole.
-        part: Of each corpus.
-        bos: Token that every piece begins with.
-        lengths: Of pieces in tokens, BOS not counted, each as likely as the others.
-        is_packed: Join the documents with EOS before they are cut, as the paper does.
-        at_most: So many pieces of all corpora together, about; the documents they come from are drawn at random.
-        seed: Of everything that is drawn.
+    `lengths` as for `cut_pieces`; what a user says in a chat is one piece, whole. Packed documents are joined with EOS
+    before they are cut, as the paper does. The documents, where not all are needed, and the lengths are random.
     """
     rng = random.Random(f"{seed}/{part}")
     n_head = int(bos is not None)
-    pieces: list[list[Piece]] = []
-    """One list for each corpus."""
+    pieces: list[list[Piece]] = []  # One list for each corpus.
     for corpus in corpora:
         texts = prompts(tokenizer, corpus, part)
         kept = _sampled(texts, rng, corpus, lengths=lengths, at_most=at_most // len(corpora))
@@ -260,5 +246,4 @@ def _sampled(
     expected = len(texts) if corpus.is_chat else sum(map(len, texts)) / a_piece
     if expected <= at_most:
         return list(range(len(texts)))
-    n_kept = max(1, round(len(texts) * at_most / expected))
-    return sorted(rng.sample(range(len(texts)), n_kept))
+    return sorted(rng.sample(range(len(texts)), max(1, round(len(texts) * at_most / expected))))

@@ -94,8 +94,7 @@ def calibrated_threshold(settings: CalibrateSection, statistics: Sequence[tuple[
     return threshold
 
 
-CUSUM_CLIP = 16.0
-"""Drifts that one token may add."""
+CUSUM_CLIP = 16.0  # Drifts that one token may add.
 
 
 @dataclass(frozen=True)
@@ -208,22 +207,16 @@ def check_finite(statistics: Sequence[float]) -> None:
 
 @torch.inference_mode()
 def gate_statistics(
-    loaded: LoadedModel,
-    gates: Sequence[GuardrailModule],
-    pieces: Sequence[Piece],
-    job: Job = PLAIN_JOB,
+    loaded: LoadedModel, gates: Sequence[GuardrailModule], pieces: Sequence[Piece], job: Job = PLAIN_JOB
 ) -> list[tuple[int, int, list[float]]]:
     """What gates see in pieces of text, from one pass of the model up to where they read.
 
-    All gates, from `make_guardrail`, read at the same place; each of the job's workers gets the statistics of all.
-
-    Returns:
-        Number of the piece, its counted tokens, and the statistic of each gate; in the order of batches.
+    All gates, from `make_guardrail`, read at the same place; each of the job's workers gets the statistics of all:
+    number of the piece, its counted tokens, and the statistic of each gate, in the order of batches.
     """
     kept = job.kept() or {"n_batches": 0, "found": []}
     n_batches: int = kept["n_batches"]
-    rows: list[list[Any]] = kept["found"]
-    """[number of the batch, of the piece, counted tokens, statistic, ...]"""
+    rows: list[list[Any]] = kept["found"]  # [number of the batch, of the piece, counted tokens, statistic, ...]
     n_tokens, total = 0, sum(len(piece.ids) for piece in pieces)
     split_on_oom = OomSplitter()
 

@@ -41,9 +41,8 @@ def guarded(
 ) -> Iterator[nn.Module]:
     """While the block runs, the model answers under one guardrail or under several, each with a gate of its own.
 
-    Hooks are gone after the block, also after an exception; a model compiled before it is compiled again.
-
-    The model may be compiled or not; with no guardrail it is as it is. `allow_mismatch` takes another model than the
+    Hooks are gone after the block, also after an exception. The model may be compiled or not: one that was
+    compiled before is compiled again. With no guardrail it is as it is. `allow_mismatch` takes another model than the
     one that a guardrail was made for, such as a fine-tuned copy.
     """
     guards = [guardrails] if isinstance(guardrails, GuardrailModule) else list(guardrails)
@@ -103,9 +102,8 @@ def check_model(model: nn.Module, guard: GuardrailModule) -> None:
     hint = "Use the model it was made for; allow_mismatch=True (--allow-mismatch) puts it on this one all the same."
     for key, value in actual.items():
         if value != expected[key]:
-            raise DsgError(
-                f"The guardrail was made for a model with {key} {expected[key]}; this one has {value}.", hint
-            )
+            made_for = f"a model with {key} {expected[key]}"
+            raise DsgError(f"The guardrail was made for {made_for}; this one has {value}.", hint)
     if fingerprint(model, expected["last_layer"]) != expected["fingerprint"]:
         raise DsgError("The guardrail was made for a model with other weights.", hint)
 

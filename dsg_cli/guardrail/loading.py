@@ -20,9 +20,7 @@ from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import is_file, is_folder
 from dsg_cli.workspace.store import Workspace
 
-LIGHT_FILE = "guardrail.safetensors"
-"""Its name in a repository or a model folder."""
-
+LIGHT_FILE = "guardrail.safetensors"  # Its name in a repository or a model folder.
 METADATA = "dsg"
 TENSORS_DIGEST = "tensors_sha256"
 
@@ -54,9 +52,8 @@ def read_light(path: Path) -> LightGuardrail:
             text = (file.metadata() or {}).get(METADATA)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, OSError) as error:
-        raise DsgError(
-            f"{path} is truncated or no .safetensors file: {error}.", "Export or download it again."
-        ) from error
+        hint = "Export or download it again."
+        raise DsgError(f"{path} is truncated or no .safetensors file: {error}.", hint) from error
     if text is None:
         raise DsgError(
             f"{path} is no light file: its metadata hold no `{METADATA}`.",

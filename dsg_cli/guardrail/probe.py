@@ -25,14 +25,9 @@ from dsg_cli.models.residuals import OomSplitter, read_residual
 from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import at_safe_points, safe_point
 
-CLIP = 8.0
-"""Bound of a token's logit at run time."""
-
-NEWTON_STEPS, CONVERGED = 50, 1e-10
-"""Steps of a fit, at most; and the largest gradient at which it ends."""
-
-DIGITS = 4
-"""Digits of a weight that are kept: the others follow how a batch was cut, not the text."""
+CLIP = 8.0  # Bound of a token's logit at run time.
+NEWTON_STEPS, CONVERGED = 50, 1e-10  # Steps of a fit, at most; and the largest gradient at which it ends.
+DIGITS = 4  # Digits of a weight that are kept: the others follow how a batch was cut, not the text.
 
 
 @dataclass(frozen=True)
@@ -82,8 +77,7 @@ def sampled_activations(
     Rows are in the order of batches, which all workers form alike, so that the number of workers does not matter.
     """
     stride = max(1, total_tokens // n_tokens)
-    own: dict[int, Tensor] = {}
-    """Activations of the batches that this worker read."""
+    own: dict[int, Tensor] = {}  # Activations of the batches that this worker read.
     split_on_oom = OomSplitter()
 
     def read(batch: TokenBatch) -> Tensor:

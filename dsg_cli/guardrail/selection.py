@@ -13,15 +13,12 @@ from dsg_cli.guardrail.runtime.gates import DETECTING_FORMS
 from dsg_cli.models.sae_slice import slice_columns
 from dsg_cli.workspace.artifacts import Feature, FeatureSet, Guardrail
 
-LIVE_AT_LEAST = 0.05
-"""Share of live features below which percentiles are taken over those alone."""
-
+LIVE_AT_LEAST = 0.05  # Share of live features below which percentiles are taken over those alone.
 FORGET_PERCENTILE = 5.0
 EPSILON = 1e-21
 FORMATTING_RATE = 0.05
 FORMATTING_RATIO = 10.0
-SHOWN = 20
-"""Features in a note, at most."""
+SHOWN = 20  # Features in a note, at most.
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,8 @@ def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, rati
     ratio_F = forget_F / (retain_F + EPSILON)
     live_F = (forget_F > 0) | (retain_F > 0)
     if not (forget_F > 0).any():
-        raise DsgError(
-            "No feature of the SAE is active on the forget corpus.", "Check that the SAE belongs to the model."
-        )
+        hint = "Check that the SAE belongs to the model."
+        raise DsgError("No feature of the SAE is active on the forget corpus.", hint)
     over, percentiles_over = torch.ones_like(live_F), "all"
     if live_F.double().mean() < LIVE_AT_LEAST or torch.quantile(ratio_F, ratio_percentile / 100) == 0:
         over, percentiles_over = live_F, "live"

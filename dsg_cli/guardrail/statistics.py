@@ -22,14 +22,9 @@ from dsg_cli.models.residuals import OomSplitter, read_residual, split_rows_on_o
 from dsg_cli.workspace.checkpoints import State
 from dsg_cli.workspace.files import at_safe_points
 
-CHUNK_TOKENS = 1024
-"""Tokens encoded at a time: what bounds the memory of a pass is this times F, never the corpus."""
-
-NORM_SAMPLE = 65_536
-"""Residual norms kept for their median, about; evenly spread over each batch."""
-
-SUMS = ("squares", "activations", "active")
-"""What is summed over tokens."""
+CHUNK_TOKENS = 1024  # Tokens encoded at a time: what bounds the memory of a pass is this times F, never the corpus.
+NORM_SAMPLE = 65_536  # Residual norms kept for their median, about; evenly spread over each batch.
+SUMS = ("squares", "activations", "active")  # What is summed over tokens.
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,6 @@ class FeatureStatistics:
         return self.mean_square_F if name == "mean-square" else self.mean_F.square()
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The statistics by name, as an artifact stores them."""
         return {
             f"{prefix}_mean_square": self.mean_square_F,
             f"{prefix}_mean": self.mean_F,

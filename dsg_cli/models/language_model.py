@@ -29,9 +29,7 @@ SMALL_FILES = (
 )  # fmt: skip
 """README.md says under which licence the model is, for the card of what is exported."""
 
-SAMPLED = 256
-"""Values of each tensor that `model_digest` looks at."""
-
+SAMPLED = 256  # Values of each tensor that `model_digest` looks at.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 """What families call the norm between the last layer and the head."""
@@ -127,12 +125,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a model for inference; of an adapter, its base with the adapter's product added to the weights.
 
-    Args:
-        source: `lab`, `lab-retrain`, a folder, org/name or org/name@revision; not `settings.source`.
-        settings: Device and dtype, both resolved; the device map; whether to run Python files of the repository.
-        dtype: Instead of that of the settings.
-        last_layer: If given, only decoder layers 0..last_layer are built and read from disk: their outputs are
-            bit-identical to the whole model's, the weights above are never touched.
+    `source` is `lab`, `lab-retrain`, a folder, org/name or org/name@revision, not `settings.source`; device and dtype
+    of the settings are resolved. With `last_layer`, only decoder layers 0..last_layer are built and read from disk:
+    their outputs are bit-identical to the whole model's, the weights above are never touched.
     """
     folder = model_folder(source, with_code=settings.trust_remote_code)
     torch_dtype = getattr(torch, dtype or settings.dtype)
@@ -165,9 +160,8 @@ def load_model(
         )
     except Exception as error:  # The same.
         raise _unreadable(f"The model in {source}", "loaded", error) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise DsgError(f"The weights in {source} lack {len(missing)} tensors, among them {missing[0]}.")
+    if missing := info["missing_keys"]:
+        raise DsgError(f"The weights in {source} lack {len(missing)} tensors, among them {min(missing)}.")
     model.requires_grad_(False)
     model = model.eval()
     if settings.device_map is None:

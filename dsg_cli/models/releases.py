@@ -47,9 +47,8 @@ def releases() -> dict[str, dict[str, Any]]:
     assert spec is not None and spec.origin is not None
     path = Path(spec.origin).parent / "pretrained_saes.yaml"
     if not path.is_file():
-        raise DsgError(
-            "The installed sae-lens has no list of releases.", "Install a version that constraints.txt pins."
-        )
+        hint = "Install a version that constraints.txt pins."
+        raise DsgError("The installed sae-lens has no list of releases.", hint)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     listed: dict[str, dict[str, Any]] = loader(path.read_text(encoding="utf-8")).get_single_data()
     return listed

@@ -23,11 +23,7 @@ class _ReachedError(Exception):
 
 
 def read_residual(model: nn.Module, site: HookSite, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """The activations at `site`; layers above it are not run.
-
-    Returns:
-        resid_BLD in the model's dtype, on the device of the ids wherever the layer lies.
-    """
+    """The activations at `site`, [B, L, D] in the model's dtype, on the ids' device; layers above it are not run."""
     residuals: list[Tensor] = []
 
     def keep(resid_BLD: Tensor) -> Tensor:

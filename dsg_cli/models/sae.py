@@ -140,7 +140,6 @@ def _locate(source: str) -> SaeFolder:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration and its metadata."""
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -194,9 +193,8 @@ def _check_sliceable(config: dict[str, Any], source: str) -> None:
             f"Supported: {', '.join(WEIGHTS)} (BatchTopK and Matryoshka SAEs are saved as jumprelu).",
         )
     if normalization not in NORMALIZATIONS:
-        raise DsgError(
-            f"The SAE {source} has normalize_activations={normalization!r}, which this version cannot slice exactly."
-        )
+        value = f"normalize_activations={normalization!r}"
+        raise DsgError(f"The SAE {source} has {value}, which this version cannot slice exactly.")
     # Older configurations name their activation; a `standard` SAE may then be a top-k one.
     for key in ("activation_fn", "activation_fn_str"):
         if config.get(key) not in ("relu", None) and "topk" not in architecture:
@@ -206,9 +204,8 @@ def _check_sliceable(config: dict[str, Any], source: str) -> None:
     if "topk" in architecture and not (type(config.get("k")) is int and 0 < config["k"] <= config["d_sae"]):
         raise DsgError(f"The SAE {source} has k={config.get('k')!r}; it must be a whole number of features.")
     if config.get("reshape_activations") not in ("none", "hook_z", None):
-        raise DsgError(
-            f"The SAE {source} has reshape_activations={config['reshape_activations']!r}, which is not known here."
-        )
+        shape = config["reshape_activations"]
+        raise DsgError(f"The SAE {source} has reshape_activations={shape!r}, which is not known here.")
 
 
 def load_encoder(sae: SaeSource, *, device: str) -> Callable[[Tensor], Tensor]:

@@ -25,9 +25,8 @@ def slice_sae(
     columns = slice_columns(indices, detectors)
     beyond = [index for index in columns if not 0 <= index < sae.identity.n_features]
     if beyond:
-        raise DsgError(
-            f"The SAE {sae.identity.source} has {sae.identity.n_features} features; there is no {beyond[0]}."
-        )
+        n_features = sae.identity.n_features
+        raise DsgError(f"The SAE {sae.identity.source} has {n_features} features; there is no {beyond[0]}.")
     index_K = torch.tensor(columns, dtype=torch.long)
     with safe_open(sae.folder / WEIGHTS_FILE, framework="pt") as file:
         whole = {name: file.get_tensor(name) for name in WEIGHTS[sae.identity.architecture]}

@@ -43,8 +43,7 @@ def empty_guardrail(described: Json) -> GuardrailModule:
     return GuardrailModule(GuardrailSpec(**described["spec"]), tensors)
 
 
-ALLOW_MISMATCH = "dsg_allow_mismatch"
-"""Key of the configuration: also on other base weights, such as fine-tuned ones."""
+ALLOW_MISMATCH = "dsg_allow_mismatch"  # Key of the configuration: also on other base weights, such as fine-tuned ones.
 
 
 class GuardrailMixin(nn.Module):

@@ -51,8 +51,7 @@ DETECTING_FORMS = tuple(form for form, (score, _) in FORMS.items() if score != "
 """Gates that watch detectors, not the clamped features."""
 
 CUSUM_STEP = 1 / 256
-CUSUM_CAP = 2.0**15
-"""Times 256 it is an integer that float32 holds exactly."""
+CUSUM_CAP = 2.0**15  # Times 256 it is an integer that float32 holds exactly.
 
 
 @dataclass(frozen=True)

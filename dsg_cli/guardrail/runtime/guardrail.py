@@ -135,23 +135,19 @@ class GuardrailModule(nn.Module):
         for name in ("n_sequences", "n_gated", "n_clamped", "n_broken"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long, device=device), persistent=False)
         self.register_buffer("largest_edit", torch.zeros((), device=device), persistent=False)
-        self.key = ""
-        """Digest of spec and tensors: whose state is whose in a cache."""
-        self.trace: list[TokenDecisions] | None = None
-        """If a list, every decision is appended to it."""
+        self.key = ""  # Digest of spec and tensors: whose state is whose in a cache.
+        self.trace: list[TokenDecisions] | None = None  # If a list, every decision is appended to it.
         self.last: TokenDecisions | None = None
+        # Largest change of a token in each row of the last call, relative to the norm of its residual.
         self.last_edit_B: Tensor | None = None
-        """Largest change of a token in each row of the last call, relative to the norm of its residual."""
 
     @property
     def last_statistic_B(self) -> Tensor:
-        """Largest statistic of each row of the last call."""
         assert self.last is not None
         return self.last.statistic_BL.amax(-1)
 
     @property
     def last_gated_B(self) -> Tensor:
-        """Whether each row of the last call was gated."""
         assert self.last is not None
         return self.last.gated_BL.any(-1)
 
@@ -248,17 +244,11 @@ class GuardrailModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GuardrailModule:
         """Moves to a device, never to a dtype: a guardrail computes in float32, whatever the model does."""
-        before = {
-            (module, name): buffer
-            for module in self.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        }
+        before = [(module, name, old) for module in self.modules() for name, old in module._buffers.items()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for (module, name), old in before.items():
+        for module, name, old in before:
             new = module._buffers[name]
-            assert new is not None
-            if new.dtype != old.dtype:
+            if old is not None and new is not None and new.dtype != old.dtype:
                 module._buffers[name] = old if old.device == new.device else old.to(new.device)
         return self
 

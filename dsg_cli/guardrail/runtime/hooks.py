@@ -42,7 +42,6 @@ class Call:
     """What the call continues; None or empty at the beginning of a sequence."""
 
     def counted_BL(self, special: Tensor) -> Tensor:
-        """True for tokens that are neither padding nor special."""
         return self.real_BL & ~torch.isin(self.ids_BL, special.to(self.ids_BL.device))
 
 
@@ -82,9 +81,8 @@ def _real_tokens(mask: Any, ids_BL: Tensor, cache: Cache | None) -> Tensor:
         return torch.ones_like(ids_BL, dtype=torch.bool)
     n_rows, length = ids_BL.shape
     if not torch.is_tensor(mask) or mask.dim() not in (2, 4):
-        raise DsgError(
-            f"A guardrail cannot read a {type(mask).__name__} as attention mask.", "Pass one of two dimensions."
-        )
+        reason = f"A guardrail cannot read a {type(mask).__name__} as attention mask."
+        raise DsgError(reason, "Pass one of two dimensions.")
     n_before: int | Tensor = 0 if cache is None else cache.get_seq_length()
     if isinstance(n_before, int) and mask.shape[-1] < n_before + length:
         if mask.dim() == 2:
@@ -110,15 +108,13 @@ class GrowingState(DynamicLayer):
 
     def __init__(self, owner: str) -> None:
         super().__init__()
-        self.owner = owner
-        """Which guardrail's."""
+        self.owner = owner  # The guardrail's key.
 
     def put(self, states_BLC: Tensor) -> None:
-        """Append the states after the tokens of one call."""
         self.update(states_BLC[:, None], states_BLC.new_empty(states_BLC.shape[0], 1, states_BLC.shape[1], 0))
 
     def last(self) -> Tensor:
-        """The state after the last token, [B, C]."""
+        """The state after the last token, [B, C]; so in `FixedState`."""
         assert self.keys is not None
         return self.keys[:, 0, -1]
 
@@ -150,7 +146,6 @@ class FixedState(CacheLayerMixin, DummyLayer):
         self.is_initialized = True
 
     def last(self) -> Tensor:
-        """The state after the last token, [B, C]."""
         assert self.keys is not None
         return self.keys[:, 0, 0].clone()
 
@@ -178,16 +173,13 @@ def state_in(cache: Cache | None, owner: str, n_rows: int) -> Tensor | None:
     layer = _layer(cache, owner)
     if layer is None:
         if int(cache.get_seq_length()) > 0:
-            raise DsgError(
-                "This cache holds tokens that the guardrail has not seen.", "Fill it inside the same guarded block."
-            )
+            hint = "Fill it inside the same guarded block."
+            raise DsgError("This cache holds tokens that the guardrail has not seen.", hint)
         return None
     if isinstance(layer, GrowingState):
-        n_seen = layer.get_seq_length()
-        if n_seen != cache.get_seq_length():
-            raise DsgError(
-                f"The cache holds {cache.get_seq_length()} tokens, of which the guardrail has seen {n_seen}."
-            )
+        n_seen, n_held = layer.get_seq_length(), cache.get_seq_length()
+        if n_seen != n_held:
+            raise DsgError(f"The cache holds {n_held} tokens, of which the guardrail has seen {n_seen}.")
         if n_seen == 0:
             return None
     last_BC: Tensor = layer.last()
@@ -206,10 +198,7 @@ def keep_state(cache: Cache, owner: str, states_BLC: Tensor) -> None:
 
 
 def _layer(cache: Cache, owner: str) -> Any:
-    for layer in reversed(cache.layers):
-        if getattr(layer, "owner", None) == owner:
-            return layer
-    return None
+    return next((layer for layer in reversed(cache.layers) if getattr(layer, "owner", None) == owner), None)
 
 
 @dataclass
@@ -231,8 +220,7 @@ class Attached:
         self.decoder = decoder_of(model)
         self.config: Any = self.decoder.config
         self.names = tuple(inspect.signature(self.decoder.forward).parameters)
-        self.running: dict[int, Running] = {}
-        """The call that each thread is in: several may use one model at once."""
+        self.running: dict[int, Running] = {}  # The call that each thread is in: several may use one model at once.
         if "past_key_values" not in self.names:
             raise DsgError(
                 f"{type(self.decoder).__name__} keeps its cache elsewhere than in past_key_values, where a guardrail "
@@ -251,7 +239,6 @@ class Attached:
         forget_compiled()
 
     def remove(self) -> None:
-        """Take the guardrails off again."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

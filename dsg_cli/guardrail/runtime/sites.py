@@ -47,9 +47,9 @@ class HookSite:
     @property
     def name(self) -> str:
         """In the TransformerLens spelling, or for a module of the layer in one like `layers.3.mlp.output`."""
-        for name, point in POINTS.items():
-            if point == self.point:
-                return f"blocks.{self.layer}.{name}"
+        spelling = next((name for name, point in POINTS.items() if point == self.point), None)
+        if spelling is not None:
+            return f"blocks.{self.layer}.{spelling}"
         return f"layers.{self.layer}.{self.path}.{self.point}"
 
 
@@ -101,9 +101,8 @@ def find_module(model: nn.Module, site: HookSite) -> tuple[nn.Module, bool]:
     """The module at a site, and whether the site is its input (else its output)."""
     layers = decoder_layers(model)
     if site.layer >= len(layers):
-        raise DsgError(
-            f"{site.name} is at layer {site.layer} (counted from 0), but the model has {len(layers)} layers."
-        )
+        place = f"{site.name} is at layer {site.layer} (counted from 0)"
+        raise DsgError(f"{place}, but the model has {len(layers)} layers.")
     layer = layers[site.layer]
     # Gemma 2 and 3, OLMo 2: norms follow attention and MLP, and what joins the residual stream is their output.
     has_norms_after = hasattr(layer, "post_feedforward_layernorm")
@@ -163,8 +162,7 @@ class OutputEdit:
 
 def _child(module: nn.Module, names: tuple[str, ...], site: HookSite) -> nn.Module:
     for name in names:
-        child = getattr(module, name, None)
-        if isinstance(child, nn.Module):
+        if isinstance(child := getattr(module, name, None), nn.Module):
             return child
     raise DsgError(f"{site.name}: {type(module).__name__} has no module named {' or '.join(names)}.")
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 LAYER_NORM_EPSILON = 1e-5
-TOPK_CHUNK = 1024
-"""Tokens whose F pre-activations are held at a time."""
+TOPK_CHUNK = 1024  # Tokens whose F pre-activations are held at a time.
 
 
 @dataclass(frozen=True)
