@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -30,6 +31,8 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dsg_cli.errors import DsgError
 
 SMALL_LAB = ("--recipe", "lab", "--set", "corpora.limit=80")
 """For whole commands: the lab's recipe on a third of its text, where what is found is not what is tested."""
@@ -254,6 +257,12 @@ def dsg(tmp_path, capsys, monkeypatch):
         return int(stop.value.code or 0), out.out, out.err
 
     return run
+
+
+def refuses(words: str, call: Callable[..., object], *arguments: object, **options: object) -> None:
+    """The call ends in an error for a user whose text these words, a pattern, are found in."""
+    with pytest.raises(DsgError, match=words):
+        call(*arguments, **options)
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess[str]:

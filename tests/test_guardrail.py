@@ -13,20 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYER, WIDTH, make_guardrail, make_sae, python
+import transformers
+from conftest import LAYER, WIDTH, make_guardrail, make_sae, python, refuses
 from loopback import LoopbackHub
 from test_hub import SELECT, files_of, run
 from test_serving import PROMPTS, SITE, alone, build
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 import dsg_cli
 from dsg_cli.data.batches import pad_rows
@@ -45,8 +37,7 @@ from dsg_cli.models.residuals import read_residual, replace_residual
 from dsg_cli.models.sae import read_sae
 from dsg_cli.recipe import load_recipe
 from dsg_cli.settings import GenerateSection, ModelSection
-from dsg_cli.stages import apply, calibrate, select
-from dsg_cli.stages import apply as trial
+from dsg_cli.stages import apply, calibrate, evaluate, select
 from dsg_cli.workspace.artifacts import Guardrail, Threshold
 from dsg_cli.workspace.store import Workspace
 
@@ -61,6 +52,21 @@ ROWS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 1, 40, 41, 42, 43, 44, 45], [2,
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sae")
     return make_sae(folder, bias=1.0), read_sae(str(folder))
+
+
+def read(model, ids):
+    batch = pad_rows([ids], 0, SPECIAL)
+    return batch, read_residual(model, AT_LAYER, batch.ids_BL, batch.mask_BL)
+
+
+def put_on(*arguments, **options):
+    with guarded(*arguments, **options):
+        pass
+
+
+@torch.no_grad()
+def logits(model, ids, **options):
+    return model(ids, use_cache=False, **options).logits
 
 
 def guard(whole, *, threshold=0.3, strength=7.0, indices=INDICES, site=AT_LAYER):
@@ -89,8 +95,7 @@ def test_equals_decode_of_the_clamped_plus_error(model, whole, threshold):
     module = guard(whole, threshold=threshold)
     n_gated = 0
     for ids in ROWS:
-        batch = pad_rows([ids], 0, SPECIAL)
-        resid = read_residual(model, AT_LAYER, batch.ids_BL, batch.mask_BL)
+        batch, resid = read(model, ids)
         expected, rho = reference(whole[0], resid[0], ids, threshold=threshold, strength=7.0)
         found = module(resid, batch.counted_BL)[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
@@ -113,23 +118,23 @@ def test_batch_of_one_equals_a_padded_batch_of_eight(model, whole):
     """Neither padding nor its side moves a decision or a logit."""
     module = guard(whole)
     rows = [*ROWS, *ROWS]
-    with guarded(model, module, allow_mismatch=True), torch.no_grad():
+    with guarded(model, module, allow_mismatch=True):
         alone, decided = [], []
         for ids in rows:
-            alone.append(model(torch.tensor([ids]), use_cache=False).logits[0])
+            alone.append(logits(model, torch.tensor([ids]))[0])
             decided.append((module.last_statistic_B.item(), module.last_gated_B.item()))
         right = pad_rows(rows, 0, SPECIAL)
-        together = model(right.ids_BL, attention_mask=right.mask_BL.long(), use_cache=False).logits
+        together = logits(model, right.ids_BL, attention_mask=right.mask_BL.long())
         assert module.last_statistic_B.tolist() == [rho for rho, _ in decided]
         assert module.last_gated_B.tolist() == [is_gated for _, is_gated in decided]
         left_ids, left_mask = right.ids_BL.flip(1), right.mask_BL.flip(1)
         for i, ids in enumerate(rows):
             left_ids[i, -len(ids) :] = torch.tensor(ids)
         positions = (left_mask.long().cumsum(-1) - 1).clamp(min=0)
-        left = model(left_ids, attention_mask=left_mask.long(), position_ids=positions, use_cache=False).logits
+        left = logits(model, left_ids, attention_mask=left_mask.long(), position_ids=positions)
         assert module.last_statistic_B.tolist() == [rho for rho, _ in decided]
         # lm-eval pads with id 0 and sends no mask: the id is special, so it is not counted either.
-        model(right.ids_BL, use_cache=False)
+        logits(model, right.ids_BL)
         assert module.last_statistic_B.tolist() == [rho for rho, _ in decided]
     assert any(is_gated for _, is_gated in decided) and not all(is_gated for _, is_gated in decided)
     for i, ids in enumerate(rows):
@@ -150,8 +155,7 @@ def test_unreachable_threshold_and_no_features_are_exact_identities(model, whole
 
 def test_special_tokens_are_never_counted_nor_edited(model, whole):
     module = guard(whole, threshold=0.0, indices=list(range(48)))
-    batch = pad_rows([[2, 5, 1, 6]], 0, SPECIAL)
-    resid = read_residual(model, AT_LAYER, batch.ids_BL, batch.mask_BL)
+    batch, resid = read(model, [2, 5, 1, 6])
     found = module(resid, batch.counted_BL)
     assert module.last_statistic_B.item() == 1.0
     assert torch.equal(found[0, [0, 2]], resid[0, [0, 2]]) and not torch.equal(found[0, 1], resid[0, 1])
@@ -173,18 +177,14 @@ def test_hooks_are_gone_after_the_block_and_after_an_exception(model, whole):
         return [(dict(module._forward_pre_hooks), dict(module._forward_hooks)) for module in hooked]
 
     hooks_before = hooks()
-    with torch.no_grad():
-        before = model(ids, use_cache=False).logits
-        with guarded(model, guard(whole, threshold=0.0), allow_mismatch=True):
-            assert hooks() != hooks_before
-            assert not torch.equal(model(ids, use_cache=False).logits, before)
-        assert torch.equal(model(ids, use_cache=False).logits, before)
-        with (
-            pytest.raises(RuntimeError, match="stop"),
-            guarded(model, guard(whole, threshold=0.0), allow_mismatch=True),
-        ):
-            raise RuntimeError("stop")
-        assert torch.equal(model(ids, use_cache=False).logits, before)
+    before, module = logits(model, ids), guard(whole, threshold=0.0)
+    with guarded(model, module, allow_mismatch=True):
+        assert hooks() != hooks_before
+        assert not torch.equal(logits(model, ids), before)
+    assert torch.equal(logits(model, ids), before)
+    with pytest.raises(RuntimeError, match="stop"), guarded(model, module, allow_mismatch=True):
+        raise RuntimeError("stop")
+    assert torch.equal(logits(model, ids), before)
     assert hooks() == hooks_before
 
 
@@ -193,28 +193,23 @@ def test_the_input_of_a_layer_is_the_output_of_the_one_before(model, whole):
     before = HookSite(LAYER + 1, "resid_pre")
     mask = torch.ones_like(ids)
     assert torch.equal(read_residual(model, before, ids, mask), read_residual(model, AT_LAYER, ids, mask))
-    with torch.no_grad():
-        with guarded(model, guard(whole, threshold=0.0), allow_mismatch=True):
-            post = model(ids, use_cache=False).logits
-        with guarded(model, guard(whole, threshold=0.0, site=before), allow_mismatch=True):
-            pre = model(ids, use_cache=False).logits
-    assert torch.equal(post, pre)
+    answers = []
+    for site in (AT_LAYER, before):
+        with guarded(model, guard(whole, threshold=0.0, site=site), allow_mismatch=True):
+            answers.append(logits(model, ids))
+    assert torch.equal(*answers)
 
 
 def test_layers_that_return_tuples_are_handled():
-    from transformers import GPTJConfig, GPTJForCausalLM
-
     torch.manual_seed(0)
-    config = GPTJConfig(vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
-    gptj = GPTJForCausalLM(config).eval()
+    config = transformers.GPTJConfig(vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
+    gptj = transformers.GPTJForCausalLM(config).eval()
     ids = torch.tensor([[1, 2, 3]])
     seen = read_residual(gptj, HookSite(0, "resid_post"), ids, torch.ones_like(ids))
-    with torch.no_grad():
-        plain = gptj(ids, use_cache=False).logits
-        with replace_residual(gptj, HookSite(0, "resid_post"), lambda h: h):
-            assert torch.equal(gptj(ids, use_cache=False).logits, plain)
-        with replace_residual(gptj, HookSite(0, "resid_post"), lambda h: h + 1):
-            assert not torch.equal(gptj(ids, use_cache=False).logits, plain)
+    plain = logits(gptj, ids)
+    for added in (0, 1):
+        with replace_residual(gptj, HookSite(0, "resid_post"), lambda h, added=added: h + added):
+            assert torch.equal(logits(gptj, ids), plain) == (added == 0)
     assert seen.shape == (1, 3, 16)
 
 
@@ -222,20 +217,16 @@ def test_a_call_that_holds_no_whole_sequence_is_refused(model, whole):
     ids = torch.tensor([ROWS[0]])
     cache = model(ids, use_cache=True).past_key_values
     with guarded(model, guard(whole), allow_mismatch=True):
-        with pytest.raises(DsgError, match="whole sequences"):
-            model(ids[:, -1:], past_key_values=cache)
-        with pytest.raises(DsgError, match="needs token ids"):
-            model(inputs_embeds=torch.zeros(1, 2, WIDTH))
-        with pytest.raises(DsgError, match="whole sequences"):
-            model.generate(ids, max_new_tokens=3)
+        refuses("whole sequences", model, ids[:, -1:], past_key_values=cache)
+        refuses("needs token ids", model, inputs_embeds=torch.zeros(1, 2, WIDTH))
+        refuses("whole sequences", model.generate, ids, max_new_tokens=3)
 
 
 def test_counters_say_what_was_seen_and_done(model, whole):
     module = guard(whole, threshold=0.3)
     largest, n_clamped, n_gated = 0.0, 0, 0
     for ids in ROWS:
-        batch = pad_rows([ids], 0, SPECIAL)
-        resid = read_residual(model, AT_LAYER, batch.ids_BL, batch.mask_BL)
+        batch, resid = read(model, ids)
         edit = (module(resid, batch.counted_BL) - resid).norm(dim=-1)
         largest = max(largest, float((edit / resid.norm(dim=-1)).max()))
         n_clamped += int((edit > 0).sum())
@@ -268,9 +259,9 @@ def test_a_layer_that_does_not_run(llama, use_cache):
 
 def test_a_cache_that_is_not_where_others_have_it(llama):
     _, guard = llama
-    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=3, state_size=4))
-    with pytest.raises(DsgError, match="keeps its cache elsewhere"), guarded(model, guard, allow_mismatch=True):
-        pass
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=3, state_size=4)
+    model = transformers.MambaForCausalLM(config)
+    refuses("keeps its cache elsewhere", put_on, model, guard, allow_mismatch=True)
 
 
 def test_threads_do_not_share_a_call(llama):
@@ -308,10 +299,10 @@ def test_a_mask_with_a_bias_is_no_padding(llama):
     model, guard = llama
     ids = torch.tensor([PROMPTS[0]])
     causal = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1)[None, None]
-    with guarded(model, guard, allow_mismatch=True), torch.no_grad():
-        model(ids, attention_mask=causal, use_cache=False)
+    with guarded(model, guard, allow_mismatch=True):
+        logits(model, ids, attention_mask=causal)
         expected = guard.last_statistic_B
-        model(ids, attention_mask=causal - 1e-6, use_cache=False)
+        logits(model, ids, attention_mask=causal - 1e-6)
         torch.testing.assert_close(guard.last_statistic_B, expected, rtol=1e-3, atol=1e-3)
         assert expected > 0
 
@@ -364,7 +355,7 @@ def test_an_export_is_of_no_use_to_the_bases_own_classes(exported, tmp_path):
     AutoModelForCausalLM.from_pretrained(exported, **REMOTE).save_pretrained(tmp_path / "again")
     for folder in (exported, tmp_path / "again"):
         with pytest.raises(Exception, match="vocab_size"):
-            Gemma2ForCausalLM.from_pretrained(folder)
+            transformers.Gemma2ForCausalLM.from_pretrained(folder)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", **REMOTE)
     assert again.config.vocab_size == again.get_input_embeddings().num_embeddings == 670
 
@@ -451,11 +442,9 @@ def test_an_edit_that_changes_nothing_is_seen(chain):
     assert real.gate_rate == empty.gate_rate > 0.5 and real.n_clamped == empty.n_clamped
     assert real.changed_rate == real.gate_rate and real.edit > 1
     assert empty.changed_rate == empty.edit == 0
-    trial.check_effect(real)
-    with pytest.raises(DsgError, match="its edit changes nothing"):
-        trial.check_effect(empty)
-    with pytest.raises(DsgError, match="its gate never fires"):
-        trial.check_effect(Effect(64, 0.0, 0.0, 0, 0.0))
+    apply.check_effect(real)
+    refuses("its edit changes nothing", apply.check_effect, empty)
+    refuses("its gate never fires", apply.check_effect, Effect(64, 0.0, 0.0, 0, 0.0))
 
 
 def test_the_effect_is_that_of_the_whole_model(chain):
@@ -475,20 +464,18 @@ def test_the_effect_is_that_of_the_whole_model(chain):
 
 def test_results_do_not_depend_on_the_size_of_batches(chain, tmp_path, monkeypatch):
     """Same features, threshold to 1e-6, same answers, as of the chain in batches of the usual size."""
-    from dsg_cli.stages import evaluate as evaluate
-
     ask = [*SMALL, "eval.benches=[lab-hexes]", "eval.limit=24"]
     report = evaluate.run(load_recipe("lab", sets=[*ask, "eval.batch_size=32"]), chain)
-    features, threshold = chain.read("features-001"), chain.read("threshold-001")
-    assert threshold.body.gate == "probe"
-    found = [([f.index for f in features.body.features], threshold.body, report.body)]
+    usual = (chain.read("features-001"), chain.read("threshold-001"), report)
+    assert usual[1].body.gate == "probe"
     monkeypatch.setattr("dsg_cli.data.batches.batches.__kwdefaults__", {"batch_tokens": 700, "device": "cpu"})
     recipe, workspace = load_recipe("lab", sets=[*ask, "eval.batch_size=5"]), Workspace(tmp_path)
     features, threshold, _, report = (s.run(recipe, workspace) for s in (select, calibrate, apply, evaluate))
-    found.append(([f.index for f in features.body.features], threshold.body, report.body))
-    (one, two) = found
-    assert one[0] == two[0] and one[1].threshold == pytest.approx(two[1].threshold, abs=1e-6)
-    assert one[1].detectors == two[1].detectors and one[2].results == two[2].results
+    small = (features, threshold, report)
+    one, two = ([artifact.body for artifact in artifacts] for artifacts in (usual, small))
+    assert [f.index for f in one[0].features] == [f.index for f in two[0].features]
+    assert one[1].threshold == pytest.approx(two[1].threshold, abs=1e-6) and one[1].detectors == two[1].detectors
+    assert one[2].results == two[2].results
 
 
 def test_the_same_seed_gives_the_same_files_apart_from_times(tmp_path, chain):
@@ -500,9 +487,8 @@ def test_the_same_seed_gives_the_same_files_apart_from_times(tmp_path, chain):
     for artifact_id in workspace.ids():
         one, two = (where.read(artifact_id) for where in (chain, workspace))
         assert one.header.files == two.header.files  # Digests of tensors and rows.
-        assert {k: v for k, v in one.json.items() if k not in times} == {
-            k: v for k, v in two.json.items() if k not in times
-        }
+        for key in (one.json.keys() | two.json.keys()) - set(times):
+            assert one.json.get(key, "absent") == two.json.get(key, "absent"), key
 
 
 @pytest.mark.parametrize(
@@ -559,8 +545,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_for(tmp_path, monkeyp
     own = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
     (folder / "config.json").write_text(json.dumps(config | own))
     (folder / "configuration_own.py").write_text(CODE)
-    with pytest.raises(DsgError, match="--trust-remote-code runs them"):
-        read_config(str(folder))
+    refuses("--trust-remote-code runs them", read_config, str(folder))
     assert type(read_config(str(folder), ModelSection(trust_remote_code=True))).__name__ == "OwnConfig"
 
 
@@ -622,8 +607,12 @@ def guard_at(folder, hook, **changes):
 
 def small_gpt2():
     torch.manual_seed(1)
-    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=64, initializer_range=0.3)
-    return GPT2LMHeadModel(config).eval()
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, initializer_range=0.3)).eval()
+
+
+def random_ids():
+    return torch.randint(4, 60, (4, 12), generator=torch.Generator().manual_seed(0))
 
 
 def statistics(model, guards, ids):
@@ -650,7 +639,7 @@ def fine_tuned(model, frozen, ids, *, steps=3):
 def test_frozen_parameters_keep_the_statistic(model, tmp_path, hook, family):
     tuned = copy.deepcopy(model) if family == "llama" else small_gpt2()
     guard = guard_at(tmp_path, hook)
-    ids = torch.randint(4, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    ids = random_ids()
     before = statistics(tuned, [guard], ids)[0]
     assert before.max() > 0
     frozen = protected_parameters(tuned, guard)
@@ -664,7 +653,7 @@ def test_frozen_parameters_keep_the_statistic(model, tmp_path, hook, family):
 
 def test_training_everything_moves_the_statistic(model, tmp_path):
     guard = guard_at(tmp_path, "blocks.1.hook_resid_post")
-    ids = torch.randint(4, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    ids = random_ids()
     before = statistics(model, [guard], ids)[0]
     assert not torch.equal(statistics(fine_tuned(copy.deepcopy(model), [], ids), [guard], ids)[0], before)
 
@@ -691,8 +680,7 @@ def test_a_tied_head_is_frozen_with_the_embeddings_and_several_guardrails_take_t
 
 
 def test_a_hook_that_the_model_lacks_is_refused(model, tmp_path):
-    with pytest.raises(DsgError, match="the model has 3 layers"):
-        protected_parameters(model, guard_at(tmp_path, "blocks.7.hook_resid_post"))
+    refuses("the model has 3 layers", protected_parameters, model, guard_at(tmp_path, "blocks.7.hook_resid_post"))
 
 
 def test_the_public_names_are_imported_when_they_are_used():
@@ -706,11 +694,10 @@ def test_on_the_model_it_was_made_for(schema):
     loaded = load_model("lab")
     guardrail = load_guardrail(DATA / f"schema-{schema}/guardrail-001.json")
     ids = loaded.tokenizer(QUESTION, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        before = loaded.model(ids, use_cache=False).logits
-        with guarded(loaded.model, guardrail) as model:
-            assert not torch.equal(model(ids, use_cache=False).logits, before)
-        assert torch.equal(loaded.model(ids, use_cache=False).logits, before)
+    before = logits(loaded.model, ids)
+    with guarded(loaded.model, guardrail) as model:
+        assert not torch.equal(logits(model, ids), before)
+    assert torch.equal(logits(loaded.model, ids), before)
     counters = guardrail.counters()
     assert counters["n_sequences"] == counters["n_gated"] == 1 and 0 < counters["n_clamped"] < ids.numel()
     assert 1 < counters["largest_edit"] < 20
@@ -721,46 +708,36 @@ def test_guardrails_compose_and_stay_in_float32():
     guards = [load_guardrail(DATA / f"schema-{schema}/guardrail-001.json").to(torch.bfloat16) for schema in (1, 2)]
     assert all(guard.slice.W_enc.dtype == torch.float32 for guard in guards)
     ids = loaded.tokenizer(QUESTION, return_tensors="pt")["input_ids"]
-    with torch.no_grad(), guarded(loaded.model, guards):
-        assert loaded.model(ids, use_cache=False).logits.dtype == torch.bfloat16
+    with guarded(loaded.model, guards):
+        assert logits(loaded.model, ids).dtype == torch.bfloat16
     assert all(guard.counters()["n_gated"] == 1 for guard in guards)
-    with pytest.raises(DsgError, match="named twice"), guarded(loaded.model, [guards[0], guards[0]]):
-        pass
+    refuses("named twice", put_on, loaded.model, [guards[0], guards[0]])
 
 
 def test_another_model_is_refused_unless_it_is_wanted(model):
     guardrail = load_guardrail(KEPT)
-    with pytest.raises(DsgError, match="architecture Gemma2ForCausalLM; this one has Llama"), guarded(model, guardrail):
-        pass
+    refuses("architecture Gemma2ForCausalLM; this one has Llama", put_on, model, guardrail)
     changed = load_model("lab").model
     changed.model.layers[0].mlp.up_proj.weight.data *= 2
-    with pytest.raises(DsgError, match="other weights"), guarded(changed, guardrail):
-        pass
-    with guarded(changed, guardrail, allow_mismatch=True):
-        pass
+    refuses("other weights", put_on, changed, guardrail)
+    put_on(changed, guardrail, allow_mismatch=True)
 
 
 def test_a_model_whose_layers_cannot_be_found_is_refused():
-    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=8)
-    strange = LlamaForCausalLM(config)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    strange = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=8))
     strange.model.layers = torch.nn.Sequential(*strange.model.layers)
-    guardrail = load_guardrail(KEPT)
     message = "The decoder layers of LlamaForCausalLM cannot be found"
-    with pytest.raises(DsgError, match=message), guarded(strange, guardrail, allow_mismatch=True):
-        pass
+    refuses(message, put_on, strange, load_guardrail(KEPT), allow_mismatch=True)
 
 
 def test_what_is_no_guardrail_is_refused(tmp_path):
-    with pytest.raises(DsgError, match="is no guardrail"):
-        load_guardrail(DATA / "schema-1/features-001.json")
-    with pytest.raises(DsgError, match="There is no artifact"):
-        load_guardrail(tmp_path / "guardrail-001.json")
+    refuses("is no guardrail", load_guardrail, DATA / "schema-1/features-001.json")
+    refuses("There is no artifact", load_guardrail, tmp_path / "guardrail-001.json")
     shutil.copy(DATA / "schema-2/guardrail-001.json", tmp_path)
-    with pytest.raises(DsgError, match="is incomplete"):
-        load_guardrail(tmp_path / "guardrail-001.json")
+    refuses("is incomplete", load_guardrail, tmp_path / "guardrail-001.json")
     (tmp_path / "guardrail-001.safetensors").write_bytes(b"\x00" * 64)
-    with pytest.raises(DsgError, match="was altered"):
-        load_guardrail(tmp_path / "guardrail-001.json")
+    refuses("was altered", load_guardrail, tmp_path / "guardrail-001.json")
 
 
 def test_a_compiled_model_never_runs_unguarded():
@@ -769,14 +746,13 @@ def test_a_compiled_model_never_runs_unguarded():
     guardrail = load_guardrail(KEPT)
     ids = loaded.tokenizer(QUESTION, return_tensors="pt")["input_ids"]
     compiled = torch.compile(loaded.model, backend="eager")
-    with torch.no_grad():
-        before = compiled(ids, use_cache=False).logits
-        with guarded(loaded.model, guardrail):
-            expected = loaded.model(ids, use_cache=False).logits
-            torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
-            later = torch.compile(loaded.model, backend="eager")
-            torch.testing.assert_close(later(ids, use_cache=False).logits, expected)
-        torch.testing.assert_close(compiled(ids, use_cache=False).logits, before)
-        assert not torch.equal(expected, before)
-        with guarded(compiled, guardrail) as model:
-            torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    before = logits(compiled, ids)
+    with guarded(loaded.model, guardrail):
+        expected = logits(loaded.model, ids)
+        torch.testing.assert_close(logits(compiled, ids), expected)
+        later = torch.compile(loaded.model, backend="eager")
+        torch.testing.assert_close(logits(later, ids), expected)
+    torch.testing.assert_close(logits(compiled, ids), before)
+    assert not torch.equal(expected, before)
+    with guarded(compiled, guardrail) as model:
+        torch.testing.assert_close(logits(model, ids), expected)

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import N_FEATURES, WIDTH, make_sae
+from conftest import N_FEATURES, WIDTH, make_sae, refuses
 from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
 from test_hub import SELECT, files_of, run
@@ -63,8 +63,7 @@ def test_identity_comes_from_the_folder(tmp_path):
 def test_what_cannot_be_used_is_refused(tmp_path, change, words):
     make_sae(tmp_path)
     configure(tmp_path, change)
-    with pytest.raises(DsgError, match=words):
-        read_sae(str(tmp_path))
+    refuses(words, read_sae, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
@@ -74,40 +73,30 @@ def test_missing_misshapen_and_infinite_weights_are_refused(tmp_path, name):
     weights = load_file(path)
     good = weights.pop(name)
     save_file(weights, path)
-    with pytest.raises(DsgError, match=f"has no tensor {name}"):
-        read_sae(str(tmp_path))
+    refuses(f"has no tensor {name}", read_sae, str(tmp_path))
     save_file(weights | {name: good[..., :-1].contiguous()}, path)
-    with pytest.raises(DsgError, match=f"{name} has shape"):
-        read_sae(str(tmp_path))
+    refuses(f"{name} has shape", read_sae, str(tmp_path))
     save_file(weights | {name: torch.full_like(good, torch.nan)}, path)
-    with pytest.raises(DsgError, match="not finite"):
-        slice_sae(read_sae(str(tmp_path)), INDICES)
+    refuses("not finite", slice_sae, read_sae(str(tmp_path)), INDICES)
 
 
 def test_a_missing_or_broken_folder_is_refused(tmp_path):
-    with pytest.raises(DsgError, match="There is no SAE"):
-        read_sae(str(tmp_path / "none"))
-    with pytest.raises(DsgError, match="no cfg.json"):
-        read_sae(str(tmp_path))
+    refuses("There is no SAE", read_sae, str(tmp_path / "none"))
+    refuses("no cfg.json", read_sae, str(tmp_path))
     make_sae(tmp_path)
     (tmp_path / "cfg.json").write_text("[]")
-    with pytest.raises(DsgError, match="must be JSON objects"):
-        read_sae(str(tmp_path))
+    refuses("must be JSON objects", read_sae, str(tmp_path))
     make_sae(tmp_path)
     (tmp_path / "sae_weights.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(DsgError, match="cannot be read"):
-        read_sae(str(tmp_path))
+    refuses("cannot be read", read_sae, str(tmp_path))
 
 
 def test_the_sae_must_fit_the_model(tmp_path, model):
     make_sae(tmp_path / "deep", hook="blocks.7.hook_resid_post")
-    with pytest.raises(DsgError, match="has 3 layers"):
-        check_fits(read_sae(str(tmp_path / "deep")), model.config, "m")
+    refuses("has 3 layers", check_fits, read_sae(str(tmp_path / "deep")), model.config, "m")
     make_sae(tmp_path / "wide", d_in=8)
-    with pytest.raises(DsgError, match=f"width 8.*has width {WIDTH}"):
-        check_fits(read_sae(str(tmp_path / "wide")), model.config, "m")
-    with pytest.raises(DsgError, match="there is no 48"):
-        slice_sae(read_sae(str(tmp_path / "wide")), [48])
+    refuses(f"width 8.*has width {WIDTH}", check_fits, read_sae(str(tmp_path / "wide")), model.config, "m")
+    refuses("there is no 48", slice_sae, read_sae(str(tmp_path / "wide")), [48])
 
 
 NAMES = [
@@ -134,8 +123,7 @@ def test_the_model_that_an_sae_names(tmp_path, model, trained_on, source, model_
     model_config = copy.deepcopy(model.config)
     model_config.__dict__["model_type"] = model_type
     if said is DsgError:
-        with pytest.raises(DsgError, match="another family"):
-            check_fits(read_sae(str(tmp_path)), model_config, source)
+        refuses("another family", check_fits, read_sae(str(tmp_path)), model_config, source)
         return
     notes = check_fits(read_sae(str(tmp_path)), model_config, source)
     assert (len(notes) == 1 and said in notes[0]) if said else not notes
@@ -195,14 +183,8 @@ def check(folder, whole, dtype=torch.float32, *, write_width=WIDTH):
 @pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_slice_equals_the_whole_sae(tmp_path, architecture, normalization, apply_b_dec_to_input, dtype):
-    whole = make_sae(
-        tmp_path,
-        architecture,
-        bias=1.0,
-        normalize_activations=normalization,
-        apply_b_dec_to_input=apply_b_dec_to_input,
-        **ARCHITECTURES[architecture],
-    )
+    settings = {"normalize_activations": normalization, "apply_b_dec_to_input": apply_b_dec_to_input}
+    whole = make_sae(tmp_path, architecture, bias=1.0, **settings, **ARCHITECTURES[architecture])
     check(tmp_path, whole, dtype)
 
 
@@ -244,8 +226,7 @@ def test_attention_heads_side_by_side(tmp_path, architecture):
         clamped = acts.clone()
         clamped[..., INDICES] = -STRENGTH
         wanted = (whole.decode(clamped) - whole.decode(acts)).flatten(-2)
-    part = load_slice(source, INDICES)
-    delta = (-STRENGTH - acts[..., INDICES]) @ part.W_dec
+    delta = (-STRENGTH - acts[..., INDICES]) @ load_slice(source, INDICES).W_dec
     torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-3)
 
 
@@ -297,8 +278,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, cache, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(sae, "save_model", full)
-        with pytest.raises(DsgError, match=r"cannot be kept.*No space left.*\n.*DSG_CACHE"):
-            read_sae(NAME)
+        refuses(r"cannot be kept.*No space left.*\n.*DSG_CACHE", read_sae, NAME)
     assert not [path for path in cache.rglob("*") if path.is_file()]
     assert read_sae(NAME).identity.width == WIDTH
     with pytest.raises(DsgError, match="no room on the disk for org/name"), hub_errors("org/name"):
@@ -334,8 +314,7 @@ def test_what_sae_lens_cannot_read_is_said(cache, monkeypatch):
         raise KeyError("W_enc")
 
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", broken)
-    with pytest.raises(DsgError, match=f"sae-lens cannot read {NAME}: 'W_enc'"):
-        find_sae(NAME)
+    refuses(f"sae-lens cannot read {NAME}: 'W_enc'", find_sae, NAME)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import LAYER, N_FEATURES, make_sae
+from conftest import LAYER, N_FEATURES, make_sae, refuses
 
 from dsg_cli.data.batches import batches
 from dsg_cli.data.tokens import chunks, encode
@@ -49,8 +49,7 @@ def test_percentiles_of_a_nearly_dead_sae_are_taken_over_live_features():
     found = select_features(forget, retain, n_features=2, ratio_percentile=90)
     assert found.percentiles_over == "live" and found.n_live == 20
     assert [feature.index for feature in found.features] == [19, 18]
-    with pytest.raises(DsgError, match="Only 2 features pass"):
-        select_features(forget, retain, n_features=5, ratio_percentile=90)
+    refuses("Only 2 features pass", select_features, forget, retain, n_features=5, ratio_percentile=90)
 
 
 def test_dead_features_are_never_selected():
@@ -61,8 +60,7 @@ def test_dead_features_are_never_selected():
 
 
 def test_errors_name_the_way_out():
-    with pytest.raises(DsgError, match="the SAE has 10"):
-        select_features(torch.ones(10), torch.ones(10), n_features=11, ratio_percentile=95)
+    refuses("the SAE has 10", select_features, torch.ones(10), torch.ones(10), n_features=11, ratio_percentile=95)
     with pytest.raises(DsgError, match="No feature of the SAE is active"):
         select_features(torch.zeros(10), torch.ones(10), n_features=1, ratio_percentile=95)
 
@@ -202,8 +200,6 @@ def test_each_retain_corpus_counts_as_its_share_says():
 
 def test_without_tokens_or_without_differences_there_is_no_probe():
     forget, retain = tokens()
-    with pytest.raises(DsgError, match="no tokens"):
-        fit_probe(forget[:0], [retain], [1.0], range(6), n_features=2, ridge=0.01)
+    refuses("no tokens", fit_probe, forget[:0], [retain], [1.0], range(6), n_features=2, ridge=0.01)
     same = torch.ones(5, 6)
-    with pytest.raises(DsgError, match="tells forget text from retain"):
-        fit_probe(same, [same], [1.0], range(6), n_features=2, ridge=0.01)
+    refuses("tells forget text from retain", fit_probe, same, [same], [1.0], range(6), n_features=2, ridge=0.01)

@@ -21,30 +21,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SITE = HookSite(1, "resid_post")
 N_NEW = 12
 
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
+IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": None, "initializer_range": 0.3}
+COMMON = IDS | {
+    "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": None,
-}
-
+}  # fmt: skip
+GEMMA = {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
 FAMILIES = {
     "Llama": COMMON | {"num_key_value_heads": 2},
     "Qwen2": COMMON | {"num_key_value_heads": 1},
-    "Gemma2": COMMON | {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
-    "Gemma3": COMMON | {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
+    "Gemma2": COMMON | GEMMA,
+    "Gemma3": COMMON | GEMMA,
     "GPTNeoX": COMMON,
-    "GPT2": {
-        "vocab_size": 64, "n_embd": WIDTH, "n_layer": 3, "n_head": 2, "n_positions": 128, "initializer_range": 0.3,
-        "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": None,
-    },
-}  # fmt: skip
+    "GPT2": IDS | {"n_embd": WIDTH, "n_layer": 3, "n_head": 2, "n_positions": 128},
+}
 
 PROMPTS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 40, 41, 42, 43, 44, 45], [2, 50]]
 
@@ -52,9 +42,8 @@ PROMPTS = [[2, 5, 6, 7, 8, 9], [2, 30, 31], [2, 12, 40, 41, 42, 43, 44, 45], [2,
 def build(family):
     torch.manual_seed(1)
     text = f"{family}Text" if family == "Gemma3" else family
-    names = {"GPT2": "GPT2LMHeadModel"}
     config = getattr(transformers, f"{text}Config")(**FAMILIES[family])
-    model = getattr(transformers, names.get(family, f"{family}ForCausalLM"))(config)
+    model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config)
     return model.eval().requires_grad_(False)
 
 
@@ -149,10 +138,9 @@ def test_masks_of_every_kind(served):
     causal = torch.ones(longest, longest, dtype=torch.bool).tril()
     mask_4d = torch.where(causal & mask_BL[:, None, None, :].bool(), 0.0, torch.finfo(torch.float32).min)
     with guarded(model, guard, allow_mismatch=True), torch.no_grad():
-        wanted = []
-        for ids in PROMPTS:
-            logits = model(torch.tensor([ids]), use_cache=False).logits[0]
-            wanted.append((logits, float(guard.last_statistic_B)))
+        wanted = [
+            (model(torch.tensor([ids]), use_cache=False).logits[0], float(guard.last_statistic_B)) for ids in PROMPTS
+        ]
         if "sliding_attention" in (getattr(model.config, "layer_types", None) or []):
             # These families take prepared masks one a kind of attention.
             near = causal.triu(1 - model.config.sliding_window)
@@ -228,8 +216,7 @@ def test_other_sites_and_transcoders_generate_as_one_sequence_alone(family, name
         settings["metadata"] |= {"hook_name": read, "hook_name_out": write}
         (tmp_path / "cfg.json").write_text(json.dumps(settings))
     source, model = read_sae(str(tmp_path)), build(family)
-    options = {"strength": 20.0, "gate": "window", "window": 3}
-    guard = make_guardrail(source, [3, 11, 30], threshold=0.2, **options)
+    guard = make_guardrail(source, [3, 11, 30], threshold=0.2, strength=20.0, gate="window", window=3)
     assert guard.write.name == (write or read)
     n_changed = 0
     for ids in PROMPTS:

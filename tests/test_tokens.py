@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import make_sae
+from conftest import make_sae, refuses
 
 from dsg_cli.data.batches import batches, stream_batches
 from dsg_cli.data.corpora import Corpus
@@ -86,8 +86,7 @@ def test_what_does_not_fit_is_halved_and_nothing_is_lost(model, tokenizer, tmp_p
     assert halved.n_tokens == whole.n_tokens and max(widest) <= 200 and len(widest) > 20
     torch.testing.assert_close(halved.mean_square_F, whole.mean_square_F, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(halved.norms.sort().values, whole.norms.sort().values)
-    with pytest.raises(DsgError, match=r"A single sequence of \d+ tokens does not fit"):
-        statistics(model, tmp_path, tokenizer, TEXTS, limit=20)
+    refuses(r"A single sequence of \d+ tokens does not fit", statistics, model, tmp_path, tokenizer, TEXTS, limit=20)
 
 
 def test_what_was_too_large_is_not_tried_again(tokenizer):
