@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import refuses
 
 from dsg_cli.data.tokens import cut_pieces
 from dsg_cli.errors import DsgError
@@ -43,19 +44,16 @@ def test_coverage_by_simulation():
 
 
 def test_too_few_pieces_or_a_bad_alpha_are_refused():
-    with pytest.raises(DsgError, match="18 pieces.*at least 19"):
-        conformal_threshold([0.1] * 18, 0.05)
+    refuses("18 pieces.*at least 19", conformal_threshold, [0.1] * 18, 0.05)
     for alpha in (0, 1, -1, 2):
-        with pytest.raises(DsgError, match="between 0 and 1"):
-            conformal_threshold([0.1] * 50, alpha)
+        refuses("between 0 and 1", conformal_threshold, [0.1] * 50, alpha)
 
 
 def test_the_number_of_pieces_needed_is_the_least_that_works():
     for alpha in (0.5, 0.3, 0.1, 0.05, 0.03, 0.01, 1 / 3):
         n = pieces_needed(alpha)
         assert conformal_threshold(list(range(n)), alpha) == n - 1
-        with pytest.raises(DsgError, match=f"at least {n} are needed"):
-            conformal_threshold(list(range(n - 1)), alpha, what="lab-near")
+        refuses(f"at least {n} are needed", conformal_threshold, list(range(n - 1)), alpha, what="lab-near")
 
 
 def test_coverage_holds_for_each_corpus():
@@ -78,10 +76,8 @@ def test_the_papers_percentile_is_the_plain_one():
     pairs = [("a", float(value)) for value in values]
     assert threshold_of(pairs, 0.05, is_each=True, is_conformal=False) == 95.0
     assert threshold_of(pairs, 0.05, is_each=True) == 96.0
-    with pytest.raises(DsgError, match="no piece"):
-        threshold_of([], 0.05, is_each=True, is_conformal=False)
-    with pytest.raises(DsgError, match="0 pieces of retain text"):
-        threshold_of([], 0.05, is_each=True)
+    refuses("no piece", threshold_of, [], 0.05, is_each=True, is_conformal=False)
+    refuses("0 pieces of retain text", threshold_of, [], 0.05, is_each=True)
 
 
 def test_lengths_are_drawn_from_those_given():
@@ -174,25 +170,20 @@ def test_lengths_are_those_of_my_prompts(selected, tmp_path):
     assert stored.header.settings["lengths"] == [9, 20] and min(lengths) == 9 and max(lengths) == 20
     assert sum(length in (9, 20) for length in lengths) > 0.7 * len(lengths)  # The others are ends of documents.
     prompts.write_text("city\n")
-    with pytest.raises(DsgError, match="has 1 tokens, fewer than the window of 4"):
-        calibrated(selected, f"calibrate.lengths_from={prompts}")
+    refuses("has 1 tokens, fewer than the window of 4", calibrated, selected, f"calibrate.lengths_from={prompts}")
     prompts.write_text("\n")
-    with pytest.raises(DsgError, match="holds no prompt"):
-        calibrated(selected, f"calibrate.lengths_from={prompts}")
+    refuses("holds no prompt", calibrated, selected, f"calibrate.lengths_from={prompts}")
 
 
 def test_what_cannot_be_calibrated(selected, tmp_path):
     with pytest.raises(DsgError, match="of lab-near cannot set a threshold at alpha 0.0001"):
         calibrated(selected, "calibrate.alpha=0.0001", "calibrate.retain=[lab-near]")
-    with pytest.raises(DsgError, match="longer than the shortest piece"):
-        load_recipe("lab", sets=["calibrate.window=9"])
-    with pytest.raises(DsgError, match="others have no dev questions"):
-        calibrated(selected, "calibrate.questions=[mmlu]")
+    refuses("longer than the shortest piece", load_recipe, "lab", sets=["calibrate.window=9"])
+    refuses("others have no dev questions", calibrated, selected, "calibrate.questions=[mmlu]")
     bare = Workspace(tmp_path)
     features = select.run(load_recipe("lab", sets=[*SETS, "select.probe_features=0"]), bare)
     assert features.body_as(FeatureSet).probe == {}
-    with pytest.raises(DsgError, match="features-001 has no probe"):
-        calibrate.run(load_recipe("lab", sets=SETS), bare)
+    refuses("features-001 has no probe", calibrate.run, load_recipe("lab", sets=SETS), bare)
 
 
 @pytest.mark.parametrize("gate", ["window", "cusum"])
@@ -221,8 +212,7 @@ def test_auto_takes_the_smallest_strength_that_forgets_as_well(selected):
 def test_auto_needs_questions_that_are_not_reported():
     recipe = load_recipe("lab", sets=["guardrail.strength=auto"])
     assert len(tuning_questions(recipe, ["lab-hexes"])) == 48
-    with pytest.raises(DsgError, match="no questions to choose on"):
-        tuning_questions(recipe, ["wmdp-bio"])
+    refuses("no questions to choose on", tuning_questions, recipe, ["wmdp-bio"])
     with pytest.raises(DsgError, match="is reported"):
         sets = ["guardrail.tuning_bench=mmlu", "eval.benches=[mmlu]"]
         tuning_questions(load_recipe("lab", sets=sets), ["wmdp-bio"])

@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from conftest import LAYER, N_FEATURES, WIDTH, make_guardrail, make_sae
+from conftest import LAYER, N_FEATURES, WIDTH, make_guardrail, make_sae, refuses
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_serving import alone, generate
@@ -204,8 +204,7 @@ def test_a_clamp_compiles_in_one_piece(whole):
 )
 def test_a_clamp_that_does_not_fit_is_refused(whole, values):
     guard = make_guardrail(whole[1], [3, 11, 30], threshold=0.5, strength=1.0)
-    with pytest.raises(DsgError, match="how it clamps does not fit"):
-        build_guardrail(replace(guard.spec, **values), guard.tensors(), where="test")
+    refuses("how it clamps does not fit", build_guardrail, replace(guard.spec, **values), guard.tensors(), where="test")
 
 
 RATES = {
@@ -228,8 +227,7 @@ class TestSelection:
                 method(RATES, section(n_features=n), 1.0)
             assert f"methods.{method.__name__.removesuffix('ing')}.max_retain_rate" in str(error.value)
         none = RATES | {"forget_rate": torch.zeros(7)}
-        with pytest.raises(DsgError, match="No features are active"):
-            refusal_clamping(none, RefusalClamp(), 1.0)
+        refuses("No features are active", refusal_clamping, none, RefusalClamp(), 1.0)
 
     def test_a_stand_in_is_live_and_not_selected_and_said_to_be_one(self):
         found = refusal_clamping(RATES, RefusalClamp(n_features=2, coefficient="2r"), 10.0)
@@ -240,15 +238,13 @@ class TestSelection:
 
     @pytest.mark.parametrize(("feature", "words"), [(0, "is one of those"), (7, "has 7 features; there is no 7 ")])
     def test_a_refusal_feature_that_cannot_be_one(self, feature, words):
-        with pytest.raises(DsgError, match=words):
-            refusal_clamping(RATES, RefusalClamp(n_features=2, refusal_feature=feature), 10.0)
+        refuses(words, refusal_clamping, RATES, RefusalClamp(n_features=2, refusal_feature=feature), 10.0)
 
 
 def test_without_a_gate_is_nothing_that_calibrate_takes():
     assert set(get_args(get_type_hints(CalibrateSection)["gate"])) == set(get_args(CalibratedGate))
     assert names_of("gates") == list(get_args(CalibratedGate)) and "token" not in names_of("gates")
-    with pytest.raises(DsgError, match="calibrate.gate is .token.; it should be 'mean'"):
-        load_recipe(sets=["calibrate.gate=token"])
+    refuses("calibrate.gate is .token.; it should be 'mean'", load_recipe, sets=["calibrate.gate=token"])
 
 
 class TestStage:
@@ -308,8 +304,7 @@ class TestStage:
             ("refusal-clamp", path, "those of static-clamp"),
             ("static-clamp", "nothing.csv", "nothing.csv"),
         ):
-            with pytest.raises(DsgError, match=words):
-                clamp_model(method, f"methods.{method.replace('-', '_')}.steering_file={file}")
+            refuses(words, clamp_model, method, f"methods.{method.replace('-', '_')}.steering_file={file}")
 
 
 HEAD = "latent_idx,hook_action,refuse_id,clamp_value,steering_coefficient,sae_id,sae_release,description\n"
@@ -391,27 +386,21 @@ def test_refusal(read):
     ],
 )
 def test_what_is_wrong_is_one_error_with_its_line(read, content, words):
-    with pytest.raises(DsgError, match=words):
-        read(content)
+    refuses(words, read, content)
 
 
 @pytest.mark.parametrize("name", ["nothing.csv", "", "x" * 5000, "a\0b"])
 def test_a_file_that_is_not_there(name):
-    with pytest.raises(DsgError, match="There is no steering file"):
-        read_steering(Path(name))
+    refuses("There is no steering file", read_steering, Path(name))
 
 
 def test_features_and_methods_that_do_not_fit(read):
     found = read(HEAD + "7,clamp,,,1,,,\n99,clamp,,,1,,,\n")
-    with pytest.raises(DsgError, match="line 3: the SAE has 48 features; no 99"):
-        steered_clamping(found, "static-clamp", n_features=48)
-    with pytest.raises(DsgError, match="those of static-clamp, not of refusal-clamp"):
-        steered_clamping(found, "refusal-clamp", n_features=200)
+    refuses("line 3: the SAE has 48 features; no 99", steered_clamping, found, "static-clamp", n_features=48)
+    refuses("those of static-clamp, not of refusal-clamp", steered_clamping, found, "refusal-clamp", n_features=200)
     refusal = read(HEAD + "7,refusal,99,1,1,,,\n")
-    with pytest.raises(DsgError, match="no 99"):
-        steered_clamping(refusal, "refusal-clamp", n_features=48)
-    with pytest.raises(DsgError, match="is one of those"):
-        clamping(read(HEAD + "7,refusal,7,1,1,,,\n"))
+    refuses("no 99", steered_clamping, refusal, "refusal-clamp", n_features=48)
+    refuses("is one of those", clamping, read(HEAD + "7,refusal,7,1,1,,,\n"))
 
 
 def test_the_sae_that_it_names_is_that_of_the_features(read):
@@ -422,15 +411,13 @@ def test_the_sae_that_it_names_is_that_of_the_features(read):
         "gemma-scope-2b-pt-res-canonical/layer_8/width_16k/canonical",
         "gpt2-small-res-jb/blocks.7.hook_resid_pre",
     ):
-        with pytest.raises(DsgError, match="the features are of"):
-            check_same_sae(found, other)
+        refuses("the features are of", check_same_sae, found, other)
     for elsewhere in ("lab", "/home/someone/sae"):
         (note,) = check_same_sae(found, elsewhere)
         assert "cannot be told" in note
     named = read(HEAD + "7,clamp,,,1,layer_7/width_16k/canonical,,\n")
     assert check_same_sae(named, "gemma-scope-2b-pt-res-canonical/layer_7/width_16k/canonical") == []
-    with pytest.raises(DsgError, match="the features are of"):
-        check_same_sae(named, "gemma-scope-2b-pt-res-canonical/layer_8/width_16k/canonical")
+    refuses("the features are of", check_same_sae, named, "gemma-scope-2b-pt-res-canonical/layer_8/width_16k/canonical")
 
 
 CELLS = st.sampled_from(["7", "8", "clamp", "refusal", "conditional", "", "-1", "1e400", "0.5", "x", '"', "\x00", "é"])

@@ -8,7 +8,7 @@ import sys
 from textwrap import dedent
 
 import pytest
-from conftest import python
+from conftest import python, refuses
 from loopback import LoopbackHub
 
 from dsg_cli.data.hub import hub_errors, parse_address
@@ -108,8 +108,7 @@ def test_addresses(text, parts):
 
 @pytest.mark.parametrize("text", ["hf://name", "hf://org/name/../x", "hf://org/name@", "http://org/name"])
 def test_what_is_no_address(text):
-    with pytest.raises(DsgError, match="no address on the hub"):
-        parse_address(text)
+    refuses("no address on the hub", parse_address, text)
 
 
 @pytest.mark.parametrize("client", ["httpx2", "requests"])

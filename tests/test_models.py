@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import LAYER
+from conftest import LAYER, refuses
 from safetensors.torch import load_file, save_file
 
 from dsg_cli.errors import DsgError
@@ -58,20 +58,15 @@ def test_hook_names():
 
 
 def test_wrong_folders_are_refused(tmp_path, folders):
-    with pytest.raises(DsgError, match="No model folder"):
-        read_config(str(tmp_path / "none"))
-    with pytest.raises(DsgError, match="has no config.json"):
-        read_config(str(tmp_path))
+    refuses("No model folder", read_config, str(tmp_path / "none"))
+    refuses("has no config.json", read_config, str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-thing"}))
-    with pytest.raises(DsgError, match="cannot be read"):
-        read_config(str(tmp_path))
+    refuses("cannot be read", read_config, str(tmp_path))
     shutil.copytree(folders["model"], tmp_path / "short")
     (tmp_path / "short/model.safetensors").write_bytes(b"")
-    with pytest.raises(DsgError, match="cannot be loaded"):
-        load_model(str(tmp_path / "short"))
+    refuses("cannot be loaded", load_model, str(tmp_path / "short"))
 
 
 def test_weights_that_lack_a_tensor_are_refused(tmp_path, folders):
     short = rewritten(folders, tmp_path / "model", lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
-    with pytest.raises(DsgError, match=r"lack 1 tensors, among them model\.layers\.0"):
-        load_model(short)
+    refuses(r"lack 1 tensors, among them model\.layers\.0", load_model, short)

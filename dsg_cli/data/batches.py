@@ -26,11 +26,9 @@ class TokenBatch:
     """Right-padded token ids."""
 
     ids_BL: Tensor
-    mask_BL: Tensor
-    """True for tokens, False for padding."""
+    mask_BL: Tensor  # True for tokens, False for padding.
     special: tuple[int, ...]
-    index: tuple[int, ...]
-    """Position of each row in the list that was batched."""
+    index: tuple[int, ...]  # Position of each row in the list that was batched.
 
     def rows(self, start: int, stop: int) -> TokenBatch:
         """Some of its rows, without the padding that only the others need."""

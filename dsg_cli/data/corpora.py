@@ -63,8 +63,7 @@ class Corpus:
 class CorpusName:
     """A corpus as it was named: `NAME`, `NAME=WEIGHT`, `PATH@column`, `FOLDER#split`."""
 
-    name: str
-    """What later stages call it: names as they are, files by their absolute path."""
+    name: str  # What later stages call it: names as they are, files by their absolute path.
     weight: float | None = None
     hub: HubText | None = None
     path: Path | None = None

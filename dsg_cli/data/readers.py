@@ -33,8 +33,7 @@ class Documents:
 
     n: int
     take: Take
-    revision: str = ""
-    """Commit of the repository they came from."""
+    revision: str = ""  # Commit of the repository they came from.
 
 
 def read_file(path: Path, column: str | None = None) -> Documents:

@@ -188,8 +188,7 @@ def prompts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, part: Part | Non
 class Piece:
     """A piece of a document, as token ids with BOS."""
 
-    id: str
-    """corpus/part/document/piece"""
+    id: str  # corpus/part/document/piece
     corpus: str
     ids: list[int]
 

@@ -102,10 +102,8 @@ class GateInputs:
     """What a gate reads: its settings, and the features that it watches beside the clamped ones."""
 
     settings: CalibrateSection
-    detectors: list[int]
-    """Empty where it watches the clamped features themselves."""
-    weights: list[float]
-    """Weights of the detectors in the token score; empty where all are 1."""
+    detectors: list[int]  # Empty where it watches the clamped features themselves.
+    weights: list[float]  # Weights of the detectors in the token score; empty where all are 1.
     bias: float = 0.0
     clip: float = 0.0
 

@@ -38,8 +38,7 @@ class Probe:
     weights: list[float]
     bias: float
     n_tokens: int
-    path: list[Json]
-    """[{n_features, loss, balanced_accuracy}], of the tokens that it was fitted on."""
+    path: list[Json]  # [{n_features, loss, balanced_accuracy}], of the tokens that it was fitted on.
 
     def as_json(self) -> Json:
         features = [{"index": j, "weight": w} for j, w in zip(self.indices, self.weights, strict=True)]

@@ -31,8 +31,7 @@ class Selection:
     percentiles_over: str | None
     n_live: int
     n_passed: int
-    notes: tuple[str, ...] = ()
-    """What a person should know of the choice."""
+    notes: tuple[str, ...] = ()  # What a person should know of the choice.
 
 
 def select_features(forget_F: Tensor, retain_F: Tensor, *, n_features: int, ratio_percentile: float) -> Selection:
@@ -174,10 +173,8 @@ class SelectedFeature:
     """One feature of an SAE."""
 
     index: int
-    roles: list[str]
-    """`clamped`, `watched`; empty where it was not chosen at all."""
-    weight: float | None = None
-    """In the gate's token score, if it has one there."""
+    roles: list[str]  # `clamped`, `watched`; empty where it was not chosen at all.
+    weight: float | None = None  # In the gate's token score, if it has one there.
 
 
 def selected_features(body: Guardrail | FeatureSet, detect_K: Tensor | None = None) -> list[SelectedFeature]:

@@ -32,14 +32,10 @@ class FeatureStatistics:
     """Means over counted tokens, float64, shape [F]."""
 
     n_tokens: int
-    mean_square_F: Tensor
-    """mean f^2"""
-    mean_F: Tensor
-    """mean f"""
-    rate_F: Tensor
-    """Share of tokens on which the feature is active."""
-    norms: Tensor
-    """Residual norms of counted tokens, evenly sampled."""
+    mean_square_F: Tensor  # mean f^2
+    mean_F: Tensor  # mean f
+    rate_F: Tensor  # Share of tokens on which the feature is active.
+    norms: Tensor  # Residual norms of counted tokens, evenly sampled.
 
     @property
     def median_residual_norm(self) -> float:

@@ -31,10 +31,8 @@ class SaeFolder:
     """Where an SAE's files lie, and which they are."""
 
     folder: Path
-    source: str
-    """A name that means the same later and elsewhere."""
-    revision: str = ""
-    """Commit of the repository that a release was converted from."""
+    source: str  # A name that means the same later and elsewhere.
+    revision: str = ""  # Commit of the repository that a release was converted from.
 
 
 @functools.cache

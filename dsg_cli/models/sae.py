@@ -57,10 +57,8 @@ class SaeSource:
     folder: Path
     config: dict[str, Any]
     identity: SaeIdentity
-    site: HookSite
-    """Where it reads."""
-    write: HookSite
-    """Where its output belongs: `site`, unless it is a transcoder."""
+    site: HookSite  # Where it reads.
+    write: HookSite  # Where its output belongs: `site`, unless it is a transcoder.
 
     @property
     def is_transcoder(self) -> bool:

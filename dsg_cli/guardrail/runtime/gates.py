@@ -60,12 +60,9 @@ class Gate:
 
     form: str
     threshold: float
-    window: int = 4
-    """w: counted tokens in a window, or in the shortest prefix."""
-    bias: float = 0.0
-    """b of a probe."""
-    clip: float = 0.0
-    """Bound of a probe's logit, or of a score in drifts."""
+    window: int = 4  # w: counted tokens in a window, or in the shortest prefix.
+    bias: float = 0.0  # b of a probe.
+    clip: float = 0.0  # Bound of a probe's logit, or of a score in drifts.
 
     @property
     def score_name(self) -> str:

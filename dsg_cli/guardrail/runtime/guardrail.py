@@ -32,12 +32,9 @@ from .spec import NEVER, GuardrailSpec, guardrail_digest
 class Clamp(nn.Module):
     """Which tokens are active, and what is added to their features. No branch depends on a tensor's values."""
 
-    triggers: Tensor
-    """1 for features that can make a token active, 0 for others, [K]."""
-    above: Tensor
-    """[K]; only where the spec has it or clamps each feature by itself."""
-    target: Tensor
-    """[C]; only where the spec has coefficients."""
+    triggers: Tensor  # 1 for features that can make a token active, 0 for others, [K].
+    above: Tensor  # [K]; only where the spec has it or clamps each feature by itself.
+    target: Tensor  # [C]; only where the spec has coefficients.
 
     def __init__(
         self, spec: GuardrailSpec, n_clamped: int, n_watched: int, device: torch.device, *, is_signed: bool
@@ -79,8 +76,7 @@ class Watched(NamedTuple):
     scale_BL1: Tensor | None
     finite_BL: Tensor
     active_BL: Tensor
-    signal_BL: Tensor
-    """The gate's token score; infinite where the residual is not finite."""
+    signal_BL: Tensor  # The gate's token score; infinite where the residual is not finite.
     statistic_BL: Tensor
     states_BLC: Tensor
 

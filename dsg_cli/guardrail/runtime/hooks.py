@@ -34,12 +34,9 @@ class Call:
     """What a guardrail must know of a call."""
 
     ids_BL: Tensor
-    real_BL: Tensor
-    """False for padding."""
-    segment_BL: Tensor | None
-    """Where rows hold several sequences: which of them each token belongs to."""
-    cache: Cache | None
-    """What the call continues; None or empty at the beginning of a sequence."""
+    real_BL: Tensor  # False for padding.
+    segment_BL: Tensor | None  # Where rows hold several sequences: which of them each token belongs to.
+    cache: Cache | None  # What the call continues; None or empty at the beginning of a sequence.
 
     def counted_BL(self, special: Tensor) -> Tensor:
         return self.real_BL & ~torch.isin(self.ids_BL, special.to(self.ids_BL.device))
@@ -208,8 +205,7 @@ class Running:
     call: Call
     states: list[Tensor | None]
     decisions: dict[int, TokenDecisions]
-    edited: set[int]
-    """Guardrails whose edit has been made."""
+    edited: set[int]  # Guardrails whose edit has been made.
 
 
 class Attached:

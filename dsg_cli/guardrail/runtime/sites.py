@@ -37,12 +37,9 @@ BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
 class HookSite:
     """One place in the model."""
 
-    layer: int
-    """Index of the decoder layer, from 0."""
-    point: str
-    """A value of `POINTS`, or `input` or `output` of the module `path`."""
-    path: str = ""
-    """Of a module below the layer, such as `mlp`; for `input` and `output` only."""
+    layer: int  # Index of the decoder layer, from 0.
+    point: str  # A value of `POINTS`, or `input` or `output` of the module `path`.
+    path: str = ""  # Of a module below the layer, such as `mlp`; for `input` and `output` only.
 
     @property
     def name(self) -> str:
