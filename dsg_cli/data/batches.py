@@ -5,9 +5,9 @@ A GPU never waits for the tokenizer.
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -163,39 +163,17 @@ def _buckets(rows: Iterable[list[int]], max_tokens: int | None) -> Iterator[list
 
 def _ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The items, made ahead in another thread; an exception there is raised here."""
-    ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(AHEAD)
-    is_over = threading.Event()
+    iterator = iter(items)
 
-    def put(is_item: bool, value: Item | BaseException | None) -> None:
-        while not is_over.is_set():
-            try:
-                ready.put((is_item, value), timeout=0.1)
-                return
-            except queue.Full:
-                continue
+    @torch.inference_mode()
+    def following() -> Item | None:
+        return next(iterator, None)
 
-    def work() -> None:
-        try:
-            with torch.inference_mode():
-                for item in items:
-                    put(True, item)
-                    if is_over.is_set():
-                        return
-            put(False, None)
-        except BaseException as error:  # Whatever it is, it is the reader's.
-            put(False, error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    worker = ThreadPoolExecutor(max_workers=1)
     try:
-        while True:
-            is_item, value = ready.get()
-            if is_item:
-                yield value  # type: ignore[misc]
-            elif value is not None:
-                raise value  # type: ignore[misc]
-            else:
-                return
+        ready = deque(worker.submit(following) for _ in range(AHEAD))
+        while (item := ready.popleft().result()) is not None:
+            ready.append(worker.submit(following))
+            yield item
     finally:
-        is_over.set()
-        thread.join()
+        worker.shutdown(cancel_futures=True)

@@ -142,8 +142,7 @@ def words_of(text: str) -> list[str]:
         return ASCII_WORD.findall(text.lower())
     text = TOO_MANY_MARKS.sub(r"\1", INVISIBLE.sub("", text))
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words: list[str] = WORD.findall(text)
-    return words
+    return list(WORD.findall(text))
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -231,7 +231,7 @@ FAMILIES = (
 )  # fmt: skip
 """Beginning of a model's name and the model type that transformers gives it; the first that fits counts."""
 
-TUNED = re.compile(r"-(it|instruct|chat|base|pt|deduped|hf)$")
+TUNED = re.compile(r"(-(it|instruct|chat|base|pt|deduped|hf))+$")
 
 
 def check_fits(sae: SaeSource, model_config: Any, model_source: str, *, has_bos: bool = True) -> list[str]:
@@ -284,7 +284,7 @@ def _compare_names(sae: SaeSource, model_config: Any, model_source: str) -> list
         return [] if is_known else [f"The SAE was trained on {trained_on}, which is not a name known here."]
     if ours == theirs:
         return []
-    if _untuned(ours) == _untuned(theirs):
+    if TUNED.sub("", ours) == TUNED.sub("", theirs):
         return [f"The SAE was trained on {trained_on}, not on {ours}: the same model before or after tuning."]
     return [f"The SAE was trained on {trained_on}; that it fits {ours} is not known. Width and layer do."]
 
@@ -293,9 +293,3 @@ def _bare(name: str) -> str:
     """The last part of a name, without a revision: `google/gemma-2-2b@main` is `gemma-2-2b`."""
     bare = name.partition("@")[0].rsplit("/", 1)[-1].lower()
     return bare.replace("gpt2-small", "gpt2").replace("meta-llama-", "llama-")
-
-
-def _untuned(name: str) -> str:
-    while (shorter := TUNED.sub("", name)) != name:
-        name = shorter
-    return name

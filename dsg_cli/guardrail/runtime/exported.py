@@ -43,6 +43,7 @@ def empty_guardrail(described: Json) -> GuardrailModule:
     return GuardrailModule(GuardrailSpec(**described["spec"]), tensors)
 
 
+AGAIN = "Export the model again, or download it again."
 ALLOW_MISMATCH = "dsg_allow_mismatch"  # Key of the configuration: also on other base weights, such as fine-tuned ones.
 
 
@@ -79,15 +80,14 @@ class GuardrailMixin(nn.Module):
         """As transformers does it; then the guardrails are checked and put on."""
         wants_info = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)  # type: ignore[misc]
-        again = "Export the model again, or download it again."
         orphans = [name for name in info["unexpected_keys"] if name.startswith(f"{PREFIX}.")]
         if orphans or not len(model.dsg_guardrails):
             raise DsgError(
                 f"The configuration names other guardrails than the weights hold ({len(orphans)} tensors left over).",
-                again,
+                AGAIN,
             )
         if missing := info["missing_keys"]:
-            raise DsgError(f"The weights lack {len(missing)} tensors, among them {min(missing)}.", again)
+            raise DsgError(f"The weights lack {len(missing)} tensors, among them {min(missing)}.", AGAIN)
         model.arm_guardrails()
         return (model, info) if wants_info else model
 
@@ -104,10 +104,7 @@ class GuardrailMixin(nn.Module):
             tensors: dict[str, Tensor] = held.tensors()
             guard = build_guardrail(GuardrailSpec(**described["spec"]), tensors, where=f"{PREFIX}.{number}")
             if guard.key != described["sha256"]:
-                raise DsgError(
-                    f"The weights of {PREFIX}.{number} were altered: their digest does not match.",
-                    "Export the model again, or download it again.",
-                )
+                raise DsgError(f"The weights of {PREFIX}.{number} were altered: their digest does not match.", AGAIN)
             guards.append(guard)
         self._check_base(guards)
         attached, before = Attached(self, guards), self.dsg_attached

@@ -151,17 +151,9 @@ def _causal_mean(
     total_BL = signal_BL.cumsum(-1) + state_BC[:, 0:1]
     count_BL = counted_BL.float().cumsum(-1) + state_BC[:, 1:2]
     if segment_BL is not None:
-        total_BL, count_BL = (_since_start(sums, segment_BL) for sums in (total_BL, count_BL))
+        total_BL, count_BL = (sums - _before_segment(sums, segment_BL) for sums in (total_BL, count_BL))
     peak_BL = latched(total_BL / count_BL.clamp(min=max(shortest, 1)), state_BC[:, 2:3], segment_BL)
     return peak_BL, torch.stack([total_BL, count_BL, peak_BL], -1)
-
-
-def _since_start(sums_BL: Tensor, segment_BL: Tensor) -> Tensor:
-    """Running sums that begin anew with each segment."""
-    before_BL = torch.cat([torch.zeros_like(sums_BL[:, :1]), sums_BL[:, :-1]], -1)
-    # The sum before a segment's first token is the smallest before any of its tokens, since sums never fall.
-    start_BS = torch.full_like(sums_BL, torch.inf).scatter_reduce(1, segment_BL, before_BL, "amin")
-    return sums_BL - start_BS.gather(1, segment_BL)
 
 
 def _window(
@@ -195,19 +187,19 @@ def _cusum(signal_BL: Tensor, counted_BL: Tensor, state_BC: Tensor, segment_BL: 
         lowest_BL = torch.minimum(sums_BL.cummin(-1).values, -before_B1)
     else:
         # Each sequence begins with S = 0 where the sum stood before its first token.
-        earlier_BL = torch.cat([torch.zeros_like(sums_BL[:, :1]), sums_BL[:, :-1]], -1)
-        lowest_BL = -_segment_max(torch.maximum(-sums_BL, -_at_start(earlier_BL, segment_BL)), segment_BL)
+        lowest_BL = -_segment_max(torch.maximum(-sums_BL, -_before_segment(sums_BL, segment_BL)), segment_BL)
     value_BL = ((sums_BL - lowest_BL).float() * CUSUM_STEP).clamp(max=CUSUM_CAP)
     reached_BL = torch.where(value_BL < CUSUM_CAP, value_BL, torch.inf)
     peak_BL = latched(reached_BL, state_BC[:, -1:], segment_BL)
     return peak_BL, torch.stack([value_BL, peak_BL], -1)
 
 
-def _at_start(value_BL: Tensor, segment_BL: Tensor) -> Tensor:
-    """The value at the first token of each token's segment."""
+def _before_segment(sums_BL: Tensor, segment_BL: Tensor) -> Tensor:
+    """The running sum as it was before the first token of each token's segment."""
+    before_BL = torch.cat([torch.zeros_like(sums_BL[:, :1]), sums_BL[:, :-1]], -1)
     is_first_BL = torch.cat([torch.ones_like(segment_BL[:, :1]), segment_BL.diff(dim=-1)], -1) > 0
     place_BL = torch.arange(segment_BL.shape[1], device=segment_BL.device).expand_as(segment_BL)
-    return value_BL.gather(1, torch.where(is_first_BL, place_BL, 0).cummax(-1).values)
+    return before_BL.gather(1, torch.where(is_first_BL, place_BL, 0).cummax(-1).values)
 
 
 def _segment_max(value_BL: Tensor, segment_BL: Tensor) -> Tensor:
