@@ -65,15 +65,13 @@ def test_names_are_listed_one_a_line(dsg):
 
 
 def select(folders, **changes):
-    arguments = {
-        "model": folders["model"],
-        "sae": folders["sae"],
-        "forget": folders["forget.txt"],
-        "retain": folders["retain.txt"],
-        "n-features": 4,
-        "ratio-percentile": 60,
-    } | {key.replace("_", "-"): value for key, value in changes.items()}
-    return ["select", *(str(part) for key, value in arguments.items() for part in (f"--{key}", value))]
+    arguments = {name: folders[name] for name in ("model", "sae")}
+    arguments |= {name: folders[f"{name}.txt"] for name in ("forget", "retain")}
+    arguments |= {"n_features": 4, "ratio_percentile": 60, **changes}
+    return [
+        "select",
+        *(str(part) for key, value in arguments.items() for part in (f"--{key.replace('_', '-')}", value)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -102,10 +100,9 @@ def select(folders, **changes):
     ],
 )
 def test_select_errors(dsg, folders, tmp_path, changes, words):
-    (tmp_path / "tiny.txt").write_text("one\n\ntwo")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xfd" * 50)
-    (tmp_path / "bad.jsonl").write_text("hello\n")
+    texts = {"tiny.txt": b"one\n\ntwo", "empty.txt": b"", "binary.txt": b"\xff\xfe\xfd" * 50, "bad.jsonl": b"hello\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
     code, out, err = dsg(*select(folders, **changes))
     assert code == 1 and out == ""
     assert err.startswith("error: ") and words in err and "Traceback" not in err, err
@@ -167,10 +164,7 @@ def chain(dsg, folders):
         (["attack", "--kind", "dilution", "--set", "attack.dilution_lengths=[]"], "attack.dilution_lengths is empty"),
         (["attack", "--kind", "dilution"], "No bench is named like the forget corpus"),
         (["attack", "--kind", "relearn", "--bench", "lab-hexes", "--set", "attack.relearn_steps=[3, 1]"], "ascending"),
-        (
-            ["attack", "--kind", "relearn", "--bench", "lab-far", "--set", "attack.known_questions=999"],
-            "144 questions",
-        ),
+        (["attack", "--kind", "relearn", "--bench", "lab-far", "--set", "attack.known_questions=999"], "144 questions"),
         (["attack", "--kind", "relearn", "--bench", "lab-far", "--limit", "0"], "eval.limit is 0"),
     ],
 )
@@ -219,8 +213,7 @@ def test_a_model_or_sae_that_changed_is_refused(dsg, folders, tmp_path):
 
 
 def test_usage_errors_exit_2(dsg):
-    assert dsg("select", "--no-such-flag")[0] == 2
-    assert dsg("selct")[0] == 2
+    assert dsg("select", "--no-such-flag")[0] == dsg("selct")[0] == 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -247,9 +240,8 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
 def test_the_lab_is_exported_in_plain_formats(dsg, tmp_path):
     code, out, err = dsg("lab", "export", "lab")
     assert (code, out) == (0, "lab\n"), err
-    names = {path.name for path in (tmp_path / "lab").iterdir()}
-    folders = {"model", "retrain", "retrain-1", "sae", "sae-1", "sae-2", "corpora", "questions", "tasks"}
-    assert names == {*folders, "training.json"}
+    names = ["model", "retrain", "retrain-1", "sae", "sae-1", "sae-2", "corpora", "questions", "tasks", "training.json"]
+    assert {path.name for path in (tmp_path / "lab").iterdir()} == {*names}
     code, _, err = dsg("lab", "export", "lab")
     assert code == 1 and "not empty" in err
     (tmp_path / "empty").mkdir()
@@ -303,13 +295,9 @@ def on_a_terminal(*arguments, program=("-m", "dsg_cli"), **environment):
     """What `dsg ...` writes to stdout and stderr where both are terminals."""
     main, side = pty.openpty()
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
-    process = subprocess.Popen(
-        [sys.executable, *program, *arguments],
-        stdin=side,
-        stdout=side,
-        stderr=side,
-        env=clean | {"TERM": "xterm-256color", **environment},
-    )
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), side)
+    environment = clean | {"TERM": "xterm-256color", **environment}
+    process = subprocess.Popen([sys.executable, *program, *arguments], **streams, env=environment)
     os.close(side)
     written = b""
     try:
@@ -366,31 +354,30 @@ def completed(*words, **environment):
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (["ev"], ["eval"]),
-        (["show", "ev"], ["eval-001"]),
-        (["show", "-w", "elsewhere", "ev"], []),
-        (["eval", "--bench", "lab-near-"], ["lab-near-held", "lab-near-novel", "lab-near-terse"]),
-        (["attack", "--kind", "re"], ["relearn"]),
-        (["calibrate", "--gate", "ca"], ["causal-mean"]),
-        (["select", "--forget", "wmdp-c"], ["wmdp-cyber", "wmdp-cyber-retain"]),
-        (["run", "gp"], ["gpt2"]),
-        (["ls", "att"], ["attacks"]),
+        ("ev", "eval"),
+        ("show ev", "eval-001"),
+        ("show -w elsewhere ev", ""),
+        ("eval --bench lab-near-", "lab-near-held lab-near-novel lab-near-terse"),
+        ("attack --kind re", "relearn"),
+        ("calibrate --gate ca", "causal-mean"),
+        ("select --forget wmdp-c", "wmdp-cyber wmdp-cyber-retain"),
+        ("run gp", "gpt2"),
+        ("ls att", "attacks"),
     ],
 )
 def test_values_are_completed_without_loading_much(written, words, offered):
-    assert completed(*words) == offered
+    assert completed(*words.split()) == offered.split()
 
 
-def test_from_completes_artifacts_of_the_kind_that_the_command_takes(written):
-    Path("elsewhere").mkdir()
+@pytest.mark.parametrize(
+    ("command", "offered"),
+    [("calibrate", "features-001"), ("apply", "threshold-001 features-001"), ("eval", "guardrail-001 guardrail-002")],
+)
+def test_from_completes_artifacts_of_the_kind_that_the_command_takes(tmp_path, monkeypatch, command, offered):
+    monkeypatch.chdir(tmp_path)
     for name in ("features-001", "threshold-001", "guardrail-001", "guardrail-002"):
-        (Path("elsewhere") / f"{name}.json").write_text("{}")
-    for command, offered in (
-        ("calibrate", ["features-001"]),
-        ("apply", ["threshold-001", "features-001"]),
-        ("eval", ["guardrail-001", "guardrail-002"]),
-    ):
-        assert completed(command, "--from", "", DSG_WORKSPACE="elsewhere") == offered
+        Path(f"{name}.json").write_text("{}")
+    assert completed(command, "--from", "", DSG_WORKSPACE=".") == offered.split()
 
 
 def test_the_completion_script_of_bash_works(written, tmp_path):
@@ -498,17 +485,17 @@ def test_the_next_command_can_be_typed_as_it_stands(dsg, monkeypatch, name, comm
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "shown", "work", "unit"),
     [
-        ("forget, tokens", ("forget", "forget", "tokens")),
-        ("training, loss 0.31, steps", ("training, loss 0.31", "training", "steps")),
-        ("relearning, all, steps", ("relearning, all", "relearning, all", "steps")),
-        ("guardrail", ("guardrail", "guardrail", "")),
-        ("a" * 40, ("a" * 23 + "...", "a" * 40, "")),
+        ("forget, tokens", "forget", "forget", "tokens"),
+        ("training, loss 0.31, steps", "training, loss 0.31", "training", "steps"),
+        ("relearning, all, steps", "relearning, all", "relearning, all", "steps"),
+        ("guardrail", "guardrail", "guardrail", ""),
+        ("a" * 40, "a" * 23 + "...", "a" * 40, ""),
     ],
 )
-def test_what_progress_says(what, said):
-    assert spoken(what) == said
+def test_what_progress_says(what, shown, work, unit):
+    assert spoken(what) == (shown, work, unit)
 
 
 def test_rates():

@@ -11,8 +11,8 @@ import random
 import shutil
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -20,22 +20,9 @@ import torch
 
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.runtime.sites import HookSite
-from dsg_cli.inspection import descriptions
-from dsg_cli.inspection import neuronpedia as neuronpedia_export
-from dsg_cli.inspection.contexts import (
-    AFTER,
-    BEFORE,
-    BEFORE_PEAK,
-    N_WORDS,
-    NOTHING,
-    SHARE_OF_BEST,
-    Contexts,
-    describe_features,
-    read_contexts,
-)
+from dsg_cli.inspection import contexts, descriptions
+from dsg_cli.inspection.contexts import AFTER, BEFORE, NOTHING, Contexts, describe_features, read_contexts
 from dsg_cli.inspection.descriptions import (
-    K1,
-    B,
     Match,
     rank_by_embedding,
     rank_by_terms,
@@ -43,8 +30,7 @@ from dsg_cli.inspection.descriptions import (
     terms_of,
     unmatched,
 )
-from dsg_cli.inspection.neuronpedia import LONGEST_ANSWER as LONGEST
-from dsg_cli.inspection.neuronpedia import described, page_of, place_of
+from dsg_cli.inspection.neuronpedia import LONGEST_ANSWER, described, fetch_descriptions, page_of, place_of
 from dsg_cli.recipe import load_recipe
 from dsg_cli.report.gather import gather
 from dsg_cli.report.page import report_of
@@ -126,13 +112,10 @@ def test_a_bad_file_is_one_clear_error(tmp_path, content):
 def test_files_are_bounded_packed_and_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(descriptions, "LARGEST", 10_000)
     (tmp_path / "large").write_bytes(b"{" + b" " * 10_000)
-    with pytest.raises(DsgError, match="larger than"):
-        read_descriptions(tmp_path / "large", 10)
     (tmp_path / "bomb").write_bytes(gzip.compress(b" " * 10_000_000))
-    with pytest.raises(DsgError, match="once unpacked"):
-        read_descriptions(tmp_path / "bomb", 10)
-    with pytest.raises(DsgError, match="cannot be read"):
-        read_descriptions(tmp_path / "missing", 10)
+    for name, words in (("large", "larger than"), ("bomb", "once unpacked"), ("missing", "cannot be read")):
+        with pytest.raises(DsgError, match=words):
+            read_descriptions(tmp_path / name, 10)
 
 
 def test_control_characters_and_broken_ones_go(tmp_path):
@@ -155,6 +138,7 @@ DOCUMENTS = {5: "hex", 2: "hex hex curse", 9: "the curse of old towns", 4: "rive
 
 
 def test_scores_are_those_of_bm25():
+    k1, b = descriptions.K1, descriptions.B
     lengths = {j: len(terms_of(text)) for j, text in DOCUMENTS.items()}
     mean = sum(lengths.values()) / len(lengths)
 
@@ -163,7 +147,7 @@ def test_scores_are_those_of_bm25():
         for term in query:
             n_t = sum(term in terms_of(text) for text in DOCUMENTS.values())
             f_t = terms_of(DOCUMENTS[j]).count(term)
-            total += math.log(1 + (5 - n_t + 0.5) / (n_t + 0.5)) * f_t / (f_t + K1 * (1 - B + B * lengths[j] / mean))
+            total += math.log(1 + (5 - n_t + 0.5) / (n_t + 0.5)) * f_t / (f_t + k1 * (1 - b + b * lengths[j] / mean))
         return total
 
     found = rank_by_terms("Hex, a curse (hexes)", DOCUMENTS)
@@ -210,82 +194,87 @@ def test_an_embedding_model_ranks_by_cosine(folders, model, tokenizer):
 NAME = "gemma-2-2b/3-gemmascope-res-16k"
 
 
-class Export(BaseHTTPRequestHandler):
-    """An export of two pages: the second is listed by a token."""
+@contextmanager
+def serving(answer):
+    """A server on which GET of a path brings `answer(path)`, a status and a body; its `asked` are the paths."""
+    asked = []
 
-    asked: ClassVar[list[str]] = []
-    prefix = f"v1/{NAME}/explanations/"
-    files: ClassVar[dict[str, bytes]] = {
-        f"{prefix}batch-1.jsonl.gz": gzip.compress(b'{"index": "3", "description": "b\\u0007acteria"}\n'),
-        f"{prefix}batch-0.jsonl.gz": gzip.compress(b'{"index": "2", "description": "viruses"}\n'),
-    }
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            status, body = answer(self.path)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
 
-    def do_GET(self):
-        self.asked.append(self.path)
-        url = urlsplit(self.path)
-        query = parse_qs(url.query)
-        content = self.files.get(url.path[1:])
-        if query.get("prefix") == [self.prefix]:
-            keys = [f"{self.prefix}batch-1.jsonl.gz", f"{self.prefix}../secret"]
-            more = "<NextContinuationToken>a&amp;b</NextContinuationToken>"
-            if query.get("continuation-token") == ["a&b"]:
-                keys, more = [f"{self.prefix}batch-0.jsonl.gz"], ""
-            content = ("<R>" + "".join(f"<Key>{key}</Key>" for key in keys) + more + "</R>").encode()
-        elif query:
-            content = b"<R></R>"
-        self.send_response(200 if content is not None else 404)
-        self.end_headers()
-        self.wfile.write(content or b"")
+        def log_message(self, *_):
+            pass
 
-    def log_message(self, *_):
-        pass
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.asked, server.url = asked, f"http://127.0.0.1:{server.server_port}"
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture
 def export(monkeypatch, tmp_path):
+    """An export of two pages: the second is listed by a token."""
+    prefix = f"v1/{NAME}/explanations/"
+    files = {
+        f"/{prefix}batch-1.jsonl.gz": gzip.compress(b'{"index": "3", "description": "b\\u0007acteria"}\n'),
+        f"/{prefix}batch-0.jsonl.gz": gzip.compress(b'{"index": "2", "description": "viruses"}\n'),
+    }
+
+    def answer(path):
+        query = parse_qs(urlsplit(path).query)
+        if not query:
+            return (200, files[path]) if path in files else (404, b"")
+        keys, more = [], ""
+        if query["prefix"] == [prefix] and query.get("continuation-token") == ["a&b"]:
+            keys = ["batch-0.jsonl.gz"]
+        elif query["prefix"] == [prefix]:
+            keys, more = ["batch-1.jsonl.gz", "../secret"], "<NextContinuationToken>a&amp;b</NextContinuationToken>"
+        return 200, ("<R>" + "".join(f"<Key>{prefix}{key}</Key>" for key in keys) + more + "</R>").encode()
+
     monkeypatch.setenv("DSG_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    Export.asked.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Export)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("DSG_NEURONPEDIA_EXPORT", f"http://127.0.0.1:{server.server_port}")
-    yield Export
-    server.shutdown()
-    server.server_close()
+    with serving(answer) as server:
+        monkeypatch.setenv("DSG_NEURONPEDIA_EXPORT", server.url)
+        yield server
 
 
 def test_the_export_is_downloaded_once(export, monkeypatch):
-    path = neuronpedia_export.fetch_descriptions(NAME, 16384)
+    path = fetch_descriptions(NAME, 16384)
     assert read_descriptions(path, 16384).texts == {2: "viruses", 3: "b acteria"}
     assert len(export.asked) == 4 and not any("secret" in one for one in export.asked)
     assert [one.name for one in path.parent.iterdir()] == [path.name]
     monkeypatch.setenv("DSG_NEURONPEDIA_EXPORT", "http://127.0.0.1:1")
-    assert neuronpedia_export.fetch_descriptions(NAME, 16384) == path
+    assert fetch_descriptions(NAME, 16384) == path
 
 
 def test_what_to_do_where_there_is_no_export(export, monkeypatch, tmp_path):
     with pytest.raises(DsgError, match="no descriptions of gemma-2-2b/other") as found:
-        neuronpedia_export.fetch_descriptions("gemma-2-2b/other", 16384)
+        fetch_descriptions("gemma-2-2b/other", 16384)
     assert "--descriptions" in found.value.hint and "dsg describe" in found.value.hint
     with pytest.raises(DsgError, match="the SAE has 3"):  # Another SAE's: nothing is kept.
-        neuronpedia_export.fetch_descriptions(NAME, 3)
+        fetch_descriptions(NAME, 3)
     asked = len(export.asked)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DsgError, match="not in the cache"):
-        neuronpedia_export.fetch_descriptions(NAME, 16384)
+        fetch_descriptions(NAME, 16384)
     assert len(export.asked) == asked and not [one for one in (tmp_path / "cache").rglob("*") if one.is_file()]
     monkeypatch.delenv("HF_HUB_OFFLINE")
     (tmp_path / "file").write_text("")
     with monkeypatch.context() as patched, pytest.raises(DsgError, match="cannot be kept"):
         patched.setenv("DSG_CACHE", str(tmp_path / "file"))
-        neuronpedia_export.fetch_descriptions(NAME, 16384)
+        fetch_descriptions(NAME, 16384)
     for address, words in (("http://127.0.0.1:1", "cannot be reached"), ("file:///etc", "no address")):
         monkeypatch.setenv("DSG_NEURONPEDIA_EXPORT", address)
         with pytest.raises(DsgError, match=words):
-            neuronpedia_export.fetch_descriptions(NAME, 16384)
+            fetch_descriptions(NAME, 16384)
 
 
-EMBEDDING = HookSite(0, "resid_pre")
 FIRES_ON = [{"w5": 1.0}, {"w6": 2.0, "w7": 1.0}, {}, {"w8": -3.0}, {"w5": 1.0, "w9": 1.0}]
 """Feature -> words and its activation on them."""
 
@@ -309,8 +298,8 @@ def found(model, tokenizer, rows):
     def encode(resid_TD):
         return acts_VF[torch.cdist(resid_TD, embedding_VD).argmin(-1)]
 
-    contexts = read_contexts(model, EMBEDDING, encode, rows, tokenizer, n_contexts=8)
-    return {one.index: one for one in describe_features(contexts, tokenizer)}
+    embedded = read_contexts(model, HookSite(0, "resid_pre"), encode, rows, tokenizer, n_contexts=8)
+    return {one.index: one for one in describe_features(embedded, tokenizer)}
 
 
 def test_a_feature_is_described_by_the_word_on_which_it_fires(found):
@@ -381,7 +370,7 @@ def test_letters_of_several_tokens_are_put_together():
 
 
 def test_words_before_the_peak_count_and_later_ones_only_by_their_activation():
-    assert BEFORE_PEAK >= SHARE_OF_BEST
+    assert contexts.BEFORE_PEAK >= contexts.SHARE_OF_BEST
     found = words([([4, 2, 7], [0.0, 1.0, 0.0])], [([0, 1], [1.0, 1.0])])
     assert found[0] == ["spreads", "air"]
     assert words([([4, 2, 7], [0.0, 1.0, 0.5])], [([0, 1], [1.0, 1.0])])[0] == ["spreads", "ñandú", "air"]
@@ -394,7 +383,7 @@ def test_what_describes_every_feature_describes_none_well():
 
 
 def test_descriptions_are_short_and_the_same_each_time(found, model, tokenizer):
-    assert all(0 < len(one.description.split(", ")) <= N_WORDS for one in found.values())
+    assert all(0 < len(one.description.split(", ")) <= contexts.N_WORDS for one in found.values())
     many = [([0, 1], [1.0, 1.0])]
     assert words(many, many) == words(many, many)
 
@@ -403,30 +392,18 @@ def test_descriptions_are_short_and_the_same_each_time(found, model, tokenizer):
 def server(monkeypatch, tmp_path):
     """Answers by feature: what is in `answers`, else 404; `asked` are the paths."""
     answers: dict[int, bytes | int] = {}
-    asked: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            answer = answers.get(int(self.path.rsplit("/", 1)[1]), 404)
-            if answer == 0:
-                time.sleep(1)
-            status = answer if isinstance(answer, int) and answer else 200
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(answer if isinstance(answer, bytes) else b"{}")
+    def answer(path):
+        content = answers.get(int(path.rsplit("/", 1)[1]), 404)
+        if content == 0:
+            time.sleep(1)
+        return (200, content) if isinstance(content, bytes) else (content or 200, b"{}")
 
-        def log_message(self, *arguments):
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    monkeypatch.setenv("DSG_NEURONPEDIA", f"http://127.0.0.1:{running.server_port}/")
     monkeypatch.setenv("DSG_CACHE", str(tmp_path / "cache"))
-    running.answers, running.asked = answers, asked
-    yield running
-    running.shutdown()
-    running.server_close()
+    with serving(answer) as running:
+        monkeypatch.setenv("DSG_NEURONPEDIA", f"{running.url}/")
+        running.answers = answers
+        yield running
 
 
 def said(*texts):
@@ -452,7 +429,7 @@ def test_the_first_description_is_kept_and_not_asked_for_again(server):
 def test_nothing_in_an_answer_reaches_a_terminal_or_fills_a_page(server):
     server.answers.update({1: said("a\x1b[31mb\x07\n\u202ec"), 2: said("x" * 100_000)})
     texts = described(NAME, [1, 2]).texts
-    assert texts[1] == "a[31mb c" and len(texts[2]) == LONGEST and texts[2].endswith("...")
+    assert texts[1] == "a[31mb c" and len(texts[2]) == LONGEST_ANSWER and texts[2].endswith("...")
 
 
 @pytest.mark.parametrize(
@@ -492,15 +469,12 @@ def test_a_broken_cache_is_asked_again(server, tmp_path):
 
 DOMAINS = ("lab-hexes", "lab-ciphers", "lab-elixirs", "lab-near", "lab-far")
 WORDS = "hex cursed dire baneful grim foul"
-SMALL = ("corpora.limit=60", "calibrate.alpha=0.1", "eval.benches=[lab-hexes, lab-near]", "eval.limit=16")
-
-
-SMALL += ("attack.dilution_lengths=[0, 16]", "select.max_rows=8")
+SMALL = ["corpora.limit=60", "calibrate.alpha=0.1", "eval.benches=[lab-hexes, lab-near]", "eval.limit=16"]
+SMALL += ["attack.dilution_lengths=[0, 16]", "select.max_rows=8"]
 
 
 def small(folder, *sets):
-    file = f"select.descriptions={folder / 'lab.jsonl'}"
-    return load_recipe("lab-zero-shot", sets=[*SMALL, file, *sets])
+    return load_recipe("lab-zero-shot", sets=[*SMALL, f"select.descriptions={folder / 'lab.jsonl'}", *sets])
 
 
 @pytest.fixture(scope="module")

@@ -50,14 +50,15 @@ SITE = HookSite(LAYER, "resid_post")
 
 @pytest.fixture(scope="module")
 def sae(tmp_path_factory):
+    """As a source, and as sae-lens has it."""
     folder = tmp_path_factory.mktemp("sae")
-    make_sae(folder)
-    return read_sae(str(folder))
+    made = make_sae(folder)
+    return SimpleNamespace(source=read_sae(str(folder)), encode=made.encode)
 
 
 class TestLens:
     def test_it_is_the_product_with_norm_and_head(self, model, tokenizer, sae):
-        rows = decoder_rows(sae, [3, 7])
+        rows = decoder_rows(sae.source, [3, 7])
         with torch.no_grad():
             kept = model.model.norm.weight.clone()
             model.model.norm.weight.copy_(torch.rand(WIDTH) + 0.5)
@@ -117,13 +118,13 @@ class TestLens:
 
 def test_nearest_features_are_those_of_all_pairs(sae, monkeypatch):
     monkeypatch.setattr("dsg_cli.inspection.lens.CHUNK", 7)
-    rows = decoder_rows(sae, range(N_FEATURES))
+    rows = decoder_rows(sae.source, range(N_FEATURES))
     cosine = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1).fill_diagonal_(-2)
-    for j, found in zip((0, 13, 47), nearest_features(sae, [0, 13, 47], 3), strict=True):
+    for j, found in zip((0, 13, 47), nearest_features(sae.source, [0, 13, 47], 3), strict=True):
         best = cosine[j].topk(3)
         assert [k for k, _ in found] == best.indices.tolist()
         assert [value for _, value in found] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert len(nearest_features(sae, [5], 100)[0]) == N_FEATURES - 1
+    assert len(nearest_features(sae.source, [5], 100)[0]) == N_FEATURES - 1
 
 
 class TestWarnings:
@@ -155,9 +156,8 @@ class TestWarnings:
             assert len(feature_warnings(reads, 0, feature, 10, tokenizer)) == n, weight
 
     def test_bare_tokens(self):
-        assert all(map(is_bare, [".", " ", "\n", "7", "", " («", "▁"])) and not any(
-            map(is_bare, ["a", " é", "字", "\ufffd"])
-        )
+        assert all(map(is_bare, [".", " ", "\n", "7", "", " («", "▁"]))
+        assert not any(map(is_bare, ["a", " é", "字", "\ufffd"]))
 
 
 def contexts_of(ids, peaks, rate):
@@ -179,17 +179,12 @@ def read_of(name, role, contexts, *, is_chat=False):
 class TestGroups:
     def test_one_context_of_each_text_up_to_its_peak(self):
         found = distinct_contexts(contexts_of([[5, 6, 7], [8, 7], [5, 6, 7], [9]], [4.0, 3.0, 2.0, 1.0], 0.1), 0)
-        assert [(one.ids, one.at, one.peak, one.row) for one in found] == [
-            ([5, 6, 7], 2, 4.0, 0),
-            ([8, 7], 1, 3.0, 1),
-            ([9], 0, 1.0, 3),
-        ]
+        expected = [([5, 6, 7], 2, 4.0, 0), ([8, 7], 1, 3.0, 1), ([9], 0, 1.0, 3)]
+        assert [(one.ids, one.at, one.peak, one.row) for one in found] == expected
 
     def test_the_nearest_corpus_stands_in_for_one_that_is_named(self):
-        reads = [
-            read_of(name, role, contexts_of([[5]], [1.0], rate))
-            for name, role, rate in (("f", "forget", 0.5), ("a", "retain", 0.1), ("b", "retain", 0.2))
-        ]
+        groups = (("f", "forget", 0.5), ("a", "retain", 0.1), ("b", "retain", 0.2))
+        reads = [read_of(name, role, contexts_of([[5]], [1.0], rate)) for name, role, rate in groups]
         found, (note,) = with_near(reads, [SelectedFeature(0, ["clamped"])])
         assert [(one.group.name, one.group.role) for one in found] == [("f", "forget"), ("b", "near"), ("a", "retain")]
         assert "b is taken" in note and "--near" in note
@@ -260,11 +255,8 @@ class TestChain:
         shown = [(one["index"], one["roles"], one["weight"]) for one in body.features]
         assert shown == [(one.index, one.roles, one.weight) for one in expected]
         assert {one["index"] for one in body.features} == {*of_guardrail.indices, *of_guardrail.detectors}
-        assert [(group["name"], group["role"]) for group in body.groups] == [
-            ("lab-hexes", "forget"),
-            ("lab-near", "near"),
-            *((name, "retain") for name in RETAINED),
-        ]
+        roles = {"lab-hexes": "forget", "lab-near": "near"} | dict.fromkeys(RETAINED, "retain")
+        assert [(group["name"], group["role"]) for group in body.groups] == [*roles.items()]
         tensors = lab.workspace.tensors(lab.workspace.read("features-001"))
         for one in body.features:
             # select read the same text: its rates are ours.
@@ -304,9 +296,8 @@ class TestChain:
         assert "the hex" not in kept and not any(len(phrase) > 20 and phrase in kept for phrase in phrases)
         assert all(one["words"] == [] for one in stored.body_as(Inspection).features)
         assert "hex" in inspected.body_as(Inspection).features[0]["words"]
-        assert "the hex" in "".join("".join(row["tokens"]) for row in lab.workspace.rows(inspected)).replace(
-            "dire ", ""
-        )
+        texts = ["".join(row["tokens"]) for row in lab.workspace.rows(inspected)]
+        assert "the hex" in "".join(texts).replace("dire ", "")
 
     def test_the_table_and_the_blocks(self, lab, inspected):
         shown = lab.run("show", inspected.id)
@@ -336,35 +327,28 @@ class TestChain:
         found = json.loads(lab.run(*arguments, "--neuronpedia", "--json"))
         assert [one["description"] for one in found["features"]] == ["words of harm", None]
         lines = dict(block_lines(found["features"][0], inspected.body_as(Inspection), place))
-        assert (
-            lines["page"] == "https://www.neuronpedia.org/model/source/331" and lines["said to be"] == "words of harm"
-        )
+        assert lines["page"] == "https://www.neuronpedia.org/model/source/331"
+        assert lines["said to be"] == "words of harm"
 
     def test_a_page_of_its_own(self, dsg, lab):
         code, _, err = dsg("inspect", "--feature", 331, "--limit", 40, "-w", lab.folder, "--html", "page.html")
         text = Path("page.html").read_text()
         assert code == 0 and "default-src &#x27;none&#x27;" in text and "<script" not in text and "://" not in text, err
         assert "Feature 331 by corpus" in text and 'class="peak"' in text and "clamped" in text
-        code, _, err = dsg("inspect", "-w", lab.folder, "--html", "page.html")
-        assert code == 1 and "is there already" in err and "--force" in err
-        code, _, err = dsg("inspect", "-w", lab.folder, "--html", "nowhere/page.html")
-        assert code == 1 and "no folder nowhere" in err
+        for page, words in (("page.html", "is there already"), ("nowhere/page.html", "no folder nowhere")):
+            code, _, err = dsg("inspect", "-w", lab.folder, "--html", page)
+            assert code == 1 and words in err and ("--force" in err or page != "page.html")
 
     def test_a_selection_another_near_corpus_and_json(self, lab):
         found = json.loads(lab.run("inspect", "features-001", "--near", "lab-ciphers", "--contexts", 1, "--json"))
         roles = {group["name"]: group["role"] for group in found["groups"]}
         retained = dict.fromkeys(("lab-near", *RETAINED), "retain")
         assert roles == retained | {"lab-hexes": "forget", "lab-ciphers": "near"}
-        assert found["inspected"] == "features-001" and [one["id"] for one in found["overlap"]] == [
-            "guardrail-001",
-            "guardrail-002",
-        ]
+        assert found["inspected"] == "features-001"
+        assert [one["id"] for one in found["overlap"]] == ["guardrail-001", "guardrail-002"]
         probe = lab.workspace.read("features-001").body.probe["features"]
         weights = {one["index"]: one["weight"] for one in found["features"] if "watched" in one["roles"]}
         assert weights == {one["index"]: one["weight"] for one in probe}
-
-    def test_nothing_is_broken(self, lab):
-        assert "broken" not in lab.run("verify")
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
@@ -395,37 +379,24 @@ class TestChain:
         found = json.loads(out)
         assert code == 0 and {one["forget_score"] for one in found["features"]} == {None}, err
         assert [group["name"] for group in found["groups"]] == ["lab-hexes", "lab-near", *RETAINED]
+        assert "broken" not in lab.run("verify")
 
 
 def test_what_a_corpus_holds_is_shown_not_obeyed(inspected, lab):
     body = inspected.body_as(Inspection)
     evil = "\x1b]0;mine\x07\x1b[2J\r\u202e\ud800[bold]x[/bold]"
-    feature = {
-        **body.features[0],
-        "promoted": [{"token": evil, "value": 1.0}],
-        "words": [evil],
-        "description": evil,
-        "warnings": [f"shared with {evil}"],
-    }
-    stored = replace(inspected, body=body.replace(features=[feature]))
+    feature = {**body.features[0], "promoted": [{"token": evil, "value": 1.0}], "words": [evil], "description": evil}
+    stored = replace(inspected, body=body.replace(features=[feature | {"warnings": [f"shared with {evil}"]}]))
     row = {**lab.workspace.rows(inspected)[0], "feature": feature["index"]}
     row = {**row, "tokens": [evil] * len(row["activations"])}
-    out = io.StringIO()
-    Console(file=out, width=80, force_terminal=True, color_system="truecolor", markup=False).print(
-        inspection_view(stored, [row])
-    )
-    text = out.getvalue()
-    assert "\x1b]" not in text and "\x1b[2J" not in text and "\x07" not in text and "\r" not in text
-    assert "\u202e" not in text and "\ud800" not in text and "\\x1b]0;mine" in text and "[bold]" in text
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor", markup=False)
+    console.print(inspection_view(stored, [row]))
+    text = console.file.getvalue()
+    assert not [part for part in ("\x1b]", "\x1b[2J", "\x07", "\r", "\u202e", "\ud800") if part in text]
+    assert "\\x1b]0;mine" in text and "[bold]" in text
 
 
-SITE_CONTEXTS = HookSite(LAYER, "resid_post")
 N = 3
-
-
-@pytest.fixture(scope="module")
-def sae_contexts(tmp_path_factory):
-    return make_sae(tmp_path_factory.mktemp("sae"))
 
 
 @pytest.fixture(scope="module")
@@ -436,20 +407,15 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def acts(model, sae_contexts, rows):
+def acts(model, sae, rows):
     """Of each row alone, [L, F]; 0 on BOS."""
-    found = []
-    for row in rows:
-        ids = torch.tensor([row])
-        acts_LF = sae_contexts.encode(read_residual(model, SITE_CONTEXTS, ids, torch.ones_like(ids))[0]).detach()
-        acts_LF[0] = 0
-        found.append(acts_LF)
-    return found
+    residuals = [read_residual(model, SITE, torch.tensor([row]), torch.ones(1, len(row)))[0] for row in rows]
+    return [sae.encode(resid_LD).detach().index_fill(0, torch.tensor([0]), 0.0) for resid_LD in residuals]
 
 
 @pytest.fixture(scope="module")
-def found(model, tokenizer, sae_contexts, rows):
-    return read_contexts(model, SITE_CONTEXTS, sae_contexts.encode, rows, tokenizer, n_contexts=N)
+def found(model, tokenizer, sae, rows):
+    return read_contexts(model, SITE, sae.encode, rows, tokenizer, n_contexts=N)
 
 
 def test_rates_and_means_are_those_of_counted_tokens(found, acts, rows):
@@ -482,23 +448,18 @@ def test_the_strongest_rows_of_each_feature(found, acts, rows):
     assert seen > N_FEATURES  # Of most features there is something to see.
 
 
-def test_some_features_are_read_as_all_are(model, tokenizer, sae_contexts, rows, found):
+def test_some_features_are_read_as_all_are(model, tokenizer, sae, rows, found):
     some = [7, 3, 40]
-    of_some = read_contexts(
-        model, SITE_CONTEXTS, lambda resid_TD: sae_contexts.encode(resid_TD)[:, some], rows, tokenizer, n_contexts=N
-    )
+    of_some = read_contexts(model, SITE, lambda x_TD: sae.encode(x_TD)[:, some], rows, tokenizer, n_contexts=N)
     for name in ("rate_C", "mean_C", "peak_CN", "row_CN", "ids_CNW", "acts_CNW"):
         assert torch.equal(getattr(of_some, name), getattr(found, name)[some]), name
 
 
-def test_text_without_a_token_that_counts_is_refused(model, tokenizer, sae_contexts):
+def test_text_without_a_token_that_counts_and_activations_that_are_not_finite_are_refused(model, tokenizer, sae, rows):
     with pytest.raises(DsgError, match="no token that counts"):
-        read_contexts(model, SITE_CONTEXTS, sae_contexts.encode, [[2], [2, 1]], tokenizer, n_contexts=N)
-
-
-def test_activations_that_are_not_finite_are_refused(model, tokenizer, rows):
+        read_contexts(model, SITE, sae.encode, [[2], [2, 1]], tokenizer, n_contexts=N)
     with pytest.raises(DsgError, match="not finite"):
-        read_contexts(model, SITE_CONTEXTS, lambda resid_TD: resid_TD / 0, rows, tokenizer, n_contexts=N)
+        read_contexts(model, SITE, lambda resid_TD: resid_TD / 0, rows, tokenizer, n_contexts=N)
 
 
 DATA = Path(__file__).parent / "data"
@@ -521,11 +482,8 @@ def loaded(model, tokenizer):
 
 
 def guard_of(sae_tracing, form, threshold):
-    detecting = {
-        "probe": {"weights": [0.3, -0.2, 0.5], "bias": -0.5, "clip": 3.0},
-        "window": {},
-        "cusum": {"clip": 9.0},
-    }
+    probe = {"weights": [0.3, -0.2, 0.5], "bias": -0.5, "clip": 3.0}
+    detecting = {"probe": probe, "window": {}, "cusum": {"clip": 9.0}}
     more = {"detectors": WATCHED, **detecting[form]} if form in detecting else {}
     return make_guardrail(sae_tracing, CLAMPED, gate=form, threshold=threshold, strength=7.0, **more)
 
@@ -549,9 +507,8 @@ def test_each_gate_is_shown_as_it_decides(loaded, sae_tracing, form):
     gate = found.gate
     assert gate.statistic == decision.statistic_BL[0].tolist() and gate.gated == decision.gated_BL[0].tolist()
     edited = guard.edit(resid, decision)[0] - resid[0]
-    torch.testing.assert_close(
-        torch.tensor(gate.edit), edited.norm(dim=-1) / resid[0].norm(dim=-1), atol=1e-4, rtol=1e-3
-    )
+    size_L = edited.norm(dim=-1) / resid[0].norm(dim=-1)
+    torch.testing.assert_close(torch.tensor(gate.edit), size_L, atol=1e-4, rtol=1e-3)
     assert gate.clamped == (edited.abs().amax(-1) > 0).tolist() and any(gate.clamped)
     assert not found.counted[0] and gate.score[0] == 0 and all(found.counted[1:])
     if form == "mean":
@@ -628,9 +585,8 @@ class TestCommand:
         (found,) = json.loads(out)
         assert found["gate"] is None and [one["index"] for one in found["features"]][:2] == [331, 468]
         assert max(found["features"][0]["activations"]) == pytest.approx(9.56, abs=0.01)
-        code, out, _ = dsg(
-            "inspect", "-w", workspaces / "w1", "--prompt", HEX, "--feature", 25, "--feature", 3, "--json"
-        )
+        chosen = ("--feature", 25, "--feature", 3, "--json")
+        code, out, _ = dsg("inspect", "-w", workspaces / "w1", "--prompt", HEX, *chosen)
         (found,) = json.loads(out)
         shown = [(one["index"], one["roles"]) for one in found["features"]]
         assert shown == [(25, ["clamped", "watched"]), (3, [])] and found["gate"]["form"] == "mean"
@@ -642,6 +598,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
+            (("--prompt", "x", "-w", "none"), "dsg select"),
             (("--prompt", " "), "empty"),
             (("--prompt", "x", "--chat"), "no chat template"),
             (("--prompt", "hex " * 3000), "leaves room for 0"),
@@ -652,9 +609,5 @@ class TestCommand:
         ],
     )
     def test_refusals(self, dsg, workspaces, arguments, words):
-        code, out, err = dsg("inspect", *arguments, "-w", workspaces / "w2")
+        code, out, err = dsg("inspect", "-w", workspaces / "w2", *arguments)  # Of two folders, the last.
         assert code == 1 and words in err and not out, err
-
-    def test_an_empty_workspace(self, dsg, tmp_path):
-        code, _, err = dsg("inspect", "--prompt", "x", "-w", tmp_path / "none")
-        assert code == 1 and "dsg select" in err

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_hub import run
 
+from dsg_cli.cli.app import COMMANDS as PANELS
 from dsg_cli.cli.app import main
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.loading import load_guardrail
@@ -31,9 +32,9 @@ from dsg_cli.workspace.artifacts import KINDS, artifact_digest, artifact_text
 from dsg_cli.workspace.store import Workspace
 
 
-def write(tmp_path, text):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+def write(folder, content):
+    path = folder / "recipe.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     return str(path)
 
 
@@ -47,13 +48,9 @@ def test_precedence_is_flag_then_set_then_recipe_then_default(tmp_path):
 
 
 def test_all_mistakes_come_in_one_message_with_the_nearest_key(tmp_path):
-    path = write(
-        tmp_path,
-        "select: {n_feature: 3, ratio_percentile: high}\ncalibrate: {alpha: true}\nmodle: {}\nguardrail: 5\n"
-        "eval: {split: train, batch_size: 1.5}\n",
-    )
+    text = "select: {n_feature: 3, ratio_percentile: high}\ncalibrate: {alpha: true}\nmodle: {}\nguardrail: 5\n"
     with pytest.raises(DsgError) as error:
-        load_recipe(path)
+        load_recipe(write(tmp_path, text + "eval: {split: train, batch_size: 1.5}\n"))
     assert set(str(error.value).split("\n  ")[1:]) == {
         "unknown key select.n_feature. Did you mean n_features or features or probe_features?",
         "select.ratio_percentile is 'high'; it should be a number.",
@@ -95,10 +92,9 @@ def test_values_take_the_type_of_their_field(tmp_path):
 
 
 def test_files_that_are_no_recipes(tmp_path):
-    with pytest.raises(DsgError, match="not valid YAML"):
-        load_recipe(write(tmp_path, "a: [1"))
-    with pytest.raises(DsgError, match="must hold sections"):
-        load_recipe(write(tmp_path, "- 1\n"))
+    for text, words in (("a: [1", "not valid YAML"), ("- 1\n", "must hold sections")):
+        with pytest.raises(DsgError, match=words):
+            load_recipe(write(tmp_path, text))
     with pytest.raises(DsgError, match="no recipe labb"):
         load_recipe("labb")
     assert load_recipe(write(tmp_path, "")) == Recipe()
@@ -181,15 +177,16 @@ def test_a_plan_finds_what_is_wrong(tmp_path):
 
 
 def test_published_numbers_are_checked_for_their_type(tmp_path):
-    with pytest.raises(DsgError, match="published.results.mmlu is 'high'; it should be a dictionary"):
-        load_recipe(write(tmp_path, "published: {results: {mmlu: high}}"))
+    for mmlu, words in (
+        ("high", "published.results.mmlu is 'high'; it should be a dictionary"),
+        ("{guarded: 0.5}", "mmlu.guarded is 'guarded'; it should be 'base' or 'unlearned'"),
+        ("{base: {acc: {x: 1}}}", "base.acc: it should be a number"),
+    ):
+        with pytest.raises(DsgError, match=words):
+            load_recipe(write(tmp_path, f"published: {{results: {{mmlu: {mmlu}}}}}"))
     recipe = load_recipe("wmdp-bio")
     assert recipe.published.results["wmdp-bio-paper"]["unlearned"] == 0.2964
     assert set(recipe.published.results) == set(recipe.eval.benches)
-    with pytest.raises(DsgError, match="mmlu.guarded is 'guarded'; it should be 'base' or 'unlearned'"):
-        load_recipe(write(tmp_path, "published: {results: {mmlu: {guarded: 0.5}}}"))
-    with pytest.raises(DsgError, match="base.acc: it should be a number"):
-        load_recipe(write(tmp_path, "published: {results: {mmlu: {base: {acc: {x: 1}}}}}"))
 
 
 MUSE = {
@@ -208,19 +205,15 @@ def test_the_papers_figures_on_muse(which):
 
 def test_published_stands_beside_measured_for_every_metric():
     section = PublishedSection("theirs", {"a": {"base": 1, "unlearned": 0.25}, "m": {"unlearned": {"x": 10, "y": -2}}})
-    results = {
-        "a": {"base": {"acc": 0.75}, "unlearned": {"acc": 0.5}},
-        "m": {"base": {"x": 1}, "unlearned": {"x": 7.5}},
-    }
-    rows = beside(section, results)
-    assert [(row["bench"], row["side"], row["metric"]) for row in rows] == [
-        ("a", "base", "acc"),
-        ("a", "unlearned", "acc"),
-        ("m", "unlearned", "x"),
-        ("m", "unlearned", "y"),
+    accuracies = {"base": {"acc": 0.75}, "unlearned": {"acc": 0.5}}
+    rows = beside(section, {"a": accuracies, "m": {"base": {"x": 1}, "unlearned": {"x": 7.5}}})
+    keys = ("bench", "side", "metric", "measured", "difference")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        ("a", "base", "acc", 0.75, -0.25),
+        ("a", "unlearned", "acc", 0.5, 0.25),
+        ("m", "unlearned", "x", 7.5, -2.5),
+        ("m", "unlearned", "y", None, None),
     ]
-    assert [row["measured"] for row in rows] == [0.75, 0.5, 7.5, None]
-    assert [row["difference"] for row in rows] == [-0.25, 0.25, -2.5, None]
     console = Console(width=80)
     with console.capture() as captured:
         console.print(published_table(rows))
@@ -239,7 +232,6 @@ def root(tmp_path_factory):
 
 
 YAML_TEXT = st.text(alphabet="&*a:- \n\t[]{}!|>'\"#%019.,?~<=x_nby", max_size=60)
-
 YAML_VALUES = st.recursive(
     PLAIN | st.dates() | st.datetimes() | st.binary(max_size=9) | st.just(float("nan")) | st.just(float("-inf")),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN | st.dates(), inner, max_size=3),
@@ -247,65 +239,38 @@ YAML_VALUES = st.recursive(
 )
 
 
-def write_recipe(root, content):
-    path = root / "recipe.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    return str(path)
-
-
 HOSTILE = (
-    "corpora: {forget: &a [*a]}",
-    "corpora: &a {forget: *a}",
-    "&a [*a]",
-    "&a {*a : 1}",
-    "model: &a\n  <<: *a",
-    "[" * 1000,
-    "{a: " * 1000,
+    *("corpora: {forget: &a [*a]}", "corpora: &a {forget: *a}", "&a [*a]", "&a {*a : 1}", "model: &a\n  <<: *a"),
+    *("[" * 1000, "{a: " * 1000),
     "seed: " + "9" * 5000,
     "seed: 0x" + "f" * 5000,
     "? 0x" + "f" * 5000 + "\n: 1",
-    "seed: 99999999999999999999999",
     "select: {ratio_percentile: " + "9" * 400 + "}",
-    "seed: 2024-13-45",
     "? 2024-01-01\n: 1",
-    "seed: !!int ''",
-    "seed: !!float x",
-    "seed: !!bool x",
-    "seed: !!timestamp x",
-    "seed: !!binary x",
-    "seed: !!set {1, 2}",
-    "seed: !!python/object:os.system x",
-    "seed: 0b_",
-    "seed: 0x_",
-    "seed: 1:99:99",
-    "seed: !!int 0b",
-    "seed: .nan",
+    *(f"seed: {value}" for value in ("99999999999999999999999", "2024-13-45", "0b_", "0x_", "1:99:99", ".nan")),
+    *(f"seed: !!{tag} x" for tag in ("float", "bool", "timestamp", "binary", "python/object:os.system")),
+    *(f"seed: !!{value}" for value in ("int ''", "int 0b", "set {1, 2}")),
     "calibrate: {alpha: .nan}",
     "published: {results: {a: {base: .nan}}}",
-    "seed: 1\nseed: 2",
-    "\tseed: 1",
+    *("seed: 1\nseed: 2", "\tseed: 1"),
     "1: 2\nnull: 3\ntrue: 4\n[1]: 5",
     "a: &a [x,x,x,x,x,x,x,x,x]\n"
     + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijk")),
     "model: {source: &a [x,x,x,x,x,x,x,x,x]}\nsae: &b {source: [*a,*a,*a,*a]}\neval: *b",
-    "\x00",
-    "\ufeffseed: 1",
-    "--- 1\n--- 2",
-    "%YAML 9.9\n---\nseed: 1",
-    'model: {source: "\\ud800\\0"}',
+    *("\x00", "\ufeffseed: 1", "--- 1\n--- 2", "%YAML 9.9\n---\nseed: 1", 'model: {source: "\\ud800\\0"}'),
 )
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_recipe_is_read_or_refused(root, text):
-    refused(load_recipe, write_recipe(root, text))
+    refused(load_recipe, write(root, text))
     refused(load_recipe, sets=[f"model.source={text}", f"{text}=1"])
 
 
 @tries(80)
 @given(st.binary(max_size=60) | YAML_TEXT)
 def test_any_bytes_as_a_recipe(root, content):
-    refused(load_recipe, write_recipe(root, content))
+    refused(load_recipe, write(root, content))
 
 
 SECTIONS = yaml.safe_load((RECIPES / "lab.yaml").read_text())
@@ -318,14 +283,14 @@ def test_any_values_in_a_recipe(root, data):
         held = data.draw(YAML_VALUES)
     else:
         held = changed(SECTIONS, data.draw(st.sampled_from(list(places(SECTIONS)))), data.draw(PLAIN | VALUES))
-    refused(load_recipe, write_recipe(root, yaml.dump(held, allow_unicode=True)))
+    refused(load_recipe, write(root, yaml.dump(held, allow_unicode=True)))
 
 
 @tries(60)
 @given(st.data())
 def test_mutations_of_shipped_recipes(root, data):
     content = (RECIPES / f"{data.draw(st.sampled_from(recipe_names()))}.yaml").read_bytes()
-    refused(load_recipe, write_recipe(root, data.draw(mutated(content))))
+    refused(load_recipe, write(root, data.draw(mutated(content))))
 
 
 @tries(100)
@@ -343,7 +308,7 @@ def test_any_name_of_a_recipe(name):
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_that_is_written_out_reads_as_itself(root, name):
     recipe = load_recipe(name)
-    assert load_recipe(write_recipe(root, yaml.safe_dump(dataclasses.asdict(recipe)))) == recipe
+    assert load_recipe(write(root, yaml.safe_dump(dataclasses.asdict(recipe)))) == recipe
 
 
 def shown(stored):
@@ -494,43 +459,25 @@ def test_what_is_written_reads_as_itself(root, workspaces, kind):
     check()
 
 
-COMMANDS = [
-    "ls",
-    "show",
-    "verify",
-    "select",
-    "calibrate",
-    "apply",
-    "eval",
-    "attack",
-    "export",
-    "generate",
-    "run",
-    "inspect",
-]
-
+FUNCTIONS = {name: function for commands in PANELS.values() for name, function in commands.items()}
+COMMANDS = [name for name in FUNCTIONS if name not in ("demo", "compare", "study", "report", "describe")]
 FOREVER = "--serve"
 """An option of a command that then waits for a signal."""
-
 WORDS = st.sampled_from(["1", "-1", "lab", "lab-hexes", "lab-near", "--", "mean", "eval-001", "saes/gpt2-small-res-jb"])
 
 
 def options_of(command):
     """The options of a command, as they are spelled."""
-    from dsg_cli.cli.app import COMMANDS as PANELS
-
-    functions = {name: function for commands in PANELS.values() for name, function in commands.items()}
-    hints = typing.get_type_hints(functions[command], include_extras=True).values()
-    found = [one for hint in hints for one in typing.get_args(hint)[1:]]
-    found += [part for hint in hints for arg in typing.get_args(hint) for part in typing.get_args(arg)[1:]]
-    return sorted(
-        {name for one in found for name in getattr(one, "param_decls", None) or () if name.startswith("-")} - {FOREVER}
-    )
+    hints = typing.get_type_hints(FUNCTIONS[command], include_extras=True).values()
+    parts = [part for hint in hints for part in typing.get_args(hint)[1:]]
+    parts += [part for hint in hints for argument in typing.get_args(hint) for part in typing.get_args(argument)[1:]]
+    names = {name for part in parts for name in getattr(part, "param_decls", None) or () if name.startswith("-")}
+    return sorted(names - {FOREVER})
 
 
 def is_argument(text):
     """Whether the system can pass it on."""
-    return "\x00" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+    return not any(character == "\x00" or "\ud800" <= character <= "\udfff" for character in text)
 
 
 OPTIONS = {command: options_of(command) for command in COMMANDS}
@@ -555,10 +502,8 @@ def no_work(tmp_path, monkeypatch):
     """A folder with artifacts, no network, and nothing that takes long: models are not loaded."""
     import huggingface_hub.constants
 
-    from dsg_cli.errors import DsgError
     from dsg_cli.evals import benches as tasks
-    from dsg_cli.stages import composition, inputs
-    from dsg_cli.stages import select as select
+    from dsg_cli.stages import composition, inputs, select
 
     index = tasks.task_index
 
