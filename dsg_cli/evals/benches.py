@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,8 +124,7 @@ def _lab_task(bench: str, split: str) -> dict[str, Any]:
     def load(**_metadata: Any) -> Any:
         from datasets import Dataset, DatasetDict
 
-        rows = [json.loads(line) for line in lab.questions_path(bench).read_text().splitlines()]
-        return DatasetDict({"test": Dataset.from_list([row for row in rows if row["split"] == split])})
+        return DatasetDict({"test": Dataset.from_list(lab.read_questions(bench, split))})
 
     return {"task": bench, "custom_dataset": load, **copy.deepcopy(lab.TASK)}
 

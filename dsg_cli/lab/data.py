@@ -5,8 +5,10 @@ The shipped folder has the layout that `dsg lab export` writes; everything in it
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SHIPPED = Path(__file__).parent / "shipped"
 MODEL_DIR = SHIPPED / "model"
@@ -31,6 +33,12 @@ def corpus_path(name: str) -> Path:
 def questions_path(bench: str) -> Path:
     """The JSON lines file (`{"context", "choices", "answer", "split"}`) of a lab bench."""
     return SHIPPED / "questions" / f"{bench}.jsonl"
+
+
+def read_questions(bench: str, split: str) -> list[dict[str, Any]]:
+    """The questions of one split of a lab bench."""
+    rows = map(json.loads, questions_path(bench).read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["split"] == split]
 
 
 def bench_name(bench: str, phrasing: str) -> str:

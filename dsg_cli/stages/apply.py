@@ -19,6 +19,7 @@ from torch import Tensor
 from dsg_cli.data.corpora import Corpus, Part, check_disjoint, load_corpora
 from dsg_cli.data.tokens import bos_to_prepend, encode, prompts, special_ids
 from dsg_cli.errors import DsgError
+from dsg_cli.evals.benches import load_tasks
 from dsg_cli.evals.questions import Question, accuracy, questions_of
 from dsg_cli.guardrail.guarded import Effect, measure_effect, module_from_artifact
 from dsg_cli.inference.scoring import GuardedModel
@@ -36,6 +37,7 @@ from dsg_cli.methods.clamps import (
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import GuardrailSection, ModelSection, Recipe, SaeSection, parse_strength
+from dsg_cli.stages import calibrate, select, unlearn, wrap
 from dsg_cli.stages.inputs import chain_sae, check_tokens, load_chain_model, reload_corpora, taken_from
 from dsg_cli.stages.stage import QUIET, RunOptions, Stage, settle, stage
 from dsg_cli.workspace.artifacts import KINDS, FeatureSet, Guardrail, Header, Threshold
@@ -55,8 +57,6 @@ def run_method(
     `source` is the artifact to go on from; without it what the recipe names, or else the newest features (for `dsg` the
     newest threshold).
     """
-    from dsg_cli.stages import calibrate, select, unlearn, wrap
-
     kind = check_method(method)
     origin = _origin(recipe, workspace, method, source, options)
     if method == "dsg":
@@ -130,17 +130,16 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
     is_auto = recipe.guardrail.strength == AUTO
     texts = [*recipe.guardrail.strengths] if is_auto else [recipe.guardrail.strength]
     strengths = [(text, parse_strength(text, calibrated.median_residual_norm)) for text in texts]
-    tried_on: Json = {}
+    header_settings: Json = dataclasses.asdict(recipe.guardrail)
     if calibrated.forget:
         forget, notes = reload_forget(threshold, calibrated.forget)
     else:
         forget, notes = forget_instead(recipe, threshold)
-        tried_on = {"forget": [{"name": corpus.name, "sha256": corpus.sha256} for corpus in forget]}
+        header_settings |= {"forget": [{"name": corpus.name, "sha256": corpus.sha256} for corpus in forget]}
     names = calibrated.forget or [corpus.name for corpus in forget]
     questions = tuning_questions(recipe, names) if is_auto else []
     sae = chain_sae(threshold)
     recipe = settle(recipe, threshold.header)
-    header_settings: Json = {**dataclasses.asdict(recipe.guardrail), **tried_on}
     with stage("guardrail", recipe, workspace, options, clock, header_settings, origin=threshold, notes=notes) as this:
         if this.existing:
             return this.existing
@@ -223,19 +222,11 @@ def run_clamp(
         clamping = steered_clamping(steering, method, n_features=n_features, clamps_features=clamps_features)
     forget_names = [corpus["name"] for corpus in selected["forget"]]
     forget, changes = reload_forget(features, forget_names)
+    notes += [*clamping.notes, *changes]
     sae = chain_sae(features)
     recipe = settle(recipe, features.header)
     header_settings: Json = {"method": method, **section, "allow_ineffective": recipe.guardrail.allow_ineffective}
-    with stage(
-        "guardrail",
-        recipe,
-        workspace,
-        options,
-        clock,
-        header_settings,
-        origin=features,
-        notes=[*notes, *clamping.notes, *changes],
-    ) as this:
+    with stage("guardrail", recipe, workspace, options, clock, header_settings, origin=features, notes=notes) as this:
         if this.existing:
             return this.existing
         loaded = load_chain_model(features.header, recipe, cut=True)
@@ -297,15 +288,11 @@ def forget_instead(recipe: Recipe, threshold: Stored) -> tuple[list[Corpus], lis
     if recipe.guardrail.tuning_bench is not None:
         texts = {recipe.guardrail.tuning_bench: [question.context for question in tuning_questions(recipe, [])]}
     elif settings.get("questions"):
-        from dsg_cli.stages.calibrate import dev_questions
-
-        texts = dev_questions(dataclasses.replace(recipe.calibrate, questions=settings["questions"]), [])
+        texts = calibrate.dev_questions(dataclasses.replace(recipe.calibrate, questions=settings["questions"]), [])
     if not texts:
         return [], [UNSEEN]
-    corpora = [
-        Corpus(bench, contexts, hashlib.sha256("\0".join(contexts).encode()).hexdigest())
-        for bench, contexts in texts.items()
-    ]
+    digests = {bench: hashlib.sha256("\0".join(contexts).encode()).hexdigest() for bench, contexts in texts.items()}
+    corpora = [Corpus(bench, contexts, digests[bench]) for bench, contexts in texts.items()]
     return corpora, [f"Tried on dev questions of {', '.join(texts)}, for want of a forget corpus."]
 
 
@@ -367,8 +354,6 @@ def check_strength(settings: GuardrailSection) -> None:
 
 def tuning_questions(recipe: Recipe, forget: Sequence[str]) -> list[Question]:
     """The questions that a strength is chosen on: the lab's dev questions, or those of a bench that is named."""
-    from dsg_cli.evals.benches import load_tasks
-
     bench = recipe.guardrail.tuning_bench or next((name for name in forget if name in lab.bench_names()), None)
     if bench is None:
         about = ", ".join(forget) or "what nobody names"

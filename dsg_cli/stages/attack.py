@@ -10,6 +10,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from dsg_cli.attacks import ALL, ATTACKS, expand_attacks, load_attack
@@ -47,8 +48,8 @@ def run(
     `kinds` are attacks or groups of them; `base_curves` what earlier calls with the same recipe measured of base
     models, by their weights.
     """
-    clock, settings, named = Clock(), recipe.attack, kinds
-    expand_attacks(named)
+    clock, settings = Clock(), recipe.attack
+    expand_attacks(kinds)
     is_newest, sources = not sources, sources or [options.agreed(lambda: newest(workspace))]
     with options.workers.in_turn():
         composition = find_composition(workspace, sources)
@@ -56,8 +57,7 @@ def run(
             options.say(composition.acting)
         workspace.check_writable()
         bench = settings.bench or default_bench(composition.forget())
-        kinds = possible(named, settings, bench, options.say)
-        kinds = suited(named, kinds, composition, options.say)
+        kinds = suited(kinds, possible(kinds, settings, bench, options.say), composition, options.say)
         expected = [parse_expected(text, kinds) for text in settings.expect]
         check_metrics(expected, {kind: {"acc"} for kind in kinds})
         if "few-shot" in kinds and max(settings.few_shot_counts) > settings.known_questions:
@@ -69,16 +69,15 @@ def run(
         split = recipe.eval.split
         benches = [bench, *([settings.utility_bench] if settings.utility_bench else [])]
         questions = {name: load_questions(name, recipe.eval) for name in benches}
-        rephrasings = read_rephrasings(
-            settings, bench, questions[bench], kinds, lambda name: load_questions(name, recipe.eval)
-        )
+        load = partial(load_questions, settings=recipe.eval)
+        rephrasings = read_rephrasings(settings, bench, questions[bench], kinds, load)
         needs = {need for kind in kinds for need in ATTACKS[kind].needs}
         known, others = _attacker_knows(recipe, bench, questions[bench]) if "known" in needs else ([], [])
         retain: list[Corpus] = []
         if "benign" in needs:
             # Of all that acts, without what another part of it forgets.
-            names, limit = composition.retain(), recipe.corpora.limit
-            retain = load_corpora(names, role="retain", limit=limit, seed=recipe.seed)
+            names = composition.retain()
+            retain = load_corpora(names, role="retain", limit=recipe.corpora.limit, seed=recipe.seed)
         recipe = settle(recipe, composition.header)
         loaded = load_composition(workspace, composition, recipe)
         # Text that neither selection nor calibration has seen.
@@ -102,7 +101,7 @@ def run(
             "split": split,
             "limit": recipe.eval.limit,
             "expect": [text for text in settings.expect if parse_expected(text, list(ATTACKS)).bench == kind],
-            "retain": ({corpus.name: corpus.sha256 for corpus in retain} if "benign" in ATTACKS[kind].needs else {}),
+            "retain": {corpus.name: corpus.sha256 for corpus in retain} if "benign" in ATTACKS[kind].needs else {},
             "allow_mismatch": recipe.model.allow_mismatch,
         }
         # Nothing vouches for the data of other benches, so they are asked again.
@@ -123,8 +122,8 @@ def run(
                 clock = Clock()
                 continue
             batch_size = recipe.eval.batch_size
-            models = loaded.unlearned_model(batch_size), loaded.base_model(batch_size)
-            target = Target(*models, this.job, seed=recipe.seed)
+            unlearned, base = loaded.unlearned_model(batch_size), loaded.base_model(batch_size)
+            target = Target(unlearned, base, this.job, seed=recipe.seed)
             if base_curves is not None:
                 weights = fingerprint(loaded.base.model, loaded.base.n_layers - 1)
                 target = dataclasses.replace(target, base_curves=base_curves.setdefault(weights, {}))
@@ -137,6 +136,7 @@ def run(
             }
             curve = load_attack(kind)(target, own_knowledge, settings)
             summary = summarise(before, curve, on_prompts=ATTACKS[kind].on_prompts)
+            own_expected = [condition for condition in expected if condition.bench == kind]
             body = AttackReport(
                 attack=kind,
                 threat_model=ATTACKS[kind].threat_model,
@@ -144,7 +144,7 @@ def run(
                 before=before,
                 curve=curve,
                 summary=summary,
-                expected=_checked([one for one in expected if one.bench == kind], kind, before, summary),
+                expected=_checked(own_expected, kind, before, summary),
                 composition=composition.described(),
             )
             artifacts.append(this.write(body))
@@ -155,7 +155,7 @@ def run(
 def _checked(expected: Sequence[Expected], kind: str, before: Json, summary: Json) -> list[Json]:
     """Conditions on an attack: `acc` is what came back where most did. What was not measurable is not met."""
     if summary["forget_acc_worst"] is None:
-        return [{"expect": one.text, "value": None, "bound": None, "met": False} for one in expected]
+        return [{"expect": condition.text, "value": None, "bound": None, "met": False} for condition in expected]
     sides = {"unlearned": {"acc": summary["forget_acc_worst"]}, "base": {"acc": before["base"]["forget_acc"]}}
     rate = summary["gate_rate_at_worst"]
     return check_expected(expected, {kind: sides}, {kind: {"rate": rate}} if rate is not None else {})
@@ -185,7 +185,12 @@ def read_rephrasings(
     benches: list[str] = []
     rephrasings: dict[str, dict[str, list[Question]]] = {}
     if "paraphrase" in kinds:
-        benches = _rephrased_benches(settings, bench)
+        if not can_rephrase(settings, bench):
+            raise DsgError(
+                f"Nothing says how {bench} asks in other words.",
+                "Give --set attack.paraphrase_file=FILE (its questions, one a line), or attack.paraphrase_benches.",
+            )
+        benches = list(dict.fromkeys(settings.paraphrase_benches)) or other_phrasings(bench)
         rephrasings["paraphrase"] = {name: load(name) for name in benches}
     paths = {kind: getattr(settings, f"{kind}_file") for kind in ("paraphrase", "prefix", "encode") if kind in kinds}
     paths = {kind: path for kind, path in paths.items() if path}
@@ -194,8 +199,8 @@ def read_rephrasings(
         if kind == "prefix":
             templates = read_templates(path, "attack.prefix_file")
         else:
-            own = read_contexts(path, questions, f"attack.{kind}_file")
-            rephrasings.setdefault(kind, {})[Path(path).name] = own
+            contexts = read_contexts(path, questions, f"attack.{kind}_file")
+            rephrasings.setdefault(kind, {})[Path(path).name] = contexts
     files = {f"{kind}_file": file_digest(Path(path)) for kind, path in paths.items()}
     return Rephrasings(rephrasings, templates, benches, files)
 
@@ -217,9 +222,8 @@ def suited(
     if not composition.guardrails and not composition.wrappers:
         reasons["unhook"] = "there is nothing to take off, for the weights themselves were changed"
     if composition.wrappers:
-        reasons |= dict.fromkeys(
-            ("soft-prompt", "probe", "suffix"), "it searches within the model, not around wrappers"
-        )
+        within = ("soft-prompt", "probe", "suffix")
+        reasons |= dict.fromkeys(within, "it searches within the model, not around wrappers")
     for kind in [kind for kind in kinds if kind in reasons]:
         if kind in named:
             raise DsgError(f"The attack {kind} makes no sense here: {reasons[kind]}.", "Choose another with --kind.")
@@ -241,25 +245,16 @@ def other_phrasings(bench: str) -> list[str]:
     return []
 
 
-def _rephrased_benches(settings: AttackSection, bench: str) -> list[str]:
-    if not can_rephrase(settings, bench):
-        raise DsgError(
-            f"Nothing says how {bench} asks in other words.",
-            "Give --set attack.paraphrase_file=FILE (its questions, one a line), or attack.paraphrase_benches.",
-        )
-    return list(dict.fromkeys(settings.paraphrase_benches)) or other_phrasings(bench)
-
-
-def _attacker_knows(recipe: Recipe, bench: str, asked: list[Question]) -> tuple[list[Question], list[Question]]:
+def _attacker_knows(recipe: Recipe, bench: str, questions: list[Question]) -> tuple[list[Question], list[Question]]:
     """What the attacker trains on and what is then asked: of a lab bench the two splits, else disjoint samples."""
     n_known = recipe.attack.known_questions
     is_lab = bench in lab.bench_names()
-    pool = load_questions(bench, recipe.eval, "dev" if recipe.eval.split == "test" else "test") if is_lab else asked
+    pool = load_questions(bench, recipe.eval, "dev" if recipe.eval.split == "test" else "test") if is_lab else questions
     if len(pool) < n_known + (not is_lab):
         raise DsgError(
             f"{bench} has {len(pool)} questions for an attacker who knows {n_known} and is asked others.",
             "Lower attack.known_questions.",
         )
     known = random.Random(recipe.seed).sample(range(len(pool)), n_known)
-    others = asked if is_lab else [question for i, question in enumerate(asked) if i not in known]
+    others = questions if is_lab else [question for i, question in enumerate(questions) if i not in known]
     return [pool[i] for i in known], others

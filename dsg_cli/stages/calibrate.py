@@ -8,11 +8,11 @@ kind: each retain corpus, longer pieces of it, forget text and questions; writes
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from dsg_cli.data.corpora import Corpus, Part, check_disjoint, check_named
+from dsg_cli.data.corpora import Corpus, check_disjoint, check_named
 from dsg_cli.data.readers import read_prompts
 from dsg_cli.data.tokens import Piece, bos_to_prepend, check_chat, draw_pieces, encode, special_ids
 from dsg_cli.errors import DsgError
@@ -148,14 +148,7 @@ def dev_questions(settings: CalibrateSection, forget: Sequence[str]) -> dict[str
     benches = settings.questions or [name for name in forget if name in lab.bench_names()]
     if any(bench not in lab.bench_names() for bench in benches):
         raise DsgError("calibrate.questions takes benches of the lab: others have no dev questions.")
-    return {
-        bench: [
-            row["context"]
-            for row in map(json.loads, lab.questions_path(bench).read_text(encoding="utf-8").splitlines())
-            if row["split"] == "dev"
-        ]
-        for bench in benches
-    }
+    return {bench: [row["context"] for row in lab.read_questions(bench, "dev")] for bench in benches}
 
 
 def piece_lengths(
@@ -195,27 +188,16 @@ def calibration_pieces(
 ) -> dict[str, list[Piece]]:
     """Part -> pieces: `calibrate` sets the threshold, all others are only measured."""
     settings, tokenizer = recipe.calibrate, loaded.tokenizer
-
-    def draw(corpora: Sequence[Corpus], part: Part, lengths: Sequence[int]) -> list[Piece]:
-        return draw_pieces(
-            tokenizer,
-            corpora,
-            part,
-            bos=bos,
-            lengths=lengths,
-            is_packed=settings.rows == "packed",
-            at_most=settings.max_pieces,
-            seed=recipe.seed,
-        )
-
+    is_packed, at_most = settings.rows == "packed", settings.max_pieces
+    draw = partial(draw_pieces, tokenizer, bos=bos, is_packed=is_packed, at_most=at_most, seed=recipe.seed)
     room = context_length(loaded.model.config) - (bos is not None)
     longer = range(max(lengths) + 1, min(LONG * max(lengths), room) + 1)
     plain = [dataclasses.replace(corpus, weight=None) for corpus in retain if not corpus.is_chat]
     return {
-        "calibrate": draw(retain, "calibrate", lengths),
-        "fresh": draw(retain, "fresh", lengths),
-        "long": draw(plain, "fresh", longer) if longer and plain else [],
-        "forget": draw(forget, "fresh", lengths),
+        "calibrate": draw(retain, "calibrate", lengths=lengths),
+        "fresh": draw(retain, "fresh", lengths=lengths),
+        "long": draw(plain, "fresh", lengths=longer) if longer and plain else [],
+        "forget": draw(forget, "fresh", lengths=lengths),
         "questions": [
             Piece(f"{bench}/dev/{i}", bench, ids)
             for bench, texts in questions.items()

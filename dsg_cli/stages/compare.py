@@ -15,9 +15,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dsg_cli.data.tokens import bos_to_prepend
 from dsg_cli.errors import DsgError
@@ -66,9 +69,8 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
             raise DsgError(f"{member['id']} was taught, and has unlearned nothing to be compared.", "Leave it out.")
     forget_names = recipe.corpora.forget or (collected[0].forget() if collected else [])
     if not forget_names and not sources:
-        raise DsgError(
-            "Nothing says what the methods should unlearn.", "Name corpora: --forget, --retain, or a recipe."
-        )
+        unclear = "Nothing says what the methods should unlearn."
+        raise DsgError(unclear, "Name corpora: --forget, --retain, or a recipe.")
     forget = section.forget or default_bench(forget_names)
     benches = [forget, *section.near, *section.other]
     if len(set(benches)) < len(benches):
@@ -86,10 +88,8 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
     model = GuardedModel(loaded.model, loaded.tokenizer, bos, batch_size=recipe.eval.batch_size)
     base = accuracies(model, questions) if questions else {}
     chance = chance_of(questions.get(forget, []))
-    settings = {
-        name: value for name, value in dataclasses.asdict(recipe).items() if name not in ("generate", "published")
-    }
-    header_settings: Json = {**settings, "collected": list(sources)}
+    header_settings: Json = dataclasses.asdict(recipe) | {"collected": list(sources)}
+    del header_settings["generate"], header_settings["published"]  # Nothing of them is computed from.
     with stage(
         "compare",
         recipe,
@@ -105,19 +105,14 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         # What was made before, by this run before it was interrupted or by another, is not made again.
         inner = dataclasses.replace(options, reuse=True, resume=False)
         rivals = Rivals(recipe, workspace, forget, questions, base, chance, inner, this.job.checkpoint)
-        trials: dict[str, list[Json]] = {}
-        if not sources:
-            trials = {name: rivals.search(name) for name in compared_methods(section)}
+        trials = {name: rivals.search(name) for name in compared_methods(section)} if not sources else {}
         rows = [rivals.collect(source) for source in sources]
         chosen: dict[str, Values | None] = {}
         for name, of_method in trials.items():
-            best = best_trial(of_method)
-            if not of_method:  # Nothing to choose: the method has one setting.
+            if of_method:  # If every trial failed, the row says why.
+                chosen[name] = next((trial["values"] for trial in of_method if trial["is_chosen"]), None)
+            else:  # Nothing to choose: the method has one setting.
                 (chosen[name],) = rivals.points(name)
-            elif best is not None:
-                chosen[name] = of_method[best]["values"]
-            else:  # Every trial failed; the row says why.
-                chosen[name] = None
             rows += rivals.rows(name, chosen[name], of_method)
         sequences = [
             rivals.sequence(name, values) for name, values in chosen.items() if values is not None and section.sequence
@@ -279,26 +274,23 @@ class Rivals:
     def _measures(self, sources: Sequence[str]) -> Json:
         """What acts, evaluated on test questions and attacked by relearning."""
         section, workspace = self.recipe.compare, self.workspace
-        evaluated = evaluate.run(
-            with_values(self.recipe, self.test_values), workspace, sources=sources, options=self.options
-        )
+        measured = with_values(self.recipe, self.test_values)
+        evaluated = evaluate.run(measured, workspace, sources=sources, options=self.options)
         report = evaluated.body_as(EvalReport)
         composition = find_composition(workspace, sources)
+        features = {
+            index
+            for stored in composition.named
+            for key in ("indices", "detectors", "features")
+            for index in stored.json.get(key, [])
+        }
         measures: Json = {
             "artifacts": [member["id"] for member in composition.described()],
             "eval": evaluated.id,
             "results": {bench: report.results[bench]["unlearned"] for bench in self.test_values["eval.benches"]},
             "gate": {bench: rate["rate"] for bench, rate in report.gate.items()},
             "cost": cost_of(workspace, composition),
-            # Of an SAE, that the artifacts name.
-            "n_features": len(
-                {
-                    index
-                    for stored in composition.named
-                    for key in ("indices", "detectors", "features")
-                    for index in stored.json.get(key, [])
-                }
-            ),
+            "n_features": len(features),
         }
         if section.relearn_steps:
             values: Values = {

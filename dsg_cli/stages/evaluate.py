@@ -11,14 +11,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsg_cli.errors import DsgError, nearest
 from dsg_cli.evals import PAPER, is_free
 from dsg_cli.evals.benches import commits, load_free, load_tasks, metrics_of
 from dsg_cli.evals.expect import check_expected, check_metrics, parse_expected
 from dsg_cli.evals.free_text import FreeText, Reference, Results, check_room, evaluate_texts
-from dsg_cli.evals.paper_protocol import load_paper_questions, read_question_ids
+from dsg_cli.evals.metrics import EvalResult
+from dsg_cli.evals.paper_protocol import evaluate_paper, load_paper_questions, read_question_ids
+from dsg_cli.inference.scoring import GuardedModel, answers_from_tensors, answers_to_tensors
 from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import load_model, load_tokenizer, model_digest
@@ -32,10 +34,6 @@ from dsg_cli.workspace.files import Content, is_file, parse_json
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.results import EvalReport
 from dsg_cli.workspace.store import Stored, Workspace
-
-if TYPE_CHECKING:
-    from dsg_cli.evals.metrics import EvalResult
-    from dsg_cli.inference.scoring import GuardedModel
 
 
 def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), options: RunOptions = QUIET) -> Stored:
@@ -53,11 +51,8 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         in_paper = [bench for bench in settings.benches if bench in PAPER]
         question_ids = read_question_ids(Path(settings.question_ids) if settings.question_ids else None, in_paper)
         others = [bench for bench in settings.benches if bench not in PAPER and not is_free(bench)]
-        split, include_path = settings.split, settings.include_path
-        tasks: list[Any] = []
-        if others:
-            can_generate = composition.can_generate
-            tasks = load_tasks(others, split=split, include_path=include_path, can_generate=can_generate)
+        split, path, can_generate = settings.split, settings.include_path, composition.can_generate
+        tasks = load_tasks(others, split=split, include_path=path, can_generate=can_generate) if others else []
         free, free_commits = load_free(
             settings.benches, split=split, limit=settings.limit, holdout=settings.holdout, seed=recipe.seed
         )
@@ -70,9 +65,8 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         recipe = settle(recipe, composition.header)
         loaded = load_composition(workspace, composition, recipe)
         if settings.apply_chat_template and not loaded.base.tokenizer.chat_template:
-            raise DsgError(
-                f"The tokenizer of {loaded.base.source} has no chat template.", "Leave --apply-chat-template out."
-            )
+            missing = f"The tokenizer of {loaded.base.source} has no chat template."
+            raise DsgError(missing, "Leave --apply-chat-template out.")
         base, unlearned = (make(settings.batch_size) for make in (loaded.base_model, loaded.unlearned_model))
         check_room(texts, base, unlearned)
         if reference is not None:
@@ -103,8 +97,6 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         if this.existing:
             return this.existing
         from dsg_cli.evals.lm_harness import evaluate, results_files
-        from dsg_cli.evals.paper_protocol import evaluate_paper
-        from dsg_cli.inference.scoring import answers_from_tensors, answers_to_tensors
 
         evaluations = earlier_evaluations(workspace, this.header, this.job)
         texts_known = {} if settings.samples else known_texts(workspace, texts.digests(), evaluations)
@@ -145,17 +137,14 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         )
         created, source = this.header.created, loaded.base.source
         files: dict[str, Content] = {}
+        notes = _unchecked(composition)
         for part in parts:
             if part.lm_eval:
                 files |= results_files(part.lm_eval, model=source, created=created, samples=settings.samples)
-        notes = _unchecked(composition)
-        if settings.num_fewshot is not None:  # lm-eval leaves a task that fixes its examples at 0 as it is.
-            for part in parts:
-                n_shot = set(part.lm_eval.get("base", {}).get("n-shot", {}).values()) - {settings.num_fewshot}
-                if n_shot:
-                    notes.append(
-                        f"Some tasks fix their number of examples: {sorted(n_shot)}, not {settings.num_fewshot}."
-                    )
+            # lm-eval leaves a task that fixes its examples at 0 as it is.
+            n_shot = set(part.lm_eval.get("base", {}).get("n-shot", {}).values()) - {settings.num_fewshot}
+            if settings.num_fewshot is not None and n_shot:
+                notes.append(f"Some tasks fix their number of examples: {sorted(n_shot)}, not {settings.num_fewshot}.")
         stored = this.write(
             body,
             n_tokens=sum(part.n_tokens for part in parts),
@@ -223,12 +212,12 @@ def earlier_evaluations(workspace: Workspace, header: Header, job: Job) -> list[
     return [stored for stored in workspace.readable(ids) if key(stored.header) == key(header)]
 
 
-def known_texts(workspace: Workspace, asked: Mapping[str, str], earlier: Sequence[Stored]) -> Results:
-    """Bench on free text -> what the last earlier evaluation found of the same items (`asked`: bench -> digest)."""
+def known_texts(workspace: Workspace, digests: Mapping[str, str], earlier: Sequence[Stored]) -> Results:
+    """Bench on free text -> what the last earlier evaluation found of the same items, by the digest of the bench."""
     results: Results = {}
     for stored in earlier:
-        asked_then = stored.body_as(EvalReport).asked
-        same = [name for name, digest in asked.items() if asked_then.get(name) == digest]
+        earlier_digests = stored.body_as(EvalReport).asked
+        same = [name for name, digest in digests.items() if earlier_digests.get(name) == digest]
         rows = workspace.rows(stored) if same else []
         results |= {name: [row["base"] for row in rows if row["bench"] == name] for name in same}
     return results
@@ -237,15 +226,15 @@ def known_texts(workspace: Workspace, asked: Mapping[str, str], earlier: Sequenc
 FORM = 'Write {"muse-news": {"auc": 0.47}} or {"tofu-forget10": {"truth_ratios": [0.8, ...]}}.'
 
 
-def find_reference(recipe: Recipe, workspace: Workspace, asked: Mapping[str, str]) -> Reference | None:
+def find_reference(recipe: Recipe, workspace: Workspace, digests: Mapping[str, str]) -> Reference | None:
     """What `eval.reference` means for benches that need one (-> digest of what is asked); no weights are loaded yet."""
     named = recipe.eval.reference
     if named is None:
         return None
-    if not asked:
+    if not digests:
         raise DsgError("No bench that is run needs eval.reference.", "Leave it out, or add a bench of MUSE or TOFU.")
     if named.startswith("eval-") or named.endswith(".json"):
-        return _stored_reference(named, workspace, asked)
+        return _stored_reference(named, workspace, digests)
     source = named_model(workspace, named)
     try:
         load_tokenizer(source, recipe.model)
@@ -269,39 +258,35 @@ def load_reference(reference: Reference, recipe: Recipe, base: GuardedModel) -> 
     return dataclasses.replace(reference, model=model, digest=model_digest(loaded.model))
 
 
-def _stored_reference(named: str, workspace: Workspace, asked: Mapping[str, str]) -> Reference:
-    path = Path(named)
-    held: Any = None
-    report: EvalReport | None
+def _stored_reference(named: str, workspace: Workspace, digests: Mapping[str, str]) -> Reference:
     if not named.endswith(".json"):
         report = workspace.find("eval", named).body_as(EvalReport)
     else:
-        if not is_file(path):
+        if not is_file(Path(named)):
             raise DsgError(f"There is no file {named} (eval.reference).")
         try:
-            held = parse_json(path.read_text(encoding="utf-8"))
+            held = parse_json(Path(named).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DsgError(f"The reference scores in {named} cannot be read: {error}.") from error
         if not isinstance(held, dict):
             raise DsgError(f"{named} holds no scores of a reference.", FORM)
-        report = workspace.read(named).body_as(EvalReport) if held.get("kind") == "eval" else None
-    if report is None:
-        return Reference(named, scores={bench: _scores_of(named, bench, held) for bench in asked})
+        if held.get("kind") != "eval":
+            return Reference(named, scores={bench: _scores_of(named, bench, held) for bench in digests})
+        report = workspace.read(named).body_as(EvalReport)
     if not report.reference:
         raise DsgError(f"{named} was made without a reference.", "Name an evaluation that asked one, or a model.")
-    for bench, digest in asked.items():
+    for bench, digest in digests.items():
         if bench in report.asked and report.asked[bench] != digest:
             raise DsgError(
                 f"{named} asked other questions of {bench}: another limit, split, prompt or revision of the data.",
                 "Ask the reference model itself: --reference MODEL.",
             )
-    scores = {bench: _scores_of(named, bench, report.reference["scores"]) for bench in asked}
+    scores = {bench: _scores_of(named, bench, report.reference["scores"]) for bench in digests}
     results = {bench: sides["reference"] for bench, sides in report.results.items() if "reference" in sides}
     return Reference(report.reference["source"], report.reference["digest"], None, scores, results)
 
 
 def _scores_of(where: str, bench: str, held: Mapping[str, Any]) -> Json:
-    """The scores of a bench."""
     if bench not in held:
         raise DsgError(f"{where} has no scores for {bench}.", nearest(bench, map(str, held)))
     scores = held[bench]

@@ -98,19 +98,18 @@ def run(
     ]
     is_on_hub = to.startswith(SCHEME)
     address = parse_address(to).repo if is_on_hub else Path(to).resolve().name
-    card = model_card(
-        card_facts(
-            workspace,
-            composition,
-            modules,
-            name=address.rpartition("/")[2],
-            address=address,
-            is_on_hub=is_on_hub,
-            is_whole_model=form == "model",
-            instead=recipe.model.instead,
-            is_mismatched=recipe.model.allow_mismatch,
-        )
+    facts = card_facts(
+        workspace,
+        composition,
+        modules,
+        name=address.rpartition("/")[2],
+        address=address,
+        is_on_hub=is_on_hub,
+        is_whole_model=form == "model",
+        instead=recipe.model.instead,
+        is_mismatched=recipe.model.allow_mismatch,
     )
+    card = model_card(facts)
     report("export", 0, 1)
 
     def write(place: Path) -> None:
@@ -129,17 +128,14 @@ def run(
             allow_mismatch=recipe.model.allow_mismatch,
         )
 
-    def push() -> tuple[str, list[Json]]:
+    if is_on_hub:
         workspace.check_writable()
         # In the workspace, where weights can be linked rather than copied.
         with tempfile.TemporaryDirectory(prefix=".export-", suffix=".tmp", dir=workspace.folder) as scratch:
             folder = Path(scratch) / "export"
             write(folder)
-            sizes = _sizes(folder)
-            return push_folder(parse_address(to), folder, marker=LIGHT_FILE, is_public=is_public), sizes
-
-    if is_on_hub:
-        written, files = push()
+            files = _sizes(folder)
+            written = push_folder(parse_address(to), folder, marker=LIGHT_FILE, is_public=is_public)
     else:
         write(Path(to))
         written, files = str(Path(to)), _sizes(Path(to))
@@ -267,9 +263,8 @@ def _write_light(to: Path, lights: Sequence[bytes], card: str) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(to, lights[0])
     except OSError as error:
-        raise DsgError(
-            f"{str(to)[:200]} cannot be written: {error.strerror}.", "Make room, or name another place."
-        ) from error
+        failure = f"{str(to)[:200]} cannot be written: {error.strerror}."
+        raise DsgError(failure, "Make room, or name another place.") from error
 
 
 def _sizes(written: Path) -> list[Json]:

@@ -8,11 +8,10 @@ Text of the corpora is shown, and kept only with `--samples`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsg_cli.data.corpora import Corpus, check_disjoint, check_named, parse_name, part_of
@@ -105,7 +104,7 @@ def run(
     check_chat(tokenizer, [group.corpus for group in groups])
     sae = chain_sae(inspected)
     earlier = _earlier(workspace, choice)
-    statistics = workspace.tensors(features) if features is not None else {}
+    scores = _scores(workspace, features, chosen)
     header_settings: Json = {
         **dataclasses.asdict(settings),
         "corpora": [group.described() for group in groups],
@@ -128,9 +127,7 @@ def run(
         loaded = load_chain_model(inspected.header, recipe, cut=True)
         reads = _read(loaded, choice, chosen, sae, groups, CANDIDATES * settings.n_contexts, this.job)
         reads, near_notes = with_near(reads, chosen)
-        described, feature_notes = _describe(
-            loaded, choice, chosen, sae, features, statistics, reads, settings, this.job
-        )
+        described, feature_notes = _describe(loaded, choice, chosen, sae, scores, reads, settings, this.job)
         rows = [
             row
             for c, feature in enumerate(chosen)
@@ -295,11 +292,6 @@ def _read(
 ) -> list[Read]:
     """One pass over each corpus, through the chosen features alone."""
     sae_slice = load_slice(sae, [feature.index for feature in chosen]).to(loaded.model.device)
-
-    def encode(resid_TD: Tensor) -> Tensor:
-        acts_TC: Tensor = sae_slice(resid_TD).acts
-        return acts_TC
-
     bos = choice.bos(loaded)
     seq_len = min(LONGEST_ROW, context_length(loaded.model.config))
     reads = []
@@ -308,7 +300,7 @@ def _read(
         contexts = read_contexts(
             loaded.model,
             sae.site,
-            encode,
+            lambda resid_TD: sae_slice(resid_TD).acts,
             rows.ids,
             loaded.tokenizer,
             n_contexts=n_contexts,
@@ -348,8 +340,7 @@ def _describe(
     choice: FeatureChoice,
     chosen: Sequence[SelectedFeature],
     sae: SaeSource,
-    features: Stored | None,
-    statistics: Mapping[str, Tensor],
+    scores: Sequence[Json],
     reads: Sequence[Read],
     settings: InspectSettings,
     job: Job,
@@ -366,7 +357,7 @@ def _describe(
     rows = [
         {
             **dataclasses.asdict(feature),
-            **_scores(features, statistics, feature.index),
+            **scores[c],
             "rates": {read.group.name: read.rate(c) for read in reads},
             "means": {read.group.name: float(read.contexts.mean_C[c]) for read in reads},
             "promoted": _tokens(lens[c].promoted if lens else []),
@@ -390,13 +381,15 @@ def _tokens(pairs: Sequence[tuple[str, float]]) -> list[Json]:
     return [{"token": token, "value": value} for token, value in pairs]
 
 
-def _scores(features: Stored | None, statistics: Mapping[str, Tensor], index: int) -> Json:
+def _scores(workspace: Workspace, features: Stored | None, chosen: Sequence[SelectedFeature]) -> list[Json]:
     """Of select, which has those of every feature; the ratio is unknown where retain text never woke it."""
+    rows: list[Json] = [dict.fromkeys(("forget_score", "retain_score", "ratio")) for _ in chosen]
     if features is None:
-        return dict.fromkeys(("forget_score", "retain_score", "ratio"))
-    feature_set = features.body_as(FeatureSet)
-    retain = float(score_of(feature_set.score, statistics, "retain")[index])
-    if not feature_set.forget_tokens:
-        return {"forget_score": None, "retain_score": retain, "ratio": None}
-    forget = float(score_of(feature_set.score, statistics, "forget")[index])
-    return {"forget_score": forget, "retain_score": retain, "ratio": forget / retain if retain > EPSILON else None}
+        return rows
+    feature_set, statistics = features.body_as(FeatureSet), workspace.tensors(features)
+    for row, j in zip(rows, (feature.index for feature in chosen), strict=True):
+        row["retain_score"] = retain = float(score_of(feature_set.score, statistics, "retain")[j])
+        if feature_set.forget_tokens:
+            row["forget_score"] = forget = float(score_of(feature_set.score, statistics, "forget")[j])
+            row["ratio"] = forget / retain if retain > EPSILON else None
+    return rows

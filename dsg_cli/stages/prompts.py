@@ -7,14 +7,12 @@ what do features and gate see of a prompt? `dsg inspect --serve`: both, on a pag
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.guarded import check_causal
@@ -57,10 +55,8 @@ class Answers:
         for side, written in self.sides.items():
             document[side] = {"text": written.text, "n_tokens": written.n_tokens}
             if side == "guarded":
-                gates = [
-                    {"guardrail": name, **dataclasses.asdict(gate)}
-                    for name, gate in zip(self.guardrails, written.gates, strict=True)
-                ]
+                pairs = zip(self.guardrails, written.gates, strict=True)
+                gates = [{"guardrail": name, **dataclasses.asdict(gate)} for name, gate in pairs]
                 document[side] |= {"refused": written.refused, "tokens": written.tokens, "gates": gates}
         return document
 
@@ -107,23 +103,13 @@ class BothModels:
         return prompt_ids(self.loaded.base_model(), prompt, chat=settings.chat, n_new=settings.max_new_tokens)
 
     def answer(
-        self,
-        prompt: str,
-        ids: Sequence[int],
-        settings: GenerateSection,
-        write: Write = lambda _side, _piece: None,
+        self, prompt: str, ids: Sequence[int], settings: GenerateSection, write: Write = lambda _side, _piece: None
     ) -> Answers:
         """What each side that is asked for writes to a prompt."""
         models = {"base": self.loaded.base_model(), "guarded": self.loaded.unlearned_model()}
-        sides: dict[str, TracedAnswer] = {}
+        sides = {}
         for side in ("base", "guarded") if settings.side == "both" else (settings.side,):
-            sides[side] = answer(
-                models[side],
-                ids,
-                settings,
-                seed=self.recipe.seed,
-                write=lambda piece, side=side: write(side, piece),  # type: ignore[misc]
-            )
+            sides[side] = answer(models[side], ids, settings, seed=self.recipe.seed, write=partial(write, side))
         return Answers(prompt, [stored.id for stored in self.composition.guardrails], sides)
 
 
@@ -150,12 +136,9 @@ class Tracer:
         loaded: LoadedModel | None = None,
         say: Say = lambda _: None,
     ) -> Tracer:
-        """Everything read and checked.
+        """Everything read and checked, but for a model that has been loaded and checked already, whole or cut.
 
-        Args:
-            source: A guardrail or features; see `find_choice`.
-            features: Show these features of the SAE instead of those that were chosen.
-            loaded: The artifact's model, whole or cut, if it has been loaded and checked already.
+        `source` is a guardrail or features (see `find_choice`); `features` are shown instead of those that were chosen.
         """
         choice = find_choice(workspace, source, say)
         chosen = choice.pick(features)
@@ -175,13 +158,13 @@ class Tracer:
 
     def traced(self, prompt: str, ids: Sequence[int]) -> Traced:
         """What is seen of a prompt."""
-
-        def encode(resid_TD: Tensor) -> Tensor:
-            acts_TC: Tensor = self.slice(resid_TD).acts
-            return acts_TC
-
         seen = trace(
-            self.loaded, ids, site=self.site, encode=encode, features=self.features, guard=self.choice.guardrail
+            self.loaded,
+            ids,
+            site=self.site,
+            encode=lambda resid_TD: self.slice(resid_TD).acts,
+            features=self.features,
+            guard=self.choice.guardrail,
         )
         return Traced(prompt, self.choice.artifact.id, seen)
 
@@ -302,9 +285,7 @@ def _examples(forget: Sequence[str]) -> list[Json]:
         return []
     examples = []
     for label, bench in (("to forget", forgotten), ("near", "lab-near"), ("far", "lab-far")):
-        lines = lab.questions_path(bench).read_text(encoding="utf-8").splitlines()
-        question = next(row for row in map(json.loads, lines) if row["split"] == "dev")
-        examples.append({"label": label, "prompt": question["context"]})
+        examples.append({"label": label, "prompt": lab.read_questions(bench, "dev")[0]["context"]})
     return examples
 
 

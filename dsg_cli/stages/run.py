@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,13 @@ from dsg_cli.data.corpora import check_disjoint, check_named, parse_name
 from dsg_cli.data.hub import REPOSITORY, download_size
 from dsg_cli.errors import DsgError, close_to
 from dsg_cli.evals import PAPER, is_free, known_benches, task_name
+from dsg_cli.evals.benches import load_free, load_tasks, metrics_of, task_index
 from dsg_cli.evals.expect import check_metrics, parse_expected
+from dsg_cli.evals.paper_protocol import load_paper_questions
+from dsg_cli.evals.questions import check_bench
 from dsg_cli.inspection.neuronpedia import INSTEAD, place_of
 from dsg_cli.lab import data as lab
+from dsg_cli.models.language_model import SMALL_FILES, WEIGHT_FILES
 from dsg_cli.models.releases import locate_release
 from dsg_cli.models.sae import check_name
 from dsg_cli.settings import Recipe
@@ -31,11 +36,7 @@ from dsg_cli.workspace.store import Stored, Workspace
 
 
 def run(
-    recipe: Recipe,
-    workspace: Workspace,
-    *,
-    options: RunOptions = QUIET,
-    done: Callable[[Stored], Any] = lambda _: None,
+    recipe: Recipe, workspace: Workspace, *, options: RunOptions = QUIET, done: Callable[[Stored], Any] = lambda _: None
 ) -> list[Stored]:
     """Select, calibrate, apply, evaluate and attack; each stage reads the artifact that the one before it wrote.
 
@@ -79,11 +80,9 @@ def check_recipe(recipe: Recipe) -> None:
     for bench in recipe.eval.benches:
         # Others may be lm-eval's, or in a folder of the user's own.
         alike = close_to(bench, known_benches())
-        if bench not in known_benches() and not is_free(bench) and alike and not recipe.eval.include_path:
-            from dsg_cli.evals.benches import task_index
-
-            if task_name(bench) not in task_index((), True).all_tasks:
-                raise DsgError(f"There is no bench named {bench}.", f"Did you mean {' or '.join(alike)}?")
+        is_unknown = bench not in known_benches() and not is_free(bench) and not recipe.eval.include_path
+        if is_unknown and alike and task_name(bench) not in task_index((), True).all_tasks:
+            raise DsgError(f"There is no bench named {bench}.", f"Did you mean {' or '.join(alike)}?")
     kinds = expand_attacks(recipe.attack.kinds) if recipe.attack.kinds else []
     for text in recipe.attack.expect:
         parse_expected(text, kinds)
@@ -94,10 +93,6 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_data(recipe: Recipe) -> None:
     """Load the questions of every bench, and refuse conditions on what they do not measure."""
-    from dsg_cli.evals.benches import load_free, load_tasks, metrics_of
-    from dsg_cli.evals.paper_protocol import load_paper_questions
-    from dsg_cli.evals.questions import check_bench
-
     settings = recipe.eval
     of_attacks = {name for name in (recipe.attack.bench, recipe.attack.utility_bench) if name}
     for name in of_attacks:
@@ -191,8 +186,7 @@ def _steps(recipe: Recipe) -> Iterator[Step]:
     for bench in recipe.eval.benches:
         n = QUESTIONS.get(bench)
         if bench in lab.bench_names():
-            lines = lab.questions_path(bench).read_text(encoding="utf-8").splitlines()
-            n = sum(f'"split": "{recipe.eval.split}"' in line for line in lines)
+            n = len(lab.read_questions(bench, recipe.eval.split))
         size = "size unknown before it is read" if n is None else f"{min(n, recipe.eval.limit or n):,} questions"
         how = "24 orders until one fails, chat prompt" if bench in PAPER else "through lm-eval"
         how = "written and read" if is_free(bench) else how
@@ -217,8 +211,6 @@ def _descriptions(recipe: Recipe) -> tuple[str, str]:
 
 
 def _model_size(source: str) -> str:
-    from dsg_cli.models.language_model import SMALL_FILES, WEIGHT_FILES
-
     if re.fullmatch(r"model-\d+", source):
         return "size unknown before it is there"
     if source in lab.MODEL_DIRS or is_folder(Path(source)):
@@ -242,12 +234,9 @@ def _corpus_size(name: str, limit: int | None) -> str:
         return at_most + _local_size(named.path)
     hub: HubText | None = named.hub
     assert hub is not None
-
-    def measure() -> int:
-        own = download_size(hub.repo, [f"{hub.config}*"], kind="dataset") if hub.config else 0
-        return own or download_size(hub.repo, ["*"], kind="dataset")
-
-    return at_most + _reached(measure)
+    size = partial(download_size, hub.repo, kind="dataset")
+    own = [f"{hub.config}*"] if hub.config else []
+    return at_most + _reached(lambda: (size(own) if own else 0) or size(["*"]))
 
 
 def _local_size(path: Path) -> str:

@@ -171,10 +171,8 @@ def stage(
     path = workspace.folder / f".{kind}-{key}{SUFFIX}"
     checkpoint = Checkpoint(path, resume=options.resume, lock=lambda: writing(workspace.folder))
     if options.resume:
-        resumed = (
-            "Going on from the checkpoint." if checkpoint.resumed else "No checkpoint of this run; it begins anew."
-        )
-        options.say(resumed)
+        begun = "Going on from the checkpoint." if checkpoint.resumed else "No checkpoint of this run; it begins anew."
+        options.say(begun)
     try:
         yield Stage(header, replace(job, checkpoint=checkpoint), None, workspace, clock)
     except Signalled as stopped:

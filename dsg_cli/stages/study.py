@@ -133,7 +133,7 @@ def run(
                 this.job.progress(f"{name}, points", number, len(points))
                 this.job.checkpoint.keep("points", {"rows": rows})
                 this.job.checkpoint.reached("points", lambda rows=rows: {"rows": rows})  # type: ignore[misc]
-        columns = [*grid, *STUDIES[name].found]
+        columns = [*grid, *STUDIES[name].columns]
         base: Json = {}
         for bench, outcomes in (sweep.accuracy((), bases.inputs.bos) if questions else {}).items():
             row = accuracy_row({}, bench, outcomes)

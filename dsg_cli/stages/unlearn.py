@@ -25,13 +25,7 @@ from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae import load_encoder
 from dsg_cli.models.sae_slice import slice_sae
 from dsg_cli.settings import CorporaSection, Recipe
-from dsg_cli.stages.inputs import (
-    chain_sae,
-    identify,
-    load_whole,
-    read_method_inputs,
-    taken_from,
-)
+from dsg_cli.stages.inputs import chain_sae, identify, load_whole, read_method_inputs, taken_from
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.workspace.artifacts import FeatureSet, ModelWeights
 from dsg_cli.workspace.body import Json

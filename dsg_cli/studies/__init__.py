@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dsg_cli.errors import DsgError, nearest
@@ -53,7 +53,7 @@ class Study:
     """What is varied where a recipe says nothing."""
     needs: tuple[str, ...] = ()
     """Settings without a default: a recipe must name their values."""
-    found: tuple[str, ...] = field(default=())
+    columns: tuple[str, ...] = ()
     """Further columns, which say what a point turned out to be."""
     asks: bool = True
     """Whether it asks questions."""
@@ -74,7 +74,7 @@ STUDIES = {
         "how much forget text is needed, by documents or by entities",
         ("by", "share", "seed"),
         {"by": ["documents"], "share": [1.0, 5.0, 10.0, 25.0, 50.0, 100.0]},
-        found=("n_documents", "n_entities"),
+        columns=("n_documents", "n_entities"),
     ),
     "sequential": Study(
         "requests one after another: a guardrail each, against one for all",
@@ -82,7 +82,7 @@ STUDIES = {
         {"way": ["each", "union"]},
     ),
     "layers": Study(
-        "every layer that has an SAE", ("sae", *OF_A_GUARDRAIL), {}, needs=("sae",), found=("hook", "n_in_sae")
+        "every layer that has an SAE", ("sae", *OF_A_GUARDRAIL), {}, needs=("sae",), columns=("hook", "n_in_sae")
     ),
     "length": Study(
         "threshold and false positives against the length of the text",
@@ -100,7 +100,7 @@ STUDIES = {
         "other seeds of SAE and data",
         ("sae", "seed", *OF_A_GUARDRAIL),
         {"seed": [0, 1, 2]},
-        found=("hook", "n_in_sae"),
+        columns=("hook", "n_in_sae"),
     ),
 }
 

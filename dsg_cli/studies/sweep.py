@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -191,15 +192,9 @@ class Sweep:
 
         Every sequence begins with `bos`, as the text did on which they were made.
         """
-        if ("requests", bos) not in self._cache:
-            tokenizer = self.loaded.tokenizer
-            by_bench = {bench: requests_of(tokenizer, of_bench, bos=bos) for bench, of_bench in self.questions.items()}
-            self._cache["requests", bos] = by_bench
-            everything = [request for requests in by_bench.values() for request in requests]
-            self._cache["base", bos] = self._score(everything, ())
-        by_bench = self._cache["requests", bos]
-        requests = [request for requests in by_bench.values() for request in requests]
-        scores = list(self._cache["base", bos])
+        by_bench = self._once(("requests", bos), lambda: self._requests(bos))
+        requests = [request for of_bench in by_bench.values() for request in of_bench]
+        scores = list(self._once(("base", bos), lambda: self._score(requests, ())))
         if guardrails:
             max_length = context_length(self.loaded.model.config)
             inputs = [request.inputs(max_length) for request in requests]
@@ -209,13 +204,15 @@ class Sweep:
             ]
             for i, answer in zip(opened, self._score([requests[i] for i in opened], guardrails), strict=True):
                 scores[i] = answer
-        graded: dict[str, list[Outcome]] = {}
-        start = 0
-        for bench, questions in self.questions.items():
-            end = start + len(by_bench[bench])
-            graded[bench] = outcomes(questions, scores[start:end])
-            start = end
-        return graded
+        rest = iter(scores)
+        return {
+            bench: outcomes(questions, list(itertools.islice(rest, len(by_bench[bench]))))
+            for bench, questions in self.questions.items()
+        }
+
+    def _requests(self, bos: int | None) -> dict[str, list[Request]]:
+        tokenizer = self.loaded.tokenizer
+        return {bench: requests_of(tokenizer, of_bench, bos=bos) for bench, of_bench in self.questions.items()}
 
     def _once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
         if key not in self._cache:
