@@ -1,5 +1,6 @@
 """Commands for what lies beyond the chain: describe, export, lab export, lab train."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,7 +74,7 @@ def export_command(
 
         exported = export.run(recipe, out.store, to, report=report, say=out.talk, **options)
     if out.as_json:
-        out.json(exported.as_json())
+        out.json(dataclasses.asdict(exported))
     elif out.is_terminal:
         n, n_bytes = len(exported.files), sum(file["bytes"] for file in exported.files)
         out.line(f"{exported.to}: {n} file{'s' if n > 1 else ''}, {n_bytes / 1000:,.0f} kB")

@@ -40,7 +40,7 @@ from dsg_cli.settings import GuardrailSection, ModelSection, Recipe, SaeSection,
 from dsg_cli.stages import calibrate, select, unlearn, wrap
 from dsg_cli.stages.inputs import chain_sae, check_tokens, load_chain_model, reload_corpora, taken_from
 from dsg_cli.stages.stage import QUIET, RunOptions, Stage, settle, stage
-from dsg_cli.workspace.artifacts import KINDS, FeatureSet, Guardrail, Header, Threshold
+from dsg_cli.workspace.artifacts import KINDS, FeatureSet, Guardrail, Threshold
 from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.provenance import Clock
 from dsg_cli.workspace.store import Stored, Workspace
@@ -102,7 +102,6 @@ def _origin(
 
 
 def _with_sae(recipe: Recipe, method: str) -> Recipe:
-    """The recipe, if it names an SAE for its model."""
     if recipe.sae.source == SaeSection().source and recipe.model.source != ModelSection().source:
         raise DsgError(
             f"{method} needs an SAE of {recipe.model.source}, and none is named.",
@@ -167,9 +166,15 @@ def run(recipe: Recipe, workspace: Workspace, *, source: str | None = None, opti
             retain=calibrated.retain,
         )
         if is_auto:
-            trials = try_strengths(
-                loaded, this.header, body, tensors, questions, strengths, batch_size=recipe.eval.batch_size
-            )
+            trials = []
+            for setting, value in sorted(strengths, key=lambda pair: pair[1]):
+                trial = body.replace(strength=value)
+                module = module_from_artifact(trial, this.header.model, tensors, where="The new guardrail")
+                guardrails, batch_size = [module.to(loaded.model.device)], recipe.eval.batch_size
+                model = GuardedModel(loaded.model, loaded.tokenizer, body.bos, guardrails, batch_size=batch_size)
+                result = accuracy(model, questions)
+                rates = {name: result[name] for name in ("acc", "gate_rate")}
+                trials.append({"strength": value, "setting": setting, **rates})
             lowest = min(trial["acc"] for trial in trials)
             # The smallest whose accuracy is that of the best one.
             strength = next(trial["strength"] for trial in trials if trial["acc"] <= lowest + SATURATED)
@@ -365,28 +370,3 @@ def tuning_questions(recipe: Recipe, forget: Sequence[str]) -> list[Question]:
         raise DsgError(f"{bench} is reported, so no strength may be chosen on it.", "Name another tuning_bench.")
     tasks = load_tasks([bench], split="dev", include_path=recipe.eval.include_path)
     return [question for task in tasks for question in questions_of(task, limit=recipe.eval.limit)]
-
-
-def try_strengths(
-    loaded: LoadedModel,
-    header: Header,
-    body: Guardrail,
-    tensors: dict[str, Tensor],
-    questions: Sequence[Question],
-    strengths: Sequence[tuple[str, float]],
-    *,
-    batch_size: int,
-) -> list[Json]:
-    """Accuracy on questions about what is to be forgotten at each strength (as written, as a number), smallest first.
-
-    The whole model is loaded; the strength of the guardrail itself does not matter.
-    """
-    trials: list[Json] = []
-    for setting, strength in sorted(strengths, key=lambda pair: pair[1]):
-        module = module_from_artifact(body.replace(strength=strength), header.model, tensors, where="The new guardrail")
-        guardrails, model = [module.to(loaded.model.device)], loaded.model
-        result = accuracy(GuardedModel(model, loaded.tokenizer, body.bos, guardrails, batch_size=batch_size), questions)
-        trials.append(
-            {"strength": strength, "setting": setting, "acc": result["acc"], "gate_rate": result["gate_rate"]}
-        )
-    return trials

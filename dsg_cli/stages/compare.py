@@ -15,12 +15,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dsg_cli.data.tokens import bos_to_prepend
 from dsg_cli.errors import DsgError
@@ -90,16 +87,9 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
     chance = chance_of(questions.get(forget, []))
     header_settings: Json = dataclasses.asdict(recipe) | {"collected": list(sources)}
     del header_settings["generate"], header_settings["published"]  # Nothing of them is computed from.
-    with stage(
-        "compare",
-        recipe,
-        workspace,
-        options,
-        clock,
-        header_settings,
-        inputs=[stored for composition in collected for stored in composition.named],
-        model=identify(loaded, loaded.n_layers - 1),
-    ) as this:
+    inputs = [stored for composition in collected for stored in composition.named]
+    identity = identify(loaded, loaded.n_layers - 1)
+    with stage("compare", recipe, workspace, options, clock, header_settings, inputs=inputs, model=identity) as this:
         if this.existing:
             return this.existing
         # What was made before, by this run before it was interrupted or by another, is not made again.
@@ -264,7 +254,6 @@ class Rivals:
         return rows
 
     def collect(self, source: str) -> Json:
-        """The row of artifacts that are there."""
         composition = find_composition(self.workspace, source.split("+"))
         name = " + ".join(member["method"] for member in composition.described())
         sae = composition.header.sae

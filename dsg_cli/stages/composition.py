@@ -52,7 +52,6 @@ class Composition:
 
     @property
     def bodies(self) -> list[Guardrail]:
-        """Of the guardrails."""
         return [stored.body_as(Guardrail) for stored in self.guardrails]
 
     @property
@@ -78,7 +77,6 @@ class Composition:
         return all(body.gate in CAUSAL_FORMS for body in self.bodies)
 
     def forget(self) -> list[str]:
-        """Names of all forget corpora."""
         return list(dict.fromkeys(name for stored in self.artifacts for name in _body(stored).forget))
 
     def retain(self) -> list[str]:
@@ -208,11 +206,9 @@ class LoadedComposition:
     bos: int | None
 
     def base_model(self, batch_size: int = 32) -> GuardedModel:
-        """The base model, bare."""
         return GuardedModel(self.base.model, self.base.tokenizer, self.bos, batch_size=batch_size)
 
     def unlearned_model(self, batch_size: int = 32) -> GuardedModel:
-        """The unlearned model with all that acts on it."""
         model = self.model
         return GuardedModel(model.model, model.tokenizer, self.bos, self.guardrails, self.wrappers, batch_size)
 

@@ -100,7 +100,7 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
 
         evaluations = earlier_evaluations(workspace, this.header, this.job)
         texts_known = {} if settings.samples else known_texts(workspace, texts.digests(), evaluations)
-        earlier: dict[str, Answers] = {
+        earlier = {
             stored.id: answers_from_tensors(workspace.tensors(stored))
             for stored in evaluations
             if f"{stored.id}.safetensors" in stored.header.files
@@ -120,9 +120,13 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
         results = {bench: sides for part in parts for bench, sides in part.results.items()}
         first = [bench for bench in settings.benches if bench in results]
         results = {bench: results[bench] for bench in (*first, *(name for name in results if name not in first))}
-        answers: Answers = {key: answer for part in parts for key, answer in part.answers.items()}
+        answers = {key: answer for part in parts for key, answer in part.answers.items()}
         gate = {bench: rate for part in parts for bench, rate in part.gate.items()} if unlearned.decides else {}
         last_held = {key: evaluation for evaluation, held in earlier.items() for key in held}
+        reference_used: Json = {}
+        if reference is not None:
+            scores = {bench: of_bench for part in parts for bench, of_bench in part.reference_scores.items()}
+            reference_used = {"source": reference.source, "digest": reference.digest, "scores": scores}
         body = EvalReport(
             split=split,
             results=results,
@@ -132,7 +136,7 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
             base_from=dict(Counter(last_held[key] for key in answers if key in last_held)),
             composition=composition.described(),
             asked={bench: digest for part in parts for bench, digest in part.asked.items()},
-            reference=_reference(reference, parts),
+            reference=reference_used,
             refused={bench: metrics for part in parts for bench, metrics in part.refused.items()},
         )
         created, source = this.header.created, loaded.base.source
@@ -157,13 +161,6 @@ def run(recipe: Recipe, workspace: Workspace, *, sources: Sequence[str] = (), op
     return stored
 
 
-def _reference(reference: Reference | None, parts: Sequence[EvalResult]) -> Json:
-    if reference is None:
-        return {}
-    scores = {bench: of_bench for part in parts for bench, of_bench in part.reference_scores.items()}
-    return {"source": reference.source, "digest": reference.digest, "scores": scores}
-
-
 def _unchecked(composition: Composition) -> list[str]:
     """Guardrails of features that were picked without forget text: nothing says on which bench they should act."""
     return [
@@ -175,7 +172,6 @@ def _unchecked(composition: Composition) -> list[str]:
 
 
 def _check_effect(stored: Stored, composition: Composition, recipe: Recipe) -> None:
-    """Refuse to pass over a guardrail that lets everything through."""
     body = stored.body_as(EvalReport)
     names = [name for guardrail in composition.bodies for name in guardrail.forget]
     # A filter or other weights may leave nothing for a guardrail to do.
@@ -190,10 +186,6 @@ def _check_effect(stored: Stored, composition: Composition, recipe: Recipe) -> N
                     + f" The report is {stored.id}.",
                     "Calibrate for questions of that length and form, or pass --allow-ineffective.",
                 )
-
-
-Answers = dict[bytes, tuple[float, bool]]
-"""Request -> log-likelihood, and whether it is the greedy answer."""
 
 
 def earlier_evaluations(workspace: Workspace, header: Header, job: Job) -> list[Stored]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from dsg_cli.data.hub import REPOSITORY, SCHEME, parse_address, push_folder
@@ -51,9 +51,6 @@ class Exported:
     guardrails: list[str]
     files: list[Json]
     """Name and size in bytes."""
-
-    def as_json(self) -> Json:
-        return asdict(self)
 
 
 def run(
@@ -246,8 +243,6 @@ def check_target(to: str, form: str | None = None) -> str:
 
 
 def _write_light(to: Path, lights: Sequence[bytes], card: str) -> None:
-    """One light file, or a folder of them with their model card."""
-
     def fill(folder: Path) -> None:
         folder.mkdir()
         for number, content in enumerate(lights):

@@ -92,12 +92,10 @@ class MethodInputs:
     corpora: dict[str, list[Corpus]]
     """forget and retain, empty where a method has no use for their texts; train, for finetuning."""
     bos: int | None
-    """Token that every sequence begins with."""
     artifacts: list[Stored]
     notes: list[str]
 
     def described(self) -> Json:
-        """What an artifact's settings say of the corpora."""
         return {role: [corpus.described() for corpus in of_role] for role, of_role in self.corpora.items()}
 
 

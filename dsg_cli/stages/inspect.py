@@ -111,16 +111,9 @@ def run(
         "drawn": {"limit": drawn.corpora.limit, "seed": drawn.seed, "most_tokens": MOST_TOKENS},
         "earlier": [stored.id for stored in earlier],
     }
+    inputs = [inspected, *([features] if features is not None and features.id != inspected.id else [])]
     with stage(
-        "inspect",
-        recipe,
-        workspace,
-        options,
-        clock,
-        header_settings,
-        origin=inspected,
-        inputs=[inspected, *([features] if features is not None and features.id != inspected.id else [])],
-        notes=notes,
+        "inspect", recipe, workspace, options, clock, header_settings, origin=inspected, inputs=inputs, notes=notes
     ) as this:
         if this.existing:
             return InspectionShown(this.existing, workspace.rows(this.existing) if settings.samples else [])
@@ -173,7 +166,6 @@ class FeatureChoice:
 
     @property
     def sae(self) -> SaeIdentity:
-        """The SAE that it was made with."""
         assert self.artifact.header.sae is not None
         return self.artifact.header.sae
 
@@ -194,16 +186,13 @@ class FeatureChoice:
         return bos_to_prepend(loaded.tokenizer, self.sae.prepend_bos)
 
 
-KINDS = ("guardrail", "features")
-
-
 def find_choice(workspace: Workspace, source: str | None, say: Callable[[str], None] = lambda _: None) -> FeatureChoice:
     """The newest guardrail, else the newest features, which `say` then names, or what is named.
 
     A guardrail may also be named as a light file, or from the hub.
     """
     if source is None:
-        kind = next((kind for kind in KINDS if workspace.ids(kind)), "features")
+        kind = "guardrail" if workspace.ids("guardrail") else "features"
         stored = workspace.find(kind)
         source = stored.id
         say(f"acting: {source}" + (f" ({stored.body.method})" if isinstance(stored.body, Guardrail) else ""))
@@ -233,9 +222,6 @@ def features_of(stored: Stored) -> Stored | None:
     return None
 
 
-NEAR_BY_DEFAULT = "lab-near"
-
-
 def read_groups(
     recipe: Recipe, inspected: Stored, features: Stored | None, *, near: Sequence[str]
 ) -> tuple[list[Group], list[str]]:
@@ -249,7 +235,7 @@ def read_groups(
     else:
         body = inspected.body_as(Guardrail)
         names = {"forget": body.forget, "retain": body.retain}
-    near = list(near) or [name for name in names["retain"] if name == NEAR_BY_DEFAULT]
+    near = list(near) or [name for name in names["retain"] if name == "lab-near"]
     if near:
         check_named(near, role="near")
     check_disjoint(names["forget"], near)
@@ -345,7 +331,6 @@ def _describe(
     settings: InspectSettings,
     job: Job,
 ) -> tuple[list[Json], list[str]]:
-    """What there is to say of each feature, and notes."""
     indices = [feature.index for feature in chosen]
     tokenizer = loaded.tokenizer
     lens = logit_lens(loaded.model, tokenizer, sae.write, decoder_rows(sae, indices), N_TOKENS)

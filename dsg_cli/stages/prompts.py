@@ -91,7 +91,6 @@ class BothModels:
     def load(
         cls, recipe: Recipe, workspace: Workspace, sources: Sequence[str] = (), say: Say = lambda _: None
     ) -> BothModels:
-        """The newest guardrail, model or wrapper, or those named together."""
         composition = find_composition(workspace, sources, say)
         if recipe.generate.side != "base":
             check_causal(body.gate for body in composition.bodies)
@@ -99,7 +98,6 @@ class BothModels:
         return cls(recipe, composition, load_composition(workspace, composition, recipe))
 
     def ids(self, prompt: str, settings: GenerateSection) -> list[int]:
-        """Token ids of a prompt."""
         return prompt_ids(self.loaded.base_model(), prompt, chat=settings.chat, n_new=settings.max_new_tokens)
 
     def answer(
@@ -152,12 +150,10 @@ class Tracer:
         return cls(choice, chosen, slice_.to(loaded.model.device), site, loaded, choice.bos(loaded))
 
     def ids(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """Token ids of a prompt."""
         model = GuardedModel(self.loaded.model, self.loaded.tokenizer, self.bos)
         return prompt_ids(model, prompt, chat=chat, n_new=0)
 
     def traced(self, prompt: str, ids: Sequence[int]) -> Traced:
-        """What is seen of a prompt."""
         seen = trace(
             self.loaded,
             ids,

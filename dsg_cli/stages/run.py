@@ -114,8 +114,6 @@ def check_data(recipe: Recipe) -> None:
             load_paper_questions(bench)
 
 
-Verb = Literal["read", "compute", "write"]
-
 UNKNOWN = "size unknown: the hub cannot be reached"
 
 QUESTIONS = {
@@ -136,7 +134,7 @@ class Step:
     """One thing that a run would do."""
 
     stage: str
-    verb: Verb
+    verb: Literal["read", "compute", "write"]
     what: str
     size: str
 
@@ -199,7 +197,6 @@ def _steps(recipe: Recipe) -> Iterator[Step]:
 
 
 def _descriptions(recipe: Recipe) -> tuple[str, str]:
-    """Where descriptions of features come from, and how large they are."""
     what, file = f"descriptions of features, for {recipe.select.describe!r}", recipe.select.descriptions
     if file is not None:
         size = _local_size(Path(file)) if is_file(Path(file)) else "not there yet: dsg describe makes it"

@@ -64,15 +64,12 @@ def run(
     clock = Clock()
     with options.workers.in_turn():
         inputs = read_inputs(recipe, workspace, options=options)
-    recipe, candidates = inputs.recipe, inputs.candidates
-    described: Json = {}
-    if candidates is not None:
-        ranked(candidates)
-        if candidates.described:
-            described = {"descriptions_sha256": candidates.described["sha256"]}
+    recipe, described = inputs.recipe, inputs.described
+    if inputs.candidates is not None:
+        ranked(inputs.candidates)
     header_settings: Json = {
         **dataclasses.asdict(recipe.select),
-        **described,
+        **({"descriptions_sha256": described["sha256"]} if described else {}),
         **{role: [corpus.described() for corpus in corpora] for role, corpora in inputs.corpora.items()},
         "limit": recipe.corpora.limit,
     }
@@ -119,8 +116,12 @@ class SelectionInputs:
     notes: list[str]
 
     @property
+    def described(self) -> Json:
+        """What descriptions the features were picked by; empty if by none."""
+        return self.candidates.described if self.candidates is not None else {}
+
+    @property
     def bos(self) -> int | None:
-        """Token that every sequence begins with."""
         return bos_to_prepend(self.loaded.tokenizer, self.sae.identity.prepend_bos)
 
 
@@ -265,7 +266,7 @@ def select(
             scores.get("forget"),
             scores["retain"],
             retain.rate_F,
-            n_features=settings.n_features if inputs.candidates.described else None,
+            n_features=settings.n_features if inputs.described else None,
             max_retain_rate=settings.max_retain_rate,
         )
     features = FeatureSet(
@@ -280,7 +281,7 @@ def select(
         retain_tokens=retain.n_tokens,
         median_residual_norm=retain.median_residual_norm,
         probe=_probe(inputs, settings, mixed, by_role, job, cache.residuals if keeps_residuals else None),
-        described=inputs.candidates.described if inputs.candidates is not None else {},
+        described=inputs.described,
     )
     tensors = {name: tensor for role in mixed for name, tensor in mixed[role].tensors(role).items()}
     notes = list(selection.notes)

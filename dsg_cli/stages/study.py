@@ -35,7 +35,7 @@ from dsg_cli.stages.select import PassCache, SelectionInputs, is_picked, read_in
 from dsg_cli.stages.stage import QUIET, RunOptions, settle, stage
 from dsg_cli.studies import STUDIES, check_study, grid_of, load_study, points_of
 from dsg_cli.studies.studies import known_names
-from dsg_cli.studies.sweep import Sweep, SweepBase, accuracy_row, csv_text, failed_row
+from dsg_cli.studies.sweep import Sweep, SweepBase, accuracy_row, csv_text, row_of
 from dsg_cli.workspace.artifacts import FeatureSet
 from dsg_cli.workspace.body import Json
 from dsg_cli.workspace.files import at_safe_points
@@ -72,6 +72,10 @@ def run(
     benches = _benches(recipe, name)
     all_benches = dict.fromkeys([*benches["forget"], *benches["other"]])
     questions = {bench: load_questions(bench, recipe.eval, recipe.study.split) for bench in all_benches}
+    others = ", ".join(bench for bench in questions if bench not in lab.bench_names())
+    notes = []
+    if others and recipe.study.split != "test":
+        notes = [f"{others}: no dev questions are set apart. What is chosen by them must not be reported on them."]
     entities = _entities(recipe, grid)
     if features is None:
         features = select.run(recipe, workspace, options=dataclasses.replace(options, reuse=True))
@@ -91,9 +95,7 @@ def run(
         "questions": digests,
         "entities": entities if "by" in grid else [],
     }
-    with stage(
-        "study", recipe, workspace, options, clock, header_settings, origin=features, notes=_notes(recipe, benches)
-    ) as this:
+    with stage("study", recipe, workspace, options, clock, header_settings, origin=features, notes=notes) as this:
         if this.existing:
             return this.existing
         loaded = load_chain_model(features.header, recipe, cut=False)
@@ -102,22 +104,12 @@ def run(
             loaded=loaded,
             base_at=bases.at,
             base_on=bases.on,
-            defaults={
-                "n_features": recipe.select.n_features,
-                "ratio_percentile": recipe.select.ratio_percentile,
-                "alpha": recipe.calibrate.alpha,
-                "strength": recipe.guardrail.strength,
-            },
+            recipe=recipe,
             questions=questions,
             forget_bench=benches["forget"][0] if questions else "",
             forget=bases.inputs.corpora["forget"],
             retain=bases.retain(recipe, bases.inputs),
-            retain_names=recipe.corpora.retain,
             entities=entities,
-            requests=[*_names(recipe)[:1], *recipe.study.sequence],
-            repeats=recipe.study.repeats,
-            seed=recipe.seed,
-            batch_size=recipe.eval.batch_size,
             job=this.job,
         )
         rows_of, points = load_study(name), points_of(grid)
@@ -129,7 +121,7 @@ def run(
                 try:
                     rows = [*rows, rows_of(point, sweep)]
                 except DsgError as error:
-                    rows = [*rows, [failed_row(point, error.message)]]
+                    rows = [*rows, [row_of(point, "", error=error.message)]]
                 this.job.progress(f"{name}, points", number, len(points))
                 this.job.checkpoint.keep("points", {"rows": rows})
                 this.job.checkpoint.reached("points", lambda rows=rows: {"rows": rows})  # type: ignore[misc]
@@ -150,7 +142,7 @@ def run(
             computed={
                 "n_points": len(rows),
                 "n_failed": sum(len(of_point) == 1 and bool(of_point[0]["error"]) for of_point in rows),
-                "text_passes": bases.n_text_passes,
+                "text_passes": len(bases.passes.statistics),
                 "gate_passes": sweep.n_gate_passes,
                 "asked": sweep.n_asked,
                 "n_requests": sum(len(question.choices) for of_bench in questions.values() for question in of_bench),
@@ -174,14 +166,9 @@ class SweepBases:
         file = recipe.calibrate.lengths_from
         self.prompts = read_prompts((), Path(file)) if file else []
         self.inputs = read_inputs(recipe, workspace, loaded=loaded)
-        self._passes = PassCache()
+        self.passes = PassCache()
         self._selections: dict[str, tuple[FeatureSet, dict[str, Tensor]]] = {}
         self._bases: dict[str, SweepBase] = {}
-
-    @property
-    def n_text_passes(self) -> int:
-        """Over corpora, by which features were selected."""
-        return len(self._passes.statistics)
 
     def at(self, changes: Mapping[str, Any]) -> SweepBase:
         """Where the recipe has other values; the features are those of the artifact where it has not."""
@@ -222,7 +209,7 @@ class SweepBases:
         corpora = {role: [corpus.described() for corpus in of_role] for role, of_role in inputs.corpora.items()}
         key = json.dumps([inputs.sae.identity.model_dump(), corpora, dataclasses.asdict(settings)])
         if key not in self._selections:
-            body, tensors, _ = select.select(inputs, settings, self.job, self._passes, keeps_residuals=True)
+            body, tensors, _ = select.select(inputs, settings, self.job, self.passes, keeps_residuals=True)
             self._selections[key] = body, tensors
         return self._selections[key]
 
@@ -248,7 +235,6 @@ def _check_selected(select: SelectSection, what: str) -> None:
 
 
 def _agreeing(recipe: Recipe, features: Stored) -> Recipe:
-    """The recipe with the model, SAE, corpora and selection of the features."""
     assert features.header.sae is not None
     settings = features.header.settings
     selection = {key.name: settings[key.name] for key in dataclasses.fields(SelectSection) if key.name in settings}
@@ -303,16 +289,5 @@ def _entities(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _notes(recipe: Recipe, benches: Json) -> list[str]:
-    """What a person should know before choosing by the table."""
-    others = [bench for bench in (*benches["forget"], *benches["other"]) if bench not in lab.bench_names()]
-    if not others or recipe.study.split == "test":
-        return []
-    return [
-        f"{', '.join(others)}: no dev questions are set apart. What is chosen by them must not be reported on them."
-    ]
-
-
 def _names(recipe: Recipe) -> list[str]:
-    """Forget corpora without their weights."""
     return [name.partition("=")[0] for name in recipe.corpora.forget]

@@ -48,7 +48,7 @@ def run(
     described: Json = dict(inputs.names)
     questions: dict[str, list[list[Question]]] = {"forget": [[]], "retain": []}
     lengths_from: list[str] = []
-    notes: list[str] = []
+    notes = [*inputs.notes]
     if isinstance(settings, Filter):
         n_layers = int(text_config(read_config(inputs.model, recipe.model)).num_hidden_layers)
         if settings.layer is not None and settings.layer >= n_layers:
@@ -77,16 +77,9 @@ def run(
     recipe = settle(recipe, origin.header if origin is not None else None)
     loaded = load_whole(inputs, recipe, dtype=recipe.model.dtype)
     header_settings: Json = {"method": method, **dataclasses.asdict(settings), **described}
+    artifacts, model = inputs.artifacts, identify(loaded, loaded.n_layers - 1)
     with stage(
-        "wrapper",
-        recipe,
-        workspace,
-        options,
-        clock,
-        header_settings,
-        inputs=inputs.artifacts,
-        model=identify(loaded, loaded.n_layers - 1),
-        notes=[*inputs.notes, *notes],
+        "wrapper", recipe, workspace, options, clock, header_settings, inputs=artifacts, model=model, notes=notes
     ) as this:
         if this.existing:
             return this.existing

@@ -31,7 +31,6 @@ from dsg_cli.studies.sweep import (
     Sweep,
     accuracy_row,
     accuracy_rows,
-    failed_row,
     gate_rows,
     guardrail_rows,
     median_row,
@@ -59,7 +58,9 @@ def rows_of_cost(point: Json, sweep: Sweep) -> list[Json]:
         [rows[i % len(rows)] for i in range(batch_size)], tokenizer.pad_token_id or 0, special_ids(tokenizer), device
     )
     module = sweep.guardrail(point).module
-    plain, guarded_seconds = paired_seconds(loaded.model, module, batch.ids_BL, batch.mask_BL, repeats=sweep.repeats)
+    plain, guarded_seconds = paired_seconds(
+        loaded.model, module, batch.ids_BL, batch.mask_BL, repeats=sweep.recipe.study.repeats
+    )
     return [
         median_row(point, "plain_seconds", plain),
         median_row(point, "guarded_seconds", guarded_seconds),
@@ -115,7 +116,7 @@ class Kept:
 
 def rows_of_data_efficiency(point: Json, sweep: Sweep) -> list[Json]:
     """The guardrail made with a share of the forget text; by entities, also on questions that name them."""
-    seed = point.get("seed", sweep.seed)
+    seed = point.get("seed", sweep.recipe.seed)
     kept = share_of(sweep.forget, point["by"], point["share"], seed=seed, names=sweep.entities)
     point = point | {"n_documents": kept.n_documents, "n_entities": len(kept.entities)}
     base = sweep.base_on(kept.corpora)
@@ -201,7 +202,7 @@ def rows_of_length(point: Json, sweep: Sweep) -> list[Json]:
     try:
         own = sweep.threshold(point, seen["calibrate"], sweep.base_at({}))
     except DsgError as error:
-        return [*rows, failed_row(point, error.message, metric="threshold")]
+        return [*rows, row_of(point, "threshold", error=error.message)]
     return [*rows, row_of(point, "threshold", value=own), _share(point, "own_false_positive_rate", seen["fresh"], own)]
 
 
@@ -211,11 +212,12 @@ def _share(point: Json, metric: str, seen: Statistics, threshold: float) -> Json
 
 def rows_of_sequential(point: Json, sweep: Sweep) -> list[Json]:
     """What acts after so many requests, on the bench of every request and on all others."""
-    is_union = point["way"] == "union"
+    corpora, is_union = sweep.recipe.corpora, point["way"] == "union"
+    requests = [*(name.partition("=")[0] for name in corpora.forget[:1]), *sweep.recipe.study.sequence]
     guardrails = []
     for number in [point["requests"]] if is_union else range(1, point["requests"] + 1):
-        met = list(sweep.requests[:number])
-        retain = [name for name in sweep.retain_names if name.partition("=")[0] not in met]
+        met = requests[:number]
+        retain = [name for name in corpora.retain if name.partition("=")[0] not in met]
         base = sweep.base_at({"corpora.forget": met if is_union else met[-1:], "corpora.retain": retain})
         guardrails.append(sweep.guardrail(point, base))
     return accuracy_rows(point, sweep.accuracy(guardrails, guardrails[0].base.bos))

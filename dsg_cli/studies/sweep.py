@@ -38,8 +38,9 @@ from dsg_cli.job import Job
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae import SaeSource
 from dsg_cli.models.sae_slice import slice_sae
-from dsg_cli.settings import CalibrateSection, parse_strength
-from dsg_cli.studies import OF_A_GUARDRAIL
+from dsg_cli.recipe import values_at
+from dsg_cli.settings import CalibrateSection, Recipe, parse_strength
+from dsg_cli.studies import AXES, OF_A_GUARDRAIL
 from dsg_cli.workspace.artifacts import FeatureSet
 from dsg_cli.workspace.body import Json
 
@@ -95,23 +96,16 @@ class Sweep:
     """The base where a recipe has these values at dotted keys; each is made once."""
     base_on: Callable[[Sequence[Corpus]], SweepBase]
     """The base with other forget text; each is made once."""
-    defaults: Json
-    """Settings of a guardrail, for what a grid does not vary."""
+    recipe: Recipe
+    """Says what a grid does not vary."""
     questions: Mapping[str, Sequence[Question]]
     """By bench."""
     forget_bench: str
     forget: Sequence[Corpus]
     retain: Sequence[Corpus]
     """What thresholds are set on."""
-    retain_names: Sequence[str]
-    """Retain corpora of the recipe, with weights."""
     entities: Sequence[str]
     """Names that forget text is about; empty where none are known."""
-    requests: Sequence[str]
-    """Corpora that are to be forgotten one after another, the first one first."""
-    repeats: int
-    seed: int
-    batch_size: int
     job: Job
     """Its checkpoint keeps passes over retain text."""
     n_gate_passes: int = 0
@@ -154,7 +148,6 @@ class Sweep:
             self._cache |= {("seen", watches, part): seen for watches, seen in zip(unseen, of_gates, strict=True)}
 
     def threshold(self, point: Json, seen: Statistics, base: SweepBase) -> float:
-        """The threshold that statistics of retain text set."""
         return calibrated_threshold(replace(base.gate, alpha=self._settings(point)["alpha"]), seen)
 
     def statistics(self, point: Json, part: str, length: int) -> Statistics:
@@ -183,7 +176,7 @@ class Sweep:
             lengths=[length],
             is_packed=is_packed or base.gate.rows == "packed",
             at_most=base.gate.max_pieces,
-            seed=self.seed,
+            seed=self.recipe.seed,
         )
         return self._once(("pieces", part, length, is_packed), draw)
 
@@ -221,10 +214,10 @@ class Sweep:
         return value
 
     def _settings(self, point: Json) -> Json:
-        return self.defaults | {name: point[name] for name in OF_A_GUARDRAIL if name in point}
+        defaults = values_at(self.recipe, [AXES[name].key for name in OF_A_GUARDRAIL])
+        return {name: point.get(name, defaults[AXES[name].key]) for name in OF_A_GUARDRAIL}
 
     def _indices(self, point: Json, base: SweepBase) -> list[int]:
-        """The features that are clamped, in rank order."""
         settings = {name: self._settings(point)[name] for name in ("n_features", "ratio_percentile")}
 
         def choose() -> list[int]:
@@ -258,8 +251,6 @@ class Sweep:
     def _see_questions(
         self, guardrail: SweptGuardrail, inputs: Sequence[tuple[int, ...]], bos: int | None
     ) -> dict[tuple[int, ...], float]:
-        """What a gate sees of each input."""
-
         def see() -> dict[tuple[int, ...], float]:
             rows = list(dict.fromkeys(inputs))
             pieces = [Piece(str(i), "", list(row)) for i, row in enumerate(rows)]
@@ -276,7 +267,7 @@ class Sweep:
             self.loaded.model,
             self.loaded.tokenizer,
             guardrails=[guardrail.module for guardrail in guardrails],
-            batch_size=self.batch_size,
+            batch_size=self.recipe.eval.batch_size,
         )
         return model.loglikelihoods(requests, Job(progress=self.job.progress, name="asking"))
 
@@ -291,11 +282,6 @@ def row_of(point: Json, metric: str, *, bench: str = "", value: float | None = N
     return {**point, **dict.fromkeys(MEASURES), "bench": bench, "metric": metric, "value": value, "error": ""} | (
         measured
     )
-
-
-def failed_row(point: Json, error: str, *, metric: str = "") -> Json:
-    """The row of a point, or of one of its measures, that could not be had."""
-    return row_of(point, metric, error=error)
 
 
 def rate_row(point: Json, metric: str, n_of: int, n: int, *, bench: str = "") -> Json:
