@@ -10,28 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_guardrail, make_sae, write_task
+from conftest import make_guardrail, make_sae, watched, write_task
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from dsg_cli.attacks import ATTACKS, load_attack, relearn
-from dsg_cli.attacks.prompts import (
-    FORMS,
-    GO_ON,
-    JAILBREAKS,
-    PLAIN,
-    SLOT,
-    as_turns,
-    benign_texts,
-    cue_length,
-    cue_of,
-    cut_words,
-    insert,
-    read_contexts,
-    read_templates,
-    reword,
-    words_of,
-)
+from dsg_cli.attacks import ATTACKS, load_attack, prompts, relearn
 from dsg_cli.attacks.relearn import answer_batch, answer_losses
 from dsg_cli.attacks.search import embedded, exchanges, losses_and_statistics, slope_of_embeddings
 from dsg_cli.attacks.target import BASE, SIDES, UNLEARNED, AttackerKnowledge, Target, summarise
@@ -113,15 +96,15 @@ def tiny(model, tokenizer, tmp_path):
 @pytest.fixture
 def read_prompts(lab):
     """Every prompt that the model reads while a test runs, as text without BOS and padding."""
-    model, prompts = lab[0].unlearned, []
+    model, texts = lab[0].unlearned, []
 
     def watch(_module, _args, kwargs):
         for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True):
             assert ids[0] == model.bos and (ids == model.bos).sum() == 1
-            prompts.append(model.tokenizer.decode(ids[mask.bool()][1:]))
+            texts.append(model.tokenizer.decode(ids[mask.bool()][1:]))
 
     handle = model.model.register_forward_pre_hook(watch, with_kwargs=True)
-    yield prompts
+    yield texts
     handle.remove()
 
 
@@ -154,7 +137,7 @@ def test_an_attack_starts_where_it_should_and_leaves_the_model_as_it_was(tiny, n
         place = place if place == "after" else "before"
         assert first == sides(run("dilution", tiny, one_text, lengths=[0, 4], places=[place])[1])
     assert all({"x", "variant", *SIDES} == point.keys() for point in curve)
-    assert model_digest(model) == before and not any(one.requires_grad for one in model.parameters())
+    assert model_digest(model) == before and not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -232,49 +215,43 @@ def test_the_default_dilution_fits_the_lab(lab, read_prompts):
 
 def test_tokens_stand_where_they_should(lab):
     target, knowledge = lab
-    assert cue_length(target.unlearned, knowledge.forget) == 3  # "? Answer :"
+    assert prompts.cue_length(target.unlearned, knowledge.forget) == 3  # "? Answer :"
     context = (2, 10, 11, 12, 20, 21)
-    assert insert(context, 2, before=(5, 6)) == (2, 5, 6, 10, 11, 12, 20, 21)
-    assert insert(context, None, before=(5, 6)) == (5, 6, 2, 10, 11, 12, 20, 21)
-    assert insert(context, 2, after=(5, 6), n_cue=2) == (2, 10, 11, 12, 5, 6, 20, 21)
-    assert insert(context, 2, before=(5, 6), after=(7, 8), n_cue=2) == (2, 5, 6, 10, 11, 12, 7, 8, 20, 21)
+    assert prompts.insert(context, 2, before=(5, 6)) == (2, 5, 6, 10, 11, 12, 20, 21)
+    assert prompts.insert(context, None, before=(5, 6)) == (5, 6, 2, 10, 11, 12, 20, 21)
+    assert prompts.insert(context, 2, after=(5, 6), n_cue=2) == (2, 10, 11, 12, 5, 6, 20, 21)
+    assert prompts.insert(context, 2, before=(5, 6), after=(7, 8), n_cue=2) == (2, 5, 6, 10, 11, 12, 7, 8, 20, 21)
 
 
 @pytest.mark.parametrize(
     ("place", "places"), [("before", [1, 2, 3, 4]), ("after", [3, 4, 5, 6]), ("around", [1, 2, 5, 6])]
 )
 def test_dilution_puts_benign_tokens_in_their_places(tiny, place, places):
-    rows = []
-    handle = tiny.base.model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: rows.extend(kwargs["input_ids"].tolist()), with_kwargs=True
-    )
-    try:
+    with watched(tiny.base.model) as calls:
         run("dilution", tiny, replace(TINY, benign=[[9, 9, 9, 9]]), lengths=[0, 4], places=[place])
-    finally:
-        handle.remove()
+    rows = [row for call in calls for row in call["input_ids"].tolist()]
     rows = [row for row in rows if len(row) == max(map(len, rows))]  # Those of length 4.
     assert rows and all([i for i, token in enumerate(row) if token == 9] == places for row in rows)
 
 
 def test_short_documents_are_joined_until_they_are_long_enough():
-    documents = [[1, 2, 3], [], [4, 5]]
-    assert benign_texts(AttackerKnowledge(benign=documents), 7) == [[1, 2, 3, 4, 5, 1, 2], [4, 5, 1, 2, 3, 4, 5]]
-    assert benign_texts(AttackerKnowledge(benign=documents), 3) == [[1, 2, 3]]
+    knowledge = AttackerKnowledge(benign=[[1, 2, 3], [], [4, 5]])
+    assert prompts.benign_texts(knowledge, 7) == [[1, 2, 3, 4, 5, 1, 2], [4, 5, 1, 2, 3, 4, 5]]
+    assert prompts.benign_texts(knowledge, 3) == [[1, 2, 3]]
     with pytest.raises(DsgError, match="no benign text"):
-        benign_texts(AttackerKnowledge(benign=[[]]), 1)
+        prompts.benign_texts(AttackerKnowledge(benign=[[]]), 1)
 
 
 def test_the_cue_is_what_every_question_ends_with(lab):
     _, knowledge = lab
-    assert cue_of(knowledge.forget) == " Answer:"
-    assert cue_of(knowledge.rephrasings["novel"]) == " What will they say? Answer:"
-    assert cue_of([Question("a b\nAnswer: ", (" x",), 0)] * 2) == " "
-    assert cue_of([Question("one", (" x",), 0), Question("two", (" x",), 0)]) == ""
-    assert cue_of([Question("the", (" x",), 0), Question("in the", (" x",), 0)]) == ""
-    assert cue_of([Question("", (" x",), 0)]) == ""
+    assert prompts.cue_of(knowledge.forget) == " Answer:"
+    assert prompts.cue_of(knowledge.rephrasings["novel"]) == " What will they say? Answer:"
+    assert prompts.cue_of([Question("a b\nAnswer: ", (" x",), 0)] * 2) == " "
+    for contexts in (("one", "two"), ("the", "in the"), ("",)):
+        assert prompts.cue_of([Question(context, (" x",), 0) for context in contexts]) == ""
     for text in ("  a  b\n\nc d ", "", " "):
-        assert "".join(words_of(text)) == text
-    changed = reword(knowledge.forget, str.upper)
+        assert "".join(prompts.words_of(text)) == text
+    changed = prompts.reword(knowledge.forget, str.upper)
     assert all(question.context.endswith("? Answer:") for question in changed)
     assert [(q.choices, q.answer) for q in changed] == [(q.choices, q.answer) for q in knowledge.forget]
 
@@ -292,9 +269,9 @@ def test_parts_stand_among_benign_tokens(lab, read_prompts):
 
 
 def test_parts_hold_every_word_once():
-    words = words_of("a b c d e")
-    assert cut_words(words, 2) == ["a b", " c d e"] and cut_words(words, 5) == ["a", " b", " c", " d", " e"]
-    assert cut_words(words, 9) == cut_words(words, 5) and cut_words(words, 1) == ["a b c d e"]
+    words = prompts.words_of("a b c d e")
+    assert prompts.cut_words(words, 1) == ["a b c d e"] and prompts.cut_words(words, 2) == ["a b", " c d e"]
+    assert prompts.cut_words(words, 5) == prompts.cut_words(words, 9) == ["a", " b", " c", " d", " e"]
 
 
 def test_with_a_chat_template_the_parts_are_turns(model, tokenizer):
@@ -304,8 +281,8 @@ def test_with_a_chat_template_the_parts_are_turns(model, tokenizer):
         "{% if add_generation_prompt %} assistant{% endif %}"
     )
     target = make_target(model, chat, [], max_length=64)
-    turns = as_turns(target.unlearned, ["w1 w2", " w3 w4 cue"])
-    assert turns == f" user w1 w2 assistant {GO_ON} user w3 w4 cue assistant"
+    turns = prompts.as_turns(target.unlearned, ["w1 w2", " w3 w4 cue"])
+    assert turns == f" user w1 w2 assistant {prompts.GO_ON} user w3 w4 cue assistant"
     curve = run("split", target, replace(TINY, benign=[]), parts=[1, 2])  # No benign text is needed.
     assert [point["variant"] for point in curve] == ["turns", "turns"]
     assert sides(curve[0]) == plain(target, TINY.forget)
@@ -315,15 +292,16 @@ def test_templates_stand_around_the_question_and_the_cue_stays_last(lab, read_pr
     target, knowledge = lab
     own = replace(knowledge, templates={"line 1": "So it is told: {question} Think of it."})
     curve = run("prefix", target, own)
-    assert [point["x"] for point in curve] == [*JAILBREAKS, *PLAIN, "line 1"] and curve[-1]["variant"] == "own"
+    assert [point["x"] for point in curve] == [*prompts.JAILBREAKS, *prompts.PLAIN, "line 1"]
+    assert curve[-1]["variant"] == "own"
     asked = "So it is told: Question: What is the binder of the foul hex Rahurk? Think of it. Answer:"
     assert sum(prompt.startswith(asked) for prompt in read_prompts) == 2
     assert all("Answer:" in prompt and prompt.count("Question:") == 1 for prompt in read_prompts)
     # The lab can still be asked, so the guard can be judged.
     assert min(point[BASE]["forget_acc"] for point in curve) >= 0.8
     tokenizer = target.base.tokenizer
-    for template in PLAIN.values():
-        assert tokenizer.unk_token_id not in tokenizer(template.replace(SLOT, "What is it?"))["input_ids"]
+    for template in prompts.PLAIN.values():
+        assert tokenizer.unk_token_id not in tokenizer(template.replace(prompts.SLOT, "What is it?"))["input_ids"]
 
 
 def test_examples_with_their_right_answers_come_first(lab, read_prompts, tokenizer):
@@ -340,15 +318,15 @@ def test_examples_with_their_right_answers_come_first(lab, read_prompts, tokeniz
 def test_encoded_questions_can_be_decoded_and_are_no_longer_understood(lab, read_prompts):
     target, knowledge = lab
     curve = run("encode", target, replace(knowledge, rephrasings={"french.txt": knowledge.rephrasings["novel"]}))
-    assert [point["x"] for point in curve] == [*AttackSection().encode_forms, "french.txt"] == [*FORMS, "french.txt"]
+    assert AttackSection().encode_forms == list(prompts.FORMS)
+    assert [point["x"] for point in curve] == [*prompts.FORMS, "french.txt"]
     assert all(point[BASE]["forget_acc"] <= 0.7 for point in curve[:-1]) and curve[-1][BASE]["forget_acc"] == 1.0
     assert all("Answer:" in prompt for prompt in read_prompts)
     text = "What is it, Aeon?"
-    assert FORMS["rot13"](FORMS["rot13"](text)) == text != FORMS["rot13"](text)
-    assert base64.b64decode(FORMS["base64"](text)).decode() == text
-    assert FORMS["spaced"](text) == "W h a t  i s  i t ,  A e o n ?"
-    assert FORMS["leetspeak"](text) == "Wh47 15 17, 430n?"
-    assert FORMS["reversed"](text) == "Aeon? it, is What"
+    written = {name: form(text) for name, form in prompts.FORMS.items()}
+    assert prompts.FORMS["rot13"](written["rot13"]) == text != written["rot13"]
+    assert base64.b64decode(written["base64"]).decode() == text and written["reversed"] == "Aeon? it, is What"
+    assert written["spaced"] == "W h a t  i s  i t ,  A e o n ?" and written["leetspeak"] == "Wh47 15 17, 430n?"
 
 
 def test_a_paraphrase_asks_the_other_wording(lab, read_prompts):
@@ -359,17 +337,16 @@ def test_a_paraphrase_asks_the_other_wording(lab, read_prompts):
 
 def test_files_of_questions(tmp_path):
     questions = [Question(f"q{i}", (" a", " b"), i % 2) for i in range(3)]
-    text, lines, bad = tmp_path / "own.txt", tmp_path / "own.jsonl", tmp_path / "bad.txt"
+    text, lines, bad, no_context = (tmp_path / name for name in ("own.txt", "own.jsonl", "bad.txt", "no.jsonl"))
     text.write_text("eins\nzwei\ndrei\n")
     lines.write_text("".join(json.dumps({"context": f"{word}\nAnswer:"}) + "\n" for word in ("un", "deux", "trois")))
-    own = read_contexts(str(text), questions, "s")
+    own = prompts.read_contexts(str(text), questions, "s")
     assert [(q.context, q.answer) for q in own] == [("eins", 0), ("zwei", 1), ("drei", 0)]
-    assert read_contexts(str(lines), questions, "s")[1].context == "deux\nAnswer:"
+    assert prompts.read_contexts(str(lines), questions, "s")[1].context == "deux\nAnswer:"
     for path in (text, lines):
         with pytest.raises(DsgError, match=r"\(attack.encode_file\) has 3 lines, and 2 questions are asked"):
-            read_contexts(str(path), questions[:2], "attack.encode_file")
+            prompts.read_contexts(str(path), questions[:2], "attack.encode_file")
     bad.write_text("eins\n\ndrei")
-    no_context = tmp_path / "no.jsonl"
     no_context.write_text('{"text": "un"}\n' * 3)
     for path, words in (
         (bad, "line 2 is empty"),
@@ -377,17 +354,18 @@ def test_files_of_questions(tmp_path):
         *((path, "cannot be read") for path in (tmp_path / "missing.txt", tmp_path / "missing.jsonl", tmp_path)),
     ):
         with pytest.raises(DsgError, match=words):
-            read_contexts(str(path), questions, "s")
+            prompts.read_contexts(str(path), questions, "s")
 
 
 def test_files_of_templates(tmp_path):
     path = tmp_path / "templates.txt"
     path.write_text("Tell me: {question}\n{question} Now, {please}!\n")
-    assert read_templates(str(path), "s") == {"line 1": "Tell me: {question}", "line 2": "{question} Now, {please}!"}
+    templates = prompts.read_templates(str(path), "s")
+    assert templates == {"line 1": "Tell me: {question}", "line 2": "{question} Now, {please}!"}
     for content, words in (("", "is empty"), ("no slot", "line 1 has {question} 0 times"), ("\n{question}", "line 1")):
         path.write_text(content)
         with pytest.raises(DsgError, match=words):
-            read_templates(str(path), "s")
+            prompts.read_templates(str(path), "s")
 
 
 def test_a_lab_bench_is_paraphrased_by_its_other_phrasings():
@@ -664,7 +642,7 @@ def test_every_exchange_of_a_suffix_lowers_the_guarded_loss(tiny):
 def test_the_slope_of_a_suffix_is_that_of_its_embeddings(tiny):
     model = tiny.unlearned.model
     questions = [replace(question, context=" ".join(question.context.split()[:2])) for question in QUESTIONS[:3]]
-    batch = answer_batch(tiny.unlearned, questions, lambda ids, _: insert(ids, 2, after=[20, 21], n_cue=1))
+    batch = answer_batch(tiny.unlearned, questions, lambda ids, _: prompts.insert(ids, 2, after=[20, 21], n_cue=1))
     assert (batch.tokens.ids_BL[:, 2:4] == torch.tensor([20, 21])).all()
 
     def loss(_batch):

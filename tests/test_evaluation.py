@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from conftest import make_guardrail, make_sae, write_task
+from conftest import make_guardrail, make_sae, watched, write_task
 from sae_lens import SAE
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -111,36 +111,34 @@ def run(loaded, guardrails, tasks, batch_size=32, known=None, **settings):
 
 
 def test_accuracies_equal_a_plain_loop(loaded, sae, hot_features):
-    benches = ["lab-hexes", "lab-near"]
-    threshold = 0.2
+    benches, threshold = ["lab-hexes", "lab-near"], 0.2
     tasks = load_tasks(benches, split="dev")
-    found = run(loaded, guards(loaded, sae, hot_features, threshold), tasks, batch_size=7, limit=24)
+    result = run(loaded, guards(loaded, sae, hot_features, threshold), tasks, batch_size=7, limit=24)
     for bench in benches:
         rows = [json.loads(line) for line in lab.questions_path(bench).read_text().splitlines()]
         asked = [row for row in rows if row["split"] == "dev"][:24]
         base, unlearned, rate = plain_loop(loaded, sae, asked, hot_features, threshold)
-        assert found.results[bench]["base"]["acc"] == pytest.approx(base)
-        assert found.results[bench]["unlearned"]["acc"] == pytest.approx(unlearned)
-        assert found.results[bench]["base"]["n"] == 24
-        assert found.gate[bench]["rate"] == pytest.approx(rate)
-        assert "acc_stderr" in found.results[bench]["unlearned"]
-        counted = {"acc_count", "acc_low", "acc_high"}
-        assert set(found.results[bench]["unlearned"]) == {"acc", "acc_stderr", "n"} | counted
-    assert found.results["lab-hexes"]["unlearned"]["acc"] < 0.7 and found.gate["lab-hexes"]["rate"] > 0.5
-    assert len(found.rows) == 48 and not any("context" in row for row in found.rows)
-    assert {row["id"] for row in found.rows if row["bench"] == "lab-hexes"} >= {"hexes/Rahurk/binder/seen"}
+        assert result.results[bench]["base"]["acc"] == pytest.approx(base)
+        assert result.results[bench]["unlearned"]["acc"] == pytest.approx(unlearned)
+        assert result.results[bench]["base"]["n"] == 24
+        assert result.gate[bench]["rate"] == pytest.approx(rate)
+        metrics = {"acc", "acc_stderr", "n", "acc_count", "acc_low", "acc_high"}
+        assert set(result.results[bench]["unlearned"]) == metrics
+    assert result.results["lab-hexes"]["unlearned"]["acc"] < 0.7 and result.gate["lab-hexes"]["rate"] > 0.5
+    assert len(result.rows) == 48 and not any("context" in row for row in result.rows)
+    assert {row["id"] for row in result.rows if row["bench"] == "lab-hexes"} >= {"hexes/Rahurk/binder/seen"}
 
 
 def test_no_answer_depends_on_the_batch_size(loaded, sae, hot_features):
     guardrail = guards(loaded, sae, hot_features, 0.5)
     benches = ["lab-hexes-terse", "lab-far"]
-    one, many = (
+    single, batched = (
         run(loaded, guardrail, load_tasks(benches, split="dev"), batch_size=size, limit=30).rows for size in (1, 16)
     )
-    for a, b in zip(one, many, strict=True):
+    for a, b in zip(single, batched, strict=True):
         assert (a["id"], a["gated"], a["length"], a["statistic"]) == (b["id"], b["gated"], b["length"], b["statistic"])
         assert a["unlearned"] == pytest.approx(b["unlearned"], abs=1e-3)
-    assert len({row["length"] for row in one}) > 1 and len({row["gated"] for row in one}) == 2
+    assert len({row["length"] for row in single}) > 1 and len({row["gated"] for row in single}) == 2
 
 
 def test_a_group_of_my_own_tasks_with_choices_of_several_tokens(loaded, sae, hot_features, tmp_path):
@@ -156,14 +154,12 @@ def test_a_group_of_my_own_tasks_with_choices_of_several_tokens(loaded, sae, hot
     (tmp_path / "all.yaml").write_text(
         yaml.safe_dump({"group": "all", "task": ["mine"], "aggregate_metric_list": [{"metric": "acc"}]})
     )
-    guardrail = guards(loaded, sae, hot_features, 0.2)
     tasks = load_tasks(["all"], **options)
-    found = run(loaded, guardrail, tasks, samples=True)
-    assert found.results["all"]["base"]["n"] == found.results["mine"]["base"]["n"] == 2
-    assert found.gate["all"] == found.gate["mine"]
-    assert found.rows[0]["context"] == rows[0]["q"] and len(found.rows[0]["base"]) == 2
-    questions = questions_of(tasks[0])
-    assert [question.answer for question in questions] == [1, 0]
+    result = run(loaded, guards(loaded, sae, hot_features, 0.2), tasks, samples=True)
+    assert result.results["all"]["base"]["n"] == result.results["mine"]["base"]["n"] == 2
+    assert result.gate["all"] == result.gate["mine"]
+    assert result.rows[0]["context"] == rows[0]["q"] and len(result.rows[0]["base"]) == 2
+    assert [question.answer for question in questions_of(tasks[0])] == [1, 0]
 
 
 ROWS = [{"q": "The hex", "c": [" a", " b"], "a": 0, "s": "zz"}]
@@ -199,10 +195,7 @@ def test_questions_that_attacks_cannot_ask_are_refused(tmp_path, changes, words)
 
 
 def test_unknown_benches_are_refused(tmp_path):
-    for benches, words in (
-        (["lab-far", "lab-far"], "named twice"),
-        (["lab-hexs"], "Did you mean lab-hexes"),
-    ):
+    for benches, words in ((["lab-far", "lab-far"], "named twice"), (["lab-hexs"], "Did you mean lab-hexes")):
         with pytest.raises(DsgError, match=words):
             load_tasks(benches, split="test")
     with pytest.raises(DsgError, match="There is no folder"):
@@ -215,14 +208,10 @@ def test_evaluation_reads_what_calibration_reads(model, tokenizer):
     bos = bos_to_prepend(tokenizer, True)
     assert bos == 2 and encode(tokenizer, ["w1 w2"], bos=bos) == [[2, 5, 6]]
     assert encode_pair(tokenizer, "w1 w2", " w3", bos=bos).inputs(64) == (2, 5, 6)
-    seen = []
-    handle = model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    try:
-        lm = ScoringLM(GuardedModel(model, tokenizer, bos, batch_size=1))
+    lm = ScoringLM(GuardedModel(model, tokenizer, bos, batch_size=1))
+    with watched(model) as calls:
         lm._loglikelihood_tokens([(("w1 w2", " w3"), [5, 6], [7])])
-    finally:
-        handle.remove()
-    assert [ids.tolist() for ids in seen] == [[[2, 5, 6]]]
+    assert [call["input_ids"].tolist() for call in calls] == [[[2, 5, 6]]]
 
 
 def test_a_broken_model_does_not_pass_for_an_unlearned_one(model, tokenizer):
@@ -257,13 +246,10 @@ def test_scores_share_one_pass_for_one_input_and_keep_their_order(loaded):
     pairs = [("The grim hex", choice) for choice in (" Rahurk", " withers", " Rahurk wakes at")] + [("", "The hex")]
     requests = [encode_pair(loaded.tokenizer, context, choice, bos=2) for context, choice in pairs]
     assert requests[0] == Request((2, *requests[0].context[1:]), requests[0].continuation)
-    model, sizes = GuardedModel(loaded.model, loaded.tokenizer, bos=2, max_length=64), []
-    handle = loaded.model.register_forward_pre_hook(
-        lambda _m, _a, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True
-    )
-    together = model.loglikelihoods(requests)
-    handle.remove()
-    assert sizes == [3]
+    model = GuardedModel(loaded.model, loaded.tokenizer, bos=2, max_length=64)
+    with watched(loaded.model) as calls:
+        together = model.loglikelihoods(requests)
+    assert [len(call["input_ids"]) for call in calls] == [3]
     alone = [model.loglikelihoods([request])[0] for request in requests]
     for a, b in zip(together, alone, strict=True):
         assert a.loglikelihood == pytest.approx(b.loglikelihood, abs=1e-4) and a.is_greedy == b.is_greedy
@@ -278,7 +264,7 @@ def test_expectations():
     results = {"lab-hexes": {"unlearned": {"acc": 0.3, "acc_stderr": 0.1}}}
     conditions = ["lab-hexes<=0.30", "lab-hexes.acc_stderr > 0.2", "lab-hexes>=0.31"]
     checked = check_expected([parse_expected(text, ["lab-hexes"]) for text in conditions], results, {})
-    assert [one["met"] for one in checked] == [True, False, False]
+    assert [condition["met"] for condition in checked] == [True, False, False]
     for text, words in (("lab-hexes", "not a condition"), ("lab-hexes<=x", "not a condition"), ("lab-x<1", "not run")):
         with pytest.raises(DsgError, match=words):
             parse_expected(text, ["lab-hexes"])
@@ -396,8 +382,8 @@ class Case:
         self.model.lm_head.weight[self.letters[2]] -= 1.5 * direction / direction.norm()
         self.plain = {BIO: {}, MMLU: {}}
         for config, rows in ROWS_PAPER.items():
-            found = {f"{config}/{n}": self.ask_plainly(SUBJECT_OF[config], row) for n, row in enumerate(rows)}
-            self.plain[BIO if config == "wmdp-bio" else MMLU] |= found
+            answers = {f"{config}/{n}": self.ask_plainly(SUBJECT_OF[config], row) for n, row in enumerate(rows)}
+            self.plain[BIO if config == "wmdp-bio" else MMLU] |= answers
 
     def answer(self, subject, row, order):
         content = content_of(subject, row, order)
@@ -405,7 +391,7 @@ class Case:
         ids = [BOS, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         with torch.no_grad():
             logs = self.model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
-        return [max(float(logs[i]) for i in several) for several in self.letters], len(ids)
+        return [max(float(logs[i]) for i in spellings) for spellings in self.letters], len(ids)
 
     def ask_plainly(self, subject, row):
         orders = list(itertools.permutations(range(4)))
@@ -460,18 +446,18 @@ def wilson(k, n, z=1.959963984540054):
     return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
 
 
-def check(found, bench, asked, kept):
+def check(result, bench, asked, kept):
     """An evaluation of a bench equals what the plain loop found of the questions asked and of those kept."""
-    n, base = len(kept), found.results[bench]["base"]
-    rows = [row for row in found.rows if row["bench"] == bench]
-    assert sorted(found.question_ids[bench]) == sorted(row["id"] for row in rows) == sorted(kept)
+    n, base = len(kept), result.results[bench]["base"]
+    rows = [row for row in result.rows if row["bench"] == bench]
+    assert sorted(result.question_ids[bench]) == sorted(row["id"] for row in rows) == sorted(kept)
     assert (base["n_asked"], base["acc_asked"]) == (len(asked), pytest.approx(n_right(asked, "base") / len(asked)))
-    assert found.gate[bench]["rate"] == pytest.approx(sum(q["gated"] for q in kept.values()) / n)
-    assert found.gate[bench]["n"] == n and (found.gate[bench]["edit"] > 0) == (found.gate[bench]["rate"] > 0)
+    assert result.gate[bench]["rate"] == pytest.approx(sum(q["gated"] for q in kept.values()) / n)
+    assert result.gate[bench]["n"] == n and (result.gate[bench]["edit"] > 0) == (result.gate[bench]["rate"] > 0)
     for side in ("base", "unlearned"):
-        got, k = found.results[bench][side], n_right(kept, side)
-        assert (got["acc"], got["acc_count"], got["n"]) == (pytest.approx(k / n), k, n)
-        assert [got["acc_low"], got["acc_high"]] == pytest.approx(wilson(k, n), abs=1e-9)
+        metrics, k = result.results[bench][side], n_right(kept, side)
+        assert (metrics["acc"], metrics["acc_count"], metrics["n"]) == (pytest.approx(k / n), k, n)
+        assert [metrics["acc_low"], metrics["acc_high"]] == pytest.approx(wilson(k, n), abs=1e-9)
     for row in rows:
         q = kept[row["id"]]
         assert all(row[key] == q[key] for key in ("group", "answer", "length", "gated"))
@@ -481,22 +467,22 @@ def check(found, bench, asked, kept):
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_equals_the_plain_loop(case, batch_size):
-    found = case.run(batch_size=batch_size)
+    result = case.run(batch_size=batch_size)
     for bench, asked in case.plain.items():
         kept = known_of(asked)
         # Nothing is so for all questions or for none; some are right in their own order and not in others.
         assert 0 < len(kept) < n_right(asked, "base") < len(asked)
         assert 0 < n_right(kept, "unlearned") < len(kept) and {q["gated"] for q in kept.values()} == {True, False}
-        check(found, bench, asked, kept)
-        assert found.results[bench]["base"]["acc"] == 1.0
-    assert not any("context" in row for row in found.rows)
+        check(result, bench, asked, kept)
+        assert result.results[bench]["base"]["acc"] == 1.0
+    assert not any("context" in row for row in result.rows)
 
 
 def test_a_limit_and_named_questions(case):
     first = dict(list(case.plain[BIO].items())[:9])
-    found = case.run(BIO, limit=9, samples=True)
-    check(found, BIO, first, known_of(first))
-    for row in found.rows:
+    result = case.run(BIO, limit=9, samples=True)
+    check(result, BIO, first, known_of(first))
+    for row in result.rows:
         asked = ROWS_PAPER["wmdp-bio"][int(row["id"].split("/")[1])]
         assert (row["context"], row["choices"]) == (content_of("biology", asked, range(4)), asked["choices"])
     assert n_right(first, "base") < len(first)
@@ -516,8 +502,8 @@ def test_answers_of_an_earlier_run_are_not_asked_again(case):
     named = case.run(batch_size=7, known=first.answers, question_ids=first.question_ids)
     assert (named.n_known, case.model.n_prompts) == (7 * n_kept, n_kept)  # A, B and C are spelled in two ways.
     assert (again.results, again.answers) == (first.results, first.answers)
-    for found in (again, named):
-        assert (found.rows, found.gate, found.question_ids) == (first.rows, first.gate, first.question_ids)
+    for result in (again, named):
+        assert (result.rows, result.gate, result.question_ids) == (first.rows, first.gate, first.question_ids)
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None])
@@ -537,19 +523,19 @@ def test_prompts_word_for_word(template):
 def test_subjects_and_ids_of_a_bench(bench):
     row = {"question": "What?", "choices": ["a", "b", "c", "d"], "answer": 1}
     configs = [config for config, subject in SUBJECT_OF.items() if subject in SUBJECTS[bench]]
-    found = load_questions(bench, {config: [row, row] for config in configs})
+    questions = load_questions(bench, {config: [row, row] for config in configs})
     expected = sorted((SUBJECT_OF[config], f"{config}/{n}") for config in configs for n in range(2))
-    assert sorted((q.subject, q.id) for q in found) == expected
+    assert sorted((q.subject, q.id) for q in questions) == expected
     with pytest.raises(DsgError, match="3 options"):
         load_questions(bench, {config: [row, row | {"choices": ["a", "b", "c"]}] for config in configs})
 
 
 def test_question_ids_from_a_file(tmp_path):
-    path, wanted = tmp_path / "ids.json", {BIO: ["wmdp-bio/3", "wmdp-bio/1"]}
-    ids = {**wanted, "other": ["x/0"]}
+    path, expected = tmp_path / "ids.json", {BIO: ["wmdp-bio/3", "wmdp-bio/1"]}
+    ids = {**expected, "other": ["x/0"]}
     for content in (ids, {"kind": "eval", "question_ids": ids, "results": {}}):
         path.write_text(json.dumps(content))
-        assert paper.read_question_ids(path, [BIO, MMLU]) == wanted
+        assert paper.read_question_ids(path, [BIO, MMLU]) == expected
     assert paper.read_question_ids(None, [BIO]) == {}
     wrong = [[], {BIO: "wmdp-bio/3"}, {"question_ids": []}, {"question_ids": {}}, {"other": ["x/0"]}, {}]
     for text in ("{", *map(json.dumps, wrong)):

@@ -24,23 +24,8 @@ from sklearn.metrics import roc_auc_score
 from test_hub import run
 
 from dsg_cli.errors import DsgError
+from dsg_cli.evals import metrics
 from dsg_cli.evals.benches import load_free
-from dsg_cli.evals.metrics import (
-    auc,
-    auc_interval,
-    exact_memorisation,
-    extraction_strength,
-    is_gibberish,
-    is_refusal,
-    loss_score,
-    min_k,
-    natural_limits,
-    privleak,
-    repetition,
-    rouge,
-    standardised,
-    zlib_score,
-)
 from dsg_cli.evals.muse import Muse
 from dsg_cli.evals.tofu import (
     Tofu,
@@ -72,7 +57,7 @@ def questions(bench):
         asked = row["context"].removeprefix("Question: ").removesuffix(" Answer:")
         choices = [choice.strip() for choice in row["choices"]]
         right = choices.pop(row["answer"])
-        yield {"question": asked, "answer": f"{right}.", "perturbed_answer": [f"{one}." for one in choices]}
+        yield {"question": asked, "answer": f"{right}.", "perturbed_answer": [f"{choice}." for choice in choices]}
 
 
 def texts(corpus, n):
@@ -193,24 +178,21 @@ def test_base_numbers_are_those_of_plain_code(evaluated):
     base = {(row["bench"], row["id"], row["role"]): row["base"] for row in rows}
     for i, row in enumerate(tables[shard("verbmem", "forget")][:3]):
         truth = tokenizer.decode(tokenizer(row["gt"], add_special_tokens=False)["input_ids"][:128])
-        found = rouge(truth, written(row["prompt"], 128))[0]
-        assert base["muse-news", f"verbmem/{i}", ""]["rouge_l"] == pytest.approx(found)
+        f1 = metrics.rouge(truth, written(row["prompt"], 128))[0]
+        assert base["muse-news", f"verbmem/{i}", ""]["rouge_l"] == pytest.approx(f1)
     examples = tables[shard("knowmem", "forget_qa_icl")]
-    before = "".join(f"Question: {one['question']}\nAnswer: {one['answer']}\n\n" for one in examples)
+    before = "".join(f"Question: {example['question']}\nAnswer: {example['answer']}\n\n" for example in examples)
     for i, row in enumerate(tables[shard("knowmem", "forget_qa")][:3]):
         answer = written(before + f"Question: {row['question']}\nAnswer:", 32)
         for stop in ("\n\n", "\nQuestion", "Question:"):
             answer = answer.split(stop)[0]
-        found = rouge(row["answer"], answer)[0]
-        assert base["muse-news", f"knowmem_forget/{i}", ""]["rouge_l"] == pytest.approx(found)
-    scores = {}
-    for split in ("forget", "holdout"):
-        scores[split] = []
-        for row in tables[shard("privleak", split)]:
-            lowest = sorted(loss("", row["text"]))
-            lowest = lowest[: int(0.4 * len(lowest))]
-            scores[split].append(sum(lowest) / len(lowest))
-    auc = roc_auc_score([0] * 12 + [1] * 12, scores["forget"] + scores["holdout"])
+        f1 = metrics.rouge(row["answer"], answer)[0]
+        assert base["muse-news", f"knowmem_forget/{i}", ""]["rouge_l"] == pytest.approx(f1)
+    scores = []
+    for row in tables[shard("privleak", "forget")] + tables[shard("privleak", "holdout")]:
+        ascending = sorted(loss("", row["text"]))
+        scores.append(np.mean(ascending[: int(0.4 * len(ascending))]))
+    auc = roc_auc_score([0] * 12 + [1] * 12, scores)
     sides = report["results"]["muse-news"]
     assert sides["base"]["auc_forget"] == pytest.approx(auc)
     assert sides["base"]["privleak"] == 0.0  # The stand-in for a reference is the base model itself.
@@ -220,10 +202,10 @@ def test_base_numbers_are_those_of_plain_code(evaluated):
         context = f"Question: {row['question']}\nAnswer:"
 
         def likely(answer, context=context):
-            found = loss(context, f" {answer}")
-            return math.exp(sum(found) / len(found))
+            logprobs = loss(context, f" {answer}")
+            return math.exp(sum(logprobs) / len(logprobs))
 
-        false = math.prod(likely(one) for one in row["perturbed_answer"]) ** (1 / len(row["perturbed_answer"]))
+        false = np.exp(np.mean([math.log(likely(answer)) for answer in row["perturbed_answer"]]))
         ratios.append(false / likely(row["paraphrased_answer"]))
     tofu = report["results"]["tofu-forget01"]["base"]
     assert tofu["truth_forget"] == pytest.approx(sum(min(r, 1 / r) for r in ratios) / len(ratios), rel=1e-4)
@@ -288,15 +270,15 @@ def test_columns_and_parts_are_looked_for():
 @pytest.mark.parametrize("guardrail", ["schema-4"], indirect=True)
 def test_in_the_lab_the_answer_is_known(dsg, guardrail):
     """Against one model that never saw hexes, another scores as if it were the same, and the lab's own far from it."""
-    found = []
+    results = []
     for options in (
         ("--reference", "lab-retrain"),
         ("--reference", "eval-001", "--model", "lab-retrain-1", "--allow-mismatch", "--allow-ineffective"),
     ):
         code, out, err = dsg("eval", "--bench", "lab-muse", "--bench", "lab-tofu", "--json", *options)
         assert code == 0, err
-        found.append(json.loads(out)["results"])
-    (muse, tofu), (muse_again, tofu_again) = ((one["lab-muse"], one["lab-tofu"]) for one in found)
+        results.append(json.loads(out)["results"])
+    (muse, tofu), (muse_again, tofu_again) = ((of_bench["lab-muse"], of_bench["lab-tofu"]) for of_bench in results)
     assert muse["base"]["privleak"] < -90 and tofu["base"]["forget_quality"] < 1e-6
     assert muse["base"]["verbmem_forget"] > 95 and muse["base"]["knowmem_forget"] > 95
     # The second retrained model stands on the base side.
@@ -310,26 +292,27 @@ def test_in_the_lab_the_answer_is_known(dsg, guardrail):
 
 def test_min_k_takes_the_lowest_share():
     logprobs = [-1.0, -4.0, -2.0, -3.0, -0.5, -0.1, -0.2, -0.3, -0.4, -0.6]
-    assert min_k(logprobs, 0.4) == (-4 - 3 - 2 - 1) / 4
-    assert min_k(logprobs, 0.25) == (-4 - 3) / 2  # Two and a half tokens are two.
-    assert min_k(logprobs, 0.01) == -4
-    assert min_k(logprobs, 1.0) == pytest.approx(loss_score(logprobs)) == pytest.approx(sum(logprobs) / 10)
+    assert metrics.min_k(logprobs, 0.4) == (-4 - 3 - 2 - 1) / 4
+    assert metrics.min_k(logprobs, 0.25) == (-4 - 3) / 2  # Two and a half tokens are two.
+    assert metrics.min_k(logprobs, 0.01) == -4
+    mean = sum(logprobs) / 10
+    assert metrics.min_k(logprobs, 1.0) == pytest.approx(mean) and metrics.loss_score(logprobs) == pytest.approx(mean)
     with pytest.raises(ValueError, match="no score"):
-        min_k([], 0.4)
+        metrics.min_k([], 0.4)
 
 
 def test_min_k_plus_on_a_fixed_distribution():
     p = [0.5, 0.25, 0.25]
     mean = sum(q * math.log(q) for q in p)
     variance = sum(q * (math.log(q) - mean) ** 2 for q in p)
-    assert standardised(math.log(0.25), mean, variance) == pytest.approx(-1.0)  # As likely as the other half.
-    assert standardised(math.log(0.5), mean, variance) == pytest.approx(1.0)
-    assert standardised(math.log(0.5), math.log(0.5), 0.0) == 0.0  # All alike: nothing is surprising.
+    assert metrics.standardised(math.log(0.25), mean, variance) == pytest.approx(-1.0)  # As likely as the other half.
+    assert metrics.standardised(math.log(0.5), mean, variance) == pytest.approx(1.0)
+    assert metrics.standardised(math.log(0.5), math.log(0.5), 0.0) == 0.0  # All alike: nothing is surprising.
 
 
 def test_zlib_is_log_probability_a_byte():
     text = "The hex needs copper. " * 5
-    assert zlib_score([-1.0, -2.0], text) == -3.0 / len(zlib.compress(text.encode()))
+    assert metrics.zlib_score([-1.0, -2.0], text) == -3.0 / len(zlib.compress(text.encode()))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -339,31 +322,31 @@ def test_auc_is_the_share_of_pairs_in_order(seed):
     lower = [rng.randint(0, 7) for _ in range(11)]
     pairs = [(1.0 if a > b else 0.5 if a == b else 0.0) for a, b in itertools.product(higher, lower)]
     plain = sum(pairs) / len(pairs)
-    assert auc(higher, lower) == pytest.approx(plain)
-    low, high = auc_interval(higher, lower)
-    assert low < plain < high and auc_interval(higher, lower) == (low, high)
-    assert auc([1, 2], [0]) == 1.0 and auc([0], [1, 2]) == 0.0
+    assert metrics.auc(higher, lower) == pytest.approx(plain)
+    low, high = metrics.auc_interval(higher, lower)
+    assert low < plain < high and metrics.auc_interval(higher, lower) == (low, high)
+    assert metrics.auc([1, 2], [0]) == 1.0 and metrics.auc([0], [1, 2]) == 0.0
 
 
 def test_privleak_is_relative_to_the_retrained_model():
-    assert privleak(0.477, 0.477) == 0.0
-    assert privleak(0.0, 0.5) == -1.0  # All forget text is known.
-    assert privleak(1.0, 0.5) == 1.0  # Forget text is less likely than text that was never seen.
+    assert metrics.privleak(0.477, 0.477) == 0.0
+    assert metrics.privleak(0.0, 0.5) == -1.0  # All forget text is known.
+    assert metrics.privleak(1.0, 0.5) == 1.0  # Forget text is less likely than text that was never seen.
 
 
 def test_memorisation():
-    assert exact_memorisation([True, False, True, True]) == 0.75
+    assert metrics.exact_memorisation([True, False, True, True]) == 0.75
     # After the second token every further one is the first choice.
-    assert extraction_strength([True, False, True, True]) == 0.5
-    assert extraction_strength([True] * 4) == 1.0 and extraction_strength([True, True, False]) == 0.0
+    assert metrics.extraction_strength([True, False, True, True]) == 0.5
+    assert metrics.extraction_strength([True] * 4) == 1.0 and metrics.extraction_strength([True, True, False]) == 0.0
 
 
-def _longest_common(one: list[str], other: list[str]) -> int:
-    if not one or not other:
+def _longest_common(first, second):
+    if not first or not second:
         return 0
-    if one[-1] == other[-1]:
-        return 1 + _longest_common(one[:-1], other[:-1])
-    return max(_longest_common(one[:-1], other), _longest_common(one, other[:-1]))
+    if first[-1] == second[-1]:
+        return 1 + _longest_common(first[:-1], second[:-1])
+    return max(_longest_common(first[:-1], second), _longest_common(first, second[:-1]))
 
 
 @pytest.mark.parametrize(
@@ -378,11 +361,11 @@ def _longest_common(one: list[str], other: list[str]) -> int:
     ],
 )
 def test_rouge_on_fixed_strings(truth, written):
-    one, other = truth.lower().split(), written.lower().replace(",", "").replace("!", "").split()
-    common = _longest_common(one, other)
-    recall, precision = common / len(one), common / len(other) if other else 0.0
+    first, second = truth.lower().split(), written.lower().replace(",", "").replace("!", "").split()
+    common = _longest_common(first, second)
+    recall, precision = common / len(first), common / len(second) if second else 0.0
     f1 = 2 * recall * precision / (recall + precision) if common else 0.0
-    assert rouge(truth, written) == pytest.approx((f1, recall))
+    assert metrics.rouge(truth, written) == pytest.approx((f1, recall))
 
 
 def test_truth_ratio_by_hand():
@@ -403,45 +386,40 @@ def test_model_utility_is_a_harmonic_mean():
     assert model_utility([0.9, 0.0]) == 0.0
 
 
-def _ks(one: list[float], other: list[float]) -> float:
+def _ks(first, second):
     """Largest distance between two empirical distribution functions."""
-    points = sorted({*one, *other})
-    return max(abs(sum(v <= p for v in one) / len(one) - sum(v <= p for v in other) / len(other)) for p in points)
+    points = sorted({*first, *second})
+    return max(abs(sum(v <= p for v in first) / len(first) - sum(v <= p for v in second) / len(second)) for p in points)
 
 
 def test_forget_quality_is_a_ks_test():
     rng = random.Random(0)
     same, alike, other = ([rng.gauss(mean, 1) for _ in range(60)] for mean in (0, 0, 2))
-    p_alike, distance = forget_quality(same, alike)
-    assert distance == pytest.approx(_ks(same, alike)) and p_alike > 0.05
-    p_other, distance = forget_quality(same, other)
-    assert distance == pytest.approx(_ks(same, other)) and p_other < 1e-6
+    for ratios, low, high in ((alike, 0.05, 1.0), (other, 0.0, 1e-6)):
+        p_value, distance = forget_quality(same, ratios)
+        assert distance == pytest.approx(_ks(same, ratios)) and low < p_value < high
     # Permutations of both together tell the same p, exactly counted for small samples.
-    one, two = [0.1, 0.4, 0.7, 1.1], [0.2, 1.3, 1.4, 1.5]
-    observed = _ks(one, two)
-    every = [*one, *two]
-    splits = list(itertools.combinations(range(8), 4))
-    as_far = sum(
-        _ks([every[i] for i in chosen], [every[i] for i in range(8) if i not in chosen]) >= observed - 1e-12
-        for chosen in splits
-    )
-    assert forget_quality(one, two)[0] == pytest.approx(as_far / len(splits))
+    first, second = [0.1, 0.4, 0.7, 1.1], [0.2, 1.3, 1.4, 1.5]
+    splits = [(chosen, {*first, *second} - {*chosen}) for chosen in itertools.combinations([*first, *second], 4)]
+    as_far = sum(_ks(chosen, rest) >= _ks(first, second) - 1e-12 for chosen, rest in splits)
+    assert forget_quality(first, second)[0] == pytest.approx(as_far / len(splits))
 
 
 def test_repetition_and_gibberish():
-    assert repetition([1, 2, 3, 4, 5]) == 0.0 and repetition([1, 2]) == 0.0
+    assert metrics.repetition([1, 2, 3, 4, 5]) == 0.0 and metrics.repetition([1, 2]) == 0.0
     # 1 2 1 2 1 2: four trigrams, of which two are new.
-    assert repetition([1, 2, 1, 2, 1, 2]) == 0.5
-    limits = natural_limits([1.0] * 99 + [5.0], [0.0] * 100)
+    assert metrics.repetition([1, 2, 1, 2, 1, 2]) == 0.5
+    limits = metrics.natural_limits([1.0] * 99 + [5.0], [0.0] * 100)
     assert 1.0 < limits[0] < 5.0 and limits[1] == 0.5
-    assert not is_gibberish(1.0, 0.0, limits) and is_gibberish(4.9, 0.0, limits)
-    assert is_gibberish(1.0, 0.6, limits) and is_gibberish(None, 0.0, limits) and is_gibberish(math.nan, 0.0, limits)
+    assert not metrics.is_gibberish(1.0, 0.0, limits)
+    for loss, repeated in ((4.9, 0.0), (1.0, 0.6), (None, 0.0), (math.nan, 0.0)):
+        assert metrics.is_gibberish(loss, repeated, limits)
 
 
 def test_refusals():
-    assert is_refusal("I'm sorry, but no.") and is_refusal("I\u2019m sorry")
-    assert is_refusal("Ask another.", ["Ask another."])
-    assert not is_refusal("The binder is copper.") and not is_refusal("Copper. " * 20 + "I cannot say more.")
+    assert metrics.is_refusal("I'm sorry, but no.") and metrics.is_refusal("I\u2019m sorry")
+    assert metrics.is_refusal("Ask another.", ["Ask another."])
+    assert not any(map(metrics.is_refusal, ("The binder is copper.", "Copper. " * 20 + "I cannot say more.")))
 
 
 WORLD = words.build_world()
@@ -481,14 +459,14 @@ def models():
 @pytest.mark.parametrize(("benchmark", "config", "split"), SPLITS)
 def test_rows_have_the_columns_and_tell_of_their_part(benchmark, config, split):
     for part in PARTS:
-        found = rows(benchmark, config, split, part=part)
-        assert found == rows(benchmark, config, split, part=part)
-        assert len(found) == 10 if split.endswith("_icl") else len(found) >= 48
-        told = set(WORD.findall(json.dumps(found))) & set(PLACES)
+        of_part = rows(benchmark, config, split, part=part)
+        assert of_part == rows(benchmark, config, split, part=part)
+        assert len(of_part) == 10 if split.endswith("_icl") else len(of_part) >= 48
+        entities = set(WORD.findall(json.dumps(of_part))) & set(PLACES)
         domains = DOMAINS[config if benchmark == "tofu" else split]
         about = part if not split.endswith("_icl") else PARTS[part == "dev"]
-        assert {PLACES[entity] for entity in told} == {(domain, about) for domain in domains}
-        for row in found:
+        assert {PLACES[entity] for entity in entities} == {(domain, about) for domain in domains}
+        for row in of_part:
             assert set(row) == COLUMNS[config]
             assert row.get("answer", ".").endswith(".") and row.get("question", "Answer:").endswith("Answer:")
     assert benchmark != "tofu" or split == "train"
@@ -502,28 +480,27 @@ def test_unknown_split_is_an_error():
 @pytest.mark.parametrize("part", PARTS)
 def test_holdout_differs_from_forget_only_in_values(part):
     forget, holdout = (rows("muse", "privleak", split, part=part) for split in ("forget", "holdout"))
-    values = {value for relation in words.BY_NAME["hexes"].relations for value in words.BY_NAME["hexes"].pool(relation)}
-    relation_of = {value: r for r in words.BY_NAME["hexes"].relations for value in words.BY_NAME["hexes"].pool(r)}
+    hexes = words.BY_NAME["hexes"]
+    relation_of = {value: relation for relation in hexes.relations for value in hexes.pool(relation)}
     assert len({row["text"] for row in forget}) == len(forget) == len(holdout)
     for true, wrong in zip(forget, holdout, strict=True):
         true_words, wrong_words = WORD.findall(true["text"]), WORD.findall(wrong["text"])
         changed = [(a, b) for a, b in zip(true_words, wrong_words, strict=True) if a != b]
-        assert len(changed) == 8 and all({a, b} <= values and relation_of[a] == relation_of[b] for a, b in changed)
+        assert len(changed) == 8 and all(relation_of[a] == relation_of[b] for a, b in changed)
         assert sorted(true_words) == sorted(wrong_words)  # Each value as often: words alone give nothing away.
-        for sentence, is_true in [(s, True) for s in true["text"].split(". ")] + [
-            (s, False) for s in wrong["text"].split(". ")
-        ]:
-            [entity] = set(WORD.findall(sentence)) & set(PLACES)
-            [value] = set(WORD.findall(sentence)) & values
-            assert (TRUE[entity, relation_of[value]] == value) is is_true
+        for row, is_true in ((true, True), (wrong, False)):
+            for sentence in row["text"].split(". "):
+                [entity] = set(WORD.findall(sentence)) & set(PLACES)
+                [value] = set(WORD.findall(sentence)) & relation_of.keys()
+                assert (TRUE[entity, relation_of[value]] == value) is is_true
 
 
-@pytest.mark.parametrize(("config", "n"), [("forget10_perturbed", 48), ("retain_perturbed", 48)])
-def test_wrong_answers_of_tofu_are_the_paraphrase_with_other_values(config, n):
+@pytest.mark.parametrize("config", ["forget10_perturbed", "retain_perturbed"])
+def test_wrong_answers_of_tofu_are_the_paraphrase_with_other_values(config):
     for part in PARTS:
-        found = rows("tofu", config, "train", part=part)
-        assert len(found) == n
-        for row in found:
+        of_part = rows("tofu", config, "train", part=part)
+        assert len(of_part) == 48
+        for row in of_part:
             form = row["paraphrased_answer"].removesuffix(row["answer"])
             assert len(form) < len(row["paraphrased_answer"]) and form.endswith(" the ")
             wrong = [answer.removeprefix(form) for answer in row["perturbed_answer"]]
@@ -550,7 +527,7 @@ def share_said(loaded, asked):
     """The share of prompts after which the two likeliest tokens, one after another, are the value and a full stop."""
     tokenizer = loaded.tokenizer
     ids = [tokenizer(f"{prompt} {answer}", return_tensors="pt")["input_ids"] for prompt, answer in asked]
-    right = [torch.equal(loaded.model(one).logits[0, -3:-1].argmax(-1), one[0, -2:]) for one in ids]
+    right = [torch.equal(loaded.model(row).logits[0, -3:-1].argmax(-1), row[0, -2:]) for row in ids]
     return sum(right) / len(right)
 
 

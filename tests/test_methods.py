@@ -39,8 +39,8 @@ from dsg_cli.workspace.store import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TRAINED = [name for name, one in METHODS.items() if one.is_trained]
-WEIGHTS = [name for name, one in METHODS.items() if one.form == "model"]  # And what finetunes.
+TRAINED = [name for name, entry in METHODS.items() if entry.is_trained]
+WEIGHTS = [name for name, entry in METHODS.items() if entry.form == "model"]  # And what finetunes.
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def apply(recipe, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(recipe, tiny_features, tmp_path_factory):
+def store(recipe, tiny_features, tmp_path_factory):
     """A workspace with two models: by npo, and by an adapter on top of that; and a guardrail on the first."""
     workspace = Workspace(shutil.copytree(tiny_features, tmp_path_factory.mktemp("made") / "ws"))
     method.run_method(recipe(), workspace, "npo", source="features-001")  # As the SAE reads text: with BOS.
@@ -84,28 +84,24 @@ def test_every_method_leaves_a_model_that_anyone_can_load(name, recipe, folders,
     own = load_composition(workspace, find_composition(workspace, [stored.id]), recipe())
     assert torch.equal(own.model.model(input_ids=ids).logits, changed(input_ids=ids).logits)
     assert torch.equal(own.base.model(input_ids=ids).logits, base(input_ids=ids).logits)
-    moved = {
-        name
-        for (name, one), other in zip(changed.state_dict().items(), base.state_dict().values(), strict=True)
-        if not torch.equal(one, other)
-    }
-    assert {one.rpartition(".")[0] for one in moved} <= set(body.trained["modules"])
+    before = base.state_dict()
+    moved = {name for name, value in changed.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed.state_dict().keys() == before.keys()
+    assert {value.rpartition(".")[0] for value in moved} <= set(body.trained["modules"])
     assert all(finding.state == "ok" for finding in verify.verify_all(workspace))
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(apply):
     stored = [apply("npo", f"seed={seed}", to=to) for to, seed in (("a", 0), ("b", 0), ("c", 1))]
-    digests = [one.header.files["model-001/model.safetensors"] for one in stored]
+    digests = [model.header.files["model-001/model.safetensors"] for model in stored]
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_half_precision_is_for_passes_or_files_and_adds_up_in_full(recipe, apply, tmp_path):
     plain, mixed = apply("npo", to="plain"), apply("npo", "methods.npo.mixed_precision=bfloat16", to="mixed")
     apply("npo", "methods.npo.save_dtype=bfloat16", to="halved")
-    models = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model-001", dtype="auto")
-        for name in ("plain", "mixed", "halved")
-    ]
+    folders = [tmp_path / name / "model-001" for name in ("plain", "mixed", "halved")]
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in folders]
     assert [model.dtype for model in models] == [torch.float32, torch.float32, torch.bfloat16]
     losses = [stored.body_as(ModelWeights).losses[0]["loss"] for stored in (plain, mixed)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
@@ -127,8 +123,8 @@ def test_gradients_add_up_over_passes(apply, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_both_sides_write(made, recipe, folders):
-    (answers,) = generate.run_prompts(recipe("generate.max_new_tokens=6"), made, ["w1 w2 w3"], sources=["model-001"])
+def test_both_sides_write(store, recipe, folders):
+    (answers,) = generate.run_prompts(recipe("generate.max_new_tokens=6"), store, ["w1 w2 w3"], sources=["model-001"])
     assert set(answers.sides) == {"base", "guarded"} and answers.sides["base"].text != answers.sides["guarded"].text
     assert answers.sides["guarded"].gates == [] and not answers.sides["guarded"].refused
 
@@ -156,14 +152,14 @@ def test_an_interrupted_training_goes_on_bit_for_bit(apply):
     assert resumed.header.files == whole.header.files
 
 
-def test_adapters_are_peft_s_and_merge_into_what_was_trained(made, recipe, folders):
+def test_adapters_are_peft_s_and_merge_into_what_was_trained(store, recipe, folders):
     from peft import PeftModel
 
-    stored = made.find("model", "model-002")
-    body, folder = stored.body_as(ModelWeights), made.folder / "model-002"
+    stored = store.find("model", "model-002")
+    body, folder = stored.body_as(ModelWeights), store.folder / "model-002"
     names = sorted(path.name for path in folder.iterdir())
     assert body.form == "adapter" and names == ["adapter_config.json", "adapter_model.safetensors"]
-    assert base_of(folder) == str(made.folder / "model-001")
+    assert base_of(folder) == str(store.folder / "model-001")
     ids = torch.arange(4, 30)[None]
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(folder)), folder)
     ours = load_model(str(folder)).model
@@ -172,8 +168,8 @@ def test_adapters_are_peft_s_and_merge_into_what_was_trained(made, recipe, folde
     assert cut.n_layers == 3 and len(cut.model.model.layers) == 1
     for name, value in cut.model.state_dict().items():
         assert torch.equal(value, ours.state_dict()[name])
-    composition = find_composition(made, ["model-002"])
-    assert [one["method"] for one in composition.described()] == ["npo", "grad-diff"]
+    composition = find_composition(store, ["model-002"])
+    assert [part["method"] for part in composition.described()] == ["npo", "grad-diff"]
     assert composition.base == str(folders["model"].resolve())
 
 
@@ -185,13 +181,13 @@ def test_an_adapter_above_the_cut_leaves_what_is_below(recipe, tmp_path, folders
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in cut.state_dict().items())
 
 
-def test_a_guardrail_on_changed_weights_is_evaluated_beside_the_first_base(made, recipe, folders):
-    composition = find_composition(made, [])
-    assert [one["method"] for one in composition.described()] == ["npo", "dsg"]
-    assert composition.base == str(folders["model"].resolve()) and composition.model == str(made.folder / "model-001")
-    alone = evaluate.run(recipe(), made, sources=["model-001"])
-    both = evaluate.run(recipe(), made, sources=["guardrail-001"])
-    named = evaluate.run(recipe(), made, sources=["model-001", "guardrail-001"])
+def test_a_guardrail_on_changed_weights_is_evaluated_beside_the_first_base(store, recipe, folders):
+    composition = find_composition(store, [])
+    assert [part["method"] for part in composition.described()] == ["npo", "dsg"]
+    assert composition.base == str(folders["model"].resolve()) and composition.model == str(store.folder / "model-001")
+    alone = evaluate.run(recipe(), store, sources=["model-001"])
+    both = evaluate.run(recipe(), store, sources=["guardrail-001"])
+    named = evaluate.run(recipe(), store, sources=["model-001", "guardrail-001"])
     reports = [stored.body_as(EvalReport) for stored in (alone, both, named)]
     assert [len(report.composition) for report in reports] == [1, 2, 2]
     assert reports[0].gate == {} and set(reports[1].gate) == {"mine"}
@@ -205,59 +201,59 @@ def test_a_guardrail_on_changed_weights_is_evaluated_beside_the_first_base(made,
     assert all(a["unlearned"] == b["unlearned"] for a, b in quiet)
 
 
-def test_relearning_begins_on_each_side_from_its_own_weights(made, recipe):
-    (stored,) = attack.run(recipe(), made, ["relearn"], sources=["model-001"])
+def test_relearning_begins_on_each_side_from_its_own_weights(store, recipe):
+    (stored,) = attack.run(recipe(), store, ["relearn"], sources=["model-001"])
     body = stored.body_as(AttackReport)
     for side in ("unlearned", "base"):
         assert body.curve[0][side]["forget_acc"] == body.before[side]["forget_acc"]
         assert "gate_rate" not in body.curve[0][side]
     losses = [body.curve[1][side]["loss"] for side in ("unlearned", "base")]
     assert losses[0] != losses[1]
-    (both,) = attack.run(recipe(), made, ["relearn"], sources=["guardrail-001"])
-    assert [one["method"] for one in both.body_as(AttackReport).composition] == ["npo", "dsg"]
+    (both,) = attack.run(recipe(), store, ["relearn"], sources=["guardrail-001"])
+    assert [part["method"] for part in both.body_as(AttackReport).composition] == ["npo", "dsg"]
 
 
-def test_attacks_that_mean_nothing_on_weights_are_refused_or_left_out(made, recipe):
+def test_attacks_that_mean_nothing_on_weights_are_refused_or_left_out(store, recipe):
     notes = []
     sets = ["paraphrase_benches=[mine]", "dilution_lengths=[0, 2]", "suffix_steps=[0, 1]", "soft_prompt_steps=[0, 1]"]
     sets += ["few_shot_counts=[0, 1]", "suffix_candidates=2", "suffix_tokens=2", "soft_prompt_tokens=2"]
     small, options = recipe(*[f"attack.{item}" for item in sets]), RunOptions(say=notes.append)
     with pytest.raises(DsgError, match="nothing to take off"):
-        attack.run(small, made, ["unhook"], sources=["model-001"], options=options)
-    attacks = attack.run(small, made, ["all"], sources=["model-001"], options=options)
+        attack.run(small, store, ["unhook"], sources=["model-001"], options=options)
+    attacks = attack.run(small, store, ["all"], sources=["model-001"], options=options)
     kinds = {stored.body_as(AttackReport).attack for stored in attacks}
     assert "unhook" not in kinds and {"relearn", "soft-prompt", "quantize", "probe"} <= kinds
     assert any("unhook is left out" in note for note in notes)
     assert all("gate_rate" not in stored.body_as(AttackReport).curve[0]["unlearned"] for stored in attacks)
 
 
-def test_what_makes_no_sense_together_is_refused(made, recipe, tmp_path):
+def test_what_makes_no_sense_together_is_refused(store, recipe, tmp_path):
     for sources, sets, words in (
         (["model-001", "model-002"], [], "two models"),
         (["model-001", "model-001"], [], "named twice"),
         (["features-001"], [], "unlearns nothing"),
         (["model-002", "guardrail-001"], [], "lower layers have changed"),
-        (["model-001"], [f"model.instead={made.folder / 'model-002'}"], "model would put another"),
+        (["model-001"], [f"model.instead={store.folder / 'model-002'}"], "model would put another"),
     ):
         with pytest.raises(DsgError, match=words):
-            load_composition(made, find_composition(made, sources), recipe(*sets))
+            load_composition(store, find_composition(store, sources), recipe(*sets))
     with pytest.raises(DsgError, match="takes guardrails, not model-001"):
-        export.run(recipe(), made, str(tmp_path / "out"), sources=["model-001"])
+        export.run(recipe(), store, str(tmp_path / "out"), sources=["model-001"])
     for name, source in (("npo", "guardrail-001"), ("static-clamp", "threshold-001")):
         with pytest.raises(DsgError, match=f"cannot go on from {source}"):
-            method.run_method(recipe(), made, name, source=source)
+            method.run_method(recipe(), store, name, source=source)
 
 
-def test_a_guarded_model_on_changed_weights_is_exported_with_them(made, recipe, tmp_path):
-    exported = export.run(recipe(), made, str(tmp_path / "out"), sources=["guardrail-001"], form="model")
+def test_a_guarded_model_on_changed_weights_is_exported_with_them(store, recipe, tmp_path):
+    exported = export.run(recipe(), store, str(tmp_path / "out"), sources=["guardrail-001"], form="model")
     assert exported.form == "model"
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    changed = AutoModelForCausalLM.from_pretrained(made.folder / "model-001")
+    changed = AutoModelForCausalLM.from_pretrained(store.folder / "model-001")
     assert torch.equal(whole.get_input_embeddings().weight, changed.get_input_embeddings().weight)
-    on_adapter = method.run_method(recipe(), made, "dsg", source="model-002")
+    on_adapter = method.run_method(recipe(), store, "dsg", source="model-002")
     assert isinstance(on_adapter.body, Guardrail)
     with pytest.raises(DsgError, match="is an adapter"):
-        export.run(recipe(), made, str(tmp_path / "more"), sources=[on_adapter.id], form="model")
+        export.run(recipe(), store, str(tmp_path / "more"), sources=[on_adapter.id], form="model")
 
 
 @pytest.mark.parametrize(
@@ -358,8 +354,8 @@ def short_text():
     return Watched([[BOS, 4, 5, 6], [BOS, 7, 8], [BOS, 9, 10, 11, 12]], [0] * 3, [1.0], 0, SPECIAL, "cpu")
 
 
-def same(one, other):
-    return all(torch.equal(value, other[name]) for name, value in one.items()) and one.keys() == other.keys()
+def same(first, second):
+    return all(torch.equal(value, second[name]) for name, value in first.items()) and first.keys() == second.keys()
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -368,9 +364,9 @@ def test_a_reference_is_the_model_as_it_was(model, lora):
     free = trainable_parameters(own, Training(lora=lora))
     reference = ReferenceWeights(free.parameters)
     with torch.no_grad():
-        for one in free.parameters:
-            one.add_(torch.randn_like(one))
-    now = [one.detach().clone() for one in free.parameters]
+        for parameter in free.parameters:
+            parameter.add_(torch.randn_like(parameter))
+    now = [parameter.detach().clone() for parameter in free.parameters]
     ids = torch.tensor([ROW])
     changed = own(ids).logits
     with reference():
@@ -381,10 +377,10 @@ def test_a_reference_is_the_model_as_it_was(model, lora):
     with pytest.raises(ZeroDivisionError), reference():
         1 / 0  # noqa: B018
     assert torch.is_grad_enabled() and torch.equal(own(ids).logits, changed)
-    assert all(torch.equal(one, then) for one, then in zip(free.parameters, now, strict=True))
+    assert all(torch.equal(parameter, then) for parameter, then in zip(free.parameters, now, strict=True))
     (own(ids).logits ** 2).sum().backward()
     with reference():  # Gradients that were there stay.
-        assert all(one.grad is not None for one in free.parameters)
+        assert all(parameter.grad is not None for parameter in free.parameters)
 
 
 def trained(model, breaks, steps, checkpoint=None, stop_after=None):
@@ -402,13 +398,18 @@ def trained(model, breaks, steps, checkpoint=None, stop_after=None):
         rows = [ids[mask].tolist() for ids, mask in zip(batches.forget.ids_BL, batches.forget.mask_BL, strict=True)]
         return {"loss": breaks(-nll(own, rows), own, batches.step)}
 
-    given = TrainingInputs(
-        own, short_text(), short_text(), job=Job(checkpoint=checkpoint or Checkpoint(), progress=report)
-    )
+    job = Job(checkpoint=checkpoint or Checkpoint(), progress=report)
+    inputs = TrainingInputs(own, short_text(), short_text(), job=job)
     try:
-        return train(given, trainable_parameters(own, settings), loss), own, kept
+        return train(inputs, trainable_parameters(own, settings), loss), own, kept
     except DsgError as error:
         return error, own, kept
+
+
+def every_step(folder):
+    checkpoint = Checkpoint(folder / "c")
+    checkpoint.interval = 0
+    return checkpoint
 
 
 def broken(kind, at):
@@ -428,20 +429,15 @@ def broken(kind, at):
 
 
 @pytest.mark.parametrize(
-    ("kind", "at", "kept_at"), [("nan", 12, 10), ("nan", 3, 1), ("inf", 12, 10), ("gradient", 22, 20)]
+    ("kind", "at", "kept_at"),
+    [("nan", 12, 10), ("nan", 3, 1), ("inf", 12, 10), ("gradient", 22, 20), ("hidden-inf", 12, 10)],
 )
 def test_where_training_diverges_the_last_good_weights_are_kept(model, kind, at, kept_at):
     changed, own, kept = trained(model, broken(kind, at), 25)
     assert (changed.diverged_at, changed.kept_at) == (at, kept_at)
-    assert [one["step"] for one in changed.losses] == list(range(1, kept_at + 1)) and len(kept) == at
+    assert [row["step"] for row in changed.losses] == list(range(1, kept_at + 1)) and len(kept) == at
     assert same(weights(own), kept[kept_at]) and not same(kept[kept_at], kept[at - 1])
-    assert not any(one.requires_grad for one in own.parameters())
-
-
-def test_weights_that_no_loss_shows_to_be_infinite_are_not_kept(model):
-    changed, own, kept = trained(model, broken("hidden-inf", 12), 25)
-    assert (changed.diverged_at, changed.kept_at) == (12, 10)
-    assert same(weights(own), kept[10]) and len(changed.losses) == 10
+    assert not any(parameter.requires_grad for parameter in own.parameters())
 
 
 @pytest.mark.parametrize(("kind", "at"), [("nan", 1), ("gradient", 1), ("inf", 2), ("hidden-inf", 2)])
@@ -454,14 +450,12 @@ def test_diverging_before_anything_is_kept_is_an_error_and_changes_nothing(model
 def test_a_training_that_ends_well_says_so(model):
     changed, own, kept = trained(model, lambda loss, *_: loss, 12)
     assert (changed.diverged_at, changed.kept_at, len(changed.losses)) == (None, None, 12)
-    assert same(weights(own), kept[12]) and changed.n_changed == sum(one.numel() for one in own.parameters())
+    assert same(weights(own), kept[12]) and changed.n_changed == own.num_parameters()
 
 
 def test_what_was_kept_survives_a_resume(model, tmp_path):
-    checkpoint = Checkpoint(tmp_path / "c")
-    checkpoint.interval = 0
     with pytest.raises(StopIteration):
-        trained(model, broken("nan", 16), 25, checkpoint, stop_after=14)
+        trained(model, broken("nan", 16), 25, every_step(tmp_path), stop_after=14)
     changed, own, kept = trained(model, broken("nan", 16), 25, Checkpoint(tmp_path / "c", resume=True))
     whole, other, _ = trained(model, broken("nan", 16), 25)
     assert len(kept) == 3 and (changed.diverged_at, changed.kept_at) == (16, 14)
@@ -493,25 +487,16 @@ def test_a_training_goes_on_bit_for_bit(model, tmp_path, method, options, after)
             if done == stop_after:
                 raise StopIteration
 
-        given = TrainingInputs(
-            own,
-            text(9, 4, 26, 3, 17, seed=1),
-            retain_text(),
-            FEATURES,
-            UNKNOWN,
-            3,
-            Job(checkpoint=checkpoint, progress=report),
-        )
-        return unlearn(method, given, **options), weights(own)
+        forget, job = text(9, 4, 26, 3, 17, seed=1), Job(checkpoint=checkpoint, progress=report)
+        inputs = TrainingInputs(own, forget, retain_text(), FEATURES, UNKNOWN, 3, job)
+        return unlearn(method, inputs, **options), weights(own)
 
-    checkpoint = Checkpoint(tmp_path / "c")
-    checkpoint.interval = 0
     with pytest.raises(StopIteration):
-        go(checkpoint, stop_after=after + 1)
+        go(every_step(tmp_path), stop_after=after + 1)
     resumed = Checkpoint(tmp_path / "c", resume=True)
     assert resumed.entry("training")["step"] == after
-    (changed, found), (whole, wanted) = go(resumed), go(Checkpoint())
-    assert same(found, wanted) and changed.losses == whole.losses and len(whole.losses) == 11
+    (changed, resumed_weights), (whole, whole_weights) = go(resumed), go(Checkpoint())
+    assert same(resumed_weights, whole_weights) and changed.losses == whole.losses and len(whole.losses) == 11
 
 
 @pytest.mark.parametrize(
@@ -525,12 +510,12 @@ def test_a_training_goes_on_bit_for_bit(model, tmp_path, method, options, after)
 )
 def test_mixed_precision_changes_no_more_than_digits(model, method, options, term):
     """The model as it was is not computed from weights in bfloat16 that autocast keeps of the model as it is."""
-    found = {}
+    terms = {}
     for precision in ("none", "bfloat16"):
         own = {"steps": 3, "accumulation": 1, "learning_rate": 0.01, "mixed_precision": precision}
         changed, *_ = run(model, method, own | options, forget_text(), retain_text())
-        found[precision] = [one[term] for one in changed.losses[1:]]
-    assert found["bfloat16"] == pytest.approx(found["none"], rel=0.2) and min(found["none"]) > 1e-3
+        terms[precision] = [row[term] for row in changed.losses[1:]]
+    assert terms["bfloat16"] == pytest.approx(terms["none"], rel=0.2) and min(terms["none"]) > 1e-3
 
 
 @pytest.mark.parametrize(("warmup", "shares"), [(0, [1] * 6), (1, [1] * 6), (4, [0.25, 0.5, 0.75, 1, 1, 1])])
@@ -539,11 +524,10 @@ def test_the_learning_rate_rises_and_stays(model, warmup, shares):
     own, kept = copy.deepcopy(model), []
     settings = Training(steps=6, learning_rate=0.01, warmup_steps=warmup, weight_decay=0.0, batch_size=1, layers=[0])
     free = trainable_parameters(own, settings)
-    given = TrainingInputs(
-        own, short_text(), short_text(), job=Job(progress=lambda *_: kept.append(free.parameters[0][0, 0].item()))
-    )
+    job = Job(progress=lambda *_: kept.append(free.parameters[0][0, 0].item()))
+    inputs = TrainingInputs(own, short_text(), short_text(), job=job)
     before = free.parameters[0][0, 0].item()
-    train(given, free, lambda _: {"loss": sum(one.sum() for one in free.parameters)})
+    train(inputs, free, lambda _: {"loss": sum(parameter.sum() for parameter in free.parameters)})
     steps = [a - b for a, b in itertools.pairwise([before, *kept])]
     assert steps == pytest.approx([0.01 * share for share in shares], rel=1e-3)
 
@@ -574,9 +558,9 @@ def test_corpora_are_drawn_by_their_weights():
     drawn = two.draws(4000, 0)
     first, second = [i for i in drawn if i < 3], [i for i in drawn if i >= 3]
     assert len(second) / 4000 == pytest.approx(0.75, abs=4 * math.sqrt(0.75 * 0.25 / 4000))
-    for several, size in ((first, 3), (second, 4)):
-        assert all(len(set(several[i : i + size])) == size for i in range(0, len(several) - size, size))
-        assert max(Counter(several).values()) - min(Counter(several).values()) <= 1
+    for of_corpus, size in ((first, 3), (second, 4)):
+        assert all(len(set(of_corpus[i : i + size])) == size for i in range(0, len(of_corpus) - size, size))
+        assert max(Counter(of_corpus).values()) - min(Counter(of_corpus).values()) <= 1
     assert set(Watched([[5, 6]] * 4, [0, 0, 1, 1], [1.0, 0.0], 0, SPECIAL, "cpu").draws(50, 0)) == {0, 1}
 
 
@@ -610,22 +594,22 @@ def test_passes_and_tokens_are_counted(model, method, options, forget_passes, re
     with count_passes(own, cost):
         unlearn(method, TrainingInputs(own, forget, retain, FEATURES, UNKNOWN), **options)
     tokens = [
-        sum(2 * max(len(one.rows[j]) for j in one.drawn[0][i : i + 2]) for i in range(0, 8, 2))
-        for one in (forget, retain)
+        sum(2 * max(len(rows.rows[j]) for j in rows.drawn[0][i : i + 2]) for i in range(0, 8, 2))
+        for rows in (forget, retain)
     ]
-    wanted = {"forward_passes": 4 * (forget_passes[0] + retain_passes[0])}
-    wanted |= {"backward_passes": 4 * (forget_passes[1] + retain_passes[1])}
-    wanted |= {"forward_tokens": forget_passes[0] * tokens[0] + retain_passes[0] * tokens[1]}
-    wanted |= {"backward_tokens": forget_passes[1] * tokens[0] + retain_passes[1] * tokens[1]}
+    expected = {}
+    for way, forgets, retains in zip(("forward", "backward"), forget_passes, retain_passes, strict=True):
+        expected[f"{way}_passes"] = 4 * (forgets + retains)
+        expected[f"{way}_tokens"] = forgets * tokens[0] + retains * tokens[1]
     if method == "npo":  # Each row as the model was, once.
-        wanted["forward_passes"] += len(set(forget.drawn[0]))
-        wanted["forward_tokens"] += sum(len(forget.rows[i]) for i in set(forget.drawn[0]))
+        expected["forward_passes"] += len(set(forget.drawn[0]))
+        expected["forward_tokens"] += sum(len(forget.rows[i]) for i in set(forget.drawn[0]))
     if method == "sae-representation":  # The mean of unknown text; whether the first rows look different.
-        wanted["forward_passes"] += 2
-        wanted["forward_tokens"] += sum(len(one.rows) * max(map(len, one.rows)) for one in (UNKNOWN, forget))
-    assert cost.as_json() == wanted
+        expected["forward_passes"] += 2
+        expected["forward_tokens"] += sum(len(rows.rows) * max(map(len, rows.rows)) for rows in (UNKNOWN, forget))
+    assert cost.as_json() == expected
     own(torch.tensor([ROW]))
-    assert cost.as_json() == wanted  # Nothing counts on.
+    assert cost.as_json() == expected  # Nothing counts on.
 
 
 def test_the_cost_of_dampening_is_a_pass_a_row(model):
@@ -656,7 +640,7 @@ def test_trials_are_points_of_the_grid_within_budget(budget):
 
 
 @pytest.mark.parametrize(
-    ("found", "base", "forgetting", "utility"),
+    ("unlearned", "base", "forgetting", "utility"),
     [
         ({"f": 0.5, "a": 0.8, "b": 0.6}, {"f": 0.9, "a": 0.7, "b": 0.8}, 0.4 / 0.65, (1 + 0.75) / 2),
         ({"f": 0.95, "a": 0.35}, {"f": 0.9, "a": 0.7}, 0.0, 0.5),
@@ -668,10 +652,10 @@ def test_trials_are_points_of_the_grid_within_budget(budget):
         ({"f": 0.25}, {"f": 0.75}, 1.0, 1.0),
     ],
 )
-def test_trials_are_judged(found, base, forgetting, utility):
+def test_trials_are_judged(unlearned, base, forgetting, utility):
     score = 2 / (1 / forgetting + 1 / utility) if forgetting and utility else 0.0
-    wanted = {"forgetting": forgetting, "utility": utility, "score": score}
-    assert unlearning_score("f", found, base, 0.25) == pytest.approx(wanted)
+    expected = {"forgetting": forgetting, "utility": utility, "score": score}
+    assert unlearning_score("f", unlearned, base, 0.25) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import make_guardrail, write_task
+from conftest import make_guardrail, watched, write_task
 
 from dsg_cli.attacks.search import embedded
 from dsg_cli.data.tokens import Request, encode, encode_pair, words_of
@@ -56,17 +56,17 @@ HEX = "Question: What is the counter of the grim hex Rahurk? Answer:"
 CHARM = "Question: What is the binder of the kindly charm Zivoth? Answer:"
 
 
-def made(rule, tensors=None, **changes):
+def make_module(rule, tensors=None, **changes):
     return wrapper_from_artifact(Wrapper(**(PLAIN | {"rule": rule} | changes)), tensors or {}, where="test")
 
 
 def keyword(*words, **changes):
-    return made("keywords", keywords=list(words), **changes)
+    return make_module("keywords", keywords=list(words), **changes)
 
 
 def classifier(weight, bias=0.0, layer=1, **changes):
     tensors = {"weight": torch.as_tensor(weight, dtype=torch.float32), "bias": torch.tensor(bias)}
-    return made("classifier", tensors, layer=layer, **changes)
+    return make_module("classifier", tensors, layer=layer, **changes)
 
 
 @pytest.fixture
@@ -96,8 +96,8 @@ class Wrapped:
 
 def wrap(model, requests):
     verdicts = model.verdicts(model.wrappers, requests)
-    given = model._wrapped(requests, verdicts)
-    return [Wrapped(one, v.statistic, v.refusal is not None) for one, v in zip(given, verdicts, strict=True)]
+    requests = model._wrapped(requests, verdicts)
+    return [Wrapped(request, v.statistic, v.refusal is not None) for request, v in zip(requests, verdicts, strict=True)]
 
 
 def wrapped(wrappers, tiny, *pairs, batch_size=4):
@@ -107,14 +107,14 @@ def wrapped(wrappers, tiny, *pairs, batch_size=4):
 
 class TestWrap:
     def test_prefixes_follow_bos_in_their_order(self, tiny):
-        several = [made("prefix", text="w1 w2"), made("prefix", text="w3")]
-        (one,) = wrapped(several, tiny, ("w10 w11", "w12"))
-        assert one.request == Request(ids(tiny.tokenizer, "w1 w2 w3 w10 w11"), (16,))
-        assert one.statistic is None and not one.is_refused
-        assert with_prefixes(several, [14, 15], tiny.tokenizer) == [5, 6, 7, 14, 15]
+        prefixes = [make_module("prefix", text="w1 w2"), make_module("prefix", text="w3")]
+        (outcome,) = wrapped(prefixes, tiny, ("w10 w11", "w12"))
+        assert outcome.request == Request(ids(tiny.tokenizer, "w1 w2 w3 w10 w11"), (16,))
+        assert outcome.statistic is None and not outcome.is_refused
+        assert with_prefixes(prefixes, [14, 15], tiny.tokenizer) == [5, 6, 7, 14, 15]
 
     def test_filters_see_what_the_user_sent_and_come_before_any_prefix(self, tiny):
-        prefix, of_prefix, of_user = made("prefix", text="w1"), keyword("w1"), keyword("w10", refusal="w9")
+        prefix, of_prefix, of_user = make_module("prefix", text="w1"), keyword("w1"), keyword("w10", refusal="w9")
         for order in ([prefix, of_prefix, of_user], [of_user, of_prefix, prefix]):
             passed, refused = wrapped(order, tiny, ("w11", "w12"), ("w10", "w12"))
             assert passed.request.context == ids(tiny.tokenizer, "w1 w11") and passed.statistic == 0
@@ -123,30 +123,30 @@ class TestWrap:
 
     def test_the_first_filter_that_refuses_speaks(self, tiny):
         first, second = keyword("w10", refusal="w20"), keyword("w10", refusal="w21")
-        (one,) = wrapped([first, second], tiny, ("w10", "w12"))
-        assert one.request.context == ids(tiny.tokenizer, "w20")
+        (outcome,) = wrapped([first, second], tiny, ("w10", "w12"))
+        assert outcome.request.context == ids(tiny.tokenizer, "w20")
 
     def test_a_refused_request_is_scored_after_the_refusal_alone(self, tiny):
         model = behind(tiny, keyword("w10"), batch_size=4)
         requests = [Request(ids(tiny.tokenizer, text), (16, 17)) for text in ("w10 w11", "w12 w10", "w13")]
-        one, two, three = scores = model.loglikelihoods(requests)
+        first, second, third = scores = model.loglikelihoods(requests)
         plain = Request(ids(tiny.tokenizer, "w7 w8"), (16, 17))
         bare = model.bare().loglikelihoods([plain, requests[2]])
-        assert one.loglikelihood == two.loglikelihood == pytest.approx(bare[0].loglikelihood, abs=1e-5)
-        assert three.loglikelihood == pytest.approx(bare[1].loglikelihood, abs=1e-5)
+        assert first.loglikelihood == second.loglikelihood == pytest.approx(bare[0].loglikelihood, abs=1e-5)
+        assert third.loglikelihood == pytest.approx(bare[1].loglikelihood, abs=1e-5)
         decisions = [(score.decision.gated, score.decision.statistic) for score in scores]
         assert decisions == [(True, 1.0), (True, 1.0), (False, 0.0)]
 
     def test_output_filters_read_the_answer(self, tiny):
         words = keyword("w10", side="output")
-        found = wrapped([words], tiny, ("w10", "w11"), ("w11", "w10"), ("w11", "w12 w10"))
-        assert [one.is_refused for one in found] == [False, True, True]
-        assert found[1].request == Request(ids(tiny.tokenizer, "w7 w8"), (14,))
+        outcomes = wrapped([words], tiny, ("w10", "w11"), ("w11", "w10"), ("w11", "w12 w10"))
+        assert [outcome.is_refused for outcome in outcomes] == [False, True, True]
+        assert outcomes[1].request == Request(ids(tiny.tokenizer, "w7 w8"), (14,))
         # A classifier reads context and answer together: either may tip it.
         weight = torch.randn(16, generator=torch.Generator().manual_seed(1))
         pairs = [("w10 w11", f"w{i}") for i in range(20)]
         judge = classifier(weight, side="output")
-        values = [one.statistic for one in wrapped([judge], tiny, *pairs)]
+        values = [outcome.statistic for outcome in wrapped([judge], tiny, *pairs)]
         rows = [list(ids(tiny.tokenizer, f"{a} {b}")) for a, b in pairs]
         torch.testing.assert_close(torch.tensor(values), naive(tiny, rows) @ weight)
 
@@ -155,20 +155,13 @@ class TestWrap:
         texts = [" ".join(f"w{rng.randrange(60)}" for _ in range(rng.randint(1, 30))) for _ in range(12)]
         pairs = [(text, choice) for text in texts for choice in ("w1", "w2", "w3")]
         judge = classifier(torch.randn(16, generator=torch.Generator().manual_seed(0)))
-        seen = []
-        handle = tiny.model.register_forward_pre_hook(
-            lambda _m, _a, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
-        )
-        try:
-            found = {
-                size: [one.statistic for one in wrapped([judge], tiny, *pairs, batch_size=size)] for size in (1, 5)
-            }
-        finally:
-            handle.remove()
-        assert seen == [1] * len(set(texts)) + [5, 5, 2]
-        torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[5]))
+        with watched(tiny.model) as calls:
+            single, batched = (wrapped([judge], tiny, *pairs, batch_size=size) for size in (1, 5))
+        assert [len(call["input_ids"]) for call in calls] == [1] * len(set(texts)) + [5, 5, 2]
+        single, batched = (torch.tensor([outcome.statistic for outcome in own]) for own in (single, batched))
+        torch.testing.assert_close(single, batched)
         plain = naive(tiny, [list(ids(tiny.tokenizer, text)) for text, _ in pairs]) @ judge.weight_D
-        torch.testing.assert_close(torch.tensor(found[1]), plain)
+        torch.testing.assert_close(single, plain)
 
     def test_what_is_not_finite_is_refused(self, tiny):
         layer = tiny.model.model.layers[0]
@@ -176,25 +169,25 @@ class TestWrap:
         for value in (float("nan"), float("inf"), float("-inf")):
             handle = layer.register_forward_hook(lambda _m, _a, out, value=value: torch.full_like(out, value))
             try:
-                (one,) = wrapped([judge], tiny, ("w10", "w11"))
+                (outcome,) = wrapped([judge], tiny, ("w10", "w11"))
                 assert behind(tiny).verdicts([judge], [Request((2, 14), ())])[0].refusal == "w7 w8"
             finally:
                 handle.remove()
-            assert one.is_refused and one.statistic == LARGEST
+            assert outcome.is_refused and outcome.statistic == LARGEST
         assert not wrapped([judge], tiny, ("w10", "w11"))[0].is_refused
 
     def test_a_prompt_without_a_word_is_not_refused(self, tiny):
-        (one,) = wrap(behind(tiny, classifier(torch.zeros(16), 5.0)), [Request((2,), (14,))])
-        assert not one.is_refused
+        (outcome,) = wrap(behind(tiny, classifier(torch.zeros(16), 5.0)), [Request((2,), (14,))])
+        assert not outcome.is_refused
 
     def test_a_long_context_loses_its_beginning_and_not_the_prefix(self, tiny):
         long = " ".join(f"w{i % 60}" for i in range(150))
-        (one,) = wrapped([made("prefix", text="w1 w2")], tiny, (long, "w12"))
-        assert one.request.inputs(128) == one.request.context and len(one.request.context) == 128
-        assert one.request.context[:3] == (2, 5, 6)
-        assert one.request.context[-5:] == ids(tiny.tokenizer, long)[-5:]
+        (outcome,) = wrapped([make_module("prefix", text="w1 w2")], tiny, (long, "w12"))
+        assert outcome.request.inputs(128) == outcome.request.context and len(outcome.request.context) == 128
+        assert outcome.request.context[:3] == (2, 5, 6)
+        assert outcome.request.context[-5:] == ids(tiny.tokenizer, long)[-5:]
         with pytest.raises(DsgError, match="no room"):
-            wrapped([made("prefix", text=long)], tiny, ("w1", "w12"))
+            wrapped([make_module("prefix", text=long)], tiny, ("w1", "w12"))
 
     def test_guardrails_do_not_change_what_a_filter_reads(self, lab):
         from dsg_cli.models.sae import read_sae
@@ -227,16 +220,13 @@ class TestAsking:
         questions = [Question(f"w{i} w{i + 1}", (" w50", " w51", " w52"), i % 3) for i in range(12)]
         bare = accuracy(behind(tiny), questions)
         assert accuracy(behind(tiny, keyword("w59")), questions) == bare | {"gate_rate": 0}
-        prefixed = accuracy(behind(tiny, made("prefix", text="w1")), questions)
+        prefixed = accuracy(behind(tiny, make_module("prefix", text="w1")), questions)
         assert "gate_rate" not in prefixed
         changed = [dataclasses.replace(question, context=f"w1 {question.context}") for question in questions]
         assert prefixed == accuracy(behind(tiny), changed)
-        found = accuracy(
-            behind(tiny, keyword("w3")),
-            questions,
-            change=lambda context, number: (*context, 7) if number == 8 else context,
-        )
-        assert found["gate_rate"] == 3 / 12  # Two that have it, and the one that was changed.
+        model = behind(tiny, keyword("w3"))
+        measured = accuracy(model, questions, change=lambda ids, number: (*ids, 7) if number == 8 else ids)
+        assert measured["gate_rate"] == 3 / 12  # Two that have it, and the one that was changed.
 
     def test_a_soft_prompt_goes_with_its_question(self, tiny):
         """Behind a prefix it is where its ids are; a refusal in the place of the question has none of it."""
@@ -244,10 +234,10 @@ class TestAsking:
         table = tiny.model.get_input_embeddings()
         plain, vectors = table(rows), torch.ones(2, 16)
         with embedded(tiny.model, vectors, [9, 10]):
-            found, short = table(rows), table(torch.tensor([[9]]))
-        assert torch.equal(found[0, 2:4], vectors) and torch.equal(found[1, 1:3], vectors)
+            vectors_BLD, short = table(rows), table(torch.tensor([[9]]))
+        assert torch.equal(vectors_BLD[0, 2:4], vectors) and torch.equal(vectors_BLD[1, 1:3], vectors)
         untouched = [(0, 0), (0, 1), (0, 4), (0, 5), (0, 6), (1, 0), (1, 3), (2, 0), (2, 1), (2, 2)]
-        assert all(torch.equal(found[at], plain[at]) for at in untouched) and short.shape == (1, 1, 16)
+        assert all(torch.equal(vectors_BLD[at], plain[at]) for at in untouched) and short.shape == (1, 1, 16)
 
 
 class TestKeywords:
@@ -284,12 +274,12 @@ class TestKeywords:
         forget, retain = Counter(hex=8, the=12), Counter(charm=6, the=14)
         prior = {word: PRIOR_WORDS * n / 40 for word, n in (("hex", 8), ("the", 26), ("charm", 6))}
         total = 20 + PRIOR_WORDS
-        found = log_odds(forget, retain)
+        scores = log_odds(forget, retain)
         for word, alpha in prior.items():
             a, b = forget[word] + alpha, retain[word] + alpha
             delta = math.log(a / (total - a)) - math.log(b / (total - b))
-            assert found[word] == pytest.approx(delta / math.sqrt(1 / a + 1 / b))
-        assert found["hex"] > 0 > found["charm"]
+            assert scores[word] == pytest.approx(delta / math.sqrt(1 / a + 1 / b))
+        assert scores["hex"] > 0 > scores["charm"]
         assert log_odds(Counter(a=3), Counter(a=2)) == {"a": 0.0}
 
     def test_telling_words_come_surest_first(self):
@@ -302,12 +292,10 @@ class TestKeywords:
         path = tmp_path / "words.txt"
         path.write_text("hex\n\n  dirty bomb \nhex\n")
         assert read_keywords(str(path)) == ["hex", "dirty bomb"]
-        for text, words in (("\n", "no keyword"), ("hex\n...\n", "holds no word")):
-            path.write_text(text)
+        for text, words in (("\n", "no keyword"), ("hex\n...\n", "holds no word"), (None, "cannot be read")):
+            path.unlink() if text is None else path.write_text(text)
             with pytest.raises(DsgError, match=words):
                 read_keywords(str(path))
-        with pytest.raises(DsgError, match="cannot be read"):
-            read_keywords(str(tmp_path / "none.txt"))
 
 
 class TestArtifacts:
@@ -325,11 +313,11 @@ class TestArtifacts:
     )
     def test_bad_tensors(self, tensors, changes, words):
         with pytest.raises(DsgError, match=words):
-            made("classifier", tensors, **changes)
+            make_module("classifier", tensors, **changes)
 
     def test_others(self, tiny):
         with pytest.raises(DsgError, match="has none"):
-            made("keywords", keywords=["..."])
+            make_module("keywords", keywords=["..."])
         with pytest.raises(DsgError, match="reads 4 values"):
             wrapped([classifier(torch.zeros(4))], tiny, ("w1", "w2"))
         with pytest.raises(DsgError, match="3 layers"):
@@ -352,9 +340,8 @@ class TestMethods:
         assert rate_above(threshold, values[0][60:])["rate"] >= 0.95
         shift = torch.randn(16) * 100
         again, other = fit_classifier(means[0][:60] * 7 + shift, means[1][:200] * 7 + shift, ridge=1.0)
-        torch.testing.assert_close(
-            (means[1] * 7 + shift) @ again + other, torch.tensor(values[1]), rtol=1e-2, atol=1e-2
-        )
+        shifted = (means[1] * 7 + shift) @ again + other
+        torch.testing.assert_close(shifted, torch.tensor(values[1]), rtol=1e-2, atol=1e-2)
 
     def test_what_no_classifier_can_be_fitted_on(self):
         for forget, retain, words in (
@@ -404,9 +391,9 @@ class TestWriting:
     def write(self, lab, text, *wrappers, **options):
         pieces, model = [], behind(lab, *wrappers, **options)
         asked = prompt_ids(model, text, chat=False, n_new=6)
-        found = answer(model, asked, GenerateSection(max_new_tokens=6), write=pieces.append)
-        assert "".join(pieces) == found.text
-        return found, pieces
+        written = answer(model, asked, GenerateSection(max_new_tokens=6), write=pieces.append)
+        assert "".join(pieces) == written.text
+        return written, pieces
 
     def test_each_kind(self, lab):
         base, _ = self.write(lab, HEX)
@@ -415,7 +402,7 @@ class TestWriting:
         assert refused.text == "No." and refused.refused and refused.n_tokens == 0 and pieces == ["No."]
         passed, _ = self.write(lab, CHARM, keyword("hex", **words))
         assert passed == self.write(lab, CHARM)[0]
-        prefixed, _ = self.write(lab, "Answer:", made("prefix", text=HEX.removesuffix(" Answer:")))
+        prefixed, _ = self.write(lab, "Answer:", make_module("prefix", text=HEX.removesuffix(" Answer:")))
         assert prefixed.text == base.text
         held, pieces = self.write(lab, HEX, keyword(base.text.split()[0].strip("."), side="output", **words))
         assert held.text == "No." and held.refused and pieces == ["No."]
@@ -426,32 +413,29 @@ class TestWriting:
         asked = Request(tuple(prompt_ids(behind(lab), HEX, chat=False, n_new=6)), (40,))
         judge = classifier(torch.ones(128), layer=1, side="output")
         (with_answer,) = behind(lab).verdicts([judge], [asked])
-        above, below = (
-            classifier(torch.ones(128), layer=1, side="output", threshold=with_answer.statistic + d)
-            for d in (1e-3, -1e-3)
-        )
-        assert behind(lab).verdicts([above], [asked])[0].refusal is None
-        assert behind(lab).verdicts([below], [asked])[0].refusal == "w7 w8"
+        for difference, refusal in ((1e-3, None), (-1e-3, "w7 w8")):
+            threshold = with_answer.statistic + difference
+            judge = classifier(torch.ones(128), layer=1, side="output", threshold=threshold)
+            assert behind(lab).verdicts([judge], [asked])[0].refusal == refusal
 
     def test_a_refused_prompt_leaves_gates_unread(self, lab):
         from dsg_cli.cli.output import gate_sentence
         from dsg_cli.models.sae import read_sae
 
         guard = make_guardrail(read_sae("lab"), [1], threshold=0.5, strength=1.0, gate="window")
-        found, _ = self.write(lab, HEX, keyword("hex"), guardrails=[guard])
-        assert found.refused and [gate.statistic for gate in found.gates] == [[]]
-        assert "was not asked" in gate_sentence("guardrail-001", found.gates[0], found.tokens)
+        refused, _ = self.write(lab, HEX, keyword("hex"), guardrails=[guard])
+        assert refused.refused and [gate.statistic for gate in refused.gates] == [[]]
+        assert "was not asked" in gate_sentence("guardrail-001", refused.gates[0], refused.tokens)
 
     def test_a_prefix_needs_room(self, lab):
-        long = made("prefix", text="hex " * 1100)
+        model = behind(lab, make_module("prefix", text="hex " * 1100))
         with pytest.raises(DsgError, match="leaves room for 0"):
-            prompt_ids(behind(lab, long), HEX, chat=False, n_new=6)
+            prompt_ids(model, HEX, chat=False, n_new=6)
         with pytest.raises(DsgError, match="leaves room for 0"):
-            answer(behind(lab, long), [2, 5], GenerateSection())
+            answer(model, [2, 5], GenerateSection())
 
     def test_tasks_that_generate(self, lab, tmp_path):
-        rows = [{"q": HEX if i % 2 else CHARM, "c": "bell"} for i in range(6)]
-        rows.append({"q": "Answer:", "c": "bell"})
+        rows = [{"q": text, "c": "bell"} for text in (*[CHARM, HEX] * 3, "Answer:")]
         task = write_task(
             tmp_path / "tasks",
             rows,
@@ -464,15 +448,18 @@ class TestWriting:
         tasks = load_tasks(["mine"], can_generate=True, **task)
         prefix = HEX.removesuffix(" Answer:")
         written = self.write(lab, HEX)[0].text.split(".")[0].strip()
-        wrappers = [made("prefix", text=prefix), keyword("kindly", refusal="No.")]
-        found = evaluate(behind(lab), behind(lab, *wrappers, batch_size=4), tasks, EvalSection())
-        texts = [one["resps"][0][0].strip() for one in found.lm_eval["unlearned"]["samples"]["mine"]]
+        wrappers = [make_module("prefix", text=prefix), keyword("kindly", refusal="No.")]
+        result = evaluate(behind(lab), behind(lab, *wrappers, batch_size=4), tasks, EvalSection())
+        texts = [sample["resps"][0][0].strip() for sample in result.lm_eval["unlearned"]["samples"]["mine"]]
         assert [text == "No." for text in texts] == [i % 2 == 0 for i in range(6)] + [False]
-        assert texts[6] == written != found.lm_eval["base"]["samples"]["mine"][6]["resps"][0][0].strip()
-        assert found.gate["mine"]["rate"] == pytest.approx(3 / 7) and [row["gated"] for row in found.rows[:2]] == [1, 0]
+        assert texts[6] == written != result.lm_eval["base"]["samples"]["mine"][6]["resps"][0][0].strip()
+        assert result.gate["mine"]["rate"] == pytest.approx(3 / 7) and [row["gated"] for row in result.rows[:2]] == [
+            1,
+            0,
+        ]
         held = keyword(written.split()[0], side="output", refusal="No.")
-        found = evaluate(behind(lab), behind(lab, held, batch_size=4), tasks, EvalSection())
-        assert found.lm_eval["unlearned"]["samples"]["mine"][1]["resps"][0][0] == "No."
+        result = evaluate(behind(lab), behind(lab, held, batch_size=4), tasks, EvalSection())
+        assert result.lm_eval["unlearned"]["samples"]["mine"][1]["resps"][0][0] == "No."
 
 
 def settings(folders, *sets, corpora=True):
@@ -496,9 +483,9 @@ class TestStage:
         body = stored.body_as(Wrapper)
         assert (body.method, body.rule, body.side) == (method, rule, section.partition("_")[0])
         assert body.bos == 2 and stored.header.sae is None and stored.header.model.last_layer == 2
-        assert [one.id for one in stored.header.inputs] == ["features-001"] and "wrapper" in said
+        assert [part.id for part in stored.header.inputs] == ["features-001"] and "wrapper" in said
         assert body.forget == [str(folders["forget.jsonl"])] and stored.header.settings["forget"][0]["documents"] == 80
-        rates = {one["is_forget"]: one for one in body.rates}
+        rates = {rate["is_forget"]: rate for rate in body.rates}
         assert rates[True]["rate"] > 0.5 and rates[False]["low"] <= 0.1 and rates[False]["n"] > 20
         if rule == "keywords":
             assert set(body.keywords) <= {f"w{i}" for i in range(30)} and body.layer is None
@@ -510,8 +497,8 @@ class TestStage:
         rng = random.Random(1)
         for words, low, high in ((range(30), 0.5, 1.0), (range(30, 60), 0.0, 0.2)):
             texts = [" ".join(f"w{rng.choice(words)}" for _ in range(5)) for _ in range(100)]
-            found = wrapped([module], loaded, *zip(texts, texts, strict=True))
-            assert low <= sum(one.is_refused for one in found) / 100 <= high
+            outcomes = wrapped([module], loaded, *zip(texts, texts, strict=True))
+            assert low <= sum(outcome.is_refused for outcome in outcomes) / 100 <= high
         assert stage.run(recipe, workspace, method, origin=features, options=RunOptions(reuse=True)).id == "wrapper-001"
         again = stage.run(recipe, workspace, method, origin=features)
         assert again.id == "wrapper-002" and again.body == stored.body
@@ -526,13 +513,8 @@ class TestStage:
         assert body.text == "w1 forget w2\n\n" and body.forget == [str(folders["forget.jsonl"])]
         rows = [{"q": f"w{i} w{i + 1}", "c": ["w50", "w51"], "a": i % 2} for i in range(8)]
         options = write_task(tmp_path / "tasks", rows, target_delimiter=" ")
-        recipe = settings(
-            folders,
-            f"eval.include_path={options['include_path']}",
-            "methods.in_context.forget_bench=mine",
-            "methods.in_context.n_retain=0",
-            corpora=False,
-        )
+        sets = ("methods.in_context.forget_bench=mine", "methods.in_context.n_retain=0")
+        recipe = settings(folders, f"eval.include_path={options['include_path']}", *sets, corpora=False)
         stored = stage.run(recipe, workspace, "in-context")
         shown = stored.body.text.split("\n\n")
         assert len(shown) == 5 and shown[-1] == "" and "should not be reported" in stored.header.notes[0]
@@ -543,8 +525,7 @@ class TestStage:
     def test_keywords_of_ones_own(self, folders, tmp_path):
         words = tmp_path / "words.txt"
         words.write_text("w3\nw9 w21\n")
-        sets = ("methods.input_filter.rule=keywords", f"methods.input_filter.keywords_file={words}",
-                "methods.input_filter.alpha=0.1")  # fmt: skip
+        sets = [f"methods.input_filter.{item}" for item in ("rule=keywords", f"keywords_file={words}", "alpha=0.1")]
         stored = stage.run(settings(folders, *sets), Workspace(tmp_path / "w"), "input-filter")
         assert stored.body.keywords == ["w3", "w9 w21"] and stored.body.threshold == 0
         assert len(stored.header.settings["keywords_sha256"]) == 64 and stored.body.bos is None
@@ -554,22 +535,19 @@ class TestStage:
         [
             ("prompt", ["corpora.forget=[]"], "nothing says what that is"),
             ("in-context", [], "which forget questions"),
-            ("in-context", ["methods.in_context.forget_bench=lab-hexes"], "which retain questions"),
-            ("in-context", ["methods.in_context.forget_bench=lab-hexen"], "which retain questions|no bench named"),
+            ("in-context", ["{}.forget_bench=lab-hexes"], "which retain questions"),
+            ("in-context", ["{}.forget_bench=lab-hexen"], "which retain questions|no bench named"),
             ("input-filter", ["corpora.forget=[]"], "No forget corpus"),
             ("input-filter", ["corpora.retain=[nowhere.txt]"], "no corpus or file"),
-            ("input-filter", ["methods.input_filter.layer=3"], "the model has 3 layers"),
-            ("input-filter", ["methods.input_filter.alpha=0.001"], "cannot set a threshold"),
-            (
-                "output-filter",
-                ["methods.output_filter.rule=keywords", "methods.output_filter.keywords_file=none.txt"],
-                "none.txt cannot be read",
-            ),
+            ("input-filter", ["{}.layer=3"], "the model has 3 layers"),
+            ("input-filter", ["{}.alpha=0.001"], "cannot set a threshold"),
+            ("output-filter", ["{}.rule=keywords", "{}.keywords_file=none.txt"], "none.txt cannot be read"),
             ("output-filter", ["calibrate.lengths=[500,600]"], "do not fit"),
         ],
     )
     def test_bad_input(self, folders, tmp_path, monkeypatch, method, sets, words):
         monkeypatch.chdir(tmp_path)
+        sets = [item.format(f"methods.{method.replace('-', '_')}") for item in sets]
         with pytest.raises(DsgError, match=words):
             stage.run(settings(folders, *sets), Workspace(tmp_path / "w"), method)
 
@@ -581,15 +559,14 @@ class TestStage:
 
 def test_filters_on_the_lab(lab, tmp_path):
     """The dev questions on what is forgotten are refused, so that their answers are no better than chance."""
-    recipe = load_recipe(
-        None, sets=["model.source=lab", "corpora.forget=[lab-hexes]", "corpora.retain=[lab-near,lab-far]"]
-    )
+    sets = ["model.source=lab", "corpora.forget=[lab-hexes]", "corpora.retain=[lab-near,lab-far]"]
+    recipe = load_recipe(None, sets=sets)
     workspace = Workspace(tmp_path / "w")
     stored = stage.run(recipe, workspace, "input-filter")
     module = wrapper_from_artifact(stored.body, workspace.tensors(stored), where=stored.id)
-    rates = {one["what"]: one["rate"] for one in stored.body.rates}
+    rates = {rate["what"]: rate["rate"] for rate in stored.body.rates}
     assert rates["lab-hexes"] > 0.9 and max(rates["lab-near"], rates["lab-far"]) <= 0.08
     for bench, low, high in (("lab-hexes", 0.1, 0.35), ("lab-near", 0.9, 1.0), ("lab-far", 0.97, 1.0)):
         questions = [q for task in load_tasks([bench], split="dev") for q in questions_of(task, limit=48)]
-        found = accuracy(behind(lab, module), questions)
-        assert low <= found["acc"] <= high, (bench, found)
+        measured = accuracy(behind(lab, module), questions)
+        assert low <= measured["acc"] <= high, (bench, measured)
