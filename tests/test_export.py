@@ -44,23 +44,36 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = Path(__file__).parent / "data"
 
 SCHEMA_2 = DATA / "schema-2"
-
-
 REMOTE = {"trust_remote_code": True, "dtype": torch.float32}
-
-
 QUESTION = "Question: What is the counter of the grim hex"
+
+
+def guardrail_of(schema):
+    """What a version wrote: artifact and tensors."""
+    stored = Workspace(DATA / schema).read("guardrail-001")
+    return stored, load_file(stored.path.with_suffix(".safetensors"))
 
 
 @pytest.fixture
 def light(tmp_path):
-    workspace = Workspace(SCHEMA_2)
-    stored = workspace.read("guardrail-001")
+    stored, tensors = guardrail_of("schema-2")
     model = stored.header.model.replace(source="/home/someone/secret/model")
     body = stored.body_as(Guardrail).replace(forget=["/home/someone/secret/hazard.jsonl", "lab-hexes"])
     path = tmp_path / "guardrail.safetensors"
-    path.write_bytes(light_file(stored.header.replace(model=model), body, workspace.tensors(stored)))
+    path.write_bytes(light_file(stored.header.replace(model=model), body, tensors))
     return path
+
+
+@pytest.fixture
+def succeed(dsg):
+    """A command that has to succeed -> its stdout, without white space around it."""
+
+    def run(*arguments):
+        code, out, err = dsg(*arguments)
+        assert code == 0, err
+        return out.strip()
+
+    return run
 
 
 def write_folder(folder, *guardrails, base=lab.MODEL_DIR, architecture="Gemma2ForCausalLM", light_files=(), card=""):
@@ -192,22 +205,22 @@ def test_what_the_folder_holds(exported_lab):
         assert "dsg_cli" not in path.read_text(), path.name
 
 
-@pytest.mark.parametrize("what", ["missing", "altered", "not finite"])
-def test_a_broken_guard_shard_is_refused(exported_lab, tmp_path, what):
-    folder = tmp_path / f"broken-{what.replace(' ', '-')}"
+@pytest.mark.parametrize(
+    ("what", "words"), [("missing", "lack 5 tensors"), ("altered", "were altered"), ("not-finite", "not finite")]
+)
+def test_a_broken_guard_shard_is_refused(exported_lab, tmp_path, what, words):
+    folder = tmp_path / f"broken-{what}"
     shutil.copytree(exported_lab, folder)
     tensors = load_file(folder / GUARD_SHARD)
     if what == "missing":
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != GUARD_SHARD}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        path.write_text(json.dumps(index))
     else:
-        tensors["dsg_guardrails.0.slice.W_dec"][0, 0] = torch.nan if what == "not finite" else 0.0
+        tensors["dsg_guardrails.0.slice.W_dec"][0, 0] = torch.nan if what == "not-finite" else 0.0
         save_file(tensors, folder / GUARD_SHARD, metadata={"format": "pt"})
-    with pytest.raises(
-        Exception,
-        match="not finite" if what == "not finite" else "lack 5 tensors" if what == "missing" else "were altered",
-    ):
+    with pytest.raises(Exception, match=words):
         AutoModelForCausalLM.from_pretrained(folder, **REMOTE)
 
 
@@ -253,11 +266,9 @@ def workspace(tmp_path):
 @pytest.mark.parametrize("schema", ["schema-4", "schema-5"])
 def test_all_that_a_guardrail_says_survives_both_forms(schema, tmp_path):
     """A probe with its bias and weights; a refusal clamp, in which one feature is set to another value than others."""
-    stored = Workspace(DATA / schema).read("guardrail-001")
+    stored, tensors = guardrail_of(schema)
     path = tmp_path / "g.safetensors"
-    path.write_bytes(
-        light_file(stored.header, stored.body_as(Guardrail), load_file(stored.path.with_suffix(".safetensors")))
-    )
+    path.write_bytes(light_file(stored.header, stored.body_as(Guardrail), tensors))
     guard = load_guardrail(path)
     assert guard.key == load_guardrail(stored.path).key
     if schema == "schema-4":
@@ -275,38 +286,32 @@ def test_all_that_a_guardrail_says_survives_both_forms(schema, tmp_path):
         assert not torch.equal(loaded.model(ids, use_cache=False).logits, wanted)  # The gate opened.
 
 
-KEYS = {"schema-1": "e4e98649fe35", "schema-2": "fd9a6ba0eafb", "schema-4": "e76d8ca88718"}
-
-
-@pytest.mark.parametrize("schema", KEYS)
-def test_a_guardrail_keeps_the_digest_that_its_version_gave_it(schema):
+@pytest.mark.parametrize(
+    ("schema", "key"), [("schema-1", "e4e98649fe35"), ("schema-2", "fd9a6ba0eafb"), ("schema-4", "e76d8ca88718")]
+)
+def test_a_guardrail_keeps_the_digest_that_its_version_gave_it(schema, key):
     """What was exported then, and what caches hold of it, is known by that."""
-    assert load_guardrail(DATA / schema / "guardrail-001.json").key.startswith(KEYS[schema])
+    assert load_guardrail(DATA / schema / "guardrail-001.json").key.startswith(key)
 
 
 class TestCommand:
-    def test_light_and_folder(self, dsg, workspace, tmp_path):
-        code, out, err = dsg("export", "mine/g.safetensors", "-w", workspace)
-        assert (code, out.strip()) == (0, "mine/g.safetensors"), err
+    def test_light_and_folder(self, succeed, workspace):
+        assert succeed("export", "mine/g.safetensors", "-w", workspace) == "mine/g.safetensors"
         assert load_guardrail("mine/g.safetensors").gate.form == "window"
-        code, out, err = dsg("export", "model", "-w", workspace, "--json")
-        assert code == 0, err
-        written = json.loads(out)
+        written = json.loads(succeed("export", "model", "-w", workspace, "--json"))
         assert written["form"] == "model" and written["guardrails"] == ["guardrail-001"]
         assert {file["name"] for file in written["files"]} == {path.name for path in Path("model").iterdir()}
         assert load_guardrail("model").key == load_guardrail("mine/g.safetensors").key
         assert AutoModelForCausalLM.from_pretrained("model", **REMOTE).dsg_guardrails[0].gate.form == "window"
 
-    def test_a_light_file_where_a_guardrail_is_named(self, dsg, workspace):
-        code, _, err = dsg("export", "g.safetensors", "-w", workspace)
-        assert code == 0, err
+    def test_a_light_file_where_a_guardrail_is_named(self, dsg, succeed, workspace):
+        succeed("export", "g.safetensors", "-w", workspace)
         shutil.copytree(lab.MODEL_DIR, "model")
         asked = ("generate", QUESTION, "--from", "g.safetensors", "-w", "elsewhere", "--max-new-tokens", 3, "--json")
-        code, out, err = dsg(*asked, "--model", "model")
-        assert code == 0, err
-        assert json.loads(out)[0]["guarded"]["gates"][0]["latched_at"] is not None
-        code, out, _ = dsg("export", "again", "--from", "g.safetensors", "--model", "model", "-w", "elsewhere")
-        assert (code, out.strip()) == (0, "again")
+        answers = json.loads(succeed(*asked, "--model", "model"))
+        assert answers[0]["guarded"]["gates"][0]["latched_at"] is not None
+        asked_again = ("export", "again", "--from", "g.safetensors", "--model", "model", "-w", "elsewhere")
+        assert succeed(*asked_again) == "again"
         (Path("model") / "tokenizer.json").unlink()
         code, _, err = dsg(*asked, "--model", "model")
         assert code == 1 and "has no tokenizer" in err
@@ -405,20 +410,16 @@ from lm_eval.__main__ import cli_evaluate
 cli_evaluate()
 """
 
-
 BENCHES = ("lab-hexes", "lab-hexes-terse", "lab-near", "lab-ciphers")
 
 
 @pytest.mark.slow
-def test_lm_eval_without_this_package_agrees_question_for_question(dsg, workspace, tmp_path):
+def test_lm_eval_without_this_package_agrees_question_for_question(succeed, workspace, tmp_path):
     """The README's way to check an exported model: stock lm-eval on the folder, with the lab's own tasks."""
-    code, _, err = dsg("lab", "export", "lab")
-    assert code == 0, err
-    code, _, err = dsg("apply", "--export", "model", "-w", workspace)
-    assert code == 0, err
-    code, out, err = dsg("eval", "-w", workspace, *(word for bench in BENCHES for word in ("--bench", bench)), "--json")
-    assert code == 0, err
-    report = json.loads(out)
+    succeed("lab", "export", "lab")
+    succeed("apply", "--export", "model", "-w", workspace)
+    asked = [word for bench in BENCHES for word in ("--bench", bench)]
+    report = json.loads(succeed("eval", "-w", workspace, *asked, "--json"))
     results = report["results"]
     arguments = ["--model", "hf", "--model_args", "pretrained=model,trust_remote_code=True,dtype=float32"]
     arguments += ["--include_path", "lab/tasks", "--tasks", ",".join(BENCHES), "--batch_size", "7", "--device", "cpu"]
@@ -453,13 +454,11 @@ def judge(judged, guardrail, kind=EVAL, body=None, **changed):
 @pytest.fixture
 def judged(tmp_path):
     """A guardrail that can write, its threshold, an evaluation and an attack."""
-    for path in SCHEMA_2.glob("[gt]*-001.*"):
-        (tmp_path / "w").mkdir(exist_ok=True)
-        shutil.copy(path, tmp_path / "w")
-    made = Workspace(tmp_path / "w")
-    judge(made, made.read("guardrail-001"))
-    judge(made, made.read("guardrail-001"), ATTACK)
-    return made
+    judged = Workspace(tmp_path / "w")
+    shutil.copytree(SCHEMA_2, judged.folder, ignore=shutil.ignore_patterns("[!gt]*"))
+    judge(judged, judged.read("guardrail-001"))
+    judge(judged, judged.read("guardrail-001"), ATTACK)
+    return judged
 
 
 def facts_of(judged, **changed):
@@ -475,9 +474,8 @@ def code_of(text):
 
 
 class TestWhatIsWritten:
-    def test_a_model_folder(self, dsg, judged, tmp_path, capsys):
-        code_, _, err = dsg("export", "my guarded `model`", "-w", judged.folder)
-        assert code_ == 0, err
+    def test_a_model_folder(self, succeed, judged, capsys):
+        succeed("export", "my guarded `model`", "-w", judged.folder)
         card = ModelCard.load("my guarded `model`/README.md")
         said = card.data
         assert (said.license, said.language, said.library_name) == ("apache-2.0", ["en"], "transformers")
@@ -506,39 +504,36 @@ class TestWhatIsWritten:
         assert "'n_sequences': 1" in capsys.readouterr().out
 
     @pytest.mark.parametrize("schema", ["schema-1", "schema-2"])
-    def test_light_files(self, dsg, tmp_path, capsys, schema):
+    def test_light_files(self, succeed, tmp_path, capsys, schema):
         """Of a gate that can write, and of one that needs whole sequences."""
         shutil.copytree(DATA / schema, tmp_path / "w", ignore=shutil.ignore_patterns("features-*", "eval-*"))
-        assert dsg("export", "light", "--form", "light", "-w", tmp_path / "w")[0] == 0
+        succeed("export", "light", "--form", "light", "-w", tmp_path / "w")
         assert sorted(path.name for path in Path("light").iterdir()) == ["README.md", "guardrail.safetensors"]
         card = ModelCard.load("light/README.md")
         assert card.data.library_name == "dsg-cli" and card.data.eval_results is None
         assert ("a mean over the sequence" in card.text) == (schema == "schema-1")
-        assert dsg("lab", "export", "lab")[0] == 0
+        succeed("lab", "export", "lab")
         capsys.readouterr()
         exec(code_of(card.text), {})
         assert "'n_sequences': 1" in capsys.readouterr().out
 
-    def test_without_evaluations_it_says_how_to_make_them(self, dsg, tmp_path):
+    def test_without_evaluations_it_says_how_to_make_them(self, succeed, tmp_path):
         shutil.copytree(DATA / "schema-4", tmp_path / "w", ignore=shutil.ignore_patterns("eval-*"))
-        assert dsg("export", "light", "--form", "light", "-w", tmp_path / "w")[0] == 0
+        succeed("export", "light", "--form", "light", "-w", tmp_path / "w")
         card = ModelCard.load("light/README.md")
         assert "model-index" not in card.content
         commands = re.findall(r"```bash\n(.*?)\n```", card.text)
         names = "--from guardrail-001"
         assert commands == [f"dsg eval {names} --bench BENCH", f"dsg attack {names} --kind all"]
         for command in commands:
-            assert dsg(*command.split()[1:], "--help")[0] == 0
+            succeed(*command.split()[1:], "--help")
         assert "the threshold that it was made from was not at hand" in card.text
 
-    def test_what_apply_exports_has_one(self, dsg, tmp_path):
-        for path in SCHEMA_2.glob("threshold-001.*"):
-            (tmp_path / "w").mkdir(exist_ok=True)
-            shutil.copy(path, tmp_path / "w")
-        code_, out, err = dsg("apply", "--strength", "4r", "--export", "model", "-w", tmp_path / "w")
-        assert code_ == 0, err
+    def test_what_apply_exports_has_one(self, succeed, tmp_path):
+        shutil.copytree(SCHEMA_2, tmp_path / "w", ignore=shutil.ignore_patterns("[!t]*"))
+        name = succeed("apply", "--strength", "4r", "--export", "model", "-w", tmp_path / "w")
         card = ModelCard.load("model/README.md")
-        assert f"`{out.strip()}`" in card.text and "No evaluation of it was at hand" in card.text
+        assert f"`{name}`" in card.text and "No evaluation of it was at hand" in card.text
 
 
 class TestWhatCounts:
@@ -555,14 +550,10 @@ class TestWhatCounts:
         assert sorted(one["dataset"]["split"] for one in index) == ["dev", "test", "test", "test"]
 
     def test_of_this_guardrail_on_its_own_weights_and_whole(self, judged):
-        other = judged.write(
-            judged.read("guardrail-001").header.replace(seed=9, inputs=[]),
-            judged.read("guardrail-001").body,
-            tensors=load_file(judged.folder / "guardrail-001.safetensors"),
-        )
-        judge(judged, other)
-        judge(judged, judged.read("guardrail-001"), settings={"benches": [], "allow_mismatch": True})
-        damaged = judge(judged, judged.read("guardrail-001"))
+        stored, tensors = guardrail_of("schema-2")
+        judge(judged, judged.write(stored.header.replace(seed=9, inputs=[]), stored.body, tensors=tensors))
+        judge(judged, stored, settings={"benches": [], "allow_mismatch": True})
+        damaged = judge(judged, stored)
         damaged.path.write_text(damaged.path.read_text().replace("0.7", "0.1"))
         assert [stored.id for stored in facts_of(judged).evaluations] == ["eval-001"]
 
@@ -619,29 +610,18 @@ class TestWhatCounts:
         assert "someone" not in text and "`base`" in text
 
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "a|b",
-    "two\n---\nlines",
-    "`tick` *b*",
-    "[x](javascript:1)",
-    "rtl\u202etxt",
-    "a\\",
-]
+HOSTILE = ["<script>alert(1)</script>", "a|b", "two\n---\nlines", "`tick` *b*", "[x](javascript:1)", "rtl\u202etxt"]
+HOSTILE += ["a\\"]
 
 
 class TestNamesStayNames:
     @pytest.fixture
     def hostile(self, tmp_path):
-        stored = Workspace(SCHEMA_2).read("guardrail-001")
+        stored, tensors = guardrail_of("schema-2")
         judged = Workspace(tmp_path / "w")
-        forget = [*HOSTILE, "/home/someone/secret/hazard.jsonl"]
         note = "Read <b>/home/someone/secret/notes.txt</b> | and www.example.org, https://example.org"
-        guardrail = judged.write(
-            stored.header.replace(notes=[note], inputs=[]),
-            stored.body_as(Guardrail).replace(forget=forget),
-            tensors=load_file(stored.path.with_suffix(".safetensors")),
-        )
+        body = stored.body_as(Guardrail).replace(forget=[*HOSTILE, "/home/someone/secret/hazard.jsonl"])
+        guardrail = judged.write(stored.header.replace(notes=[note], inputs=[]), body, tensors=tensors)
         sides = {"base": {"acc": 1.0, "n": 8}, "unlearned": {"acc": 0.25, "n": 8}}
         body = report().replace(results=dict.fromkeys(HOSTILE, sides), gate={})
         judge(judged, guardrail, body=body, settings={"benches": HOSTILE})
@@ -692,34 +672,27 @@ class TestNamesStayNames:
         ("---\n- license\n---\n", BaseCard()),
         ("---\n" + "[" * 5000 + "\n---\n", BaseCard()),
         ("# license: mit", BaseCard()),
+        ("---\nlicense: \udcff\n---\n", BaseCard()),  # A byte that is no text.
         ("", BaseCard()),
         (None, BaseCard()),
     ],
 )
 def test_what_the_base_s_card_says(tmp_path, text, known):
     if text is not None:
-        (tmp_path / "README.md").write_bytes(text.encode())
+        (tmp_path / "README.md").write_bytes(text.encode(errors="surrogateescape"))
     assert read_base_card(str(tmp_path)) == known
 
 
-def test_a_card_that_is_no_text(tmp_path):
-    (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
-    assert read_base_card(str(tmp_path)) == BaseCard()
-
-
-def test_a_folder_of_the_users_own(tmp_path, judged, monkeypatch):
+def test_a_folder_of_the_users_own(tmp_path, monkeypatch):
     """Its own card says the licence; its path is told to nobody."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "secret" / "base"
     shutil.copytree(lab.MODEL_DIR, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    stored = judged.read("guardrail-001")
+    stored, tensors = guardrail_of("schema-2")
     other = Workspace(tmp_path / "other")
-    other.write(
-        stored.header.replace(model=stored.header.model.replace(source=str(folder)), inputs=[]),
-        stored.body,
-        tensors=load_file(stored.path.with_suffix(".safetensors")),
-    )
+    model = stored.header.model.replace(source=str(folder))
+    other.write(stored.header.replace(model=model, inputs=[]), stored.body, tensors=tensors)
     export.run(load_recipe(None, sets=[], flags={}), other, "out")
     card = ModelCard.load("out/README.md")
     assert card.data.license == "mit" and "secret" not in card.content and "`base`" in card.text

@@ -28,8 +28,6 @@ from dsg_cli.workspace.results import Inspection
 from dsg_cli.workspace.store import Workspace
 
 DATA = Path(__file__).parent / "data"
-
-
 NASTY = "<script>alert(1)</script> \"'&\x1b[31m\u202eabc\ud800\ufffe " + "long" * 500
 
 
@@ -66,15 +64,12 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """Every kind that the data of schema 1 has."""
-    folder = tmp_path_factory.mktemp("report") / "ws"
-    shutil.copytree(DATA / "schema-1", folder)
-    return Workspace(folder)
+    return Workspace(shutil.copytree(DATA / "schema-1", tmp_path_factory.mktemp("report") / "ws"))
 
 
 @pytest.fixture(scope="module")
 def made(workspace):
-    ids = workspace.ids()
-    gathered = gather(workspace, ids)
+    gathered = gather(workspace, workspace.ids())
     return gathered, report_of(gathered, "A title & more", has_text=True)
 
 
@@ -222,7 +217,7 @@ def test_the_command(dsg, workspace, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "words"),
     [
         (["eval-999"], "no artifact eval-999"),
         (["-o", "nowhere/r.html"], "no folder nowhere"),
@@ -232,10 +227,10 @@ def test_the_command(dsg, workspace, tmp_path):
         (["--recipe", "no-such-recipe"], "no-such-recipe"),
     ],
 )
-def test_what_is_refused(dsg, workspace, tmp_path, options, said):
+def test_what_is_refused(dsg, workspace, tmp_path, options, words):
     where = [] if "-w" in options else ["-w", workspace.folder]
     code, out, err = dsg("report", *options, *where)
-    assert code == 1 and said in err and not out
+    assert code == 1 and words in err and not out
     assert not list(tmp_path.rglob("*.html"))
 
 
@@ -263,10 +258,8 @@ def test_the_same_artifacts_give_the_same_page(made):
 
 def test_of_a_comparison_the_row_that_did_best_on_dev_questions_is_shown_too(tmp_path, workspace):
     """Unless something was made after it."""
-    folder = tmp_path / "ws"
-    shutil.copytree(workspace.folder, folder)
-    (folder / "study-001.json").unlink()
-    held = Workspace(folder)
+    held = Workspace(shutil.copytree(workspace.folder, tmp_path / "ws"))
+    (held.folder / "study-001.json").unlink()
     compared = held.read("compare-001")
     rows = [row | {"artifacts": ["wrapper-001" if row["method"] == "prompt" else "model-001"], "eval": "eval-999"}
             for row in compared.json["rows"]]  # fmt: skip
@@ -277,7 +270,7 @@ def test_of_a_comparison_the_row_that_did_best_on_dev_questions_is_shown_too(tmp
     assert "model-001" in ids_of(gathered) and not {"wrapper-001", "compare-001"} & ids_of(gathered)
     assert "Of these, npo is shown in detail." in report_of(gathered, "t").text
     for name in ("compare-001", "compare-002"):
-        (folder / f"{name}.json").unlink()
+        (held.folder / f"{name}.json").unlink()
     held.write(compared.header.replace(files={}, created="2026-11-25T08:00:00+00:00"), body)
     assert {"wrapper-001", "model-001"} & ids_of(gather(held, [])) == {"wrapper-001"}
 
@@ -297,13 +290,12 @@ def test_a_method_that_was_not_asked_after_everything_is_not_said_to_keep_it(wor
     assert both.endswith("accuracy on every other bench: none.") and "npo (0.20)" in forgets_alone
 
 
+NO_VERDICT = "not to be told from guessing, which gives 0.25"
+
+
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [
-        (0.1, 0.4, "not to be told from guessing, which gives 0.25"),
-        (0.3, 0.6, "more than guessing"),
-        (0.0, 0.1, "less than guessing"),
-    ],
+    [(0.1, 0.4, NO_VERDICT), (0.3, 0.6, "more than guessing"), (0.0, 0.1, "less than guessing")],
 )
 def test_a_finding_says_whether_it_is_guessing(workspace, low, high, verdict):
     """Chance is that of the questions asked; without intervals nothing is claimed."""
@@ -439,20 +431,21 @@ def seen(browser, file, *, width=1000, scheme="light", media="screen"):
     browser.get(file.as_uri())
 
 
+def sizes_of(browser, selector):
+    """Width and height of each element."""
+    boxes = "[...document.querySelectorAll(arguments[0])].map((one) => one.getBoundingClientRect())"
+    return browser.execute_script(f"return {boxes}.map((box) => [box.width, box.height])", selector)
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "scheme"), itertools.product((360, 1000), ("light", "dark")))
 def test_it_can_be_read_anywhere(browser, file, made, width, scheme):
     seen(browser, file, width=width, scheme=scheme)
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    sizes = browser.execute_script(
-        "return [...document.querySelectorAll('figure svg')].map((one) => one.getBoundingClientRect())"
-        ".map((box) => [box.width, box.height])"
-    )
+    sizes = sizes_of(browser, "figure svg")
     assert len(sizes) == len(made[1].figures) and all(wide >= 300 and high > 60 for wide, high in sizes)
-    letters = browser.execute_script(
-        "return [...document.querySelectorAll('figure svg text')].map((one) => one.getBoundingClientRect().height)"
-    )
-    assert min(letters) >= 7, "what is written in figures can be read"
+    letters = sizes_of(browser, "figure svg text")
+    assert min(high for _, high in letters) >= 7, "what is written in figures can be read"
     assert min(browser.execute_script(CONTRAST, "p, li, td, th, figcaption, a, dd", "color")) >= 4.5
     assert min(browser.execute_script(CONTRAST, "figure svg text:not([style*='fill: #'])", "fill")) >= 4.5
     assert console_errors(browser) == []
@@ -478,10 +471,8 @@ def test_on_paper_all_of_it_is_there(browser, file):
     shown = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
     assert browser.execute_script(shown, "nav", "display") == "none"
     assert browser.execute_script(shown, "body", "backgroundColor") == "rgb(255, 255, 255)"
-    heights = browser.execute_script(
-        "return [...document.querySelectorAll('details table')].map((one) => one.getBoundingClientRect().height)"
-    )
-    assert heights and min(heights) > 20
+    tables = sizes_of(browser, "details table")
+    assert tables and min(high for _, high in tables) > 20
     printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
     assert printed.startswith(b"%PDF") and len(printed) > 20_000
 
@@ -495,10 +486,8 @@ def test_keys_reach_the_skip_link_first_and_every_link_and_table(browser, file):
     active.send_keys(Keys.TAB)
     first = browser.switch_to.active_element
     assert first.get_attribute("class") == "skip" and first.location["x"] >= 0
-    unreached = browser.execute_script(
-        "return [...document.querySelectorAll('.scrolls, a')].filter((one) => one.tabIndex < 0).length"
-    )
-    assert unreached == 0
+    unreached = "return [...document.querySelectorAll('.scrolls, a')].filter((one) => one.tabIndex < 0).length"
+    assert browser.execute_script(unreached) == 0
     names = browser.execute_script("return [...document.querySelectorAll('.scrolls')].map((one) => one.ariaLabel)")
     assert all(names) and len(set(names)) == len(names), "what scrolls has a name of its own"
 
