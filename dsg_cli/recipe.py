@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,6 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     for key, value in values.items():
         _put(data, key, value)
     return _checked(data, "a grid")
-
-
-def values_at(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
-    """The values at dotted keys, of the types that they have in a recipe."""
-    return {key: functools.reduce(getattr, key.split("."), recipe) for key in keys}
 
 
 def parse_yaml(text: str, what: str) -> Any:

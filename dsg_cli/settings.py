@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
+from operator import attrgetter
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -891,3 +892,8 @@ class Recipe:
     published: PublishedSection = field(default_factory=PublishedSection)
     seed: Whole = 0
     """Of everything that is drawn at random."""
+
+
+def values_at(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
+    """The values at dotted keys, of the types that they have in a recipe."""
+    return {key: attrgetter(key)(recipe) for key in keys}

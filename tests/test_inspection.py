@@ -333,7 +333,7 @@ class TestChain:
     def test_a_page_of_its_own(self, dsg, lab):
         code, _, err = dsg("inspect", "--feature", 331, "--limit", 40, "-w", lab.folder, "--html", "page.html")
         text = Path("page.html").read_text()
-        assert code == 0 and "default-src &#x27;none&#x27;" in text and "<script" not in text and "://" not in text, err
+        assert code == 0 and "default-src 'none'" in text and "<script" not in text and "://" not in text, err
         assert "Feature 331 by corpus" in text and 'class="peak"' in text and "clamped" in text
         for page, words in (("page.html", "is there already"), ("nowhere/page.html", "no folder nowhere")):
             code, _, err = dsg("inspect", "-w", lab.folder, "--html", page)

@@ -23,11 +23,11 @@ from dsg_cli.cli.app import COMMANDS as PANELS
 from dsg_cli.cli.app import main
 from dsg_cli.errors import DsgError
 from dsg_cli.guardrail.loading import load_guardrail
-from dsg_cli.recipe import RECIPES, find_recipe, load_recipe, recipe_names, values_at
+from dsg_cli.recipe import RECIPES, find_recipe, load_recipe, recipe_names
 from dsg_cli.report.evaluations import beside, published_table
 from dsg_cli.report.rendering import console
 from dsg_cli.report.tables import artifact_table, list_table, provenance_tree
-from dsg_cli.settings import PublishedSection, Recipe
+from dsg_cli.settings import PublishedSection, Recipe, values_at
 from dsg_cli.workspace.artifacts import KINDS, artifact_digest, artifact_text
 from dsg_cli.workspace.store import Workspace
 

@@ -27,8 +27,8 @@ from dsg_cli.inference.scoring import GuardedModel
 from dsg_cli.lab import data as lab
 from dsg_cli.methods import METHODS, check_method, finetunes, section_of
 from dsg_cli.models.language_model import load_model
-from dsg_cli.recipe import values_at, with_values
-from dsg_cli.settings import CompareSection, Recipe
+from dsg_cli.recipe import with_values
+from dsg_cli.settings import CompareSection, Recipe, values_at
 from dsg_cli.stages import attack, evaluate
 from dsg_cli.stages.apply import run_method
 from dsg_cli.stages.composition import Composition, find_composition, load_composition

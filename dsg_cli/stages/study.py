@@ -25,8 +25,8 @@ from dsg_cli.job import Job
 from dsg_cli.lab import data as lab
 from dsg_cli.models.language_model import LoadedModel
 from dsg_cli.models.sae import check_name
-from dsg_cli.recipe import values_at, with_values
-from dsg_cli.settings import Recipe, SelectSection
+from dsg_cli.recipe import with_values
+from dsg_cli.settings import Recipe, SelectSection, values_at
 from dsg_cli.stages import select
 from dsg_cli.stages.apply import AUTO, check_strength
 from dsg_cli.stages.calibrate import calibration_pieces, piece_lengths

@@ -38,8 +38,7 @@ from dsg_cli.job import Job
 from dsg_cli.models.language_model import LoadedModel, context_length
 from dsg_cli.models.sae import SaeSource
 from dsg_cli.models.sae_slice import slice_sae
-from dsg_cli.recipe import values_at
-from dsg_cli.settings import CalibrateSection, Recipe, parse_strength
+from dsg_cli.settings import CalibrateSection, Recipe, parse_strength, values_at
 from dsg_cli.studies import AXES, OF_A_GUARDRAIL
 from dsg_cli.workspace.artifacts import FeatureSet
 from dsg_cli.workspace.body import Json
