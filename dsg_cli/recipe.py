@@ -102,12 +102,12 @@ def load_recipe(name: str | None = None, *, sets: Sequence[str] = (), flags: Map
     return _checked(data, where)
 
 
-def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values at dotted keys."""
+def with_values(recipe: Recipe, values: Mapping[str, Any], where: str = "a grid") -> Recipe:
+    """The recipe with other values, which are checked, at dotted keys; `where` they come from is named in errors."""
     data = dataclasses.asdict(recipe)
     for key, value in values.items():
         _put(data, key, value)
-    return _checked(data, "a grid")
+    return _checked(data, where)
 
 
 def parse_yaml(text: str, what: str) -> Any:

@@ -237,13 +237,10 @@ def _check_selected(select: SelectSection, what: str) -> None:
 def _agreeing(recipe: Recipe, features: Stored) -> Recipe:
     assert features.header.sae is not None
     settings = features.header.settings
-    selection = {key.name: settings[key.name] for key in dataclasses.fields(SelectSection) if key.name in settings}
-    return dataclasses.replace(
-        taken_from(recipe, features),
-        sae=dataclasses.replace(recipe.sae, source=features.header.sae.source),
-        select=dataclasses.replace(recipe.select, **selection),
-        seed=features.header.seed,
-    )
+    names = [key.name for key in dataclasses.fields(SelectSection) if key.name in settings]
+    values = {f"select.{name}": settings[name] for name in names}
+    values |= {"sae.source": features.header.sae.source, "seed": features.header.seed}
+    return with_values(taken_from(recipe, features), values, features.id)
 
 
 def _check(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> None:
