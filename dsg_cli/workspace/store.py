@@ -185,24 +185,17 @@ class Workspace:
         return stored
 
     def newest(self, kinds: Sequence[str], *, finetuned: bool = True) -> str | None:
-        """Id of the artifact that was done last, by the time that it states: a copied file has another.
+        """Id of the artifact of these kinds that was done last, by the time that it states: a copied file has another.
 
-        Args:
-            kinds: Of which one is wanted.
-            finetuned: Whether a model counts that was trained on text, and unlearned nothing.
+        Without `finetuned`, models do not count that were trained on text and unlearned nothing.
         """
-        ids = [artifact_id for kind in kinds for artifact_id in self.ids(kind)]
-        if not finetuned:
-            ids = [artifact_id for artifact_id in ids if not finetunes(str(self._stated(artifact_id).get("method")))]
-        return max(ids, key=self.done, default=None)
+        stated = {artifact_id: self._stated(artifact_id) for kind in kinds for artifact_id in self.ids(kind)}
+        ids = [name for name, json in stated.items() if finetuned or not finetunes(str(json.get("method")))]
+        return max(ids, key=lambda name: _done(name, stated[name]), default=None)
 
     def done(self, artifact_id: str) -> tuple[float, int]:
-        """When it was done, and its number; what cannot be read is the newest, for who reads it says what is wrong."""
-        stated, number = self._stated(artifact_id), int(artifact_id.rpartition("-")[2])
-        try:
-            return datetime.fromisoformat(stated["created"]).timestamp() + float(stated["seconds"]), number
-        except (KeyError, TypeError, ValueError, OverflowError):
-            return math.inf, number
+        """When an artifact was done, and its number."""
+        return _done(artifact_id, self._stated(artifact_id))
 
     def _stated(self, artifact_id: str) -> Json:
         """What an artifact says, unverified; empty if that is not to be made out."""
@@ -321,6 +314,15 @@ def _read_json(path: Path) -> Json:
     except UnicodeDecodeError as error:
         raise DsgError(f"{path} is not an artifact of dsg, or is damaged.") from error
     return read_document(text, where=str(path), is_whole=True)
+
+
+def _done(artifact_id: str, stated: Json) -> tuple[float, int]:
+    """What cannot be read counts as the newest, for who reads it says what is wrong."""
+    number = int(artifact_id.rpartition("-")[2])
+    try:
+        return datetime.fromisoformat(stated["created"]).timestamp() + float(stated["seconds"]), number
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return math.inf, number
 
 
 def _contents(
